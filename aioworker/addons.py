@@ -1,0 +1,42 @@
+"""The main job: `addons.current_version`, kept fresh at two writes a minute."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aioworker import repo
+from aioworker.errors import RowsRefusedError
+from aioworker.task import Context, task
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+
+def swept_ids(ctx: Context, after: int) -> AsyncIterator[list[int]]:
+    """Yield the add-ons that a sweep refreshes."""
+    return repo.swept_ids(ctx.database, after)
+
+
+@task(rate_limit="2/m", keys=swept_ids)
+async def update_current_version(ctx: Context, ids: list[int]) -> None:
+    """Write the right current version into the add-ons that need it."""
+    result = await repo.refresh(ctx.database, ids)
+    count_missing(ctx, result.missing)
+    ctx.counts["changed"] += result.changed
+    if result.refused:
+        raise RowsRefusedError(result.refused)
+
+
+@update_current_version.needed
+async def stale_ids(ctx: Context, ids: list[int]) -> list[int]:
+    """Return the add-ons whose current version is not the right one."""
+    stale, missing = await repo.read_stale(ctx.database, ids)
+    count_missing(ctx, missing)
+    return [row.addon_id for row in stale]
+
+
+def count_missing(ctx: Context, missing: list[int]) -> None:
+    """Count ids of which there is no add-on, and name each."""
+    ctx.counts["missing"] += len(missing)
+    for addon_id in missing:
+        ctx.log.debug("Missing addon: %d", addon_id)

@@ -1,0 +1,200 @@
+"""Connections to RabbitMQ: plain ones, every step bounded in time, every refusal explained.
+
+A plain connection never heals by itself: what goes wrong on it is seen at the next step,
+as one `BrokerError`, and whoever holds the connection opens another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import aio_pika
+from aio_pika.exceptions import (
+    CONNECTION_EXCEPTIONS,
+    ChannelNotFoundEntity,
+    DeliveryError,
+    ProbableAuthenticationError,
+    PublishError,
+)
+from aiormq.exceptions import ChannelAccessRefused, InvalidFrameError
+
+from aioworker.errors import BrokerError, QueueMissingError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from aio_pika.abc import AbstractChannel, AbstractConnection
+
+    from aioworker.addresses import BrokerAddress
+
+HEARTBEAT_SECONDS = 15
+CLOSE_SECONDS = 2
+# What aio-pika and the network raise when a connection cannot be used any more.
+FAILURES: tuple[type[Exception], ...] = (*CONNECTION_EXCEPTIONS, asyncio.InvalidStateError)
+
+
+async def connect(
+    addresses: Sequence[BrokerAddress], timeout: float, name: str
+) -> AbstractConnection:
+    """Connect to the first node that answers.
+
+    Args:
+        addresses: The nodes of one cluster, tried in their order.
+        timeout: Seconds for all of them together.
+        name: What RabbitMQ lists the connection as.
+
+    Raises:
+        BrokerError: None of them could be used; the text is about the last one.
+    """
+    failure = BrokerError("expected at least one address of RabbitMQ, got none")
+    for address in addresses:
+        try:
+            async with asyncio.timeout(timeout / len(addresses)):
+                return await aio_pika.connect(
+                    address.url,
+                    heartbeat=HEARTBEAT_SECONDS,
+                    client_properties={"connection_name": name},
+                )
+        except FAILURES as error:
+            failure = BrokerError(_explain_connect(error, address))
+            failure.__cause__ = error
+    raise failure
+
+
+def _explain_connect(error: Exception, address: BrokerAddress) -> str:
+    at = f"cannot connect to RabbitMQ at {address.shown}"
+    match error:
+        case ProbableAuthenticationError():
+            return f"{at}: user or password refused, check AIOWORKER_AMQP_URL"
+        case InvalidFrameError():
+            return (
+                f"{at}: virtual host {address.vhost!r} does not exist or is not open to user"
+                f" {address.user!r}, check AIOWORKER_AMQP_URL"
+            )
+        case TimeoutError():
+            return f"{at}: no answer in time, check AIOWORKER_AMQP_URL"
+        case _:
+            return f"{at}: {describe(error)}; is it running? check AIOWORKER_AMQP_URL"
+
+
+def describe(error: BaseException) -> str:
+    """Return an exception's words in one line, or its kind where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@asynccontextmanager
+async def connection(
+    addresses: Sequence[BrokerAddress], timeout: float, name: str
+) -> AsyncIterator[AbstractConnection]:
+    """Connect, and close at the end without waiting long for a peer that is gone."""
+    opened = await connect(addresses, timeout, name)
+    try:
+        yield opened
+    finally:
+        await close(opened)
+
+
+async def close(opened: AbstractConnection) -> None:
+    """Close a connection; a peer that does not say goodbye is not waited for long."""
+    with contextlib.suppress(*FAILURES):
+        async with asyncio.timeout(CLOSE_SECONDS):
+            await opened.close()
+
+
+class Publisher:
+    """Publishes persistent messages and waits for RabbitMQ's confirm of each.
+
+    Its connection is its own, opened at the first publish: RabbitMQ blocks a connection
+    that publishes while it is short of memory or disk, and taking must go on meanwhile.
+    Use as `async with Publisher(…) as publisher`.
+    """
+
+    def __init__(self, addresses: Sequence[BrokerAddress], timeout: float, name: str) -> None:
+        self._addresses = addresses
+        self._timeout = timeout
+        self._name = name
+        self._connection: AbstractConnection | None = None
+        self._channel: AbstractChannel | None = None
+        self._opening = asyncio.Lock()
+
+    async def __aenter__(self) -> Publisher:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection; the next publish opens another."""
+        opened, self._connection, self._channel = self._connection, None, None
+        if opened is not None:
+            await close(opened)
+
+    async def connection(self) -> AbstractConnection:
+        """Return the connection, opened anew if it is lost.
+
+        Raises:
+            BrokerError: RabbitMQ cannot be reached or refuses.
+        """
+        await self._open()
+        assert self._connection is not None  # _open leaves both or raises
+        return self._connection
+
+    async def _open(self) -> AbstractChannel:
+        async with self._opening:
+            if self._channel is None or self._channel.is_closed:
+                await self.close()
+                self._connection = await connect(self._addresses, self._timeout, self._name)
+                try:
+                    async with asyncio.timeout(self._timeout):
+                        self._channel = await self._connection.channel(
+                            publisher_confirms=True, on_return_raises=True
+                        )
+                except FAILURES as error:
+                    raise BrokerError(f"RabbitMQ opened no channel: {describe(error)}") from error
+            return self._channel
+
+    async def publish(self, queue: str, outgoing: aio_pika.Message) -> None:
+        """Publish one message to a queue, persistent, and wait for its confirm.
+
+        Raises:
+            QueueMissingError: There is no such queue; nothing was published.
+            BrokerError: It was refused, or no confirm came in time: then it may have
+                been published all the same.
+        """
+        channel = await self._open()
+        outgoing.delivery_mode = aio_pika.DeliveryMode.PERSISTENT
+        try:
+            await channel.default_exchange.publish(
+                outgoing, queue, mandatory=True, timeout=self._timeout
+            )
+        except FAILURES as error:
+            raise explain(error, queue) from error
+
+
+def explain(error: Exception, queue: str) -> BrokerError:
+    """Say in one line why a step about *queue* failed, and what to do."""
+    match error:
+        case PublishError() | ChannelNotFoundEntity():
+            return missing(queue)
+        case DeliveryError():
+            return BrokerError(f"queue {queue} is full: RabbitMQ refused the message")
+        case ChannelAccessRefused():
+            return BrokerError(
+                f"no permission for queue {queue}: {describe(error)};"
+                " `aioworker init --print` shows what the user needs"
+            )
+        case TimeoutError():
+            return BrokerError(
+                f"RabbitMQ did not answer in time about queue {queue}: is it out of memory or"
+                " disk? A message under way may still arrive"
+            )
+        case _:
+            return BrokerError(f"connection to RabbitMQ lost: {describe(error)}")
+
+
+def missing(queue: str) -> QueueMissingError:
+    """Return the error for a queue that is not declared."""
+    return QueueMissingError(f"queue {queue} does not exist: run `aioworker init`")

@@ -1,0 +1,263 @@
+"""The command line: reads options and settings, owns signals, logging and exit statuses.
+
+Exit statuses: 0 done, 1 not done, 2 wrong usage or settings. What a command needs is
+imported when it runs, so that help answers at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from typer.core import TyperCommand
+
+from aioworker.errors import AioworkerError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from aioworker.settings import Settings
+    from aioworker.task import Task
+
+_Result = TypeVar("_Result")
+
+DEFAULT_TASK = "update_current_version"
+_debug = False  # main() reports errors outside of any command's context
+
+app = typer.Typer(
+    name="aioworker",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+TaskName = Annotated[str, typer.Argument(metavar="TASK", help="The task's name.")]
+
+
+class _WithSettings(TyperCommand):
+    """A command whose help ends with the settings, as `Settings` has them."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        from aioworker.settings import Settings
+
+        with formatter.section("Settings (environment, .env)"):
+            formatter.write_dl(
+                [(name, f"{meaning}  [{default}]") for name, default, meaning in Settings.table()]
+            )
+
+
+@app.callback()
+def main_options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """Refresh database rows in the background, no faster than the database can stand.
+
+    Exits 0 when done, 1 when not, 2 when the usage or a setting is wrong.
+    """
+    global _debug
+    _debug = debug
+
+
+@app.command()
+def init(
+    show: Annotated[
+        bool, typer.Option("--print", help="Show what it would do, and the least privileges.")
+    ] = False,
+) -> None:
+    """Declare the queues; can be run again.
+
+    Declares the task's four queues and waits until they outlive a broker that is killed.
+    A queue that is there with other arguments is reported, and nothing is changed.
+    """
+    settings, task = _prepare(DEFAULT_TASK)
+    from aioworker import commands, console
+
+    if show:
+        console.say(commands.setup_text(settings, task))
+    else:
+        _run(commands.init(settings, task))
+
+
+@app.command(cls=_WithSettings)
+def consume(
+    name: TaskName = DEFAULT_TASK,
+    rate_limit: Annotated[
+        str | None,
+        typer.Option(metavar="COUNT/UNIT", help="How often the task starts, such as 2/m or 20/h."),
+    ] = None,
+    burst: Annotated[bool, typer.Option("--burst", help="End once the lanes are empty.")] = False,
+) -> None:
+    """Run the worker: take chunks, write what needs writing, no faster than the rate.
+
+    SIGTERM or SIGINT: takes no new chunk, finishes the running one, exits 0; a second one
+    ends it at once, and nothing is lost. With --burst exits 0 if all it took is done, 1 if
+    a message became a dead letter or was given back, or if the rate is 0.
+    """
+    settings, task = _prepare(name, rate_limit=rate_limit)
+    from aioworker import commands
+    from aioworker.notify import Notifier
+
+    async def serve() -> int:
+        stop = asyncio.Event()
+        _on_signal(lambda _signal: stop.set())
+        notifier = Notifier(os.environ.get("NOTIFY_SOCKET"))
+        return await commands.consume(settings, task, burst=burst, stop=stop, notifier=notifier)
+
+    raise typer.Exit(asyncio.run(serve()))
+
+
+@app.command("publish-all")
+def publish_all(
+    name: TaskName = DEFAULT_TASK,
+    chunk_size: Annotated[
+        str | None, typer.Option(metavar="N", help="Ids in one message, 1 to 1000.")
+    ] = None,
+    after: Annotated[
+        int | None, typer.Option(metavar="ID", min=0, help="Begin behind this id; appends.")
+    ] = None,
+    append: Annotated[
+        bool, typer.Option("--append", help="Publish even if an earlier sweep is still queued.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Count the chunks, publish none.")
+    ] = False,
+) -> None:
+    """Publish one message for every chunk of ids the task sweeps.
+
+    Prints how many chunks and ids RabbitMQ has confirmed, and the last id. Cut short, it
+    prints the command that goes on from there. While an earlier sweep is still queued it
+    publishes nothing: exits 0 if that one advances, 1 if it stands still. Exits 0 when
+    every message is confirmed, 1 when one is not.
+    """
+    settings, task = _prepare(name, chunk_size=chunk_size)
+    from aioworker import commands
+
+    raise typer.Exit(
+        _run(
+            commands.publish_all(
+                settings,
+                task,
+                after=after or 0,
+                append=append or after is not None,
+                dry_run=dry_run,
+            )
+        )
+    )
+
+
+@app.command()
+def publish(
+    ids: Annotated[
+        list[str], typer.Argument(metavar="ID...", help="Ids; - reads them from standard input.")
+    ],
+    name: Annotated[str, typer.Option("--task", metavar="TASK", help="The task's name.")] = (
+        DEFAULT_TASK
+    ),
+    bulk: Annotated[
+        bool, typer.Option("--bulk", help="Use the bulk lane, behind the sweeps.")
+    ] = False,
+) -> None:
+    """Publish single ids to the urgent lane: the surgical strike.
+
+    Exits 0 when every message is confirmed.
+    """
+    settings, task = _prepare(name)
+    words = [word for text in ids for word in (sys.stdin.read().split() if text == "-" else [text])]
+    from aioworker import commands
+
+    _run(commands.publish(settings, task, _numbers(words), urgent=not bulk))
+
+
+def _numbers(words: list[str]) -> list[int]:
+    for word in words:
+        if not (word.isascii() and word.isdigit()):
+            raise UsageError(f"expected ids as whole numbers, got: {word!r}")
+    return [int(word) for word in words]
+
+
+def _prepare(name: str, **options: str | None) -> tuple[Settings, Task]:
+    """Read the settings, begin to log, and find the task."""
+    from aioworker import logs
+    from aioworker.settings import Settings
+    from aioworker.task import find
+
+    settings = Settings.load(**options)
+    logs.configure(settings.log_level, settings.log_format)
+    importlib.import_module("aioworker.addons")  # registers the main job
+    return settings, find(name)
+
+
+def _on_signal(react: Callable[[signal.Signals], None]) -> None:
+    """Call *react* at the first SIGTERM or SIGINT; a second one ends the process at once."""
+    loop = asyncio.get_running_loop()
+
+    def first(received: signal.Signals) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+        react(received)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, first, number)
+
+
+def _run(work: Coroutine[Any, Any, _Result]) -> _Result:
+    """Run a command that a signal cuts short."""
+
+    async def cut_short() -> _Result:
+        received: list[signal.Signals] = []
+        working = asyncio.current_task()
+
+        def react(number: signal.Signals) -> None:
+            received.append(number)
+            if working is not None:
+                working.cancel()
+
+        _on_signal(react)
+        try:
+            return await work
+        except asyncio.CancelledError as error:
+            stopped = AioworkerError(f"stopped by {received[0].name}")
+            for note in getattr(error, "__notes__", []):
+                stopped.add_note(note)
+            raise stopped from error
+
+    return asyncio.run(cut_short())
+
+
+def main() -> None:
+    """Run the command line and exit with its status."""
+    try:
+        status = app(standalone_mode=False)
+    except AioworkerError as error:
+        status = 2 if isinstance(error, UsageError) else 1
+        _fail(error, "; ".join([str(error), *getattr(error, "__notes__", [])]))
+    except _usage_error as error:
+        status = 2
+        _fail(error, f"{error.format_message()} `{_path(error)} --help` shows the usage.")
+    except Exception as error:  # noqa: BLE001 - a fault of ours, still one line
+        status = 1
+        _fail(error, f"unexpected {type(error).__name__}: {error}; --debug shows where")
+    sys.exit(status or 0)
+
+
+# typer carries its own copy of click, whose errors have no public name.
+_usage_error: Any = typer.BadParameter.__mro__[1]
+
+
+def _path(error: Any) -> str:
+    return error.ctx.command_path if error.ctx is not None else "aioworker"
+
+
+def _fail(error: BaseException, line: str) -> None:
+    if _debug:
+        import traceback
+
+        traceback.print_exception(error)
+    sys.stderr.write(f"aioworker: {' '.join(line.split())}\n")

@@ -1,0 +1,62 @@
+"""What a person reads while a command runs: results, and progress beside them."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+LINE_SECONDS = 5.0
+
+
+def say(line: str) -> None:
+    """Print a result, to standard output."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def tell(line: str) -> None:
+    """Print progress, to standard error."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def is_terminal() -> bool:
+    """Return whether a person watches the progress."""
+    return sys.stderr.isatty()
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """Show how far long work is: a bar on a terminal, a line now and then elsewhere.
+
+    Args:
+        what: The words before the bar.
+        total: How many there are to do; only the bar needs it.
+
+    Yields:
+        What to call with the number done and the line that says so.
+    """
+    if not is_terminal():
+        told_at = time.monotonic()
+
+        def show_line(_done: int, line: str) -> None:
+            nonlocal told_at
+            if time.monotonic() - told_at >= LINE_SECONDS:
+                told_at = time.monotonic()
+                tell(line)
+
+        yield show_line
+        return
+    # rich takes 40 ms to import: only where it is seen.
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = (what, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        bar = bars.add_task(what, total=total)
+        yield lambda done, _line: bars.update(bar, completed=done)

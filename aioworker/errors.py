@@ -1,0 +1,60 @@
+"""Every error that aioworker raises on purpose.
+
+Each text is one line that names the offending value and, where there is one, the cure.
+"""
+
+from __future__ import annotations
+
+
+class AioworkerError(Exception):
+    """The base of them all; the command line prints its text and exits 1."""
+
+
+class UsageError(AioworkerError, ValueError):
+    """A setting, option or argument is wrong; the command line exits 2."""
+
+
+class RateLimitError(UsageError):
+    """A rate limit is not COUNT/UNIT."""
+
+
+class UnknownTaskError(UsageError, LookupError):
+    """No task of this name is registered."""
+
+
+class MessageRefusedError(AioworkerError, ValueError):
+    """A message cannot be run as it is; its text is the dead letter's reason."""
+
+
+class RowsRefusedError(AioworkerError):
+    """The data refused some rows of a run; the others are written.
+
+    Attributes:
+        reasons: The server's words for each refused id.
+    """
+
+    def __init__(self, reasons: dict[int, str]) -> None:
+        self.reasons = reasons
+        shown = ", ".join(map(str, list(reasons)[:20])) + (", …" if len(reasons) > 20 else "")
+        first = next(iter(reasons.values()))
+        super().__init__(f"{len(reasons)} rows refused by the database: ids {shown}: {first}")
+
+
+class RowsContendedError(AioworkerError):
+    """Other writers changed the same rows again and again between our read and our write."""
+
+
+class BrokerError(AioworkerError, ConnectionError):
+    """RabbitMQ cannot be reached, refuses, or did not confirm."""
+
+
+class QueueMissingError(BrokerError):
+    """A queue is not declared."""
+
+
+class QueueDiffersError(BrokerError):
+    """A queue is declared with another argument than aioworker's."""
+
+
+class DatabaseError(AioworkerError):
+    """The database cannot be used; its text says why and what to do."""

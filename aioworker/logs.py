@@ -1,0 +1,76 @@
+"""Log lines: a constant phrase, then fields.
+
+Our own lines carry their fields in the record's `fields`; lines of libraries have none.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+
+def fields(**values: Any) -> dict[str, dict[str, Any]]:
+    """Return the `extra` of a log call: `log.info("chunk done", extra=fields(ids=1000))`."""
+    return {"fields": values}
+
+
+class ConsoleFormatter(logging.Formatter):
+    """Time, level, logger, phrase, then `name=value`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        values = "".join(
+            f" {name}={_plain(value)}" for name, value in getattr(record, "fields", {}).items()
+        )
+        head = f"{_time(record)} {record.levelname:<7} {record.name} {record.getMessage()}"
+        return head + values + _traceback(self, record)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, logger, event and the fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        line = {
+            "time": _time(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "event": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def configure(level: str, form: str) -> None:
+    """Log to standard error.
+
+    Args:
+        level: `debug`, `info`, `warning` or `error`, for aioworker's own lines.
+        form: `console` or `json`.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if form == "json" else ConsoleFormatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("aioworker").setLevel(level.upper())
+    # What goes wrong on a connection is ours to say, once and with its cure.
+    for library in ("aio_pika", "aiormq", "aiomysql"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+
+
+def _time(record: logging.LogRecord) -> str:
+    moment = datetime.fromtimestamp(record.created, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _plain(value: object) -> str:
+    text = f"{value:.3f}" if isinstance(value, float) else str(value)
+    return json.dumps(text, ensure_ascii=False) if not text or set(text) & set(' ="\n') else text
+
+
+def _traceback(formatter: logging.Formatter, record: logging.LogRecord) -> str:
+    return "\n" + formatter.formatException(record.exc_info) if record.exc_info else ""

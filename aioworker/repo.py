@@ -1,0 +1,170 @@
+"""All SQL of the main job: which add-ons are stale, and the write of the right answer.
+
+The rule: an add-on's current version is the newest (by `created`, `modified`, `id`) of its
+versions that qualify. Self-hosted add-ons (status 6): every version. Public ones (4): those
+that have files, all of them public. Others: those that have files, all of them of a valid
+status. Personas (type 9) have none. Nothing found is NULL. It is the rule of
+addons.mozilla.org's code base in May 2010.
+
+A chunk is read without locks and written in short transactions by primary key, each row
+only where it still holds what was read: an answer computed from older rows never
+overwrites a newer one. Dates are compared in SQL, where zero dates sort oldest; drivers
+turn them into other things.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from pymysql.err import MySQLError
+
+from aioworker import db
+from aioworker.errors import RowsContendedError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from aioworker.db import Database
+
+PAGE_SIZE = 5000
+TRANSACTION_SIZE = 100
+READS_AGAIN = 3
+
+# The comment shows in the server's list of processes.
+_COMMENT = "/* aioworker update_current_version */"
+
+PAGE = f"""SELECT {_COMMENT} id FROM addons FORCE INDEX (PRIMARY)
+WHERE id > %s AND status IN (1, 2, 3, 4, 6, 7) AND inactive = 0 AND addontype_id <> 9
+ORDER BY id LIMIT %s"""
+
+# Files are judged by one aggregate: MariaDB answers EXISTS and NOT EXISTS by reading the
+# whole index of files, three times slower.
+STALE = f"""SELECT {_COMMENT} chunk.id, addon.id IS NULL AS missing,
+    addon.current_version AS stored,
+    (SELECT version.id FROM versions AS version
+        WHERE version.addon_id = addon.id AND addon.addontype_id <> 9 AND (addon.status = 6 OR (
+            SELECT COALESCE(MIN(IF(addon.status = 4, file.status = 4,
+                file.status IN (1, 2, 3, 4, 6, 7))), 0)
+            FROM files AS file WHERE file.version_id = version.id))
+        ORDER BY version.created DESC, version.modified DESC, version.id DESC LIMIT 1) AS answer
+FROM JSON_TABLE(%s, '$[*]' COLUMNS (id INT UNSIGNED PATH '$')) AS chunk
+LEFT JOIN addons AS addon ON addon.id = chunk.id
+HAVING missing OR NOT (stored <=> answer)"""
+
+WRITE = f"""UPDATE {_COMMENT} JSON_TABLE(%s, '$[*]' COLUMNS (id INT UNSIGNED PATH '$[0]',
+    stored INT UNSIGNED PATH '$[1]', answer INT UNSIGNED PATH '$[2]')) AS stale
+STRAIGHT_JOIN addons AS addon ON addon.id = stale.id
+SET addon.current_version = stale.answer WHERE addon.current_version <=> stale.stored"""
+
+# The least that a user needs for these statements: privilege, table.
+PRIVILEGES = (
+    ("SELECT", "addons"),
+    ("SELECT", "versions"),
+    ("SELECT", "files"),
+    ("UPDATE (current_version)", "addons"),
+)
+
+
+class Stale(NamedTuple):
+    """An add-on whose stored version is not the right one."""
+
+    addon_id: int
+    stored: int | None
+    answer: int | None
+
+
+@dataclass(slots=True)
+class Refresh:
+    """What a refresh of a chunk came to.
+
+    Args:
+        changed: Rows written.
+        missing: Ids of which there is no add-on.
+        refused: The server's words for each id whose row the data refused.
+    """
+
+    changed: int = 0
+    missing: list[int] = field(default_factory=list)
+    refused: dict[int, str] = field(default_factory=dict)
+
+
+async def swept_ids(database: Database, after: int) -> AsyncIterator[list[int]]:
+    """Yield the ids of the add-ons that a sweep refreshes, ascending, in pages.
+
+    Those whose current version is NULL are among them: they need it most.
+
+    Args:
+        database: Where the add-ons are.
+        after: Begin behind this id; 0 is the beginning.
+    """
+    while page := [row[0] for row in await database.query(PAGE, (after, PAGE_SIZE))]:
+        yield page
+        after = page[-1]
+
+
+async def read_stale(database: Database, ids: Sequence[int]) -> tuple[list[Stale], list[int]]:
+    """Return the stale add-ons among *ids*, by id, and the ids that do not exist.
+
+    Takes no lock.
+    """
+    rows = await database.query(STALE, (json.dumps(list(ids)),))
+    stale = sorted(Stale(row[0], row[2], row[3]) for row in rows if not row[1])
+    return stale, sorted(row[0] for row in rows if row[1])
+
+
+async def refresh(database: Database, ids: Sequence[int]) -> Refresh:
+    """Write the right version into every stale add-on among *ids*.
+
+    Transactions of 100 rows in the order of their ids; the other rows of one that the data
+    refuses are written one by one.
+
+    Raises:
+        RowsContendedError: A row changed again between read and write, four times.
+        MySQLError: The server refused for another reason than the data; what was
+            committed before stays.
+    """
+    stale, missing = await read_stale(database, ids)
+    result = Refresh(missing=missing)
+    for start in range(0, len(stale), TRANSACTION_SIZE):
+        await _settle(database, stale[start : start + TRANSACTION_SIZE], result)
+    return result
+
+
+async def _settle(database: Database, rows: list[Stale], result: Refresh) -> None:
+    """Write up to 100 rows, reading again those that were lost to another writer."""
+    for _ in range(1 + READS_AGAIN):
+        refusal = None
+        try:
+            written = await _write(database, rows)
+        except MySQLError as error:
+            written = 0
+            if db.sort(error) is db.Trouble.DATA:
+                refusal = error
+            elif db.code(error) not in db.DEADLOCKS:
+                raise
+        result.changed += written
+        if written == len(rows):
+            return
+        again, _missing = await read_stale(database, [row.addon_id for row in rows])
+        if refusal is not None and len(rows) > 1:
+            for row in again:
+                await _settle(database, [row], result)
+            return
+        if refusal is not None and again == rows:
+            result.refused[rows[0].addon_id] = db.describe(refusal)
+            return
+        if not again:
+            return
+        rows = again
+    raise RowsContendedError(
+        f"rows changed {1 + READS_AGAIN} times between read and write, the first of them"
+        f" add-on {rows[0].addon_id}; {len(rows)} left for the next attempt"
+    )
+
+
+async def _write(database: Database, rows: list[Stale]) -> int:
+    """Write rows that still hold what was read, in one transaction; return how many did."""
+    async with database.transaction() as cursor:
+        return await cursor.execute(WRITE, (json.dumps(rows),))

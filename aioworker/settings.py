@@ -1,0 +1,165 @@
+"""Every setting: read once from the environment and `.env`, checked before anything is done.
+
+A setting is a variable with the prefix `AIOWORKER_`; a command's option of the same name
+wins over it. Secrets may come as files of the folder that `AIOWORKER_SECRETS_DIR` names.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from dotenv import dotenv_values
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from aioworker.addresses import BrokerAddress, DatabaseAddress
+from aioworker.errors import UsageError
+from aioworker.limits import RateLimit
+from aioworker.message import CHUNK_LIMIT
+
+PREFIX = "AIOWORKER_"
+ENV_FILE = ".env"
+SECRETS_DIR = f"{PREFIX}SECRETS_DIR"
+Nodes = tuple[BrokerAddress, ...]
+# What Kubernetes sets for a service that is called aioworker.
+_KUBERNETES = re.compile(rf"{PREFIX}(PORT|SERVICE)(_|$)")
+
+
+def _whole(low: int, high: int) -> BeforeValidator:
+    def check(value: object) -> int:
+        text = str(value)
+        if not (text.isascii() and text.isdigit()) or not low <= int(text) <= high:
+            raise ValueError(f"expected a whole number from {low} to {high}, got: {text!r}")
+        return int(text)
+
+    return BeforeValidator(check)
+
+
+def _seconds(low: float, high: float) -> BeforeValidator:
+    def check(value: object) -> float:
+        try:
+            seconds = float(str(value))
+        except ValueError:
+            seconds = float("nan")
+        if not low <= seconds <= high:
+            raise ValueError(f"expected seconds from {low:g} to {high:g}, got: {str(value)!r}")
+        return seconds
+
+    return BeforeValidator(check)
+
+
+def _one_of(*values: str) -> BeforeValidator:
+    def check(value: object) -> str:
+        if value not in values:
+            raise ValueError(f"expected one of {', '.join(values)}, got: {value!r}")
+        return str(value)
+
+    return BeforeValidator(check)
+
+
+def _parsed(parse: Callable[[str], object]) -> BeforeValidator:
+    return BeforeValidator(lambda value: parse(value) if isinstance(value, str) else value)
+
+
+class Settings(BaseSettings):
+    """The settings, with the only defaults there are; `Settings.load` reads them."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_ignore_empty=True, extra="ignore", arbitrary_types_allowed=True
+    )
+
+    amqp_url: Annotated[tuple[BrokerAddress, ...], NoDecode, _parsed(BrokerAddress.parse_all)] = (
+        Field(
+            "amqp://guest:guest@127.0.0.1:5672/",
+            validate_default=True,
+            description="RabbitMQ; amqps:// for TLS; several, comma-separated, are cluster nodes.",
+        )
+    )
+    mysql_url: Annotated[DatabaseAddress, NoDecode, _parsed(DatabaseAddress.parse)] = Field(
+        "mysql://root@127.0.0.1:3306/aioworker",
+        validate_default=True,
+        description="MySQL or MariaDB; TLS by ssl_mode, ssl_ca, ssl_cert, ssl_key in the query.",
+    )
+    rate_limit: Annotated[RateLimit | None, NoDecode, _parsed(RateLimit.parse)] = Field(
+        None, description="How often a task starts, such as 2/m; unset, as the task says."
+    )
+    queue_type: Annotated[str, _one_of("quorum", "classic")] = Field(
+        "quorum", description="Kind of the queues that init declares: quorum or classic."
+    )
+    chunk_size: Annotated[int, _whole(1, CHUNK_LIMIT)] = Field(
+        CHUNK_LIMIT, description=f"Ids in one message of a sweep, 1 to {CHUNK_LIMIT}."
+    )
+    task_timeout: Annotated[float, _seconds(1, 3600)] = Field(
+        30.0, description="Seconds a run may take before it is cut off, 1 to 3600."
+    )
+    shutdown_timeout: Annotated[float, _seconds(1, 3600)] = Field(
+        40.0, description="Seconds to finish the running chunk after SIGTERM, 1 to 3600."
+    )
+    connect_timeout: Annotated[float, _seconds(0.1, 3600)] = Field(
+        10.0, description="Seconds to connect, and for each answer of RabbitMQ, 0.1 to 3600."
+    )
+    log_level: Annotated[str, _one_of("debug", "info", "warning", "error")] = Field(
+        "info", description="Lines to log: debug, info, warning or error, and worse."
+    )
+    log_format: Annotated[str, _one_of("console", "json")] = Field(
+        "console", description="Form of log lines: console or json."
+    )
+
+    @classmethod
+    def load(cls, **options: object) -> Settings:
+        """Read the settings; *options* that are not None win over the environment.
+
+        Raises:
+            UsageError: A name is unknown or a value wrong; the text has no secrets.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        secrets = os.environ.get(SECRETS_DIR) or None
+        if secrets is not None and not Path(secrets).is_dir():
+            raise UsageError(f"{SECRETS_DIR}: expected a folder, got: {secrets!r}")
+        _refuse_unknown(secrets)
+        try:
+            return cls(_env_file=ENV_FILE, _secrets_dir=secrets, **given)  # type: ignore[arg-type, call-arg]
+        except ValidationError as error:
+            # The first is enough: one line, one cure.
+            first = error.errors(include_url=False, include_input=False)[0]
+            name = str(first["loc"][0])
+            shown = f"--{name.replace('_', '-')}" if name in given else PREFIX + name.upper()
+            problem = first["msg"].removeprefix("Value error, ")
+            raise UsageError(f"{shown}: {problem}") from None
+
+    @classmethod
+    def table(cls) -> list[tuple[str, str, str]]:
+        """Return the variable, the default and the meaning of each setting."""
+        rows = [
+            (PREFIX + name.upper(), _default(field.default), field.description or "")
+            for name, field in cls.model_fields.items()
+        ]
+        folder = "Folder with a file for each secret setting, named as its variable."
+        return [*rows, (SECRETS_DIR, "unset", folder)]
+
+
+def _default(value: Any) -> str:
+    if value is None:
+        return "unset"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _refuse_unknown(secrets: str | None) -> None:
+    """Refuse a misspelt `AIOWORKER_…`, wherever it stands, with the nearest known name.
+
+    Raises:
+        UsageError: There is one.
+    """
+    known = [PREFIX + name.upper() for name in Settings.model_fields] + [SECRETS_DIR]
+    names = [*os.environ, *dotenv_values(ENV_FILE)]
+    if secrets is not None:
+        names += [path.name for path in Path(secrets).iterdir()]
+    for name in map(str.upper, names):
+        if name.startswith(PREFIX) and name not in known and not _KUBERNETES.match(name):
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+            raise UsageError(f"unknown setting {name}, did you mean {nearest}?")

@@ -1,0 +1,232 @@
+"""The four queues of a task: their names, their arguments, and their declaration.
+
+`aioworker init` declares, and nothing else does. Everything goes through the default
+exchange, so that there is no binding to lose.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from aio_pika.exceptions import ChannelNotFoundEntity, ChannelPreconditionFailed
+
+from aioworker import broker
+from aioworker.errors import QueueDiffersError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from aio_pika.abc import AbstractConnection, AbstractIncomingMessage, AbstractQueue
+
+_Result = TypeVar("_Result")
+
+RETRY_TTL_MS = 60_000
+MAX_LENGTH = 1_000_000
+# A backstop against a message that comes back for ever: RabbitMQ 3 has none, 4 has 20.
+DELIVERY_LIMIT = 100
+# A quorum queue of RabbitMQ 3.10 that is younger than a second is lost with all its confirmed
+# messages when the broker is killed (measured); three seconds leave room.
+SAFE_AFTER_SECONDS = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Queues:
+    """The names of a task's queues.
+
+    Args:
+        bulk: The lane of sweeps.
+        urgent: The lane of single changes, always taken first.
+        retry: Where a message waits before it goes back to the bulk lane.
+        dead: Dead letters.
+    """
+
+    bulk: str
+    urgent: str
+    retry: str
+    dead: str
+
+    @classmethod
+    def of(cls, task: str) -> Queues:
+        """Name the queues of the task of this name."""
+        bulk = f"aioworker.{task}"
+        return cls(bulk, f"{bulk}.urgent", f"{bulk}.retry", f"{bulk}.dead")
+
+    def arguments(self, queue_type: str) -> dict[str, dict[str, Any]]:
+        """Return each queue's arguments, the dead letters' queue first.
+
+        Args:
+            queue_type: `quorum`; or `classic`, where a broker that dies between two queues
+                may lose what it was moving.
+        """
+        quorum = queue_type == "quorum"
+        kind = {"x-queue-type": queue_type}
+        keep = {"x-dead-letter-exchange": "", "x-overflow": "reject-publish"}
+        if quorum:
+            keep["x-dead-letter-strategy"] = "at-least-once"
+        length = {"x-max-length": MAX_LENGTH}
+        limit = {"x-delivery-limit": DELIVERY_LIMIT} if quorum else {}
+        lane = kind | keep | limit | length | {"x-dead-letter-routing-key": self.dead}
+        wait = {"x-message-ttl": RETRY_TTL_MS, "x-dead-letter-routing-key": self.bulk}
+        return {
+            self.dead: kind,
+            self.bulk: lane,
+            self.urgent: lane,
+            self.retry: kind | keep | length | wait,
+        }
+
+
+async def declare(
+    connection: AbstractConnection,
+    queues: Queues,
+    queue_type: str,
+    timeout: float,
+) -> list[str]:
+    """Declare a task's queues and return those that were not there.
+
+    Queues that are there are compared first: where one differs, nothing is changed. New
+    ones are not safe yet: see `wait_until_safe`.
+
+    Raises:
+        QueueDiffersError: A queue is there with another argument.
+        BrokerError: RabbitMQ refuses, or the connection is lost.
+    """
+    arguments = queues.arguments(queue_type)
+    absent = [name for name in arguments if await count(connection, name, timeout) is None]
+    present = [name for name in arguments if name not in absent]
+    for name in present + absent:
+        await _declare_one(connection, name, arguments[name], timeout)
+    return absent
+
+
+async def _declare_one(
+    connection: AbstractConnection, name: str, arguments: dict[str, Any], timeout: float
+) -> None:
+    async def call() -> None:
+        # A channel of its own: a refusal closes it.
+        channel = await connection.channel()
+        await channel.declare_queue(name, durable=True, arguments=arguments)
+        await channel.close()
+
+    await _bounded(call, name, timeout)
+
+
+async def wait_until_safe(
+    connection: AbstractConnection, declared: list[str], timeout: float
+) -> None:
+    """Wait until new queues outlive a broker that is killed, and see that they are there.
+
+    Raises:
+        BrokerError: One of them is gone, or the connection is lost.
+    """
+    if not declared:
+        return
+    await asyncio.sleep(SAFE_AFTER_SECONDS)
+    await check(connection, tuple(declared), timeout)
+
+
+async def check(connection: AbstractConnection, names: tuple[str, ...], timeout: float) -> None:
+    """See that queues are there; needs no privilege to configure.
+
+    Raises:
+        QueueMissingError: One of them is not.
+        BrokerError: RabbitMQ refuses, or the connection is lost.
+    """
+    for name in names:
+        if await count(connection, name, timeout) is None:
+            raise broker.missing(name)
+
+
+async def count(connection: AbstractConnection, name: str, timeout: float) -> int | None:
+    """Return how many messages wait in a queue, None when there is no such queue.
+
+    Raises:
+        BrokerError: RabbitMQ refuses, or the connection is lost.
+    """
+
+    async def call() -> int | None:
+        channel = await connection.channel()
+        try:
+            queue = await channel.declare_queue(name, passive=True)
+        except ChannelNotFoundEntity:
+            return None
+        await channel.close()
+        return queue.declaration_result.message_count
+
+    return await _bounded(call, name, timeout)
+
+
+class Lanes:
+    """A task's two lanes, to take from, over one channel.
+
+    Args:
+        urgent: Always taken from first.
+        bulk: Taken from when *urgent* is empty.
+        timeout: Seconds for each step.
+    """
+
+    def __init__(self, urgent: AbstractQueue, bulk: AbstractQueue, timeout: float) -> None:
+        self._queues = (urgent, bulk)
+        self._timeout = timeout
+
+    @classmethod
+    async def open(cls, connection: AbstractConnection, queues: Queues, timeout: float) -> Lanes:
+        """Open them.
+
+        Raises:
+            QueueMissingError: A lane, or the queue of the dead letters, is not there.
+            BrokerError: RabbitMQ refuses, or the connection is lost.
+        """
+        await check(connection, (queues.urgent, queues.bulk, queues.dead), timeout)
+
+        async def call() -> Lanes:
+            channel = await connection.channel()
+            urgent = await channel.get_queue(queues.urgent, ensure=False)
+            return cls(urgent, await channel.get_queue(queues.bulk, ensure=False), timeout)
+
+        return await _bounded(call, queues.bulk, timeout)
+
+    async def take(self) -> AbstractIncomingMessage | None:
+        """Take one message, from the urgent lane first; None when both are empty.
+
+        Raises:
+            BrokerError: A lane is gone, or the connection is lost.
+        """
+        for queue in self._queues:
+            delivery = await _bounded(
+                partial(queue.get, fail=False, timeout=self._timeout), queue.name, self._timeout
+            )
+            if delivery is not None:
+                return delivery
+        return None
+
+
+async def _bounded(call: Callable[[], Awaitable[_Result]], queue: str, timeout: float) -> _Result:
+    try:
+        async with asyncio.timeout(timeout):
+            return await call()
+    except ChannelPreconditionFailed as error:
+        raise QueueDiffersError(_explain_difference(queue, str(error))) from error
+    except broker.FAILURES as error:
+        raise broker.explain(error, queue) from error
+
+
+def _explain_difference(queue: str, refusal: str) -> str:
+    """Name both values of an argument that differs, out of RabbitMQ's own sentence."""
+    found = re.search(
+        r"inequivalent arg '(?P<name>[^']+)'.*received (?P<ours>.+?)(?: of type '\w+')?"
+        r" but current is (?P<theirs>.+?)(?: of type '\w+')?$",
+        " ".join(refusal.split()),
+    )
+    difference = refusal
+    if found is not None:
+        ours = found["ours"].removeprefix("the value ")
+        theirs = found["theirs"].removeprefix("the value ")
+        difference = f"expected {found['name']} {ours}, got: {theirs}"
+    return (
+        f"queue {queue} differs: {difference}; nothing was changed. Empty and delete the queue,"
+        " then run `aioworker init` again"
+    )

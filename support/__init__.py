@@ -1,0 +1,1 @@
+"""What tests, demo and benchmarks share: private servers and a generated site."""

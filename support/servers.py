@@ -1,0 +1,312 @@
+"""Private RabbitMQ and MariaDB servers on loopback, in a folder of the checkout.
+
+Servers that run already are never touched: ports are free ones, data is new, and what was
+started here is ended here. `python -m support.servers` keeps a pair up for a developer.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import pymysql
+from mirakuru import TCPExecutor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pymysql.connections import Connection
+    from pymysql.cursors import Cursor
+
+ROOT = Path(__file__).parent.parent
+HOST = "127.0.0.1"
+START_SECONDS = 90
+STOP_SECONDS = 20
+# Debian's command `rabbitmq-server` changes the user; the scripts behind it do not.
+RABBITMQ_FOLDERS = (
+    "/usr/lib/rabbitmq/bin",
+    "/opt/homebrew/opt/rabbitmq/sbin",
+    "/usr/local/opt/rabbitmq/sbin",
+)
+PROGRAM_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/opt/homebrew/sbin"])
+
+
+def free_port() -> int:
+    """Return a port of loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _program(*names: str) -> str:
+    for name in names:
+        if found := shutil.which(name, path=PROGRAM_PATH):
+            return found
+    raise FileNotFoundError(f"expected one of {', '.join(names)} to be installed")
+
+
+def _user() -> str:
+    return pwd.getpwuid(os.getuid()).pw_name
+
+
+class Broker:
+    """A RabbitMQ node, with an epmd of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.port = free_port()
+        self._folder = folder
+        self._epmd_port = free_port()
+        self._scripts = next(
+            (Path(path) for path in RABBITMQ_FOLDERS if Path(path).is_dir()),
+            Path(_program("rabbitmq-server")).parent,
+        )
+        folder.mkdir(parents=True)
+        (folder / "home").mkdir()
+        (folder / "enabled_plugins").write_text("[].")
+        (folder / "rabbitmq.conf").write_text(
+            f"listeners.tcp.default = {HOST}:{self.port}\n"
+            "vm_memory_high_watermark.absolute = 512MB\n"
+            "disk_free_limit.absolute = 50MB\n"
+        )
+        self._environment = os.environ | {
+            "HOME": str(folder / "home"),
+            "RABBITMQ_NODENAME": f"private{self.port}@localhost",
+            "RABBITMQ_CONF_ENV_FILE": "/dev/null",
+            "RABBITMQ_CONFIG_FILE": str(folder / "rabbitmq.conf"),
+            "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "enabled_plugins"),
+            "RABBITMQ_MNESIA_BASE": str(folder / "data"),
+            "RABBITMQ_LOG_BASE": str(folder / "log"),
+            "RABBITMQ_PID_FILE": str(folder / "pid"),
+            "RABBITMQ_DIST_PORT": str(free_port()),
+            "ERL_EPMD_ADDRESS": HOST,
+            "ERL_EPMD_PORT": str(self._epmd_port),
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": (
+                "-kernel inet_dist_use_interface {127,0,0,1} +sbwt none"
+            ),
+        }
+        # The node would start one that outlives it.
+        self._epmd = self._executor(
+            [_program("epmd"), "-address", HOST, "-port", str(self._epmd_port)], self._epmd_port
+        )
+        self._node = self._executor([str(self._scripts / "rabbitmq-server")], self.port)
+
+    def _executor(self, command: list[str], port: int) -> TCPExecutor:
+        return TCPExecutor(
+            command,
+            HOST,
+            port,
+            timeout=START_SECONDS,
+            envvars=self._environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            expected_returncode=-signal.SIGTERM,
+        )
+
+    def url(self, vhost: str = "", user: str = "guest", password: str = "guest") -> str:
+        """Return the node's address."""
+        return f"amqp://{user}:{password}@{HOST}:{self.port}/{vhost}"
+
+    def start(self) -> None:
+        """Start the node and wait until it serves."""
+        if not self._epmd.running():
+            self._epmd.start()
+        self._node.start()
+        self.control("await_startup")
+
+    def stop(self) -> None:
+        """Stop the node and its epmd."""
+        for executor in (self._node, self._epmd):
+            _end(executor)
+
+    def control(self, *arguments: str) -> str:
+        """Run rabbitmqctl and return what it prints."""
+        return subprocess.run(
+            [self._scripts / "rabbitmqctl", "--quiet", *arguments],
+            env=self._environment,
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        ).stdout
+
+
+class Maria:
+    """A MariaDB server; `root` has no password."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.port = free_port()
+        data = folder / "data"
+        (folder / "tmp").mkdir(parents=True)
+        subprocess.run(
+            [
+                _program("mariadb-install-db", "mysql_install_db"),
+                "--no-defaults",
+                f"--user={_user()}",
+                f"--datadir={data}",
+                "--auth-root-authentication-method=normal",
+                "--skip-test-db",
+            ],
+            check=True,
+            capture_output=True,
+        )
+        command = [
+            _program("mariadbd"),
+            "--no-defaults",
+            f"--user={_user()}",
+            f"--datadir={data}",
+            "--socket=private.sock",  # in the data folder: a path may have 107 characters
+            f"--pid-file={folder / 'pid'}",
+            f"--port={self.port}",
+            f"--bind-address={HOST}",
+            f"--tmpdir={folder / 'tmp'}",
+            "--skip-log-bin",
+            "--innodb-buffer-pool-size=256M",
+            "--performance-schema=OFF",
+            "--skip-name-resolve",
+            f"--log-error={folder / 'log'}",
+            *options,
+        ]
+        self._server = TCPExecutor(
+            command,
+            HOST,
+            self.port,
+            timeout=START_SECONDS,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def url(self, database: str, user: str = "root", password: str = "") -> str:
+        """Return a database's address."""
+        secret = f":{password}" if password else ""
+        return f"mysql://{user}{secret}@{HOST}:{self.port}/{database}"
+
+    def start(self) -> None:
+        """Start the server and wait until it serves."""
+        self._server.start()
+
+    def stop(self) -> None:
+        """Stop the server."""
+        _end(self._server)
+
+
+def _end(executor: TCPExecutor) -> None:
+    """End a server and whatever it started, by their process ids."""
+    process = executor.process
+    if process is None:
+        return
+    with suppress(psutil.NoSuchProcess):
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(True)]
+        for member in family:
+            with suppress(psutil.NoSuchProcess):
+                member.terminate()
+        _gone, left = psutil.wait_procs(family, timeout=STOP_SECONDS)
+        for member in left:
+            member.kill()
+    executor.kill(wait=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Servers:
+    """The servers of a run: private ones, or those that the environment names.
+
+    Args:
+        amqp_url: RabbitMQ.
+        mysql_url: A database that may be emptied.
+        broker: The private node; None where the environment names one.
+        maria: The private server; None where the environment names one.
+    """
+
+    amqp_url: str
+    mysql_url: str
+    broker: Broker | None = None
+    maria: Maria | None = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The environment in which `aioworker` uses these servers, and no other setting."""
+        kept = {k: v for k, v in os.environ.items() if not k.upper().startswith("AIOWORKER_")}
+        return kept | {
+            "AIOWORKER_AMQP_URL": self.amqp_url,
+            "AIOWORKER_MYSQL_URL": self.mysql_url,
+        }
+
+
+@contextmanager
+def servers(*maria_options: str) -> Iterator[Servers]:
+    """Start private servers and end them; with both URLs set, use those instead."""
+    amqp, mysql = (os.environ.get(f"AIOWORKER_{name}_URL") for name in ("AMQP", "MYSQL"))
+    if amqp and mysql:
+        yield Servers(amqp, mysql)
+        return
+    folder = ROOT / ".private" / str(os.getpid())
+    # Whoever ends this run by SIGTERM ends the servers too.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    started: list[Broker | Maria] = []
+    try:
+        with ThreadPoolExecutor() as pool:
+            broker = Broker(folder / "rabbitmq")
+            started.append(broker)
+            ready = pool.submit(broker.start)
+            maria = Maria(folder / "mariadb", *maria_options)
+            started.append(maria)
+            maria.start()
+            ready.result()
+        yield Servers(broker.url(), maria.url("aioworker"), broker, maria)
+    finally:
+        for server in started:
+            server.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+        signal.signal(signal.SIGTERM, before)
+
+
+def connect(mysql_url: str, *, create: bool = False) -> Connection[Cursor]:
+    """Connect to a database by its URL; with *create*, make it anew and empty."""
+    from aioworker.addresses import DatabaseAddress
+
+    address = DatabaseAddress.parse(mysql_url)
+    connection = pymysql.connect(
+        host=address.host,
+        port=address.port,
+        user=address.user,
+        password=address.password,
+        charset="utf8mb4",
+    )
+    with connection.cursor() as cursor:
+        if create:
+            cursor.execute(f"DROP DATABASE IF EXISTS `{address.database}`")
+            cursor.execute(f"CREATE DATABASE `{address.database}` CHARACTER SET utf8mb4")
+    connection.select_db(address.database)
+    return connection
+
+
+def main() -> None:
+    """Keep the servers up until Ctrl-C or SIGTERM."""
+    from support import site
+
+    with servers() as pair:
+        connection = connect(pair.mysql_url, create=True)
+        site.create(connection)
+        site.fill(connection, 12_000)
+        connection.close()
+        print(f"export AIOWORKER_AMQP_URL={pair.amqp_url}")
+        print(f"export AIOWORKER_MYSQL_URL={pair.mysql_url}")
+        print("# Ctrl-C stops both", flush=True)
+        with suppress(KeyboardInterrupt):
+            while True:
+                time.sleep(3600)
+
+
+if __name__ == "__main__":
+    main()
