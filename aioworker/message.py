@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 CHUNK_LIMIT = 1000
 ID_LIMIT = 2**32 - 1
+BRIEF_LENGTH = 200
+_REPR = reprlib.Repr()
+_REPR.maxstring = 80
 CONTENT_TYPE = "application/json"
 CONTENT_ENCODING = "utf-8"
 ORIGIN = f"{os.getpid()}@{socket.gethostname()}"
@@ -45,7 +48,7 @@ def check_chunk(ids: object) -> list[int]:
         UsageError: It is anything else.
     """
     if not isinstance(ids, list):
-        raise UsageError(f"expected a list of ids, got: {reprlib.repr(ids)}")
+        raise UsageError(f"expected a list of ids, got: {_brief(ids)}")
     if len(ids) > CHUNK_LIMIT:
         raise UsageError(f"expected at most {CHUNK_LIMIT} ids, got: {len(ids)}")
     return list(dict.fromkeys(map(_check_id, ids)))
@@ -55,7 +58,7 @@ def _check_id(entry: object) -> int:
     value = entry[0] if isinstance(entry, list) and len(entry) == 1 else entry
     # A bool is an int to Python, and True would be add-on 1.
     if type(value) is not int or not 1 <= value <= ID_LIMIT:
-        raise UsageError(f"expected ids from 1 to {ID_LIMIT}, got: {reprlib.repr(entry)}")
+        raise UsageError(f"expected ids from 1 to {ID_LIMIT}, got: {_brief(entry)}")
     return value
 
 
@@ -101,14 +104,16 @@ def decode(
     """
     if headers.get("task") != task:
         raise MessageRefusedError(
-            f"expected header task {task!r}, got: {reprlib.repr(headers.get('task'))}"
+            f"expected header task {task!r}, got: {_brief(headers.get('task'))}"
         )
     if content_type not in (None, CONTENT_TYPE):
-        raise MessageRefusedError(f"expected content type {CONTENT_TYPE}, got: {content_type!r}")
+        raise MessageRefusedError(
+            f"expected content type {CONTENT_TYPE}, got: {_brief(content_type)}"
+        )
     retries = headers.get("retries") or 0
     if type(retries) is not int or retries < 0:
         raise MessageRefusedError(
-            f"expected header retries from 0, got: {reprlib.repr(headers['retries'])}"
+            f"expected header retries from 0, got: {_brief(headers['retries'])}"
         )
     if headers.get("eta"):
         raise MessageRefusedError("expected no eta or countdown: aioworker runs what is due")
@@ -125,15 +130,21 @@ def _read_chunk(body: bytes) -> list[int]:
         case [[ids], dict() as kwargs, (dict() | None) as embed]:
             pass
         case _:
-            raise MessageRefusedError(
-                f"expected body [[ids], {{}}, embed], got: {reprlib.repr(content)}"
-            )
+            raise MessageRefusedError(f"expected body [[ids], {{}}, embed], got: {_brief(content)}")
     if kwargs:
-        raise MessageRefusedError(f"expected no keyword arguments, got: {reprlib.repr(kwargs)}")
+        raise MessageRefusedError(f"expected no keyword arguments, got: {_brief(kwargs)}")
     for name, value in (embed or {}).items():
         if value:
-            raise MessageRefusedError(f"expected no {name}: aioworker keeps no results to pass on")
+            raise MessageRefusedError(
+                f"expected no {_brief(name)}: aioworker keeps no results to pass on"
+            )
     try:
         return check_chunk(ids)
     except UsageError as error:
         raise MessageRefusedError(str(error)) from error
+
+
+def _brief(value: object) -> str:
+    """Show a value from outside in one line, however large or odd it is."""
+    shown = _REPR.repr(value)
+    return shown if len(shown) <= BRIEF_LENGTH else shown[:BRIEF_LENGTH] + "…"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def _show(events: list[dict[str, Any]], stale: int, left: int, took: float) -> N
         for event in done
         if event["changed"]
     ]
-    gaps = [after - before for before, after in zip(starts, starts[1:], strict=False)]
+    gaps = [after - before for before, after in pairwise(starts)]
     interval = RateLimit.parse(RATE).interval
     print("\n" + "-" * 64)
     print(f"stale rows before          {stale:>8,}")

@@ -1,0 +1,268 @@
+"""Real servers for the whole run; an empty site and empty queues for each test."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import aio_pika
+import pytest
+
+from aioworker import topology
+from aioworker.addons import update_current_version
+from aioworker.addresses import BrokerAddress, DatabaseAddress
+from aioworker.consumer import Consumer, Options
+from aioworker.db import Database
+from aioworker.limits import RateLimit
+from aioworker.producer import Producer
+from support import servers, site
+from tests.fakes import FakeClock
+
+if TYPE_CHECKING:
+    from pymysql.connections import Connection
+    from pymysql.cursors import Cursor
+
+    from aioworker.task import Task
+
+AIOWORKER = Path(sys.executable).parent / "aioworker"
+TASK = "update_current_version"
+QUEUES = topology.Queues.of(TASK)
+COMMAND_SECONDS = 60
+DEADLINE_SECONDS = 30
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def pair() -> Iterator[servers.Servers]:
+    """The run's RabbitMQ and MariaDB."""
+    with servers.servers() as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def private(pair: servers.Servers) -> servers.Servers:
+    """The run's servers, where the test may command them."""
+    if pair.broker is None or pair.maria is None:
+        pytest.skip("commands the servers: only with private ones")
+    return pair
+
+
+@pytest.fixture
+async def clock() -> FakeClock:
+    """The time of the test's event loop, moved by the test."""
+    return FakeClock(asyncio.get_running_loop())
+
+
+@pytest.fixture
+def shop(pair: servers.Servers) -> Iterator[Connection[Cursor]]:
+    """A connection to the site's database, its tables empty."""
+    connection = servers.connect(pair.mysql_url, create=True)
+    site.create(connection)
+    connection.commit()
+    yield connection
+    connection.close()
+
+
+@pytest.fixture
+async def lanes(pair: servers.Servers) -> AsyncIterator[Lanes]:
+    """The main job's queues, declared and empty."""
+    connection = await aio_pika.connect(pair.amqp_url, timeout=10)
+    await topology.declare(connection, QUEUES, "quorum", 10)
+    found = Lanes(connection, await connection.channel())
+    await found.purge()
+    yield found
+    await connection.close()
+
+
+class Lanes:
+    """The main job's queues as a test looks at them."""
+
+    def __init__(
+        self, connection: aio_pika.abc.AbstractConnection, channel: aio_pika.abc.AbstractChannel
+    ) -> None:
+        self.connection = connection
+        self.channel = channel
+
+    async def purge(self) -> None:
+        """Empty them."""
+        for name in (QUEUES.bulk, QUEUES.urgent, QUEUES.retry, QUEUES.dead):
+            await (await self.channel.get_queue(name, ensure=False)).purge()
+
+    async def count(self, name: str) -> int:
+        """Return how many messages wait in a queue."""
+        return await topology.count(self.connection, name, 10) or 0
+
+    async def send(self, body: bytes, lane: str = QUEUES.bulk, **properties: Any) -> None:
+        """Publish bytes as they are, by default with the headers of a task's message."""
+        properties.setdefault("headers", {"task": TASK, "id": "test"})
+        message = aio_pika.Message(body, delivery_mode=2, **properties)
+        await self.channel.default_exchange.publish(message, lane)
+
+    async def take(self, name: str) -> aio_pika.abc.AbstractIncomingMessage:
+        """Take one message for good."""
+        queue = await self.channel.get_queue(name, ensure=False)
+        return await queue.get(no_ack=True, timeout=10)
+
+
+@pytest.fixture
+async def stop() -> asyncio.Event:
+    """What tells a consumer to stop; not set."""
+    return asyncio.Event()
+
+
+@pytest.fixture
+async def database(pair: servers.Servers) -> AsyncIterator[Database]:
+    """The database as the worker uses it."""
+    made = make_database(pair)
+    yield made
+    made.close()
+
+
+def make_database(
+    pair: servers.Servers, kind: type[Database] = Database, timeout: float = 30.0
+) -> Database:
+    """Make a database, or one of a kind that does something in between."""
+    address = DatabaseAddress.parse(pair.mysql_url)
+    return kind(address, connect_timeout=10, timeout=timeout)
+
+
+def make_consumer(
+    pair: servers.Servers,
+    database: Database,
+    *,
+    task: Task = update_current_version,
+    rate_limit: str | None = None,
+    burst: bool = True,
+) -> Consumer:
+    """Make a consumer that ends once the lanes are empty."""
+    options = Options(
+        addresses=BrokerAddress.parse_all(pair.amqp_url),
+        rate_limit=RateLimit.parse(rate_limit) if rate_limit else None,
+        burst=burst,
+        task_timeout=30,
+        connect_timeout=10,
+        worker="test",
+    )
+    return Consumer(task, database, options, lambda _doing: None)
+
+
+def make_producer(pair: servers.Servers) -> Producer:
+    """Make a producer."""
+    return Producer(BrokerAddress.parse_all(pair.amqp_url), 10)
+
+
+@pytest.fixture
+def run(pair: servers.Servers, tmp_path: Path) -> Run:
+    """Run the installed command in an empty folder and wait for its end."""
+
+    def run_command(*arguments: str, text: str = "", **variables: str) -> Any:
+        return subprocess.run(
+            [AIOWORKER, *arguments],
+            env=pair.environment | variables,
+            cwd=tmp_path,
+            input=text,
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_SECONDS,
+            check=False,
+        )
+
+    return run_command
+
+
+class Worker:
+    """A running `aioworker`, its log in a file."""
+
+    def __init__(self, pair: servers.Servers, folder: Path, *arguments: str, **variables: str):
+        self._log = folder / "worker.log"
+        self._file = self._log.open("a")
+        self.process = subprocess.Popen(
+            [AIOWORKER, *arguments],
+            env=pair.environment | variables,
+            cwd=folder,
+            stdout=self._file,
+            stderr=subprocess.STDOUT,
+        )
+
+    @property
+    def log(self) -> str:
+        """What it has printed so far."""
+        return self._log.read_text()
+
+    def end(self) -> None:
+        """End it, whatever state it is in."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self._file.close()
+
+
+@pytest.fixture
+def start(pair: servers.Servers, tmp_path: Path) -> Iterator[Callable[..., Worker]]:
+    """Start commands that are ended with the test."""
+    workers: list[Worker] = []
+
+    def start_worker(*arguments: str, **variables: str) -> Worker:
+        folder = tmp_path / str(len(workers))
+        folder.mkdir()
+        workers.append(Worker(pair, folder, *arguments, **variables))
+        return workers[-1]
+
+    yield start_worker
+    for worker in workers:
+        worker.end()
+
+
+def eventually(holds: Callable[[], object], what: str) -> None:
+    """Wait until something holds; fail at the deadline."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {DEADLINE_SECONDS} s: {what}"
+        time.sleep(0.02)
+
+
+def rows(connection: Connection[Cursor], statement: str, *args: object) -> list[tuple[Any, ...]]:
+    """Read rows as they are now."""
+    with connection.cursor() as cursor:
+        cursor.execute(statement, args)
+        found = list(cursor.fetchall())
+    connection.commit()
+    return found
+
+
+def execute(connection: Connection[Cursor], *statements: str) -> None:
+    """Run statements and commit."""
+    with connection.cursor() as cursor:
+        for statement in statements:
+            cursor.execute(statement)
+    connection.commit()
+
+
+def current_versions(connection: Connection[Cursor]) -> dict[int, int | None]:
+    """Return every add-on's current version."""
+    return dict(rows(connection, "SELECT id, current_version FROM addons ORDER BY id"))
+
+
+def simple_addons(connection: Connection[Cursor], count: int) -> None:
+    """Insert add-ons 1 to *count*, stale: each has public version id + 10000, none current."""
+    values = [(n, n + 10_000) for n in range(1, count + 1)]
+    with connection.cursor() as cursor:
+        cursor.executemany(
+            "INSERT INTO addons (id, addontype_id, status, created, modified)"
+            " VALUES (%s, 1, 4, '2009-01-01', '2010-05-25')",
+            [value[:1] for value in values],
+        )
+        cursor.executemany(
+            "INSERT INTO versions (addon_id, id, version, created, modified)"
+            " VALUES (%s, %s, '1.0', '2010-01-01', '2010-01-01')",
+            values,
+        )
+        cursor.executemany(
+            "INSERT INTO files (version_id, status) VALUES (%s, 4)", [v[1:] for v in values]
+        )
+    connection.commit()

@@ -1,0 +1,115 @@
+"""The connection: bounded in time, whole transactions, nothing left running."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+from pymysql.err import OperationalError
+
+from aioworker.addresses import DatabaseAddress
+from aioworker.db import Database, Trouble, sort
+from aioworker.errors import DatabaseError
+from tests.conftest import current_versions, execute, make_database, rows, simple_addons
+
+if TYPE_CHECKING:
+    from pymysql.connections import Connection
+    from pymysql.cursors import Cursor
+
+    from support.servers import Servers
+
+
+async def test_a_statement_that_takes_too_long_is_ended_on_the_server_too(
+    pair: Servers, shop: Connection[Cursor]
+) -> None:
+    """The server would finish it otherwise, and hold its locks until then."""
+    database = make_database(pair, timeout=0.5)
+
+    with pytest.raises(TimeoutError):
+        await database.query("SELECT SLEEP(60)")
+
+    running = rows(
+        shop, "SELECT COUNT(*) FROM information_schema.processlist WHERE info LIKE 'SELECT SLEEP%%'"
+    )
+    assert running == [(0,)]
+    assert await database.query("SELECT 1") == [(1,)]
+    database.close()
+
+
+async def test_a_transaction_cut_off_leaves_nothing_of_it(
+    pair: Servers, shop: Connection[Cursor]
+) -> None:
+    simple_addons(shop, 2)
+    database = make_database(pair, timeout=0.5)
+
+    with pytest.raises(TimeoutError):
+        async with database.transaction() as cursor:
+            await cursor.execute("UPDATE addons SET current_version = id + 10000")
+            await asyncio.sleep(60)
+
+    assert current_versions(shop) == {1: None, 2: None}
+    execute(shop, "SET SESSION innodb_lock_wait_timeout = 1", "UPDATE addons SET status = 1")
+    database.close()
+
+
+async def test_after_a_refused_statement_the_transaction_is_rolled_back(
+    database: Database, shop: Connection[Cursor]
+) -> None:
+    """A lock wait that ends keeps the transaction open: a commit would write half of it."""
+    simple_addons(shop, 2)
+    with shop.cursor() as cursor:
+        cursor.execute("SELECT id FROM addons WHERE id = 2 FOR UPDATE")
+
+    with pytest.raises(OperationalError) as refused:
+        async with database.transaction() as writing:
+            await writing.execute("SET SESSION innodb_lock_wait_timeout = 1")
+            await writing.execute("UPDATE addons SET current_version = 10001 WHERE id = 1")
+            await writing.execute("UPDATE addons SET current_version = 10002 WHERE id = 2")
+
+    assert sort(refused.value) is Trouble.CONTENTION
+    shop.rollback()
+    async with database.transaction():
+        pass
+    assert current_versions(shop) == {1: None, 2: None}
+
+
+async def test_a_connection_that_the_server_ended_is_opened_again(
+    database: Database, shop: Connection[Cursor]
+) -> None:
+    [[thread]] = await database.query("SELECT CONNECTION_ID()")
+    execute(shop, f"KILL {thread}")
+
+    await database.ready()
+
+    assert await database.query("SELECT 1") == [(1,)]
+
+
+async def test_a_session_is_as_documented(database: Database, shop: Connection[Cursor]) -> None:
+    assert await database.query(
+        "SELECT @@time_zone, @@wait_timeout, @@innodb_lock_wait_timeout, @@tx_isolation"
+    ) == [("+00:00", 60, 5, "READ-COMMITTED")]
+
+
+async def test_a_database_that_does_not_answer_is_given_up_in_time() -> None:
+    """A connection that is accepted and never served: aiomysql itself would wait for ever."""
+
+    async def silent(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(30)
+        writer.close()
+
+    server = await asyncio.start_server(silent, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    database = Database(
+        DatabaseAddress.parse(f"mysql://me:s3cret@127.0.0.1:{port}/site"),
+        connect_timeout=0.3,
+        timeout=5,
+    )
+
+    with pytest.raises(DatabaseError) as error:
+        await database.ready()
+
+    assert str(error.value) == (
+        f"cannot use MySQL at mysql://me@127.0.0.1:{port}/site: no answer in time"
+    )
+    server.close()

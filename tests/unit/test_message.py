@@ -1,0 +1,163 @@
+"""What is on the wire, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aioworker.errors import MessageRefusedError, UsageError
+from aioworker.message import check_chunk, decode, encode
+
+TASK = "update_current_version"
+HEADERS = {"task": TASK, "id": "one"}
+
+
+def body(ids: object) -> bytes:
+    return json.dumps([[ids], {}, None]).encode()
+
+
+def test_a_chunk_arrives_as_it_was_published() -> None:
+    encoded = encode(TASK, [3615, 55])
+
+    assert decode(TASK, encoded.headers, "application/json", encoded.body) == [3615, 55]
+
+
+def test_a_message_is_one_of_celerys_protocol_2() -> None:
+    """A Celery worker can run it: every header it reads is there."""
+    encoded = encode(TASK, [3615])
+
+    assert json.loads(encoded.body) == [
+        [[3615]],
+        {},
+        {"callbacks": None, "errbacks": None, "chain": None, "chord": None},
+    ]
+    assert encoded.headers | {"origin": "", "id": "", "root_id": ""} == {
+        "lang": "py",
+        "task": TASK,
+        "id": "",
+        "shadow": None,
+        "eta": None,
+        "expires": None,
+        "group": None,
+        "group_index": None,
+        "retries": 0,
+        "timelimit": [None, None],
+        "root_id": "",
+        "parent_id": None,
+        "argsrepr": "[[3615]]",
+        "kwargsrepr": "{}",
+        "origin": "",
+    }
+    assert encoded.headers["id"] == encoded.headers["root_id"] == encoded.message_id
+
+
+def test_rows_of_one_id_are_the_ids() -> None:
+    """So the original producer sent them."""
+    assert check_chunk([[3615], [55]]) == check_chunk([3615, 55]) == [3615, 55]
+
+
+def test_an_id_that_comes_twice_counts_once() -> None:
+    assert check_chunk([7, [7], 5, 7]) == [7, 5]
+
+
+BAD_IDS = [
+    ("'7'", "7"),
+    ("0", 0),
+    ("-5", -5),
+    ("None", None),
+    ("1.0", 1.0),
+    ("True", True),
+    ("4294967296", 2**32),
+    ("[[7]]", [[7]]),
+    ("[7, 8]", [7, 8]),
+    ("[]", []),
+]
+
+
+@pytest.mark.parametrize(("shown", "value"), BAD_IDS)
+def test_one_bad_id_refuses_the_whole_message(shown: str, value: object) -> None:
+    with pytest.raises(MessageRefusedError) as refusal:
+        decode(TASK, HEADERS, "application/json", body([3615, value]))
+
+    assert str(refusal.value) == f"expected ids from 1 to 4294967295, got: {shown}"
+
+
+def test_more_than_a_thousand_ids_are_refused() -> None:
+    assert len(check_chunk(list(range(1, 1001)))) == 1000
+    with pytest.raises(UsageError, match=r"^expected at most 1000 ids, got: 1001$"):
+        check_chunk([7] * 1001)
+
+
+REFUSED: list[tuple[str, dict[str, Any], str | None, bytes]] = [
+    ("expected header task 'update_current_version', got: None", {}, None, body([1])),
+    (
+        "expected header task 'update_current_version', got: 'other'",
+        {"task": "other"},
+        None,
+        body([1]),
+    ),
+    (
+        "expected content type application/json, got: 'application/x-python-serialize'",
+        HEADERS,
+        "application/x-python-serialize",
+        body([1]),
+    ),
+    ("expected header retries from 0, got: 'x'", HEADERS | {"retries": "x"}, None, body([1])),
+    (
+        "expected no eta or countdown: aioworker runs what is due",
+        HEADERS | {"eta": "2030-01-01T00:00:00"},
+        None,
+        body([1]),
+    ),
+    (
+        "expected a body of JSON, got: Expecting value: line 1 column 1 (char 0)",
+        HEADERS,
+        None,
+        b"",
+    ),
+    ("expected body [[ids], {}, embed], got: {'a': 1}", HEADERS, None, b'{"a": 1}'),
+    ("expected body [[ids], {}, embed], got: [[], {}, None]", HEADERS, None, b"[[], {}, null]"),
+    ("expected no keyword arguments, got: {'up': 1}", HEADERS, None, b'[[[1]], {"up": 1}, null]'),
+    (
+        "expected no 'chain': aioworker keeps no results to pass on",
+        HEADERS,
+        None,
+        b'[[[1]], {}, {"chain": [{"task": "next"}]}]',
+    ),
+    ("expected a list of ids, got: 'all'", HEADERS, None, b'[["all"], {}, null]'),
+]
+
+
+@pytest.mark.parametrize(("reason", "headers", "content_type", "content"), REFUSED)
+def test_what_cannot_be_run_is_refused_with_a_reason(
+    reason: str, headers: dict[str, Any], content_type: str | None, content: bytes
+) -> None:
+    with pytest.raises(MessageRefusedError) as refusal:
+        decode(TASK, headers, content_type, content)
+
+    assert str(refusal.value) == reason
+
+
+@given(
+    st.binary()
+    | st.just(b"[" * 100_000)
+    | st.recursive(
+        st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    ).map(lambda value: json.dumps(value).encode())
+)
+def test_whatever_the_body_is_the_reason_is_one_line(content: bytes) -> None:
+    """The worker lives, and `dead list` has one line for it."""
+    try:
+        ids = decode(TASK, HEADERS, "application/json", content)
+    except MessageRefusedError as refusal:
+        reason = str(refusal)
+        assert reason.startswith("expected ")
+        assert "\n" not in reason
+        assert len(reason) < 400
+    else:
+        assert ids == check_chunk(json.loads(content)[0][0])

@@ -1,0 +1,138 @@
+"""Settings: one line that names the value and the cure, before anything is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from aioworker.errors import UsageError
+from aioworker.limits import RateLimit
+from aioworker.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No `.env` of the checkout, no variable of the machine."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("AMQP_URL", "MYSQL_URL"):
+        monkeypatch.delenv(f"AIOWORKER_{name}", raising=False)
+    return tmp_path
+
+
+def test_without_any_variable_the_defaults_hold() -> None:
+    settings = Settings.load()
+
+    assert [node.shown for node in settings.amqp_url] == ["amqp://guest@127.0.0.1:5672/"]
+    assert settings.mysql_url.shown == "mysql://root@127.0.0.1:3306/aioworker"
+    assert settings.rate_limit is None
+    assert (settings.chunk_size, settings.queue_type) == (1000, "quorum")
+    assert (settings.task_timeout, settings.shutdown_timeout, settings.connect_timeout) == (
+        30,
+        40,
+        10,
+    )
+
+
+def test_an_option_wins_over_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIOWORKER_RATE_LIMIT", "2/m")
+
+    assert Settings.load(rate_limit="3/h").rate_limit == RateLimit(3, "h")
+    assert Settings.load(rate_limit=None).rate_limit == RateLimit(2, "m")
+
+
+def test_a_variable_wins_over_the_env_file(
+    empty_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (empty_folder / ".env").write_text("AIOWORKER_CHUNK_SIZE=10\nAIOWORKER_RATE_LIMIT=1/h\nX=1\n")
+    monkeypatch.setenv("AIOWORKER_CHUNK_SIZE", "20")
+
+    settings = Settings.load()
+
+    assert (settings.chunk_size, str(settings.rate_limit)) == (20, "1/h")
+
+
+def test_an_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIOWORKER_RATE_LIMIT", "")
+
+    assert Settings.load().rate_limit is None
+
+
+def test_secrets_come_from_files(empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What systemd's LoadCredential puts there, with the newline an editor adds."""
+    secrets = empty_folder / "secrets"
+    secrets.mkdir()
+    (secrets / "AIOWORKER_MYSQL_URL").write_text("mysql://me:s3cret@db/site\n")
+    monkeypatch.setenv("AIOWORKER_SECRETS_DIR", str(secrets))
+
+    settings = Settings.load()
+
+    assert (settings.mysql_url.password, settings.mysql_url.database) == ("s3cret", "site")
+    assert "s3cret" not in repr(settings)
+
+
+BAD = [
+    (
+        "AIOWORKER_RATE_LIMIT",
+        "2/min",
+        "expected rate limit as COUNT/UNIT, such as '2/m', got: '2/min'",
+    ),
+    ("AIOWORKER_CHUNK_SIZE", "5000", "expected a whole number from 1 to 1000, got: '5000'"),
+    ("AIOWORKER_CHUNK_SIZE", "1e2", "expected a whole number from 1 to 1000, got: '1e2'"),
+    ("AIOWORKER_TASK_TIMEOUT", "nan", "expected seconds from 1 to 3600, got: 'nan'"),
+    ("AIOWORKER_CONNECT_TIMEOUT", "0", "expected seconds from 0.1 to 3600, got: '0'"),
+    ("AIOWORKER_QUEUE_TYPE", "stream", "expected one of quorum, classic, got: 'stream'"),
+    (
+        "AIOWORKER_MYSQL_URL",
+        "postgres://me:s3cret@db/site",
+        "expected a URL such as mysql://user:password@host:3306/database,"
+        " got: 'postgres://me@db/site'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "problem"), BAD)
+def test_a_bad_value_is_refused_by_its_variable(
+    name: str, value: str, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+
+    with pytest.raises(UsageError) as refusal:
+        Settings.load()
+
+    assert str(refusal.value) == f"{name}: {problem}"
+
+
+def test_a_bad_option_is_refused_by_its_option() -> None:
+    with pytest.raises(UsageError) as refusal:
+        Settings.load(chunk_size="0")
+
+    assert str(refusal.value) == "--chunk-size: expected a whole number from 1 to 1000, got: '0'"
+
+
+@pytest.mark.parametrize("where", ["environment", "file", "secrets"])
+def test_a_misspelt_name_is_refused_with_the_nearest_one(
+    where: str, empty_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    match where:
+        case "environment":
+            monkeypatch.setenv("AIOWORKER_RATE_LMIT", "2/m")
+        case "file":
+            (empty_folder / ".env").write_text("AIOWORKER_RATE_LMIT=2/m\n")
+        case _:
+            (empty_folder / "AIOWORKER_RATE_LMIT").write_text("2/m")
+            monkeypatch.setenv("AIOWORKER_SECRETS_DIR", str(empty_folder))
+
+    with pytest.raises(UsageError) as refusal:
+        Settings.load()
+
+    assert str(refusal.value) == (
+        "unknown setting AIOWORKER_RATE_LMIT, did you mean AIOWORKER_RATE_LIMIT?"
+    )
+
+
+def test_what_kubernetes_sets_for_a_service_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PORT", "PORT_80_TCP_ADDR", "SERVICE_HOST", "SERVICE_PORT"):
+        monkeypatch.setenv(f"AIOWORKER_{name}", "tcp://10.0.0.1:80")
+
+    assert Settings.load().chunk_size == 1000
