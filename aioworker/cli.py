@@ -175,10 +175,11 @@ def publish(
 
 
 def _numbers(words: list[str]) -> list[int]:
+    """Return words as whole numbers, each once."""
     for word in words:
         if not (word.isascii() and word.isdigit()):
             raise UsageError(f"expected ids as whole numbers, got: {word!r}")
-    return [int(word) for word in words]
+    return list(dict.fromkeys(map(int, words)))
 
 
 def _prepare(name: str, **options: str | None) -> tuple[Settings, Task]:

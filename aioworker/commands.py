@@ -119,6 +119,7 @@ async def consume(
     try:
         await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if not running.done():
+            log.info("draining", extra=fields(shutdown_timeout=settings.shutdown_timeout))
             notifier.send(STOPPING="1", STATUS="finishing the running chunk")
             await asyncio.wait({running}, timeout=settings.shutdown_timeout)
         if not running.done():
@@ -201,7 +202,8 @@ async def publish_all(
                         lambda: show(sweep.ids, f"published {_extent(sweep)}"),
                     )
             except (AioworkerError, asyncio.CancelledError) as error:
-                error.add_note(_how_to_go_on(settings, task, sweep, after))
+                if sweep.chunks:
+                    error.add_note(_how_to_go_on(settings, task, sweep))
                 raise
     finally:
         database.close()
@@ -256,8 +258,7 @@ def _extent(sweep: Sweep) -> str:
     return f"{sweep.chunks} chunks, {sweep.ids} ids{last}"
 
 
-def _how_to_go_on(settings: Settings, task: Task, sweep: Sweep, after: int) -> str:
-    from_id = after if sweep.last_id is None else sweep.last_id
+def _how_to_go_on(settings: Settings, task: Task, sweep: Sweep) -> str:
     size = "" if settings.chunk_size == CHUNK_LIMIT else f" --chunk-size {settings.chunk_size}"
-    command = f"aioworker publish-all {task.name}{size}" + (f" --after {from_id}" * (from_id > 0))
+    command = f"aioworker publish-all {task.name}{size} --after {sweep.last_id}"
     return f"confirmed {_extent(sweep)}; go on with: {command}"

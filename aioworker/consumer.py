@@ -95,6 +95,7 @@ class Consumer:
         self._idle_since = time.monotonic()
         self._trusted = False  # whether the task's tables were read since the last failure
         self._failures = 0
+        self._took = False  # whether the last look into the lanes found a message
         self._stop = asyncio.Event()
         self._lost = asyncio.Event()
 
@@ -145,15 +146,19 @@ class Consumer:
 
     async def _serve_one(self, lanes: topology.Lanes, publisher: broker.Publisher) -> bool:
         """Take one message through its life; return whether to go on."""
+        # Without a limit a message just taken is the sign that there are more.
+        if not (self._took and self._limiter is None) and not await lanes.hold_something():
+            if self._options.burst:
+                return False
+            await self._wait("nothing queued", IDLE_SECONDS)
+            return not self._stop.is_set()
         await self._wait_for_budget()
         await self._wait_for_database()
         if self._stop.is_set():
             return False
         delivery = await lanes.take()
+        self._took = delivery is not None
         if delivery is None:
-            if self._options.burst:
-                return False
-            await self._wait("nothing queued", IDLE_SECONDS)
             return True
         result = await self._work(delivery)
         kind = await self._settle(delivery, result, publisher)
@@ -165,7 +170,7 @@ class Consumer:
         self._failures = 0
         return True
 
-    # 1. Wait for the budget and for the database; nothing is held meanwhile.
+    # 1. Wait for messages, the budget and the database; nothing is held meanwhile.
 
     async def _wait_for_budget(self) -> None:
         """Return when a start is due, or at a stop."""

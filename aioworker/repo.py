@@ -35,7 +35,7 @@ READS_AGAIN = 3
 # The comment shows in the server's list of processes.
 _COMMENT = "/* aioworker update_current_version */"
 
-PAGE = f"""SELECT {_COMMENT} id FROM addons FORCE INDEX (PRIMARY)
+PAGE = f"""SELECT {_COMMENT} id FROM addons
 WHERE id > %s AND status IN (1, 2, 3, 4, 6, 7) AND inactive = 0 AND addontype_id <> 9
 ORDER BY id LIMIT %s"""
 

@@ -20,7 +20,12 @@ from aioworker.errors import QueueDiffersError
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from aio_pika.abc import AbstractConnection, AbstractIncomingMessage, AbstractQueue
+    from aio_pika.abc import (
+        AbstractChannel,
+        AbstractConnection,
+        AbstractIncomingMessage,
+        AbstractQueue,
+    )
 
 _Result = TypeVar("_Result")
 
@@ -163,12 +168,20 @@ class Lanes:
     """A task's two lanes, to take from, over one channel.
 
     Args:
+        channel: What both are used over.
         urgent: Always taken from first.
         bulk: Taken from when *urgent* is empty.
         timeout: Seconds for each step.
     """
 
-    def __init__(self, urgent: AbstractQueue, bulk: AbstractQueue, timeout: float) -> None:
+    def __init__(
+        self,
+        channel: AbstractChannel,
+        urgent: AbstractQueue,
+        bulk: AbstractQueue,
+        timeout: float,
+    ) -> None:
+        self._channel = channel
         self._queues = (urgent, bulk)
         self._timeout = timeout
 
@@ -185,9 +198,26 @@ class Lanes:
         async def call() -> Lanes:
             channel = await connection.channel()
             urgent = await channel.get_queue(queues.urgent, ensure=False)
-            return cls(urgent, await channel.get_queue(queues.bulk, ensure=False), timeout)
+            bulk = await channel.get_queue(queues.bulk, ensure=False)
+            return cls(channel, urgent, bulk, timeout)
 
         return await _bounded(call, queues.bulk, timeout)
+
+    async def hold_something(self) -> bool:
+        """Return whether a message waits in either lane; nothing is taken.
+
+        Raises:
+            BrokerError: A lane is gone, or the connection is lost.
+        """
+        for queue in self._queues:
+            declared = await _bounded(
+                partial(self._channel.declare_queue, queue.name, passive=True),
+                queue.name,
+                self._timeout,
+            )
+            if declared.declaration_result.message_count:
+                return True
+        return False
 
     async def take(self) -> AbstractIncomingMessage | None:
         """Take one message, from the urgent lane first; None when both are empty.

@@ -1,0 +1,262 @@
+"""What goes wrong at the start: one line on standard error that says what to do."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+from support import servers
+from tests.conftest import QUEUES, TASK, Lanes, Run, execute
+
+if TYPE_CHECKING:
+    from pymysql.connections import Connection
+    from pymysql.cursors import Cursor
+
+BROKER_COMMANDS = [("consume", "--burst"), ("publish-all",), ("publish", "1"), ("init",)]
+DATABASE_COMMANDS = [("consume", "--burst"), ("publish-all",), ("publish-all", "--dry-run")]
+
+
+def last_line(done: subprocess.CompletedProcess[str]) -> str:
+    """Return the one line about what is wrong; log lines of the worker may precede it."""
+    lines = done.stderr.splitlines()
+    assert [line for line in lines if "Traceback" in line or line.startswith(" ")] == []
+    assert [line for line in lines if line.startswith("aioworker: ")] == lines[-1:]
+    assert done.stdout == ""
+    return lines[-1].removeprefix("aioworker: ")
+
+
+@pytest.mark.parametrize("command", BROKER_COMMANDS)
+def test_a_broker_that_is_not_there(command: tuple[str, ...], run: Run, shop: object) -> None:
+    done = run(*command, AIOWORKER_AMQP_URL="amqp://me:s3cret@127.0.0.1:1/v")
+
+    assert (done.returncode, last_line(done)) == (
+        1,
+        "cannot connect to RabbitMQ at amqp://me@127.0.0.1:1/v: [Errno 111] Connect call failed"
+        " ('127.0.0.1', 1); is it running? check AIOWORKER_AMQP_URL",
+    )
+
+
+@pytest.mark.parametrize("command", BROKER_COMMANDS)
+def test_a_wrong_password_of_the_broker(
+    command: tuple[str, ...], run: Run, shop: object, private: servers.Servers
+) -> None:
+    assert private.broker is not None
+    url = private.broker.url(password="s3cret")
+
+    done = run(*command, AIOWORKER_AMQP_URL=url)
+
+    assert (done.returncode, last_line(done)) == (
+        1,
+        f"cannot connect to RabbitMQ at amqp://guest@127.0.0.1:{private.broker.port}/: user or"
+        " password refused, check AIOWORKER_AMQP_URL",
+    )
+
+
+def test_a_virtual_host_that_is_not_there(run: Run, private: servers.Servers) -> None:
+    assert private.broker is not None
+
+    done = run("publish", "1", AIOWORKER_AMQP_URL=private.broker.url("nowhere"))
+
+    assert (done.returncode, last_line(done)) == (
+        1,
+        f"cannot connect to RabbitMQ at amqp://guest@127.0.0.1:{private.broker.port}/nowhere:"
+        " virtual host 'nowhere' does not exist or is not open to user 'guest', check"
+        " AIOWORKER_AMQP_URL",
+    )
+
+
+@pytest.mark.parametrize("command", BROKER_COMMANDS[:3])
+def test_a_queue_that_is_not_there(
+    command: tuple[str, ...], run: Run, shop: object, private: servers.Servers
+) -> None:
+    """Nothing but init declares; the others say so."""
+    assert private.broker is not None
+    private.broker.control("add_vhost", "empty")
+    private.broker.control("set_permissions", "-p", "empty", "guest", ".*", ".*", ".*")
+    try:
+        done = run(*command, AIOWORKER_AMQP_URL=private.broker.url("empty"))
+        assert private.broker.control("list_queues", "-p", "empty", "name").split() == []
+    finally:
+        private.broker.control("delete_vhost", "empty")
+
+    lane = QUEUES.bulk if command == ("publish-all",) else QUEUES.urgent
+    assert (done.returncode, last_line(done)) == (
+        1,
+        f"queue {lane} does not exist: run `aioworker init`",
+    )
+
+
+@pytest.mark.parametrize("command", DATABASE_COMMANDS)
+def test_a_database_that_is_not_there(
+    command: tuple[str, ...], run: Run, lanes: Lanes, private: servers.Servers
+) -> None:
+    assert private.maria is not None
+
+    done = run(*command, AIOWORKER_MYSQL_URL=private.maria.url("nowhere"))
+
+    assert (done.returncode, last_line(done)) == (
+        1,
+        f"cannot use MySQL at mysql://root@127.0.0.1:{private.maria.port}/nowhere: Unknown"
+        " database 'nowhere' (1049); create it, or correct AIOWORKER_MYSQL_URL",
+    )
+
+
+@pytest.mark.parametrize("command", DATABASE_COMMANDS)
+def test_a_database_server_that_is_not_there(
+    command: tuple[str, ...], run: Run, lanes: Lanes
+) -> None:
+    done = run(*command, AIOWORKER_MYSQL_URL="mysql://me:s3cret@127.0.0.1:1/site")
+
+    assert (done.returncode, last_line(done)) == (
+        1,
+        "cannot use MySQL at mysql://me@127.0.0.1:1/site: Can't connect to MySQL server on"
+        " '127.0.0.1' (2003); is it running? check AIOWORKER_MYSQL_URL",
+    )
+
+
+@pytest.mark.parametrize("command", DATABASE_COMMANDS)
+def test_a_wrong_password_of_the_database(
+    command: tuple[str, ...], run: Run, lanes: Lanes, private: servers.Servers
+) -> None:
+    assert private.maria is not None
+
+    done = run(*command, AIOWORKER_MYSQL_URL=private.maria.url("aioworker", "nobody", "s3cret"))
+
+    assert (done.returncode, last_line(done)) == (
+        1,
+        f"cannot use MySQL at mysql://nobody@127.0.0.1:{private.maria.port}/aioworker: Access"
+        " denied for user 'nobody'@'127.0.0.1' (using password: YES) (1045); check user and"
+        " password in AIOWORKER_MYSQL_URL",
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "table"),
+    [
+        (("consume", "--burst"), "addons"),
+        (("consume", "--burst"), "files"),
+        (("publish-all",), "addons"),
+        (("publish-all", "--dry-run"), "addons"),
+    ],
+)
+def test_a_table_that_is_not_there(
+    command: tuple[str, ...],
+    table: str,
+    run: Run,
+    lanes: Lanes,
+    shop: Connection[Cursor],
+    pair: servers.Servers,
+) -> None:
+    """Also while nothing is queued: it is said before a message is taken."""
+    execute(shop, f"RENAME TABLE {table} TO elsewhere")
+
+    done = run(*command)
+
+    assert done.returncode == 1
+    assert last_line(done) == (
+        f"cannot use MySQL at {pair.mysql_url}: Table 'aioworker.{table}' doesn't exist (1146);"
+        " is this the right database? check AIOWORKER_MYSQL_URL"
+    )
+
+
+def test_no_permission_in_the_broker(run: Run, lanes: Lanes, private: servers.Servers) -> None:
+    assert private.broker is not None
+    private.broker.control("add_user", "reader", "s3cret")
+    private.broker.control("set_permissions", "reader", "", "", ".*")
+    try:
+        publish = run("publish", "1", AIOWORKER_AMQP_URL=private.broker.url("", "reader", "s3cret"))
+        init = run("init", AIOWORKER_AMQP_URL=private.broker.url("", "reader", "s3cret"))
+    finally:
+        private.broker.control("delete_user", "reader")
+
+    assert (publish.returncode, init.returncode) == (1, 1)
+    cure = "`aioworker init --print` shows what the user needs"
+    assert last_line(publish).startswith(f"no permission for queue {QUEUES.urgent}: ACCESS_REFUSED")
+    assert last_line(publish).endswith(cure)
+    assert last_line(init).startswith(f"no permission for queue {QUEUES.dead}: ACCESS_REFUSED")
+    assert last_line(init).endswith(cure)
+
+
+def test_no_permission_in_the_database(
+    run: Run, lanes: Lanes, shop: Connection[Cursor], private: servers.Servers
+) -> None:
+    assert private.maria is not None
+    execute(shop, "CREATE OR REPLACE USER reader", "GRANT SELECT ON aioworker.addons TO reader")
+
+    done = run("consume", "--burst", AIOWORKER_MYSQL_URL=private.maria.url("aioworker", "reader"))
+
+    assert done.returncode == 1
+    assert "SELECT command denied to user" in last_line(done)
+    assert last_line(done).endswith("(1142); `aioworker init --print` shows what the user needs")
+
+
+USAGE = [
+    (
+        ("consume", "--rate-limit", "2/min"),
+        {},
+        "--rate-limit: expected rate limit as COUNT/UNIT, such as '2/m', got: '2/min'",
+    ),
+    (
+        ("consume",),
+        {"AIOWORKER_RATE_LIMIT": "2/min"},
+        "AIOWORKER_RATE_LIMIT: expected rate limit as COUNT/UNIT, such as '2/m', got: '2/min'",
+    ),
+    (
+        ("publish-all",),
+        {"AIOWORKER_RATE_LMIT": "2/m"},
+        "unknown setting AIOWORKER_RATE_LMIT, did you mean AIOWORKER_RATE_LIMIT?",
+    ),
+    (
+        ("init",),
+        {"AIOWORKER_AMQP_URL": "http://me:s3cret@h/"},
+        "AIOWORKER_AMQP_URL: expected a URL such as amqp://user:password@host:5672/vhost,"
+        " got: 'http://me@h/'",
+    ),
+    (
+        ("publish-all", "--chunk-size", "5000"),
+        {},
+        "--chunk-size: expected a whole number from 1 to 1000, got: '5000'",
+    ),
+    (
+        ("consume", "update_curent_version"),
+        {},
+        "unknown task 'update_curent_version', did you mean update_current_version?",
+    ),
+    (("publish", "7", "x"), {}, "expected ids as whole numbers, got: 'x'"),
+    (("publish", "7", "0"), {}, "expected ids from 1 to 4294967295, got: 0"),
+    (("publish",), {}, "Missing argument 'ID...'. `aioworker publish --help` shows the usage."),
+    (
+        ("consum",),
+        {},
+        "No such command 'consum'. Did you mean 'consume'? `aioworker --help` shows the usage.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("command", "variables", "line"), USAGE)
+def test_wrong_usage_or_settings_exit_2(
+    command: tuple[str, ...], variables: dict[str, str], line: str, run: Run
+) -> None:
+    done = run(*command, **variables)
+
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"aioworker: {line}\n")
+
+
+async def test_bad_ids_publish_nothing(run: Run, lanes: Lanes) -> None:
+    """Good ones beside them are not published either."""
+    done = run("publish", "-", text="1 2\n3 four")
+
+    assert (done.returncode, done.stderr) == (
+        2,
+        "aioworker: expected ids as whole numbers, got: 'four'\n",
+    )
+    assert await lanes.count(QUEUES.urgent) == 0
+
+
+def test_debug_shows_where(run: Run) -> None:
+    done = run("--debug", "consume", TASK, "--rate-limit", "x")
+
+    assert done.returncode == 2
+    assert "Traceback (most recent call last):" in done.stderr

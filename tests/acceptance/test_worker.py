@@ -1,0 +1,311 @@
+"""The worker as it runs: started, stopped, watched by a service manager."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import aio_pika
+import pytest
+
+from support import servers
+from tests.conftest import (
+    QUEUES,
+    Lanes,
+    Run,
+    Worker,
+    current_versions,
+    eventually,
+    execute,
+    rows,
+    simple_addons,
+)
+
+if TYPE_CHECKING:
+    from pymysql.connections import Connection
+    from pymysql.cursors import Cursor
+
+Start = Callable[..., Worker]
+
+
+def running_writes(shop: Connection[Cursor]) -> int:
+    """Count the worker's writes that the server is running."""
+    statement = (
+        "SELECT COUNT(*) FROM information_schema.processlist"
+        " WHERE info LIKE 'UPDATE /* aioworker update_current_version */%%'"
+    )
+    return int(rows(shop, statement)[0][0])
+
+
+async def slow_chunk(shop: Connection[Cursor], lanes: Lanes, milliseconds: int) -> None:
+    """Queue a chunk whose one write takes a while, and another behind it."""
+    simple_addons(shop, 2)
+    execute(
+        shop,
+        "CREATE TRIGGER slow BEFORE UPDATE ON addons FOR EACH ROW"
+        f" SET NEW.modified = IF(SLEEP({milliseconds / 1000}), NEW.modified, NEW.modified)",
+    )
+    await lanes.send(json.dumps([[[1]], {}, None]).encode())
+    await lanes.send(json.dumps([[[2]], {}, None]).encode())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_lets_the_running_chunk_finish(
+    start: Start, shop: Connection[Cursor], lanes: Lanes, number: signal.Signals
+) -> None:
+    """No new one is begun, nothing is left unsettled, and the exit status is 0."""
+    await slow_chunk(shop, lanes, 1500)
+    worker = start("consume", "--rate-limit", "100/s")
+    eventually(lambda: running_writes(shop), "the write runs")
+
+    worker.process.send_signal(number)
+
+    assert worker.process.wait(10) == 0
+    assert current_versions(shop) == {1: 10_001, 2: None}
+    assert await lanes.count(QUEUES.bulk) == 1
+    assert "Traceback" not in worker.log
+
+
+async def test_a_second_signal_ends_it_at_once_and_loses_nothing(
+    start: Start, run: Run, shop: Connection[Cursor], lanes: Lanes
+) -> None:
+    await slow_chunk(shop, lanes, 8000)
+    worker = start("consume", "--rate-limit", "100/s")
+    eventually(lambda: running_writes(shop), "the write runs")
+
+    worker.process.send_signal(signal.SIGTERM)
+    eventually(lambda: "draining" in worker.log, "it drains")
+    worker.process.send_signal(signal.SIGTERM)
+
+    assert worker.process.wait(2) == -signal.SIGTERM
+    eventually(lambda: not running_writes(shop), "the server ended the write")
+    execute(shop, "DROP TRIGGER slow")
+    assert run("consume", "--burst", AIOWORKER_RATE_LIMIT="100/s").returncode == 0
+    assert current_versions(shop) == {1: 10_001, 2: 10_002}
+
+
+async def test_a_chunk_that_outlasts_the_shutdown_timeout_is_given_back(
+    start: Start, run: Run, shop: Connection[Cursor], lanes: Lanes
+) -> None:
+    """Its statement is ended on the server too, and the exit status says that not all is well."""
+    await slow_chunk(shop, lanes, 30_000)
+    worker = start("consume", "--rate-limit", "100/s", AIOWORKER_SHUTDOWN_TIMEOUT="1")
+    eventually(lambda: running_writes(shop), "the write runs")
+
+    worker.process.send_signal(signal.SIGTERM)
+
+    assert worker.process.wait(10) == 1
+    assert running_writes(shop) == 0
+    assert await lanes.count(QUEUES.bulk) == 2
+    assert current_versions(shop) == {1: None, 2: None}
+
+
+async def test_a_run_that_takes_too_long_is_cut_off_and_comes_again(
+    start: Start, shop: Connection[Cursor], lanes: Lanes
+) -> None:
+    await slow_chunk(shop, lanes, 3000)
+    worker = start("consume", "--rate-limit", "100/s", AIOWORKER_TASK_TIMEOUT="1")
+
+    eventually(lambda: "cut off" in worker.log, "the run is cut off")
+    execute(shop, "DROP TRIGGER slow")
+
+    eventually(lambda: None not in current_versions(shop).values(), "both chunks are done")
+
+
+async def test_an_idle_worker_notices_a_message_within_a_second(
+    start: Start, run: Run, shop: Connection[Cursor], lanes: Lanes
+) -> None:
+    simple_addons(shop, 1)
+    worker = start("consume")
+    eventually(lambda: "nothing queued" in worker.log, "it is idle")
+
+    await lanes.send(json.dumps([[[1]], {}, None]).encode())
+    sent = time.monotonic()
+    eventually(lambda: current_versions(shop)[1], "the change is made")
+
+    # The order is what counts: it looked on its own, long before its next start is due.
+    assert time.monotonic() - sent < 15
+    assert worker.process.poll() is None
+
+
+async def test_it_waits_for_servers_that_are_not_there_and_says_so(start: Start) -> None:
+    """What is down at three in the morning may come back."""
+    no_broker = start("consume", AIOWORKER_AMQP_URL="amqp://127.0.0.1:1/")
+
+    eventually(lambda: "waiting: cannot connect to RabbitMQ" in no_broker.log, "it says so")
+    assert no_broker.process.poll() is None
+    no_broker.process.send_signal(signal.SIGTERM)
+
+    assert no_broker.process.wait(10) == 0
+
+
+async def test_it_waits_for_its_queues_and_goes_on_when_they_are_declared(
+    start: Start, run: Run, private: servers.Servers, shop: Connection[Cursor]
+) -> None:
+    assert private.broker is not None
+    simple_addons(shop, 1)
+    private.broker.control("add_vhost", "later")
+    private.broker.control("set_permissions", "-p", "later", "guest", ".*", ".*", ".*")
+    url = private.broker.url("later")
+    try:
+        worker = start("consume", AIOWORKER_AMQP_URL=url)
+        eventually(lambda: "run `aioworker init`" in worker.log, "it says what is missing")
+        assert run("init", AIOWORKER_AMQP_URL=url).returncode == 0
+        assert run("publish", "1", AIOWORKER_AMQP_URL=url).returncode == 0
+
+        eventually(lambda: current_versions(shop)[1], "the change is made")
+        worker.process.send_signal(signal.SIGTERM)
+        assert worker.process.wait(10) == 0
+    finally:
+        private.broker.control("delete_vhost", "later")
+
+
+async def test_it_survives_its_connections_being_closed(
+    start: Start, private: servers.Servers, shop: Connection[Cursor], lanes: Lanes
+) -> None:
+    """The broker's and the database's: it says so, connects again and goes on."""
+    assert private.broker is not None
+    simple_addons(shop, 1)
+    worker = start("consume", "--rate-limit", "100/s")
+    eventually(lambda: "nothing queued" in worker.log, "it is idle")
+
+    private.broker.control("close_all_connections", "test")
+    for [thread] in rows(
+        shop, "SELECT id FROM information_schema.processlist WHERE id <> CONNECTION_ID()"
+    ):
+        execute(shop, f"KILL {thread}")
+    eventually(lambda: "connection to RabbitMQ lost" in worker.log, "it says so")
+    worker_publish = await _again(private)
+    await worker_publish.send(json.dumps([[[1]], {}, None]).encode())
+
+    eventually(lambda: current_versions(shop)[1], "the change is made")
+    assert "Traceback" not in worker.log
+    await worker_publish.connection.close()
+
+
+async def _again(pair: servers.Servers) -> Lanes:
+    """Connect anew: the test's own connection was closed too."""
+    connection = await aio_pika.connect(pair.amqp_url, timeout=10)
+    return Lanes(connection, await connection.channel())
+
+
+class Manager:
+    """Plays systemd: the socket that `NOTIFY_SOCKET` names."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "notify"
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(str(self.path))
+        self.socket.settimeout(20)
+        self.states: list[str] = []
+
+    def until(self, state: str) -> None:
+        """Receive states up to one that begins so."""
+        while not any(line.startswith(state) for line in self.states):
+            self.states += self.socket.recv(4096).decode().splitlines()
+
+
+@pytest.fixture
+def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager]:
+    # A socket's path may have 107 characters.
+    monkeypatch.chdir(tmp_path)
+    played = Manager(Path())
+    yield played
+    played.socket.close()
+
+
+async def test_a_service_manager_is_told_ready_status_and_stopping(
+    start: Start, manager: Manager, tmp_path: Path, shop: Connection[Cursor], lanes: Lanes
+) -> None:
+    """What `systemctl status` shows while it works and waits."""
+    simple_addons(shop, 2)
+    for addon in (1, 2):
+        await lanes.send(json.dumps([[[addon]], {}, None]).encode())
+
+    worker = start("consume", NOTIFY_SOCKET=str(tmp_path / manager.path))
+    manager.until("STATUS=waiting: budget: next start at ")
+    worker.process.send_signal(signal.SIGTERM)
+    manager.until("STOPPING=1")
+
+    assert worker.process.wait(10) == 0
+    kinds = [line.partition(" at ")[0] for line in manager.states]
+    assert kinds == [
+        "READY=1",
+        "STATUS=starting",
+        "STATUS=running update_current_version: 1 ids",
+        "STATUS=waiting: budget: next start",
+        "STOPPING=1",
+        "STATUS=finishing the running chunk",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["absent", "full"])
+async def test_a_service_manager_that_does_not_listen_stops_nothing(
+    kind: str, run: Run, manager: Manager, tmp_path: Path, lanes: Lanes, shop: Connection[Cursor]
+) -> None:
+    simple_addons(shop, 1)
+    await lanes.send(json.dumps([[[1]], {}, None]).encode())
+    path = tmp_path / manager.path
+    if kind == "absent":
+        path.unlink()
+    else:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.setblocking(False)
+            try:
+                while True:
+                    sender.sendto(b"x", str(path))
+            except BlockingIOError:
+                pass
+
+    done = run("consume", "--burst", NOTIFY_SOCKET=str(path))
+
+    assert done.returncode == 0
+    assert current_versions(shop) == {1: 10_001}
+
+
+def test_as_a_module_it_is_the_same_command(pair: servers.Servers) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "aioworker", "publish", "x"],
+        env=pair.environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+    assert (done.returncode, done.stderr) == (
+        2,
+        "aioworker: expected ids as whole numbers, got: 'x'\n",
+    )
+
+
+async def test_waiting_for_the_budget_it_holds_nothing(
+    start: Start, lanes: Lanes, shop: Connection[Cursor], private: servers.Servers
+) -> None:
+    """RabbitMQ keeps what waits: no delivery is unacknowledged, no row locked."""
+    broker = private.broker
+    assert broker is not None
+    simple_addons(shop, 3)
+    for addon in (1, 2, 3):
+        await lanes.send(json.dumps([[[addon]], {}, None]).encode())
+
+    worker = start("consume", "--rate-limit", "1/h")
+    eventually(lambda: "budget: next start at" in worker.log, "it waits for its budget")
+
+    # The broker's own counts lag some seconds behind; one that is held would stay so for an hour.
+    listing = ("list_queues", "name", "messages_ready", "messages_unacknowledged")
+    eventually(
+        lambda: (
+            [QUEUES.bulk, "2", "0"]
+            in [line.split() for line in broker.control(*listing).splitlines()]
+        ),
+        "two are ready and none is held",
+    )
+    assert rows(shop, "SELECT COUNT(*) FROM information_schema.innodb_trx") == [(0,)]
