@@ -143,6 +143,8 @@ class Publisher:
         return self._connection
 
     async def _open(self) -> AbstractChannel:
+        if self._channel is not None and not self._channel.is_closed:
+            return self._channel
         async with self._opening:
             if self._channel is None or self._channel.is_closed:
                 await self.close()

@@ -31,7 +31,7 @@ _debug = False  # main() reports errors outside of any command's context
 
 app = typer.Typer(
     name="aioworker",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -54,6 +54,7 @@ class _WithSettings(TyperCommand):
 
 @app.callback()
 def main_options(
+    ctx: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
     """Refresh database rows in the background, no faster than the database can stand.
@@ -62,6 +63,8 @@ def main_options(
     """
     global _debug
     _debug = debug
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
 
 
 @app.command()

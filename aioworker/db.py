@@ -133,6 +133,11 @@ class Database:
             await cursor.execute(statement, args)
             return list(await cursor.fetchall())
 
+    async def execute(self, statement: str, args: object = None) -> int:
+        """Run one statement in a transaction of its own; return how many rows it matched."""
+        async with self._use() as connection, connection.cursor() as cursor:
+            return int(await cursor.execute(statement, args))
+
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Cursor]:
         """Write in one transaction, committed at the end, rolled back on any exception."""

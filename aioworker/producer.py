@@ -53,20 +53,21 @@ class Producer:
             UsageError: The ids are not a chunk.
             BrokerError: RabbitMQ did not confirm it.
         """
-        encoded = message.encode(task, message.check_chunk(ids))
+        return await self._send(task, message.check_chunk(ids), urgent=urgent)
+
+    async def publish_swept(self, task: str, ids: list[int]) -> str:
+        """Publish a chunk of a sweep to the bulk lane; otherwise as `publish`.
+
+        The ids are not looked at: they come from a table, a thousand at a time, and the
+        consumer refuses what is none.
+        """
+        return await self._send(task, ids, urgent=False)
+
+    async def _send(self, task: str, ids: list[int], *, urgent: bool) -> str:
+        outgoing = outgoing_message(task, ids)
         queues = Queues.of(task)
-        await self._publisher.publish(
-            queues.urgent if urgent else queues.bulk,
-            aio_pika.Message(
-                encoded.body,
-                headers=encoded.headers,
-                content_type=message.CONTENT_TYPE,
-                content_encoding=message.CONTENT_ENCODING,
-                correlation_id=encoded.message_id,
-                message_id=encoded.message_id,
-            ),
-        )
-        return encoded.message_id
+        await self._publisher.publish(queues.urgent if urgent else queues.bulk, outgoing)
+        return outgoing.message_id or ""
 
     async def backlog(self, task: str) -> int:
         """Return how many chunks wait in a task's bulk lane.
@@ -80,6 +81,19 @@ class Producer:
         if waiting is None:
             raise broker.missing(bulk)
         return waiting
+
+
+def outgoing_message(task: str, ids: list[int]) -> aio_pika.Message:
+    """Return the message that runs *task* for a chunk, as aio-pika publishes it."""
+    encoded = message.encode(task, ids)
+    return aio_pika.Message(
+        encoded.body,
+        headers=encoded.headers,
+        content_type=message.CONTENT_TYPE,
+        content_encoding=message.CONTENT_ENCODING,
+        correlation_id=encoded.message_id,
+        message_id=encoded.message_id,
+    )
 
 
 @dataclass(slots=True)
@@ -146,7 +160,7 @@ async def publish_sweep(
 
     try:
         async for chunk in chunks:
-            under_way.append((chunk, asyncio.create_task(producer.publish(task, chunk))))
+            under_way.append((chunk, asyncio.create_task(producer.publish_swept(task, chunk))))
             if len(under_way) >= WINDOW:
                 await count_oldest()
         while under_way:

@@ -166,5 +166,4 @@ async def _settle(database: Database, rows: list[Stale], result: Refresh) -> Non
 
 async def _write(database: Database, rows: list[Stale]) -> int:
     """Write rows that still hold what was read, in one transaction; return how many did."""
-    async with database.transaction() as cursor:
-        return await cursor.execute(WRITE, (json.dumps(rows),))
+    return await database.execute(WRITE, (json.dumps(rows),))

@@ -229,7 +229,7 @@ def eventually(holds: Callable[[], object], what: str) -> None:
 def rows(connection: Connection[Cursor], statement: str, *args: object) -> list[tuple[Any, ...]]:
     """Read rows as they are now."""
     with connection.cursor() as cursor:
-        cursor.execute(statement, args)
+        cursor.execute(statement, args or None)
         found = list(cursor.fetchall())
     connection.commit()
     return found

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
+import subprocess
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,7 @@ import pytest
 
 from support import servers, site
 from tests.conftest import (
+    AIOWORKER,
     QUEUES,
     Lanes,
     Run,
@@ -249,3 +252,38 @@ async def test_a_published_change_is_made(run: Run, lanes: Lanes, shop: Connecti
         "done 1 messages in 1 starts; dead letters 0, given back 0\n",
     )
     assert current_versions(shop) == {1: None, 2: 10_002, 3: None}
+
+
+def peak_mebibytes(pair: servers.Servers) -> float:
+    """Publish everything and return the most memory that it took."""
+    process = subprocess.Popen(
+        [AIOWORKER, "publish-all"],
+        env=pair.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    _pid, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return usage.ru_maxrss / 1024
+
+
+async def test_memory_does_not_grow_with_the_table(
+    pair: servers.Servers, shop: Connection[Cursor], lanes: Lanes
+) -> None:
+    """Five million ids take what two hundred thousand take: one page, 64 chunks under way."""
+    many_ids(shop, 200_000)
+    small = peak_mebibytes(pair)
+    assert await lanes.count(QUEUES.bulk) == 200
+    await lanes.purge()
+    execute(shop, "DROP VIEW addons")
+    execute(
+        shop,
+        "CREATE VIEW addons AS SELECT seq AS id, 4 AS status, 0 AS inactive, 1 AS addontype_id"
+        " FROM seq_1_to_5000000",
+    )
+
+    large = peak_mebibytes(pair)
+
+    assert await lanes.count(QUEUES.bulk) == 5000
+    assert large < small + 10

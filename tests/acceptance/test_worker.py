@@ -39,7 +39,7 @@ def running_writes(shop: Connection[Cursor]) -> int:
     """Count the worker's writes that the server is running."""
     statement = (
         "SELECT COUNT(*) FROM information_schema.processlist"
-        " WHERE info LIKE 'UPDATE /* aioworker update_current_version */%%'"
+        " WHERE info LIKE 'UPDATE /* aioworker update_current_version */%'"
     )
     return int(rows(shop, statement)[0][0])
 

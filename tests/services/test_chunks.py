@@ -5,13 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioworker.db import Cursor as WorkerCursor
 from aioworker.db import Database
 from aioworker.outcome import Kind
 from tests.conftest import (
@@ -99,7 +96,7 @@ async def test_an_empty_chunk_is_acknowledged_without_a_statement(
     assert await consumer.run(stop)
 
     assert (consumer.settled, consumer.starts) == ({Kind.ACK: 1}, 0)
-    assert (counting.queries, counting.transactions) == (1, 0)  # the look at the tables, at start
+    assert (counting.queries, counting.writes) == (1, 0)  # the look at the tables, at start
     counting.close()
 
 
@@ -107,19 +104,17 @@ class Counting(Database):
     """Counts what it is asked."""
 
     queries = 0
-    transactions = 0
+    writes = 0
 
     async def query(self, statement: str, args: object = None) -> list[tuple[Any, ...]]:
         """Count, then read."""
         self.queries += 1
         return await super().query(statement, args)
 
-    @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[WorkerCursor]:
+    async def execute(self, statement: str, args: object = None) -> int:
         """Count, then write."""
-        self.transactions += 1
-        async with super().transaction() as cursor:
-            yield cursor
+        self.writes += 1
+        return await super().execute(statement, args)
 
 
 @pytest.mark.parametrize("rate_limit", [None, "100/s"])

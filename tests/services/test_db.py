@@ -11,7 +11,7 @@ from pymysql.err import OperationalError
 from aioworker.addresses import DatabaseAddress
 from aioworker.db import Database, Trouble, sort
 from aioworker.errors import DatabaseError
-from tests.conftest import current_versions, execute, make_database, rows, simple_addons
+from tests.conftest import current_versions, eventually, execute, make_database, rows, simple_addons
 
 if TYPE_CHECKING:
     from pymysql.connections import Connection
@@ -29,10 +29,10 @@ async def test_a_statement_that_takes_too_long_is_ended_on_the_server_too(
     with pytest.raises(TimeoutError):
         await database.query("SELECT SLEEP(60)")
 
-    running = rows(
-        shop, "SELECT COUNT(*) FROM information_schema.processlist WHERE info LIKE 'SELECT SLEEP%%'"
+    statement = (
+        "SELECT COUNT(*) FROM information_schema.processlist WHERE info LIKE 'SELECT SLEEP%'"
     )
-    assert running == [(0,)]
+    eventually(lambda: rows(shop, statement) == [(0,)], "the server ended it")
     assert await database.query("SELECT 1") == [(1,)]
     database.close()
 
@@ -93,10 +93,10 @@ async def test_a_session_is_as_documented(database: Database, shop: Connection[C
 
 async def test_a_database_that_does_not_answer_is_given_up_in_time() -> None:
     """A connection that is accepted and never served: aiomysql itself would wait for ever."""
+    accepted: list[asyncio.StreamWriter] = []
 
     async def silent(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await asyncio.sleep(30)
-        writer.close()
+        accepted.append(writer)
 
     server = await asyncio.start_server(silent, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
@@ -112,4 +112,6 @@ async def test_a_database_that_does_not_answer_is_given_up_in_time() -> None:
     assert str(error.value) == (
         f"cannot use MySQL at mysql://me@127.0.0.1:{port}/site: no answer in time"
     )
+    for writer in accepted:
+        writer.close()
     server.close()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
 
 from aioworker import repo
-from aioworker.db import Cursor as WorkerCursor
 from aioworker.db import Database
 from aioworker.errors import RowsContendedError
 from support import servers
@@ -23,18 +21,16 @@ IDS = list(range(1, 1001))
 
 
 class Raced(Database):
-    """Lets another writer go first, before each of its transactions."""
+    """Lets another writer go first, before each of its writes."""
 
     other_writer: Callable[[int], None]
-    transactions = 0
+    writes = 0
 
-    @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[WorkerCursor]:
+    async def execute(self, statement: str, args: object = None) -> int:
         """Let the other writer commit, then write."""
-        self.transactions += 1
-        self.other_writer(self.transactions)
-        async with super().transaction() as cursor:
-            yield cursor
+        self.writes += 1
+        self.other_writer(self.writes)
+        return await super().execute(statement, args)
 
 
 @pytest.fixture
@@ -60,8 +56,8 @@ def add_version(shop: Connection[Cursor], addon: int, version: int) -> None:
 async def test_a_newer_answer_of_another_writer_is_not_overwritten(
     raced: Raced, shop: Connection[Cursor]
 ) -> None:
-    def other_writer(transaction: int) -> None:
-        if transaction == 1:
+    def other_writer(write: int) -> None:
+        if write == 1:
             add_version(shop, 7, 50_007)
 
     raced.other_writer = other_writer
@@ -69,7 +65,7 @@ async def test_a_newer_answer_of_another_writer_is_not_overwritten(
     result = await repo.refresh(raced, IDS)
 
     assert current_versions(shop) == {n: n + 10_000 for n in IDS} | {7: 50_007}
-    assert (result.changed, raced.transactions) == (999, 10)
+    assert (result.changed, raced.writes) == (999, 10)
     raced.close()
 
 
@@ -78,8 +74,8 @@ async def test_a_row_changed_to_another_wrong_value_is_read_again(
 ) -> None:
     """Compare-and-set loses it, and the second read finds it."""
 
-    def other_writer(transaction: int) -> None:
-        if transaction == 1:
+    def other_writer(write: int) -> None:
+        if write == 1:
             execute(shop, "UPDATE addons SET current_version = 10001 WHERE id = 7")
 
     raced.other_writer = other_writer
@@ -87,7 +83,7 @@ async def test_a_row_changed_to_another_wrong_value_is_read_again(
     result = await repo.refresh(raced, IDS)
 
     assert current_versions(shop) == {n: n + 10_000 for n in IDS}
-    assert (result.changed, raced.transactions) == (1000, 11)
+    assert (result.changed, raced.writes) == (1000, 11)
     raced.close()
 
 
@@ -96,8 +92,8 @@ async def test_a_winning_version_that_is_deleted_meanwhile_loses_no_other_row(
 ) -> None:
     """Error 1452 on the write: that add-on is read again and becomes NULL."""
 
-    def other_writer(transaction: int) -> None:
-        if transaction == 1:
+    def other_writer(write: int) -> None:
+        if write == 1:
             execute(
                 shop,
                 "DELETE FROM files WHERE version_id = 10007",
@@ -117,8 +113,8 @@ async def test_a_winning_version_that_is_deleted_meanwhile_loses_no_other_row(
 async def test_an_add_on_deleted_meanwhile_is_left_out(
     raced: Raced, shop: Connection[Cursor]
 ) -> None:
-    def other_writer(transaction: int) -> None:
-        if transaction == 1:
+    def other_writer(write: int) -> None:
+        if write == 1:
             execute(
                 shop,
                 "DELETE FROM files WHERE version_id = 10007",
@@ -142,8 +138,8 @@ async def test_a_row_that_changes_every_time_is_left_for_the_next_attempt(
 ) -> None:
     """Four writes lost to the same writer: the rest waits, the others stay written."""
 
-    def other_writer(transaction: int) -> None:
-        wrong = 10_001 + transaction % 2
+    def other_writer(write: int) -> None:
+        wrong = 10_001 + write % 2
         execute(shop, f"UPDATE addons SET current_version = {wrong} WHERE id = 7")
 
     raced.other_writer = other_writer
@@ -155,6 +151,6 @@ async def test_a_row_that_changes_every_time_is_left_for_the_next_attempt(
         "rows changed 4 times between read and write, the first of them add-on 7;"
         " 1 left for the next attempt"
     )
-    assert raced.transactions == 4
+    assert raced.writes == 4
     assert {n: current_versions(shop)[n] for n in (5, 6)} == {5: 10_005, 6: 10_006}
     raced.close()

@@ -1,0 +1,1 @@
+"""Benchmarks: figures that no test asserts, each beside something to compare it with."""

@@ -1,0 +1,360 @@
+"""`script/bench`: runs all of it on private servers, prints a table, writes results.md."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import aio_pika
+import psutil
+
+from aioworker import repo, topology
+from aioworker.addresses import DatabaseAddress
+from aioworker.db import Database
+from benchmarks.other_writer import felt_beside
+from support import servers, site
+
+if TYPE_CHECKING:
+    from pymysql.connections import Connection
+    from pymysql.cursors import Cursor
+
+ROUNDS = 5
+TASK = "update_current_version"
+AIOWORKER = str(Path(sys.executable).parent / "aioworker")
+RESULTS = Path(__file__).parent / "results.md"
+IDLE_SECONDS = 60
+SIZES = (20_000, 200_000)
+# What many would write: one statement a chunk, everything locked at once.
+UPDATE_JOIN = f"""UPDATE addons a JOIN (SELECT a.id, {site.ANSWER} AS answer FROM addons a
+WHERE a.id IN (%s)) AS answers ON answers.id = a.id
+SET a.current_version = answers.answer WHERE NOT (a.current_version <=> answers.answer)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run of a program: seconds as it counts them, CPU seconds, peak memory in MiB."""
+
+    wall: float
+    cpu: float
+    memory: float
+
+
+def run(command: list[str], environment: dict[str, str], stdin: Path | None = None) -> Run:
+    """Run a program; its own count of seconds, where it prints one, wins over the clock's."""
+    with open(stdin or os.devnull, "rb") as source, tempfile.TemporaryFile() as out:
+        began = time.perf_counter()
+        process = subprocess.Popen(
+            command, env=environment, stdin=source, stdout=out, stderr=subprocess.DEVNULL
+        )
+        _pid, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise SystemExit(f"{command} ended with status {process.returncode}")
+        out.seek(0)
+        printed = out.read(100).decode().strip()
+    if "benchmarks.runners" in command:
+        wall = float(printed)
+    return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+
+
+def runner(name: str) -> list[str]:
+    """Return the command of one of `benchmarks.runners`."""
+    return [sys.executable, "-m", "benchmarks.runners", name]
+
+
+class Report:
+    """The table: printed line by line, written at the end."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def add(self, line: str = "") -> None:
+        """Add a line."""
+        self.lines.append(line)
+        print(line, flush=True)
+
+    def section(self, title: str, *columns: str) -> None:
+        """Begin a table."""
+        self.add()
+        self.add(f"## {title}")
+        self.add()
+        self.add(f"| {' | '.join(columns)} |")
+        self.add(f"|{'---|' * len(columns)}")
+
+    def row(self, *values: object) -> None:
+        """Add a row."""
+        self.add(f"| {' | '.join(map(str, values))} |")
+
+
+def alternately(programs: dict[str, Callable[[], Run]]) -> dict[str, list[Run]]:
+    """Run each program in turn, five times."""
+    runs: dict[str, list[Run]] = {name: [] for name in programs}
+    for _ in range(ROUNDS):
+        for name, program in programs.items():
+            runs[name].append(program())
+    return runs
+
+
+def compare(report: Report, what: str, runs: dict[str, list[Run]], limit: str) -> None:
+    """Add a row for each program: medians, and the ratio to the one named *limit*."""
+    bound = statistics.median(one.wall for one in runs[limit])
+    for name, several in runs.items():
+        wall = statistics.median(one.wall for one in several)
+        report.row(
+            what,
+            name,
+            f"{wall:.3f}",
+            f"{min(one.wall for one in several):.3f} to {max(one.wall for one in several):.3f}",
+            f"{wall / bound:.2f}",
+            f"{statistics.median(one.cpu for one in several):.2f}",
+            f"{statistics.median(one.memory for one in several):.1f}",
+        )
+
+
+class Bench:
+    """The servers, a site and what is measured on them."""
+
+    def __init__(self, pair: servers.Servers, report: Report) -> None:
+        self.pair = pair
+        self.report = report
+        self.environment = pair.environment
+        self.folder = Path(tempfile.mkdtemp(dir=servers.ROOT / ".private"))
+
+    def fill(self, addons: int) -> Connection[Cursor]:
+        """Make a site whose every add-on is stale, and remember it so."""
+        connection = servers.connect(self.pair.mysql_url, create=True)
+        site.create(connection)
+        site.fill(connection, addons, personas=False)
+        site.spoil_all(connection)
+        with connection.cursor() as cursor:
+            cursor.execute("CREATE TABLE spoiled AS SELECT id, current_version FROM addons")
+            cursor.execute("ALTER TABLE spoiled ADD PRIMARY KEY (id)")
+        connection.commit()
+        return connection
+
+    def spoil(self, connection: Connection[Cursor]) -> None:
+        """Make every add-on stale again."""
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "UPDATE addons JOIN spoiled USING (id)"
+                " SET addons.current_version = spoiled.current_version"
+            )
+        connection.commit()
+
+    def sweep(self) -> None:
+        """Publish all chunks."""
+        run([AIOWORKER, "publish-all", "--append"], self.environment)
+
+    def statements(self, connection: Connection[Cursor], *, changes: bool) -> Path:
+        """Write what a job sends to the server for the site as it is now into a file."""
+        path = self.folder / "statements.sql"
+        asyncio.run(self._write_statements(connection, path, changes))
+        return path
+
+    async def _write_statements(
+        self, connection: Connection[Cursor], path: Path, changes: bool
+    ) -> None:
+        address = DatabaseAddress.parse(self.pair.mysql_url)
+        database = Database(address, connect_timeout=10, timeout=60)
+        with path.open("w") as file, connection.cursor() as cursor:
+            file.write("SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED;\n")
+            ids = [i async for page in repo.swept_ids(database, 0) for i in page]
+            for start in range(0, len(ids), 1000):
+                chunk = ids[start : start + 1000]
+                file.write(cursor.mogrify(repo.STALE, (json.dumps(chunk),)) + ";\n")
+                if not changes:
+                    continue
+                stale, _missing = await repo.read_stale(database, chunk)
+                for first in range(0, len(stale), repo.TRANSACTION_SIZE):
+                    rows = stale[first : first + repo.TRANSACTION_SIZE]
+                    write = cursor.mogrify(repo.WRITE, (json.dumps(rows),))
+                    file.write(f"{write};\n")
+        database.close()
+
+    def client(self, statements: Path) -> Run:
+        """Send the statements by the mariadb client."""
+        address = DatabaseAddress.parse(self.pair.mysql_url)
+        command = [
+            "mariadb",
+            "--no-defaults",
+            f"--host={address.host}",
+            f"--port={address.port}",
+            f"--user={address.user}",
+            "--batch",
+            address.database,
+        ]
+        secret = {"MYSQL_PWD": address.password} if address.password else {}
+        return run(command, self.environment | secret, statements)
+
+    def job(self, addons: int) -> None:
+        """Measure the whole job beside the same statements from a file."""
+        connection = self.fill(addons)
+        for what, changes in ((f"{addons:,}, all change", True), (f"{addons:,}, none", False)):
+            if changes:
+                self.spoil(connection)
+            statements = self.statements(connection, changes=changes)
+
+            def ours(changes: bool = changes) -> Run:
+                if changes:
+                    self.spoil(connection)
+                self.sweep()
+                return run(runner("consume"), self.environment)
+
+            def limit(statements: Path = statements, changes: bool = changes) -> Run:
+                if changes:
+                    self.spoil(connection)
+                return self.client(statements)
+
+            runs = alternately({"aioworker": ours, "mariadb client": limit})
+            if site.count_stale(connection):
+                raise SystemExit("stale rows are left: these figures are of a broken job")
+            compare(self.report, what, runs, "mariadb client")
+        connection.close()
+
+    def publishing(self) -> None:
+        """Measure publishing beside a bare loop."""
+        programs: dict[str, Callable[[], Run]] = {
+            name: partial(run, runner(name), self.environment)
+            for name in ("publish", "publish-bare")
+        }
+        compare(self.report, "200,000 ids", alternately(programs), "publish-bare")
+        asyncio.run(self.purge())
+
+    async def purge(self) -> None:
+        """Empty the lanes."""
+        connection = await aio_pika.connect(self.pair.amqp_url)
+        channel = await connection.channel()
+        queues = topology.Queues.of(TASK)
+        for name in (queues.bulk, queues.urgent):
+            await (await channel.get_queue(name, ensure=False)).purge()
+        await connection.close()
+
+    def beside_another_writer(self, addons: int) -> None:
+        """Measure what another writer feels of the job, and of one statement a chunk."""
+        connection = self.fill(addons)
+        chunks = [
+            UPDATE_JOIN % ", ".join(map(str, range(first, first + 1000))) + ";\n"
+            for first in range(1, addons * 4 // 3, 1000)
+        ]
+        statements = self.folder / "joins.sql"
+        statements.write_text("".join(chunks))
+        jobs: dict[str, Callable[[], object]] = {
+            "no job": lambda: time.sleep(8),
+            "aioworker": lambda: run(runner("consume"), self.environment),
+            "UPDATE … JOIN": lambda: self.client(statements),
+        }
+        felt: dict[str, list[dict[str, float]]] = {name: [] for name in jobs}
+        for _ in range(ROUNDS):
+            for name, job in jobs.items():
+                self.spoil(connection)
+                if name == "aioworker":
+                    self.sweep()
+                felt[name].append(felt_beside(self.pair.mysql_url, addons, job))
+        calm = statistics.median(one["p99"] for one in felt["no job"])
+        for name, several in felt.items():
+            p99 = statistics.median(one["p99"] for one in several)
+            self.report.row(
+                name,
+                f"{statistics.median(one['p50'] for one in several):.2f}",
+                f"{p99:.2f}",
+                f"{p99 / calm:.2f}",
+                f"{sum(one['deadlocks'] for one in several):.0f}",
+            )
+        connection.close()
+
+    def process(self) -> None:
+        """Measure the worker as a process: memory, idle CPU, and the help's CPU."""
+        connection = self.fill(20_000)
+        self.sweep()
+        done = run([AIOWORKER, "consume", "--burst", "--rate-limit", "1000000/s"], self.environment)
+        self.report.row("peak memory of consume, 20 chunks, all change", f"{done.memory:.1f} MiB")
+        self.spoil(connection)
+        self.sweep()
+        worker = psutil.Popen(
+            [AIOWORKER, "consume", "--rate-limit", "1/h"],
+            env=self.environment,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            while not site_changed(connection):
+                time.sleep(0.1)
+            time.sleep(1)
+            before = sum(worker.cpu_times()[:2])
+            time.sleep(IDLE_SECONDS)
+            used = sum(worker.cpu_times()[:2]) - before
+        finally:
+            worker.terminate()
+            worker.wait()
+        self.report.row(f"CPU in {IDLE_SECONDS} s of waiting for the budget", f"{used:.2f} s")
+        helps = [run([AIOWORKER, "--help"], self.environment).cpu for _ in range(ROUNDS)]
+        self.report.row("CPU of aioworker --help", f"{statistics.median(helps):.2f} s")
+        asyncio.run(self.purge())
+        connection.close()
+
+
+def site_changed(connection: Connection[Cursor]) -> bool:
+    """Return whether a row differs from how the site was spoiled."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT EXISTS (SELECT 1 FROM addons JOIN spoiled USING (id)"
+            " WHERE NOT (addons.current_version <=> spoiled.current_version))"
+        )
+        [[changed]] = cursor.fetchall()
+    connection.commit()
+    return bool(changed)
+
+
+def main() -> None:
+    """Run the benchmarks named on the command line, or all."""
+    wanted = sys.argv[1:] or ["job", "publish", "writer", "process"]
+    report = Report()
+    report.add("# Figures")
+    report.add()
+    report.add(
+        f"{platform.python_implementation()} {platform.python_version()}, {os.cpu_count()} cores,"
+        f" medians of {ROUNDS} alternating runs, by `script/bench`. Compare the ratios; seconds"
+        " differ from machine to machine."
+    )
+    with servers.servers() as pair:
+        bench = Bench(pair, report)
+        run([AIOWORKER, "init"], pair.environment)
+        timed = ("s", "min to max", "ratio", "CPU s", "peak MiB")
+        if "process" in wanted:
+            report.section("The process", "what", "figure")
+            bench.process()
+        if "publish" in wanted:
+            report.section("Publishing, every message confirmed", "what", "by", *timed)
+            bench.publishing()
+        if "job" in wanted:
+            report.section("The job, rate limit off, add-ons", "what", "by", *timed)
+            for addons in SIZES:
+                bench.job(addons)
+        if "writer" in wanted:
+            report.section(
+                "Another writer, 200 statements a second beside the job",
+                "job",
+                "p50 ms",
+                "p99 ms",
+                "p99 ratio",
+                "deadlocks",
+            )
+            bench.beside_another_writer(60_000)
+    if not sys.argv[1:]:
+        RESULTS.write_text("\n".join(report.lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Programs that the benchmarks time, each in a process of its own.
+
+`python -m benchmarks.runners NAME` runs one on the servers that the environment names and
+prints the seconds its work took, connecting included, starting Python not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+
+import aio_pika
+
+from aioworker.addons import update_current_version
+from aioworker.consumer import Consumer, Options
+from aioworker.db import Database
+from aioworker.producer import Producer, Sweep, chunked, outgoing_message, publish_sweep
+from aioworker.settings import Settings
+from aioworker.topology import Queues
+
+IDS = 200_000
+PAGE = 5000
+WINDOW = 64
+
+
+async def consume() -> None:
+    """The main job, its rate limit off, until the lanes are empty."""
+    settings = Settings.load()
+    database = Database(settings.mysql_url, connect_timeout=10, timeout=30)
+    options = Options(settings.amqp_url, None, True, 30, 10, "bench")
+    consumer = Consumer(update_current_version, database, options, lambda _doing: None)
+    if not await consumer.run(asyncio.Event()):
+        sys.exit("not every chunk was done")
+    database.close()
+
+
+async def pages() -> AsyncIterator[list[int]]:
+    """Yield ids in pages, without a database."""
+    for first in range(1, IDS + 1, PAGE):
+        yield list(range(first, first + PAGE))
+
+
+async def publish() -> None:
+    """A sweep of generated ids."""
+    settings = Settings.load()
+    async with Producer(settings.amqp_url, 10) as producer:
+        await publish_sweep(
+            producer, update_current_version.name, chunked(pages(), 1000), Sweep(), lambda: None
+        )
+
+
+async def publish_bare() -> None:
+    """The same messages by a loop over aio-pika: confirmed, as many under way at once."""
+    settings = Settings.load()
+    connection = await aio_pika.connect(settings.amqp_url[0].url)
+    channel = await connection.channel(publisher_confirms=True)
+    queue = Queues.of(update_current_version.name).bulk
+    under_way: deque[asyncio.Task[object]] = deque()
+    async for ids in chunked(pages(), 1000):
+        message = outgoing_message(update_current_version.name, ids)
+        message.delivery_mode = aio_pika.DeliveryMode.PERSISTENT
+        publishing: asyncio.Task[object] = asyncio.ensure_future(
+            channel.default_exchange.publish(message, queue)
+        )
+        under_way.append(publishing)
+        if len(under_way) >= WINDOW:
+            await under_way.popleft()
+    await asyncio.gather(*under_way)
+    await connection.close()
+
+
+if __name__ == "__main__":
+    runner = {"consume": consume, "publish": publish, "publish-bare": publish_bare}[sys.argv[1]]
+    began = time.perf_counter()
+    asyncio.run(runner())
+    print(time.perf_counter() - began)

@@ -1,0 +1,200 @@
+"""Setting up: queues declared once, privileges as small as printed."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import TYPE_CHECKING
+
+import aio_pika
+import pytest
+
+from aioworker import topology
+from support import servers
+from tests.conftest import (
+    QUEUES,
+    Lanes,
+    Run,
+    current_versions,
+    execute,
+    rows,
+    simple_addons,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pymysql.connections import Connection
+    from pymysql.cursors import Cursor
+
+
+ALL = (QUEUES.dead, QUEUES.bulk, QUEUES.urgent, QUEUES.retry)
+
+
+@pytest.fixture
+def vhost(private: servers.Servers) -> Iterator[str]:
+    """A virtual host of the test's own, and its address."""
+    assert private.broker is not None
+    private.broker.control("add_vhost", "fresh")
+    private.broker.control("set_permissions", "-p", "fresh", "guest", ".*", ".*", ".*")
+    yield private.broker.url("fresh")
+    private.broker.control("delete_vhost", "fresh")
+
+
+def arguments_of(private: servers.Servers) -> dict[str, dict[str, object]]:
+    """Return the arguments of each queue of the fresh virtual host."""
+    assert private.broker is not None
+    listed = private.broker.control(
+        "list_queues", "-p", "fresh", "--formatter", "json", "name", "durable", "arguments"
+    )
+    queues = json.loads(listed)
+    assert all(queue["durable"] for queue in queues)
+    return {
+        queue["name"]: {name: value for name, _kind, value in queue["arguments"]}
+        if isinstance(queue["arguments"], list)
+        else queue["arguments"]
+        for queue in queues
+    }
+
+
+@pytest.mark.parametrize("queue_type", ["quorum", "classic"])
+def test_the_queues_are_declared_once_and_again(
+    run: Run, vhost: str, private: servers.Servers, queue_type: str
+) -> None:
+    """The second time it finds them, changes nothing and does not wait."""
+    variables = {"AIOWORKER_AMQP_URL": vhost, "AIOWORKER_QUEUE_TYPE": queue_type}
+
+    first = run("init", **variables)
+    second = run("init", **variables)
+
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert first.stdout == "".join(f"queue {name}: declared\n" for name in ALL)
+    assert first.stderr == "waiting 3 s until the new queues are safe\n"
+    assert second.stdout == "".join(f"queue {name}: was there\n" for name in ALL)
+    assert second.stderr == ""
+    assert arguments_of(private) == QUEUES.arguments(queue_type)
+
+
+async def test_a_queue_that_differs_is_named_with_both_values_and_nothing_is_changed(
+    run: Run, vhost: str, private: servers.Servers
+) -> None:
+    wanted = QUEUES.arguments("quorum")
+    connection = await aio_pika.connect(vhost)
+    channel = await connection.channel()
+    theirs = wanted[QUEUES.urgent] | {"x-max-length": 5}
+    await channel.declare_queue(QUEUES.urgent, durable=True, arguments=theirs)
+    await connection.close()
+
+    done = run("init", AIOWORKER_AMQP_URL=vhost)
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"aioworker: queue {QUEUES.urgent} differs: expected x-max-length '1000000', got: '5';"
+        " nothing was changed. Empty and delete the queue, then run `aioworker init` again\n"
+    )
+    assert arguments_of(private) == {QUEUES.urgent: theirs}
+
+
+async def test_a_queue_of_another_type_is_named_with_both(run: Run, vhost: str) -> None:
+    connection = await aio_pika.connect(vhost)
+    await topology.declare(connection, QUEUES, "classic", 10)
+    await connection.close()
+
+    done = run("init", AIOWORKER_AMQP_URL=vhost)
+
+    assert done.returncode == 1
+    assert f"queue {QUEUES.dead} differs: expected x-queue-type 'quorum', got: 'classic'" in (
+        done.stderr
+    )
+
+
+def printed(text: str, start: str) -> list[str]:
+    """Return the lines of `init --print` that begin so."""
+    return [line for line in text.splitlines() if line.startswith(start)]
+
+
+async def test_with_exactly_the_printed_privileges_everything_works(
+    run: Run,
+    vhost: str,
+    private: servers.Servers,
+    shop: Connection[Cursor],
+) -> None:
+    """Two users who may do what is printed and nothing else, in the broker and the database."""
+    assert private.broker is not None
+    assert private.maria is not None
+    broker = private.broker
+    simple_addons(shop, 2000)
+    execute(shop, "CREATE OR REPLACE USER worker IDENTIFIED BY 's3cret'")
+    broker.control("add_user", "zamboni", "s3cret")
+    variables = {
+        "AIOWORKER_AMQP_URL": broker.url("fresh", "zamboni", "s3cret"),
+        "AIOWORKER_MYSQL_URL": private.maria.url("aioworker", "worker", "s3cret"),
+    }
+    text = run("init", "--print", **variables).stdout
+    assert "s3cret" not in text
+    for_init, for_worker = printed(text, "rabbitmqctl ")
+    execute(shop, *printed(text, "GRANT "))
+    try:
+        broker.control(*shlex.split(for_init)[1:])
+        assert run("init", **variables).returncode == 0
+        broker.control(*shlex.split(for_worker)[1:])
+
+        assert run("publish-all", **variables).stdout.startswith("published 2 chunks, 2000 ids")
+        assert run("publish", "7", **variables).returncode == 0
+        lanes = await aio_pika.connect(vhost)
+        channel = await lanes.channel()
+        await channel.default_exchange.publish(aio_pika.Message(b"bad"), QUEUES.bulk)
+        done = run("consume", "--burst", "--rate-limit", "100/s", **variables)
+
+        assert done.stdout == "done 3 messages in 3 starts; dead letters 1, given back 0\n"
+        assert current_versions(shop) == {n: n + 10_000 for n in range(1, 2001)}
+        assert await topology.count(lanes, QUEUES.dead, 10) == 1
+        await lanes.close()
+        # No more than that: it may neither declare nor write another column.
+        assert run("init", **variables).returncode == 1
+        grants = [grant for [grant] in rows(shop, "SHOW GRANTS FOR worker") if "USAGE" not in grant]
+        assert sorted(grants) == [
+            "GRANT SELECT ON `aioworker`.`files` TO `worker`@`%`",
+            "GRANT SELECT ON `aioworker`.`versions` TO `worker`@`%`",
+            "GRANT SELECT, UPDATE (`current_version`) ON `aioworker`.`addons` TO `worker`@`%`",
+        ]
+    finally:
+        broker.control("delete_user", "zamboni")
+        execute(shop, "DROP USER worker")
+
+
+async def test_the_printed_statements_are_those_the_server_sees(
+    run: Run, lanes: Lanes, shop: Connection[Cursor]
+) -> None:
+    """Each names aioworker, as the list of processes shows it."""
+    text = run("init", "--print").stdout
+    statements = [part.strip() for part in text.split("page sizes\n")[1].split(";\n") if part]
+    assert len(statements) == 3
+    assert all("/* aioworker update_current_version */" in one for one in statements)
+    simple_addons(shop, 1)
+    execute(shop, "SET GLOBAL log_output = 'TABLE'", "SET GLOBAL general_log = 1")
+    try:
+        run("publish-all")
+        run("consume", "--burst")
+    finally:
+        execute(shop, "SET GLOBAL general_log = 0")
+
+    logged = [
+        statement if isinstance(statement, str) else bytes(statement).decode()
+        for [statement] in rows(shop, "SELECT argument FROM mysql.general_log")
+    ]
+    ours = [one for one in logged if "aioworker update_current_version" in one]
+    assert {one.split("JSON_TABLE(")[0] for one in ours if "JSON_TABLE" in one} == {
+        one.split("JSON_TABLE(")[0] for one in statements if "JSON_TABLE" in one
+    }
+    assert any(one.startswith(statements[0].split("%s")[0]) for one in ours)
+    execute(shop, "TRUNCATE TABLE mysql.general_log")
+
+
+def test_printing_needs_no_server(run: Run) -> None:
+    done = run(
+        "init", "--print", AIOWORKER_AMQP_URL="amqp://h:1/", AIOWORKER_MYSQL_URL="mysql://h:1/d"
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split()[1] for line in printed(done.stdout, "queue ")] == list(ALL)
