@@ -139,7 +139,8 @@ class Publisher:
             BrokerError: RabbitMQ cannot be reached or refuses.
         """
         await self._open()
-        assert self._connection is not None  # _open leaves both or raises
+        if self._connection is None:
+            raise BrokerError("connection to RabbitMQ closed")
         return self._connection
 
     async def _open(self) -> AbstractChannel:

@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING
 
 from aioworker import broker, console, repo, topology
-from aioworker.console import say, tell
+from aioworker.console import count, say, tell
 from aioworker.consumer import Consumer, Options
 from aioworker.db import Database
 from aioworker.errors import AioworkerError, DatabaseError
@@ -135,7 +135,7 @@ async def consume(
     log.info("worker stopped", extra=fields(starts=consumer.starts, done=done))
     if burst:
         say(
-            f"done {done} messages in {consumer.starts} starts;"
+            f"done {count(done, 'message')} in {count(consumer.starts, 'start')};"
             f" dead letters {dead}, given back {released}"
         )
     return 0 if complete or not burst else 1
@@ -158,7 +158,8 @@ async def publish(settings: Settings, task: Task, ids: list[int], *, urgent: boo
         for chunk in chunks:
             await producer.publish(task.name, chunk, urgent=urgent)
     lane = "urgent" if urgent else "bulk"
-    say(f"published {len(ids)} ids in {len(chunks)} messages to the {lane} lane of {task.name}")
+    what = f"{count(len(ids), 'id')} in {count(len(chunks), 'message')}"
+    say(f"published {what} to the {lane} lane of {task.name}")
 
 
 # publish-all
@@ -184,7 +185,7 @@ async def publish_all(
         if dry_run:
             async for chunk in chunks:
                 sweep.add(chunk)
-            say(f"would publish {sweep.chunks} chunks, {sweep.ids} ids")
+            say(f"would publish {count(sweep.chunks, 'chunk')}, {count(sweep.ids, 'id')}")
             return 0
         async with Producer(settings.amqp_url, settings.connect_timeout) as producer:
             waiting = await producer.backlog(task.name)
@@ -247,7 +248,7 @@ async def _watch_earlier(settings: Settings, task: Task, producer: Producer, wai
         await asyncio.sleep(WATCH_SECONDS)
         advances = await producer.backlog(task.name) < waiting
     say(
-        f"published nothing: an earlier sweep is still queued, {waiting} chunks,"
+        f"published nothing: an earlier sweep is still queued, {count(waiting, 'chunk')},"
         f" and {'advances' if advances else 'stands still'}; --append publishes all the same"
     )
     return 0 if advances else 1
@@ -255,7 +256,7 @@ async def _watch_earlier(settings: Settings, task: Task, producer: Producer, wai
 
 def _extent(sweep: Sweep) -> str:
     last = "" if sweep.last_id is None else f", last confirmed id {sweep.last_id}"
-    return f"{sweep.chunks} chunks, {sweep.ids} ids{last}"
+    return f"{count(sweep.chunks, 'chunk')}, {count(sweep.ids, 'id')}{last}"
 
 
 def _how_to_go_on(settings: Settings, task: Task, sweep: Sweep) -> str:

@@ -25,6 +25,11 @@ def tell(line: str) -> None:
     sys.stderr.flush()
 
 
+def count(number: int, noun: str) -> str:
+    """Return "1 chunk", "2 chunks"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def is_terminal() -> bool:
     """Return whether a person watches the progress."""
     return sys.stderr.isatty()

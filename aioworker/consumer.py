@@ -180,6 +180,7 @@ class Consumer:
                 if self._options.burst:
                     raise AioworkerError(reason)
                 await self._wait(reason, None)
+                continue
             seconds = self._limiter.due_in()
             if not seconds:
                 return

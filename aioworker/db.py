@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 LOCK_WAIT_SECONDS = 5
 KILL_SECONDS = 3
 IDLE_SECONDS = 30
+AGGREGATE_BYTES = 1_048_576  # MariaDB cuts JSON_ARRAYAGG at this length, without an error
 DEADLOCKS = frozenset({1213, 1020})  # another try at once may do
 ROW_REFERENCE_GONE = 1452
 
@@ -76,6 +77,8 @@ def code(error: MySQLError) -> int:
 def describe(error: MySQLError) -> str:
     """Return the server's words and number, and the cure where one is known, in one line."""
     words = " ".join(str(error.args[-1] if error.args else error).split())
+    if isinstance(error.__cause__, ssl.SSLError):
+        words += f": {error.__cause__.reason}"
     cure = _CURES.get(code(error))
     return f"{words} ({code(error)})" + (f"; {cure}" if cure else "")
 
@@ -214,8 +217,8 @@ class Database:
             async with connection.cursor() as cursor:
                 await cursor.execute(
                     "SET SESSION time_zone = '+00:00', wait_timeout = %s,"
-                    " innodb_lock_wait_timeout = %s",
-                    (int(self._timeout) + IDLE_SECONDS, LOCK_WAIT_SECONDS),
+                    " innodb_lock_wait_timeout = %s, group_concat_max_len = %s",
+                    (int(self._timeout) + IDLE_SECONDS, LOCK_WAIT_SECONDS, AGGREGATE_BYTES),
                 )
         return connection
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from pymysql.err import MySQLError
@@ -40,9 +41,10 @@ WHERE id > %s AND status IN (1, 2, 3, 4, 6, 7) AND inactive = 0 AND addontype_id
 ORDER BY id LIMIT %s"""
 
 # Files are judged by one aggregate: MariaDB answers EXISTS and NOT EXISTS by reading the
-# whole index of files, three times slower.
-STALE = f"""SELECT {_COMMENT} chunk.id, addon.id IS NULL AS missing,
-    addon.current_version AS stored,
+# whole index of files, three times slower. The answer is one row of JSON: aiomysql takes a
+# dozen milliseconds for a thousand rows.
+STALE = f"""SELECT {_COMMENT} JSON_ARRAYAGG(JSON_ARRAY(id, missing, stored, answer)) FROM (
+SELECT chunk.id, addon.id IS NULL AS missing, addon.current_version AS stored,
     (SELECT version.id FROM versions AS version
         WHERE version.addon_id = addon.id AND addon.addontype_id <> 9 AND (addon.status = 6 OR (
             SELECT COALESCE(MIN(IF(addon.status = 4, file.status = 4,
@@ -51,7 +53,7 @@ STALE = f"""SELECT {_COMMENT} chunk.id, addon.id IS NULL AS missing,
         ORDER BY version.created DESC, version.modified DESC, version.id DESC LIMIT 1) AS answer
 FROM JSON_TABLE(%s, '$[*]' COLUMNS (id INT UNSIGNED PATH '$')) AS chunk
 LEFT JOIN addons AS addon ON addon.id = chunk.id
-HAVING missing OR NOT (stored <=> answer)"""
+HAVING missing OR NOT (stored <=> answer)) AS stale"""
 
 WRITE = f"""UPDATE {_COMMENT} JSON_TABLE(%s, '$[*]' COLUMNS (id INT UNSIGNED PATH '$[0]',
     stored INT UNSIGNED PATH '$[1]', answer INT UNSIGNED PATH '$[2]')) AS stale
@@ -109,9 +111,10 @@ async def read_stale(database: Database, ids: Sequence[int]) -> tuple[list[Stale
 
     Takes no lock.
     """
-    rows = await database.query(STALE, (json.dumps(list(ids)),))
-    stale = sorted(Stale(row[0], row[2], row[3]) for row in rows if not row[1])
-    return stale, sorted(row[0] for row in rows if row[1])
+    [[answers]] = await database.query(STALE, (json.dumps(list(ids)),))
+    rows = sorted(json.loads(answers or "[]"), key=itemgetter(0))
+    stale = [Stale(row[0], row[2], row[3]) for row in rows if not row[1]]
+    return stale, [row[0] for row in rows if row[1]]
 
 
 async def refresh(database: Database, ids: Sequence[int]) -> Refresh:

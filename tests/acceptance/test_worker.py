@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import aio_pika
@@ -135,6 +135,25 @@ async def test_an_idle_worker_notices_a_message_within_a_second(
     assert worker.process.poll() is None
 
 
+async def test_a_rate_of_nothing_pauses_it_and_a_signal_still_ends_it(
+    start: Start, run: Run, shop: Connection[Cursor], lanes: Lanes
+) -> None:
+    """Nothing is taken; a burst does not wait for what may never come."""
+    simple_addons(shop, 1)
+    await lanes.send(json.dumps([[[1]], {}, None]).encode())
+
+    worker = start("consume", "--rate-limit", "0/m")
+    eventually(lambda: "waiting: paused: rate limit 0/m" in worker.log, "it says so")
+    burst = run("consume", "--burst", "--rate-limit", "0/m")
+    worker.process.send_signal(signal.SIGTERM)
+
+    assert worker.process.wait(10) == 0
+    assert (burst.returncode, burst.stdout) == (1, "")
+    assert burst.stderr.endswith("aioworker: paused: rate limit 0/m\n")
+    assert await lanes.count(QUEUES.bulk) == 1
+    assert current_versions(shop) == {1: None}
+
+
 async def test_it_waits_for_servers_that_are_not_there_and_says_so(start: Start) -> None:
     """What is down at three in the morning may come back."""
     no_broker = start("consume", AIOWORKER_AMQP_URL="amqp://127.0.0.1:1/")
@@ -197,14 +216,19 @@ async def _again(pair: servers.Servers) -> Lanes:
 
 
 class Manager:
-    """Plays systemd: the socket that `NOTIFY_SOCKET` names."""
+    """Plays systemd: the socket that `NOTIFY_SOCKET` names, an abstract one."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "notify"
+    def __init__(self) -> None:
+        self.name = f"@aioworker-test-{os.getpid()}"
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.socket.bind(str(self.path))
+        self.socket.bind(self.address)
         self.socket.settimeout(20)
         self.states: list[str] = []
+
+    @property
+    def address(self) -> str:
+        """The name as sockets take it."""
+        return "\0" + self.name[1:]
 
     def until(self, state: str) -> None:
         """Receive states up to one that begins so."""
@@ -213,23 +237,22 @@ class Manager:
 
 
 @pytest.fixture
-def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager]:
-    # A socket's path may have 107 characters.
-    monkeypatch.chdir(tmp_path)
-    played = Manager(Path())
+def manager() -> Iterator[Manager]:
+    """A service manager."""
+    played = Manager()
     yield played
     played.socket.close()
 
 
 async def test_a_service_manager_is_told_ready_status_and_stopping(
-    start: Start, manager: Manager, tmp_path: Path, shop: Connection[Cursor], lanes: Lanes
+    start: Start, manager: Manager, shop: Connection[Cursor], lanes: Lanes
 ) -> None:
     """What `systemctl status` shows while it works and waits."""
     simple_addons(shop, 2)
     for addon in (1, 2):
         await lanes.send(json.dumps([[[addon]], {}, None]).encode())
 
-    worker = start("consume", NOTIFY_SOCKET=str(tmp_path / manager.path))
+    worker = start("consume", NOTIFY_SOCKET=manager.name)
     manager.until("STATUS=waiting: budget: next start at ")
     worker.process.send_signal(signal.SIGTERM)
     manager.until("STOPPING=1")
@@ -248,23 +271,20 @@ async def test_a_service_manager_is_told_ready_status_and_stopping(
 
 @pytest.mark.parametrize("kind", ["absent", "full"])
 async def test_a_service_manager_that_does_not_listen_stops_nothing(
-    kind: str, run: Run, manager: Manager, tmp_path: Path, lanes: Lanes, shop: Connection[Cursor]
+    kind: str, run: Run, manager: Manager, lanes: Lanes, shop: Connection[Cursor]
 ) -> None:
     simple_addons(shop, 1)
     await lanes.send(json.dumps([[[1]], {}, None]).encode())
-    path = tmp_path / manager.path
     if kind == "absent":
-        path.unlink()
+        manager.socket.close()
     else:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
             sender.setblocking(False)
-            try:
+            with pytest.raises(BlockingIOError):
                 while True:
-                    sender.sendto(b"x", str(path))
-            except BlockingIOError:
-                pass
+                    sender.sendto(b"x", manager.address)
 
-    done = run("consume", "--burst", NOTIFY_SOCKET=str(path))
+    done = run("consume", "--burst", NOTIFY_SOCKET=manager.name)
 
     assert done.returncode == 0
     assert current_versions(shop) == {1: 10_001}
