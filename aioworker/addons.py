@@ -20,9 +20,12 @@ def swept_ids(ctx: Context, after: int) -> AsyncIterator[list[int]]:
 @task(rate_limit="2/m", keys=swept_ids)
 async def update_current_version(ctx: Context, ids: list[int]) -> None:
     """Write the right current version into the add-ons that need it."""
-    result = await repo.refresh(ctx.database, ids)
-    count_missing(ctx, result.missing)
-    ctx.counts["changed"] += result.changed
+    result = repo.Refresh()
+    try:
+        await repo.refresh(ctx.database, ids, result)
+    finally:
+        ctx.counts["changed"] += result.changed
+        count_missing(ctx, result.missing)
     if result.refused:
         raise RowsRefusedError(result.refused)
 

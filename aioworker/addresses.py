@@ -105,6 +105,12 @@ def _split(text: str, schemes: tuple[str, ...], example: str) -> SplitResult:
         port = parts.port  # raises when it is not a number up to 65535
     except ValueError:
         raise ValueError(f"expected a URL such as {example}, got one that cannot be read") from None
+    if "@" in parts.path + parts.query + parts.fragment:
+        # Whatever stands before it may be a part of the password: show none of it.
+        raise ValueError(
+            f"expected a URL such as {example}, got one with '@' behind its host: in a user or"
+            " password write / as %2F, @ as %40, : as %3A, # as %23, ? as %3F"
+        )
     if parts.scheme not in schemes or not parts.hostname or port == 0:
         raise ValueError(f"expected a URL such as {example}, got: {_shown(parts)!r}")
     return parts

@@ -191,8 +191,8 @@ def explain(error: Exception, queue: str) -> BrokerError:
             )
         case TimeoutError():
             return BrokerError(
-                f"RabbitMQ did not answer in time about queue {queue}: is it out of memory or"
-                " disk? A message under way may still arrive"
+                f"RabbitMQ did not answer in time about queue {queue}; a message that was under"
+                " way may still arrive. Is it out of memory or disk?"
             )
         case _:
             return BrokerError(f"connection to RabbitMQ lost: {describe(error)}")

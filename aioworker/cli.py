@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _Result = TypeVar("_Result")
 
 DEFAULT_TASK = "update_current_version"
+ID_DIGITS = 20  # Python refuses to read numbers of thousands
 _debug = False  # main() reports errors outside of any command's context
 
 app = typer.Typer(
@@ -180,8 +181,8 @@ def publish(
 def _numbers(words: list[str]) -> list[int]:
     """Return words as whole numbers, each once."""
     for word in words:
-        if not (word.isascii() and word.isdigit()):
-            raise UsageError(f"expected ids as whole numbers, got: {word!r}")
+        if not (word.isascii() and word.isdigit() and len(word) <= ID_DIGITS):
+            raise UsageError(f"expected ids as whole numbers, got: {word[:ID_DIGITS]!r}")
     return list(dict.fromkeys(map(int, words)))
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.5
+LONGEST_WATCH_SECONDS = 300.0
 
 
 def _database(settings: Settings) -> Database:
@@ -57,9 +58,9 @@ async def init(settings: Settings, task: Task) -> None:
         declared = await topology.declare(connection, queues, settings.queue_type, timeout)
         for name in queues.arguments(settings.queue_type):
             say(f"queue {name}: {'declared' if name in declared else 'was there'}")
-        if declared:
-            tell(f"waiting {topology.SAFE_AFTER_SECONDS:g} s until the new queues are safe")
-        await topology.wait_until_safe(connection, declared, timeout)
+        # Also when they were there: another init may have made them a moment ago.
+        tell(f"waiting {topology.SAFE_AFTER_SECONDS:g} s until the queues are safe")
+        await topology.wait_until_safe(connection, queues, timeout)
 
 
 def setup_text(settings: Settings, task: Task) -> str:
@@ -155,8 +156,13 @@ async def publish(settings: Settings, task: Task, ids: list[int], *, urgent: boo
         check_chunk(ids[start : start + CHUNK_LIMIT]) for start in range(0, len(ids), CHUNK_LIMIT)
     ]
     async with Producer(settings.amqp_url, settings.connect_timeout) as producer:
-        for chunk in chunks:
-            await producer.publish(task.name, chunk, urgent=urgent)
+        for done, chunk in enumerate(chunks):
+            try:
+                await producer.publish(task.name, chunk, urgent=urgent)
+            except (AioworkerError, asyncio.CancelledError) as error:
+                if done:
+                    error.add_note(f"confirmed the first {done * CHUNK_LIMIT} of {len(ids)} ids")
+                raise
     lane = "urgent" if urgent else "bulk"
     what = f"{count(len(ids), 'id')} in {count(len(chunks), 'message')}"
     say(f"published {what} to the {lane} lane of {task.name}")
@@ -188,9 +194,10 @@ async def publish_all(
             say(f"would publish {count(sweep.chunks, 'chunk')}, {count(sweep.ids, 'id')}")
             return 0
         async with Producer(settings.amqp_url, settings.connect_timeout) as producer:
-            waiting = await producer.backlog(task.name)
             await _be_alone(database, task)
+            waiting = await producer.backlog(task.name)
             if waiting and not append:
+                database.close()  # others need not wait for what is only watched
                 return await _watch_earlier(settings, task, producer, waiting)
             total = await _count(database, task, after) if console.is_terminal() else 0
             try:
@@ -203,8 +210,8 @@ async def publish_all(
                         lambda: show(sweep.ids, f"published {_extent(sweep)}"),
                     )
             except (AioworkerError, asyncio.CancelledError) as error:
-                if sweep.chunks:
-                    error.add_note(_how_to_go_on(settings, task, sweep))
+                if sweep.chunks or not isinstance(error, DatabaseError):
+                    error.add_note(_how_to_go_on(settings, task, sweep, after))
                 raise
     finally:
         database.close()
@@ -240,7 +247,8 @@ async def _watch_earlier(settings: Settings, task: Task, producer: Producer, wai
     """Say that an earlier sweep is still queued; watch for one start whether it advances."""
     rate = task.rate_limit if settings.rate_limit is None else settings.rate_limit
     paused = rate is not None and rate.paused
-    seconds = 0.0 if paused else 2.0 + (rate.interval * 1.1 if rate else 0.0)
+    interval = rate.interval if rate and not paused else 0.0
+    seconds = 0.0 if paused else min(2.0 + interval * 1.1, LONGEST_WATCH_SECONDS)
     tell(f"an earlier sweep is still queued: watching for {seconds:.0f} s whether it advances")
     deadline = time.monotonic() + seconds
     advances = False
@@ -259,7 +267,8 @@ def _extent(sweep: Sweep) -> str:
     return f"{count(sweep.chunks, 'chunk')}, {count(sweep.ids, 'id')}{last}"
 
 
-def _how_to_go_on(settings: Settings, task: Task, sweep: Sweep) -> str:
+def _how_to_go_on(settings: Settings, task: Task, sweep: Sweep, after: int) -> str:
     size = "" if settings.chunk_size == CHUNK_LIMIT else f" --chunk-size {settings.chunk_size}"
-    command = f"aioworker publish-all {task.name}{size} --after {sweep.last_id}"
+    last = after if sweep.last_id is None else sweep.last_id
+    command = f"aioworker publish-all {task.name}{size} --after {last}"
     return f"confirmed {_extent(sweep)}; go on with: {command}"

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aioworker import broker, outcome, topology
 from aioworker.errors import AioworkerError, BrokerError, DatabaseError
@@ -93,7 +93,7 @@ class Consumer:
         self._limiter = Limiter(options.rate_limit) if options.rate_limit else None
         self._said = ""
         self._idle_since = time.monotonic()
-        self._trusted = False  # whether the task's tables were read since the last failure
+        self._trusted = False  # whether the task could read and write since the last failure
         self._failures = 0
         self._took = False  # whether the last look into the lanes found a message
         self._stop = asyncio.Event()
@@ -146,6 +146,9 @@ class Consumer:
 
     async def _serve_one(self, lanes: topology.Lanes, publisher: broker.Publisher) -> bool:
         """Take one message through its life; return whether to go on."""
+        await self._wait_while_paused()
+        if self._stop.is_set():
+            return False
         # Without a limit a message just taken is the sign that there are more.
         if not (self._took and self._limiter is None) and not await lanes.hold_something():
             if self._options.burst:
@@ -160,8 +163,15 @@ class Consumer:
         self._took = delivery is not None
         if delivery is None:
             return True
-        result = await self._work(delivery)
-        kind = await self._settle(delivery, result, publisher)
+        result, values = await self._work(delivery)
+        try:
+            kind = await self._settle(delivery, result, publisher)
+        except BrokerError as error:
+            log.warning("not settled", extra=fields(**values, reason=str(error)))
+            raise
+        if result.reason:
+            values["reason"] = result.reason
+        log.log(_LEVELS[kind], _PHRASES[kind], extra=fields(**values, outcome=str(kind)))
         if kind is Kind.RELEASED:
             self._trusted = False
             self._failures += 1
@@ -170,17 +180,19 @@ class Consumer:
         self._failures = 0
         return True
 
-    # 1. Wait for messages, the budget and the database; nothing is held meanwhile.
+    # 1. Wait for messages, for the budget and the database; nothing is held meanwhile.
+
+    async def _wait_while_paused(self) -> None:
+        """Return when the rate starts anything at all, or at a stop."""
+        while self._limiter is not None and self._limiter.rate.paused and not self._stop.is_set():
+            reason = f"paused: rate limit {self._limiter.rate}"
+            if self._options.burst:
+                raise AioworkerError(reason)
+            await self._wait(reason, None)
 
     async def _wait_for_budget(self) -> None:
         """Return when a start is due, or at a stop."""
         while self._limiter is not None and not self._stop.is_set():
-            if self._limiter.rate.paused:
-                reason = f"paused: rate limit {self._limiter.rate}"
-                if self._options.burst:
-                    raise AioworkerError(reason)
-                await self._wait(reason, None)
-                continue
             seconds = self._limiter.due_in()
             if not seconds:
                 return
@@ -205,18 +217,21 @@ class Consumer:
                 return
 
     async def _look_at_tables(self) -> None:
-        """See that the task can read what it needs, before a message is taken for it."""
-        if self._task.reader is not None:
-            with self._database.explaining():
-                await self._task.reader(Context(self._database, self._task.name), [])
+        """See that the task can read and write, before a message is taken for it."""
+        with self._database.explaining():
+            await self._task.function(Context(self._database, self._task.name), [])
         self._trusted = True
 
     # 2. Take: `topology.Lanes.take`, from the urgent lane first.
 
     # 3 to 6. Decode, ask what is needed, charge and run.
 
-    async def _work(self, delivery: AbstractIncomingMessage) -> Outcome:
-        """Take a delivery as far as it goes; whatever happens is its outcome."""
+    async def _work(self, delivery: AbstractIncomingMessage) -> tuple[Outcome, dict[str, Any]]:
+        """Take a delivery as far as it goes; whatever happens is its outcome.
+
+        Returns:
+            The outcome, and the fields of the line that tells of it.
+        """
         taken = time.monotonic()
         name = self._task.name
         ctx = Context(self._database, name, outcome.message_id(delivery), outcome.attempt(delivery))
@@ -239,13 +254,9 @@ class Consumer:
             **ctx.counts,
             "wait_seconds": taken - self._idle_since,
             "run_seconds": ended - taken,
-            "outcome": str(result.kind),
         }
-        if result.reason:
-            values["reason"] = result.reason
-        log.log(_LEVELS[result.kind], _PHRASES[result.kind], extra=fields(**values))
         self._idle_since = ended
-        return result
+        return result, values
 
     async def _run(self, ctx: Context, ids: list[int]) -> None:
         """Run the task for the ids that need it; what needs nothing is free of charge."""
@@ -255,7 +266,7 @@ class Consumer:
             return
         if self._limiter is not None:
             await self._limiter.charge()
-        self._announce(f"running {self._task.name}: {len(ids)} ids", logging.DEBUG)
+        self._announce("running", f"{self._task.name}, {len(ids)} ids", logging.DEBUG)
         self.starts += 1
         await self._task.function(ctx, ids)
 
@@ -296,7 +307,7 @@ class Consumer:
         Raises:
             BrokerError: The connection to RabbitMQ was lost.
         """
-        self._announce(f"waiting: {reason}", logging.INFO)
+        self._announce("waiting", reason, logging.INFO)
         await _first_of(seconds, self._stop, self._lost)
         if self._lost.is_set() and not self._stop.is_set():
             raise BrokerError("connection to RabbitMQ lost")
@@ -305,18 +316,18 @@ class Consumer:
         """Wait after a failure: longer each time, at random so that workers come apart."""
         if self._options.burst:
             return
-        self._announce(f"waiting: {reason}", logging.WARNING)
+        self._announce("waiting", reason, logging.WARNING)
         await _first_of(
             random.uniform(0.1, min(longest, FIRST_BACKOFF_SECONDS * 2.0 ** min(failures, 10))),
             self._stop,
         )
 
-    def _announce(self, doing: str, level: int) -> None:
+    def _announce(self, state: str, reason: str, level: int) -> None:
         """Say and log what the worker does, once for each change."""
-        if doing != self._said:
-            self._said = doing
-            self._say(doing)
-            log.log(level, doing, extra=fields(task=self._task.name))
+        if reason != self._said:
+            self._said = reason
+            self._say(f"{state}: {reason}")
+            log.log(level, state, extra=fields(task=self._task.name, reason=reason))
 
 
 async def _first_of(seconds: float | None, *events: asyncio.Event) -> None:

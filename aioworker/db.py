@@ -29,7 +29,6 @@ KILL_SECONDS = 3
 IDLE_SECONDS = 30
 AGGREGATE_BYTES = 1_048_576  # MariaDB cuts JSON_ARRAYAGG at this length, without an error
 DEADLOCKS = frozenset({1213, 1020})  # another try at once may do
-ROW_REFERENCE_GONE = 1452
 
 
 class Trouble(StrEnum):
@@ -49,6 +48,7 @@ _CODES = {
 }
 _TROUBLES = {code: trouble for trouble, codes in _CODES.items() for code in codes}
 _CURES = {
+    0: "is it a MySQL server? check AIOWORKER_MYSQL_URL",
     1044: "`aioworker init --print` shows what the user needs",
     1045: "check user and password in AIOWORKER_MYSQL_URL",
     1049: "create it, or correct AIOWORKER_MYSQL_URL",
@@ -126,7 +126,8 @@ class Database:
                     self.close()
                 if self._connection is None:
                     self._connection = await self._connect()
-        except (MySQLError, OSError) as error:
+        except (MySQLError, OSError, RuntimeError) as error:
+            # RuntimeError: PyMySQL misses a package for this server's way to log in.
             self.close()
             raise self.explain(error) from error
 
@@ -185,7 +186,8 @@ class Database:
 
     async def _roll_back(self) -> None:
         try:
-            await self._connection.rollback()
+            async with asyncio.timeout(KILL_SECONDS):
+                await self._connection.rollback()
         except (MySQLError, OSError):
             self.close()  # the server rolls back what a closed connection leaves
 
@@ -238,9 +240,11 @@ class Database:
     def explain(self, error: Exception) -> DatabaseError:
         """Say in one line why this database cannot be used, and what to do."""
         if isinstance(error, TimeoutError):
-            reason = "no answer in time"
+            reason = "no answer in time; check AIOWORKER_MYSQL_URL"
         elif isinstance(error, MySQLError):
             reason = describe(error)
+        elif isinstance(error, RuntimeError):
+            reason = f"{error}; use TLS (ssl_mode=required), or install cryptography"
         else:
             reason = " ".join(str(error).split())
         return DatabaseError(f"cannot use MySQL at {self.address.shown}: {reason}")

@@ -35,9 +35,9 @@ class RowsRefusedError(AioworkerError):
 
     def __init__(self, reasons: dict[int, str]) -> None:
         self.reasons = reasons
-        shown = ", ".join(map(str, list(reasons)[:20])) + (", …" if len(reasons) > 20 else "")
+        ids = ", ".join(map(str, reasons))
         first = next(iter(reasons.values()))
-        super().__init__(f"{len(reasons)} rows refused by the database: ids {shown}: {first}")
+        super().__init__(f"{len(reasons)} rows refused by the database: {first}: ids {ids}")
 
 
 class RowsContendedError(AioworkerError):

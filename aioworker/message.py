@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 CHUNK_LIMIT = 1000
 ID_LIMIT = 2**32 - 1
+RETRIES_LIMIT = 1000
 BRIEF_LENGTH = 200
 _REPR = reprlib.Repr()
 _REPR.maxstring = 80
@@ -114,9 +115,9 @@ def decode(
             f"expected content type {CONTENT_TYPE}, got: {_brief(content_type)}"
         )
     retries = headers.get("retries") or 0
-    if type(retries) is not int or retries < 0:
+    if type(retries) is not int or not 0 <= retries <= RETRIES_LIMIT:
         raise MessageRefusedError(
-            f"expected header retries from 0, got: {_brief(headers['retries'])}"
+            f"expected header retries from 0 to {RETRIES_LIMIT}, got: {_brief(headers['retries'])}"
         )
     if headers.get("eta"):
         raise MessageRefusedError("expected no eta or countdown: aioworker runs what is due")

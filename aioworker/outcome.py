@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import reprlib
+import struct
 import traceback
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import aio_pika
+from pamqp.encode import encode_table_value
 from pymysql.err import MySQLError
 
 from aioworker import broker, db
 from aioworker.errors import AioworkerError, MessageRefusedError, RowsRefusedError
+from aioworker.message import RETRIES_LIMIT
 
 if TYPE_CHECKING:
     from aio_pika.abc import AbstractIncomingMessage
@@ -64,7 +68,7 @@ def dead_letter(
 ) -> aio_pika.Message:
     """Copy a delivery, body and headers, and add the reason and where it failed."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    headers = dict(delivery.headers)
+    headers = {name: _portable(value) for name, value in delivery.headers.items()}
     headers.pop("x-delivery-count", None)  # RabbitMQ's own; a copy begins anew
     headers |= {
         "x-aioworker-reason": outcome.reason,
@@ -79,17 +83,26 @@ def dead_letter(
     return aio_pika.Message(
         delivery.body,
         headers=headers,
-        content_type=delivery.content_type,
-        content_encoding=delivery.content_encoding,
-        correlation_id=delivery.correlation_id,
-        message_id=delivery.message_id,
+        content_type=_portable(delivery.content_type),
+        content_encoding=_portable(delivery.content_encoding),
+        correlation_id=_portable(delivery.correlation_id),
+        message_id=_portable(delivery.message_id),
     )
+
+
+def _portable(value: Any) -> Any:
+    """Return what AMQP can carry: some of what it can bring, it cannot take back."""
+    try:
+        encode_table_value(value)
+    except (TypeError, ValueError, OverflowError, struct.error):
+        return reprlib.repr(value)
+    return value
 
 
 def attempt(delivery: AbstractIncomingMessage) -> int:
     """Return which run of the message this is, from 1, as far as its headers can tell."""
     retries = delivery.headers.get("retries")
-    return retries + 1 if type(retries) is int and retries >= 0 else 1
+    return retries + 1 if type(retries) is int and 0 <= retries <= RETRIES_LIMIT else 1
 
 
 def lane(delivery: AbstractIncomingMessage) -> str:

@@ -117,19 +117,26 @@ async def read_stale(database: Database, ids: Sequence[int]) -> tuple[list[Stale
     return stale, [row[0] for row in rows if row[1]]
 
 
-async def refresh(database: Database, ids: Sequence[int]) -> Refresh:
+async def refresh(database: Database, ids: Sequence[int], result: Refresh | None = None) -> Refresh:
     """Write the right version into every stale add-on among *ids*.
 
     Transactions of 100 rows in the order of their ids; the other rows of one that the data
-    refuses are written one by one.
+    refuses are written one by one. No ids at all: sees that it may read and write.
+
+    Args:
+        database: Where the add-ons are.
+        ids: The add-ons.
+        result: What is returned, filled as it goes, so that it is right after an error too.
 
     Raises:
         RowsContendedError: A row changed again between read and write, four times.
         MySQLError: The server refused for another reason than the data; what was
             committed before stays.
     """
-    stale, missing = await read_stale(database, ids)
-    result = Refresh(missing=missing)
+    result = result or Refresh()
+    stale, result.missing = await read_stale(database, ids)
+    if not ids:
+        await _write(database, [])
     for start in range(0, len(stale), TRANSACTION_SIZE):
         await _settle(database, stale[start : start + TRANSACTION_SIZE], result)
     return result

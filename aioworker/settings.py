@@ -118,7 +118,7 @@ class Settings(BaseSettings):
             UsageError: A name is unknown or a value wrong; the text has no secrets.
         """
         given = {name: value for name, value in options.items() if value is not None}
-        secrets = os.environ.get(SECRETS_DIR) or None
+        secrets = os.environ.get(SECRETS_DIR) or dotenv_values(ENV_FILE).get(SECRETS_DIR) or None
         if secrets is not None and not Path(secrets).is_dir():
             raise UsageError(f"{SECRETS_DIR}: expected a folder, got: {secrets!r}")
         _refuse_unknown(secrets)

@@ -119,18 +119,15 @@ async def _declare_one(
     await _bounded(call, name, timeout)
 
 
-async def wait_until_safe(
-    connection: AbstractConnection, declared: list[str], timeout: float
-) -> None:
+async def wait_until_safe(connection: AbstractConnection, queues: Queues, timeout: float) -> None:
     """Wait until new queues outlive a broker that is killed, and see that they are there.
 
     Raises:
         BrokerError: One of them is gone, or the connection is lost.
     """
-    if not declared:
-        return
     await asyncio.sleep(SAFE_AFTER_SECONDS)
-    await check(connection, tuple(declared), timeout)
+    names = (queues.dead, queues.bulk, queues.urgent, queues.retry)
+    await check(connection, names, timeout)
 
 
 async def check(connection: AbstractConnection, names: tuple[str, ...], timeout: float) -> None:

@@ -129,11 +129,11 @@ def compare(report: Report, what: str, runs: dict[str, list[Run]], limit: str) -
 class Bench:
     """The servers, a site and what is measured on them."""
 
-    def __init__(self, pair: servers.Servers, report: Report) -> None:
+    def __init__(self, pair: servers.Servers, report: Report, folder: Path) -> None:
         self.pair = pair
         self.report = report
         self.environment = pair.environment
-        self.folder = Path(tempfile.mkdtemp(dir=servers.ROOT / ".private"))
+        self.folder = folder
 
     def fill(self, addons: int) -> Connection[Cursor]:
         """Make a site whose every add-on is stale, and remember it so."""
@@ -330,8 +330,8 @@ def main() -> None:
         f" medians of {ROUNDS} alternating runs, by `script/bench`. Compare the ratios; seconds"
         " differ from machine to machine."
     )
-    with servers.servers(*MARIADB) as pair:
-        bench = Bench(pair, report)
+    with servers.servers(*MARIADB) as pair, tempfile.TemporaryDirectory() as folder:
+        bench = Bench(pair, report, Path(folder))
         run([AIOWORKER, "init"], pair.environment)
         timed = ("s", "min to max", "ratio", "CPU s", "peak MiB")
         if "process" in wanted:
@@ -359,4 +359,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    servers.quietly(main)

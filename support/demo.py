@@ -94,4 +94,4 @@ def _show(events: list[dict[str, Any]], stale: int, left: int, took: float) -> N
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    servers.quietly(main)

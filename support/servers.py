@@ -12,19 +12,20 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import psutil
 import pymysql
 from mirakuru import TCPExecutor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from pymysql.connections import Connection
     from pymysql.cursors import Cursor
@@ -33,6 +34,7 @@ ROOT = Path(__file__).parent.parent
 HOST = "127.0.0.1"
 START_SECONDS = 90
 STOP_SECONDS = 20
+SCRATCH = "aioworker_scratch"  # a database with this table was made here and may be emptied
 # Debian's command `rabbitmq-server` changes the user; the scripts behind it do not.
 RABBITMQ_FOLDERS = (
     "/usr/lib/rabbitmq/bin",
@@ -153,8 +155,7 @@ class Maria:
             [
                 _program("mariadb-install-db", "mysql_install_db"),
                 "--no-defaults",
-                f"--user={_user()}",
-                f"--datadir={data}",
+                f"--datadir={data}",  # no --user: with it, a folder with a space is refused
                 "--auth-root-authentication-method=normal",
                 "--skip-test-db",
             ],
@@ -251,8 +252,11 @@ def servers(*maria_options: str) -> Iterator[Servers]:
         yield Servers(amqp, mysql)
         return
     folder = ROOT / ".private" / str(os.getpid())
-    # Whoever ends this run by SIGTERM ends the servers too.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Whoever ends this run, or closes its terminal, ends the servers too.
+    before = {
+        number: signal.signal(number, signal.default_int_handler)
+        for number in (signal.SIGTERM, signal.SIGHUP)
+    }
     started: list[Broker | Maria] = []
     try:
         with ThreadPoolExecutor() as pool:
@@ -268,7 +272,8 @@ def servers(*maria_options: str) -> Iterator[Servers]:
         for server in started:
             server.stop()
         shutil.rmtree(folder, ignore_errors=True)
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def connect(mysql_url: str, *, create: bool = False) -> Connection[Cursor]:
@@ -285,10 +290,25 @@ def connect(mysql_url: str, *, create: bool = False) -> Connection[Cursor]:
     )
     with connection.cursor() as cursor:
         if create:
+            _refuse_foreign(cursor, address.database)
             cursor.execute(f"DROP DATABASE IF EXISTS `{address.database}`")
             cursor.execute(f"CREATE DATABASE `{address.database}` CHARACTER SET utf8mb4")
+            cursor.execute(f"CREATE TABLE `{address.database}`.{SCRATCH} (id INT)")
     connection.select_db(address.database)
     return connection
+
+
+def _refuse_foreign(cursor: Cursor, database: str) -> None:
+    """Refuse to empty a database that was not made here."""
+    cursor.execute(
+        "SELECT table_name FROM information_schema.tables WHERE table_schema = %s", (database,)
+    )
+    tables = {row[0] for row in cursor.fetchall()}
+    if tables and SCRATCH not in tables:
+        raise SystemExit(
+            f"expected AIOWORKER_MYSQL_URL to name a database that may be emptied, got {database!r}"
+            f" with {len(tables)} tables; name another one"
+        )
 
 
 def main() -> None:
@@ -308,5 +328,13 @@ def main() -> None:
                 time.sleep(3600)
 
 
+def quietly(main: Callable[[], int | None]) -> NoReturn:
+    """Run a program; Ctrl-C ends it in one line, its servers first."""
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+
+
 if __name__ == "__main__":
-    main()
+    quietly(main)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
+import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -260,3 +263,63 @@ def test_debug_shows_where(run: Run) -> None:
 
     assert done.returncode == 2
     assert "Traceback (most recent call last):" in done.stderr
+
+
+@pytest.fixture
+def silent() -> Iterator[int]:
+    """The port of a server that accepts and never says a word."""
+    with socket.create_server(("127.0.0.1", 0), backlog=16) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.mark.parametrize("command", BROKER_COMMANDS)
+def test_a_broker_that_is_silent_is_given_up_in_time(
+    command: tuple[str, ...], run: Run, shop: object, silent: int
+) -> None:
+    began = time.monotonic()
+
+    done = run(
+        *command,
+        AIOWORKER_AMQP_URL=f"amqp://127.0.0.1:{silent}/",
+        AIOWORKER_CONNECT_TIMEOUT="1",
+    )
+
+    assert time.monotonic() - began < 10
+    assert (done.returncode, last_line(done)) == (
+        1,
+        f"cannot connect to RabbitMQ at amqp://127.0.0.1:{silent}/: no answer in time, check"
+        " AIOWORKER_AMQP_URL",
+    )
+
+
+@pytest.mark.parametrize("command", DATABASE_COMMANDS)
+def test_a_database_that_is_silent_is_given_up_in_time(
+    command: tuple[str, ...], run: Run, lanes: Lanes, silent: int
+) -> None:
+    began = time.monotonic()
+
+    done = run(
+        *command,
+        AIOWORKER_MYSQL_URL=f"mysql://127.0.0.1:{silent}/d",
+        AIOWORKER_CONNECT_TIMEOUT="1",
+    )
+
+    assert time.monotonic() - began < 10
+    assert (done.returncode, last_line(done)) == (
+        1,
+        f"cannot use MySQL at mysql://127.0.0.1:{silent}/d: no answer in time; check"
+        " AIOWORKER_MYSQL_URL",
+    )
+
+
+def test_no_permission_to_write_is_said_before_a_message_is_taken(
+    run: Run, lanes: Lanes, shop: Connection[Cursor], private: servers.Servers
+) -> None:
+    """The queue is not drained into the dead letters."""
+    assert private.maria is not None
+    execute(shop, "CREATE OR REPLACE USER reader", "GRANT SELECT ON aioworker.* TO reader")
+
+    done = run("consume", "--burst", AIOWORKER_MYSQL_URL=private.maria.url("aioworker", "reader"))
+
+    assert done.returncode == 1
+    assert "UPDATE command denied to user" in last_line(done)

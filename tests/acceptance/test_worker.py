@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import aio_pika
 import pytest
 
+from aioworker.consumer import IDLE_SECONDS
 from support import servers
 from tests.conftest import (
     QUEUES,
@@ -130,8 +131,8 @@ async def test_an_idle_worker_notices_a_message_within_a_second(
     sent = time.monotonic()
     eventually(lambda: current_versions(shop)[1], "the change is made")
 
-    # The order is what counts: it looked on its own, long before its next start is due.
-    assert time.monotonic() - sent < 15
+    assert time.monotonic() - sent < 5  # a busy machine may be late; the worker itself is not
+    assert IDLE_SECONDS <= 1
     assert worker.process.poll() is None
 
 
@@ -143,7 +144,7 @@ async def test_a_rate_of_nothing_pauses_it_and_a_signal_still_ends_it(
     await lanes.send(json.dumps([[[1]], {}, None]).encode())
 
     worker = start("consume", "--rate-limit", "0/m")
-    eventually(lambda: "waiting: paused: rate limit 0/m" in worker.log, "it says so")
+    eventually(lambda: "paused: rate limit 0/m" in worker.log, "it says so")
     burst = run("consume", "--burst", "--rate-limit", "0/m")
     worker.process.send_signal(signal.SIGTERM)
 
@@ -158,7 +159,7 @@ async def test_it_waits_for_servers_that_are_not_there_and_says_so(start: Start)
     """What is down at three in the morning may come back."""
     no_broker = start("consume", AIOWORKER_AMQP_URL="amqp://127.0.0.1:1/")
 
-    eventually(lambda: "waiting: cannot connect to RabbitMQ" in no_broker.log, "it says so")
+    eventually(lambda: "cannot connect to RabbitMQ" in no_broker.log, "it says so")
     assert no_broker.process.poll() is None
     no_broker.process.send_signal(signal.SIGTERM)
 
@@ -262,7 +263,7 @@ async def test_a_service_manager_is_told_ready_status_and_stopping(
     assert kinds == [
         "READY=1",
         "STATUS=starting",
-        "STATUS=running update_current_version: 1 ids",
+        "STATUS=running: update_current_version, 1 ids",
         "STATUS=waiting: budget: next start",
         "STOPPING=1",
         "STATUS=finishing the running chunk",

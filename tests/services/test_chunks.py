@@ -5,10 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import struct
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import aio_pika
+import pamqp.encode
 import pytest
 
+from aioworker import repo
 from aioworker.db import Database
 from aioworker.outcome import Kind
 from tests.conftest import (
@@ -26,6 +31,13 @@ if TYPE_CHECKING:
     from pymysql.cursors import Cursor
 
     from support.servers import Servers
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A header's value as it is on the wire, type and all."""
+
+    data: bytes
 
 
 def chunk(ids: object) -> bytes:
@@ -96,7 +108,8 @@ async def test_an_empty_chunk_is_acknowledged_without_a_statement(
     assert await consumer.run(stop)
 
     assert (consumer.settled, consumer.starts) == ({Kind.ACK: 1}, 0)
-    assert (counting.queries, counting.writes) == (1, 0)  # the look at the tables, at start
+    # The look at the tables when it started, with no ids; nothing for the chunk.
+    assert (counting.queries, counting.writes) == (1, 1)
     counting.close()
 
 
@@ -220,6 +233,69 @@ async def test_a_bad_id_refuses_the_message_and_stops_nobody(
     assert letter.headers["x-aioworker-attempts"] == 1
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"who": Raw(b"S\x00\x00\x00\x01\xe9")},
+        {"load": Raw(b"d" + struct.pack(">d", 1e300))},
+        {"nested": {"who": Raw(b"S\x00\x00\x00\x01\xe9")}},
+        {"retries": 2**63 - 1},
+        {"id": ["a", "list"]},
+    ],
+    ids=["latin-1", "double", "nested", "retries", "id"],
+)
+async def test_a_bad_message_with_odd_headers_is_a_dead_letter_too(
+    pair: Servers,
+    shop: Connection[Cursor],
+    lanes: Lanes,
+    database: Database,
+    stop: asyncio.Event,
+    headers: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What another client can send, ours may not be able to send on."""
+    encode = pamqp.encode.encode_table_value
+    with monkeypatch.context() as other_client:
+        other_client.setattr(
+            pamqp.encode,
+            "encode_table_value",
+            lambda value: value.data if isinstance(value, Raw) else encode(value),
+        )
+        await lanes.send(chunk([0]), headers={"task": "update_current_version"} | headers)
+    consumer = make_consumer(pair, database)
+
+    assert not await consumer.run(stop)
+
+    assert consumer.settled == {Kind.DEAD_LETTER: 1}
+    letter = await lanes.take(QUEUES.dead)
+    assert str(letter.headers["x-aioworker-reason"]).startswith("expected ")
+
+
+async def test_a_message_redelivered_after_its_write_changes_nothing(
+    pair: Servers,
+    shop: Connection[Cursor],
+    lanes: Lanes,
+    database: Database,
+    stop: asyncio.Event,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The worker before died between its commit and its acknowledgement."""
+    caplog.set_level(logging.INFO, "aioworker")
+    simple_addons(shop, 3)
+    await lanes.send(chunk([1, 2, 3]))
+    dying = await aio_pika.connect(pair.amqp_url)
+    queue = await (await dying.channel()).get_queue(QUEUES.bulk, ensure=False)
+    assert await queue.get(timeout=10)
+    await repo.refresh(database, [1, 2, 3])
+    await dying.close()
+
+    assert await make_consumer(pair, database).run(stop)
+
+    [event] = events(caplog)
+    assert (event["ids"], event["changed"]) == (3, 0)
+    assert current_versions(shop) == {n: n + 10_000 for n in (1, 2, 3)}
+
+
 async def test_more_than_a_thousand_ids_are_a_dead_letter(
     pair: Servers,
     shop: Connection[Cursor],
@@ -260,7 +336,7 @@ async def test_rows_that_the_data_refuses_are_named_and_the_others_written(
     assert wrong == {7, 512}
     letter = await lanes.take(QUEUES.dead)
     assert letter.headers["x-aioworker-reason"] == (
-        "2 rows refused by the database: ids 7, 512: frozen (1644)"
+        "2 rows refused by the database: frozen (1644): ids 7, 512"
     )
 
 

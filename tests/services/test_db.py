@@ -157,7 +157,8 @@ async def test_a_database_that_does_not_answer_is_given_up_in_time() -> None:
         await database.ready()
 
     assert str(error.value) == (
-        f"cannot use MySQL at mysql://me@127.0.0.1:{port}/site: no answer in time"
+        f"cannot use MySQL at mysql://me@127.0.0.1:{port}/site: no answer in time;"
+        " check AIOWORKER_MYSQL_URL"
     )
     for writer in accepted:
         writer.close()

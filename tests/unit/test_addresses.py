@@ -34,14 +34,23 @@ def test_a_database_address_shows_everything_but_the_password() -> None:
     assert address.shown == "mysql://me@db:3307/site"
 
 
+AT_SIGN = (
+    "got one with '@' behind its host: in a user or password write / as %2F, @ as %40,"
+    " : as %3A, # as %23, ? as %3F"
+)
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
         ("http://me:s3cret@h/", "got: 'http://me@h/'"),
-        ("me:s3cret@h", "got: 'me://…'"),
+        ("me:s3cret@h", AT_SIGN),
         ("amqp://me:s3cret@h:x/", "got one that cannot be read"),
         ("amqp://me:s3cret@h:0/", "got: 'amqp://me@h/'"),
         ("", "got: '…'"),
+        ("amqp://me:12/s3cret@h/v", AT_SIGN),
+        ("amqp://me:s3cret#@h/v", "got one that cannot be read"),
+        ("amqp://me:s3@cret/x@h/v", AT_SIGN),
     ],
 )
 def test_a_broker_address_that_is_none_is_refused_without_its_password(

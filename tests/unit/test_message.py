@@ -106,7 +106,12 @@ REFUSED: list[tuple[str, dict[str, Any], str | None, bytes]] = [
         "application/x-python-serialize",
         body([1]),
     ),
-    ("expected header retries from 0, got: 'x'", HEADERS | {"retries": "x"}, None, body([1])),
+    (
+        "expected header retries from 0 to 1000, got: 'x'",
+        HEADERS | {"retries": "x"},
+        None,
+        body([1]),
+    ),
     (
         "expected no eta or countdown: aioworker runs what is due",
         HEADERS | {"eta": "2030-01-01T00:00:00"},
