@@ -3,7 +3,9 @@ ARG PYTHON=3.12
 
 FROM python:${PYTHON}-slim AS build
 WORKDIR /src
-ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+# The system's certificates in place of pip's own: a company's proxy is trusted there.
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 \
+    PIP_CERT=/etc/ssl/certs/ca-certificates.crt
 RUN python -m venv /opt/aioworker
 COPY constraints.txt constraints-build.txt ./
 RUN pip install --require-hashes -r constraints-build.txt \
