@@ -53,8 +53,9 @@ def judge(error: Exception) -> Outcome:
         case AioworkerError():
             reason = str(error)
         case MySQLError():
-            reason = f"database: {db.describe(error)}"
-            if db.sort(error) is db.Trouble.DATA:
+            trouble = db.sort(error)
+            reason = f"database, {trouble or 'unknown error'}: {db.describe(error)}"
+            if trouble is db.Trouble.DATA:
                 return Outcome(Kind.DEAD_LETTER, reason, error)
         case TimeoutError():
             reason = "the run took longer than the task timeout and was cut off"
