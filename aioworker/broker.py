@@ -59,7 +59,7 @@ async def connect(
                     client_properties={"connection_name": name},
                 )
         except FAILURES as error:
-            failure = BrokerError(_explain_connect(error, address))
+            failure = BrokerError(_explain_connect(error, address), unreachable=True)
             failure.__cause__ = error
     raise failure
 
@@ -192,10 +192,11 @@ def explain(error: Exception, queue: str) -> BrokerError:
         case TimeoutError():
             return BrokerError(
                 f"RabbitMQ did not answer in time about queue {queue}; a message that was under"
-                " way may still arrive. Is it out of memory or disk?"
+                " way may still arrive. Is it out of memory or disk?",
+                unreachable=True,
             )
         case _:
-            return BrokerError(f"connection to RabbitMQ lost: {describe(error)}")
+            return BrokerError(f"connection to RabbitMQ lost: {describe(error)}", unreachable=True)
 
 
 def missing(queue: str) -> QueueMissingError:

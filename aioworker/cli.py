@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _Result = TypeVar("_Result")
 
 DEFAULT_TASK = "update_current_version"
+WATCH_SECONDS = 2.0
 ID_DIGITS = 20  # Python refuses to read numbers of thousands
 _debug = False  # main() reports errors outside of any command's context
 
@@ -74,18 +75,19 @@ def init(
         bool, typer.Option("--print", help="Show what it would do, and the least privileges.")
     ] = False,
 ) -> None:
-    """Declare the queues; can be run again.
+    """Make the budget's tables and declare the queues; can be run again.
 
-    Declares the task's four queues and waits until they outlive a broker that is killed.
-    A queue that is there with other arguments is reported, and nothing is changed.
+    Makes two tables in the database (none with AIOWORKER_BUDGET=worker), declares the
+    task's four queues and waits until they outlive a broker that is killed. What is there
+    and differs is reported, and not changed.
     """
     settings, task = _prepare(DEFAULT_TASK)
-    from aioworker import commands, console
+    from aioworker import console, setup
 
     if show:
-        console.say(commands.setup_text(settings, task))
+        console.say(setup.setup_text(settings, task))
     else:
-        _run(commands.init(settings, task))
+        _run(setup.init(settings, task))
 
 
 @app.command(cls=_WithSettings)
@@ -176,6 +178,101 @@ def publish(
     from aioworker import commands
 
     _run(commands.publish(settings, task, _numbers(words), urgent=not bulk))
+
+
+@app.command()
+def status(
+    name: TaskName = DEFAULT_TASK,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
+    watching: Annotated[
+        bool, typer.Option("--watch", help="Show it again every 2 seconds, until Ctrl-C.")
+    ] = False,
+) -> None:
+    """Show a task's queues, budget and workers, and why it waits now.
+
+    Exits 0, or 1 when RabbitMQ or the database could not be asked: what the other one
+    tells is shown all the same.
+    """
+    settings, task = _prepare(name)
+    from aioworker import console
+    from aioworker import status as asking
+    from aioworker.status_text import text
+
+    complete = True
+
+    async def show() -> str:
+        nonlocal complete
+        found = await asking.look(settings, task)
+        complete = found.complete
+        return found.as_json(None if watching else 2) if as_json else text(found)
+
+    async def watch() -> None:
+        stop = asyncio.Event()
+        _on_signal(lambda _signal: stop.set())
+        await console.watch(show, WATCH_SECONDS, stop)
+
+    if watching:
+        asyncio.run(watch())
+    else:
+        console.say(_run(show()))
+    raise typer.Exit(0 if complete else 1)
+
+
+Why = Annotated[
+    str | None, typer.Option("--reason", metavar="TEXT", help="Why; kept, and shown by status.")
+]
+
+
+@app.command("rate-limit")
+def rate_limit(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[TASK] RATE", help="The task, and its rate, such as 10/m."),
+    ] = None,
+    reset: Annotated[
+        bool, typer.Option("--reset", help="Take the rate back: the workers' own counts again.")
+    ] = False,
+    why: Why = None,
+) -> None:
+    """Set the rate limit of all workers while they run; it outlives them.
+
+    They follow within 2 seconds or one interval, whichever is sooner. 0/m pauses.
+    """
+    given = list(words or [])
+    if len(given) > (1 if reset else 2) or not (given or reset):
+        usage = "[TASK] --reset" if reset else "[TASK] RATE"
+        raise UsageError(f"expected rate-limit {usage}, got: {' '.join(given) or 'nothing'}")
+    from aioworker.limits import RateLimit
+
+    rate = None if reset else RateLimit.parse(given.pop())
+    settings, task = _prepare(given[0] if given else DEFAULT_TASK)
+    from aioworker import controls
+
+    controls.check_shared(settings, why)
+    _run(controls.set_rate(settings, task, rate, why))
+
+
+@app.command()
+def pause(name: TaskName = DEFAULT_TASK, why: Why = None) -> None:
+    """Let no start of a task begin, on any worker, until `resume`; it outlives them.
+
+    What runs ends as usual. Messages stay queued.
+    """
+    settings, task = _prepare(name)
+    from aioworker import controls
+
+    controls.check_shared(settings, why)
+    _run(controls.pause(settings, task, why))
+
+
+@app.command()
+def resume(name: TaskName = DEFAULT_TASK, why: Why = None) -> None:
+    """End a pause, on every worker."""
+    settings, task = _prepare(name)
+    from aioworker import controls
+
+    controls.check_shared(settings, why)
+    _run(controls.resume(settings, task, why))
 
 
 def _numbers(words: list[str]) -> list[int]:

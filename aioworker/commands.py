@@ -1,25 +1,27 @@
-"""What each command does, once its options are read: talk to the servers, tell the person."""
+"""What `consume` and `publish` do, once their options are read."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import logging
+import math
 import os
 import socket
 import time
 from typing import TYPE_CHECKING
 
-from aioworker import broker, console, repo, topology
+from aioworker import console, tables
+from aioworker.budget import Row, SharedBudget, WorkerBudget, peek
 from aioworker.console import count, say, tell
-from aioworker.consumer import Consumer, Options
+from aioworker.consumer import Consumer
 from aioworker.db import Database
 from aioworker.errors import AioworkerError, DatabaseError
 from aioworker.logs import fields
 from aioworker.message import CHUNK_LIMIT, check_chunk
 from aioworker.outcome import Kind
+from aioworker.presence import Presence
 from aioworker.producer import Producer, Sweep, chunked, publish_sweep
+from aioworker.supervisor import Options, Supervisor
 from aioworker.task import Context
 
 if TYPE_CHECKING:
@@ -33,61 +35,7 @@ log = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.5
 LONGEST_WATCH_SECONDS = 300.0
-
-
-def _database(settings: Settings) -> Database:
-    return Database(
-        settings.mysql_url,
-        connect_timeout=settings.connect_timeout,
-        timeout=settings.task_timeout,
-    )
-
-
-# init
-
-
-async def init(settings: Settings, task: Task) -> None:
-    """Declare the task's queues and wait until they are safe.
-
-    Raises:
-        BrokerError: RabbitMQ cannot be used, or a queue differs.
-    """
-    timeout = settings.connect_timeout
-    queues = topology.Queues.of(task.name)
-    async with broker.connection(settings.amqp_url, timeout, "aioworker init") as connection:
-        declared = await topology.declare(connection, queues, settings.queue_type, timeout)
-        for name in queues.arguments(settings.queue_type):
-            say(f"queue {name}: {'declared' if name in declared else 'was there'}")
-        # Also when they were there: another init may have made them a moment ago.
-        tell(f"waiting {topology.SAFE_AFTER_SECONDS:g} s until the queues are safe")
-        await topology.wait_until_safe(connection, queues, timeout)
-
-
-def setup_text(settings: Settings, task: Task) -> str:
-    """Return what `init` declares, and the least that the worker's users need, as commands."""
-    amqp, mysql = settings.amqp_url[0], settings.mysql_url
-    queues = topology.Queues.of(task.name).arguments(settings.queue_type)
-    permit = f"rabbitmqctl set_permissions -p '{amqp.vhost}' '{amqp.user}'"
-    lines = [
-        "# RabbitMQ: the queues that init declares, durable, on the default exchange",
-        *(f"queue {name} {json.dumps(arguments)}" for name, arguments in queues.items()),
-        "",
-        "# RabbitMQ: the least that the user of init needs",
-        rf"{permit} '^aioworker\.' '^(aioworker\.|amq\.default$)' '^aioworker\.'",
-        "",
-        "# RabbitMQ: the least that the user of consume, publish-all and publish needs",
-        rf"{permit} '' '^amq\.default$' '^aioworker\.'",
-        "",
-        "# MySQL: the least that the user of consume and publish-all needs",
-        *(
-            f"GRANT {privilege} ON `{mysql.database}`.`{table}` TO '{mysql.user}'@'%';"
-            for privilege, table in repo.PRIVILEGES
-        ),
-        "",
-        "# MySQL: the statements of publish-all and consume; %s are ids and page sizes",
-        *(f"{statement};" for statement in (repo.PAGE, repo.STALE, repo.WRITE)),
-    ]
-    return "\n".join(lines)
+LATE_INTERVALS = 1.5  # a sweep whose last start is not longer ago than this advances
 
 
 # consume
@@ -103,19 +51,38 @@ async def consume(
         did not end in time after a stop.
     """
     rate = task.rate_limit if settings.rate_limit is None else settings.rate_limit
-    options = Options(
-        addresses=settings.amqp_url,
-        rate_limit=rate,
-        burst=burst,
-        task_timeout=settings.task_timeout,
-        connect_timeout=settings.connect_timeout,
-        worker=f"{socket.gethostname()}:{os.getpid()}",
+    host, pid = socket.gethostname(), os.getpid()
+    worker = f"{host}:{pid}"
+    database = settings.database()
+    shared = settings.budget == "shared"
+    presence = Presence(
+        task.name,
+        host,
+        pid,
+        None if rate is None else str(rate),
+        lambda doing: notifier.send(STATUS=doing),
+        database if shared else None,
     )
-    database = _database(settings)
-    consumer = Consumer(task, database, options, lambda doing: notifier.send(STATUS=doing))
-    log.info("worker started", extra=fields(task=task.name, rate_limit=rate, burst=burst))
+    budget = SharedBudget(database, task.name, rate, worker) if shared else WorkerBudget(rate)
+    consumer = Consumer(
+        task,
+        database,
+        budget,
+        presence,
+        task_timeout=settings.task_timeout,
+        settle_timeout=settings.connect_timeout,
+        worker=worker,
+    )
+    options = Options(settings.amqp_url, burst, settings.connect_timeout, worker)
+    supervisor = Supervisor(task, database, budget, consumer, presence, options)
+    log.info(
+        "worker started",
+        extra=fields(task=task.name, rate_limit=rate, budget=settings.budget, burst=burst),
+    )
+    if not shared:
+        log.warning("the rate limit counts this process's starts alone: AIOWORKER_BUDGET=worker")
     notifier.send(READY="1", STATUS="starting")
-    running = asyncio.create_task(consumer.run(stop))
+    running = asyncio.create_task(supervisor.run(stop))
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -131,6 +98,7 @@ async def consume(
         for waiting in (running, stopping):
             waiting.cancel()
         await asyncio.gather(running, stopping, return_exceptions=True)
+        await _leave(presence)
         database.close()
     done, dead, released = (consumer.settled[kind] for kind in Kind)
     log.info("worker stopped", extra=fields(starts=consumer.starts, done=done))
@@ -140,6 +108,13 @@ async def consume(
             f" dead letters {dead}, given back {released}"
         )
     return 0 if complete or not burst else 1
+
+
+async def _leave(presence: Presence) -> None:
+    try:
+        await presence.leave()
+    except DatabaseError as error:
+        log.warning("worker's row not removed", extra=fields(reason=str(error)))
 
 
 # publish
@@ -183,7 +158,7 @@ async def publish_all(
         BrokerError: Not all is confirmed; a note says how far it is, and how to go on.
         DatabaseError: The ids cannot be read; the same note.
     """
-    database = _database(settings)
+    database = settings.database()
     await database.ready()
     sweep = Sweep()
     try:
@@ -197,8 +172,9 @@ async def publish_all(
             await _be_alone(database, task)
             waiting = await producer.backlog(task.name)
             if waiting and not append:
+                row = await _budget_row(settings, task, database)
                 database.close()  # others need not wait for what is only watched
-                return await _watch_earlier(settings, task, producer, waiting)
+                return await _watch_earlier(settings, task, producer, waiting, row)
             total = await _count(database, task, after) if console.is_terminal() else 0
             try:
                 with console.progress("publishing ids", total) as show:
@@ -235,29 +211,46 @@ async def _be_alone(database: Database, task: Task) -> None:
     Raises:
         DatabaseError: Another one is being published.
     """
-    owner = f"{database.address.database}\0{task.name}"
-    name = f"aioworker:sweep:{task.name[:30]}:{hashlib.sha256(owner.encode()).hexdigest()[:16]}"
+    name = tables.lock_name(database, task.name, "aioworker:sweep")
     with database.explaining():
         [[got]] = await database.query("SELECT GET_LOCK(%s, 0)", (name,))
     if got != 1:
         raise DatabaseError(f"another sweep of {task.name} is being published; nothing was done")
 
 
-async def _watch_earlier(settings: Settings, task: Task, producer: Producer, waiting: int) -> int:
-    """Say that an earlier sweep is still queued; watch for one start whether it advances."""
+async def _budget_row(settings: Settings, task: Task, database: Database) -> Row | None:
+    if settings.budget != "shared":
+        return None
+    with tables.explaining(database):
+        return await peek(database, task.name)
+
+
+async def _watch_earlier(
+    settings: Settings, task: Task, producer: Producer, waiting: int, row: Row | None
+) -> int:
+    """Say that an earlier sweep is still queued, and whether it advances.
+
+    The budget's row tells at once when the last start was not long ago; else the lane is
+    watched for the time of one start.
+    """
     rate = task.rate_limit if settings.rate_limit is None else settings.rate_limit
-    paused = rate is not None and rate.paused
-    interval = rate.interval if rate and not paused else 0.0
-    seconds = 0.0 if paused else min(2.0 + interval * 1.1, LONGEST_WATCH_SECONDS)
-    tell(f"an earlier sweep is still queued: watching for {seconds:.0f} s whether it advances")
-    deadline = time.monotonic() + seconds
-    advances = False
-    while not advances and time.monotonic() < deadline:
-        await asyncio.sleep(WATCH_SECONDS)
-        advances = await producer.backlog(task.name) < waiting
+    interval = rate.interval if rate else 0.0
+    if row is not None and row.gap_us is not None:
+        interval = row.gap_us / 1e6
+    paused = interval == math.inf or (row is not None and row.paused)
+    started = row is not None and 0 <= row.age_us / 1e6 < interval * LATE_INTERVALS
+    advances = started and not paused
+    if not advances and not paused:
+        seconds = min(2.0 + interval * 1.1, LONGEST_WATCH_SECONDS)
+        tell(f"an earlier sweep is still queued: watching for {seconds:.0f} s whether it advances")
+        deadline = time.monotonic() + seconds
+        while not advances and time.monotonic() < deadline:
+            await asyncio.sleep(WATCH_SECONDS)
+            advances = await producer.backlog(task.name) < waiting
+    how = "advances" if advances else "is paused" if paused else "stands still"
     say(
         f"published nothing: an earlier sweep is still queued, {count(waiting, 'chunk')},"
-        f" and {'advances' if advances else 'stands still'}; --append publishes all the same"
+        f" and {how}; --append publishes all the same"
     )
     return 0 if advances else 1
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import sys
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator
 
 LINE_SECONDS = 5.0
+MINUTE, HOUR = 60, 3600
 
 
 def say(line: str) -> None:
@@ -30,9 +33,45 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def duration(seconds: float) -> str:
+    """Return seconds as a person says them: `17 s`, `4 min 5 s`, `4 h 25 min`."""
+    whole = math.ceil(seconds)
+    if whole < MINUTE:
+        return f"{whole} s"
+    if whole < HOUR:
+        minutes, rest = divmod(whole, MINUTE)
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    hours, rest = divmod(whole, HOUR)
+    return f"{hours} h {rest // MINUTE} min" if rest >= MINUTE else f"{hours} h"
+
+
 def is_terminal() -> bool:
     """Return whether a person watches the progress."""
     return sys.stderr.isatty()
+
+
+async def watch(show: Callable[[], Awaitable[str]], seconds: float, stop: asyncio.Event) -> None:
+    """Show a text again and again until *stop*: in place on a terminal, one by one elsewhere."""
+    if not sys.stdout.isatty():
+        while not stop.is_set():
+            say(await show())
+            await _pause(seconds, stop)
+        return
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(auto_refresh=False, screen=True) as live:
+        while not stop.is_set():
+            live.update(Text(await show()), refresh=True)
+            await _pause(seconds, stop)
+
+
+async def _pause(seconds: float, stop: asyncio.Event) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await stop.wait()
+    except TimeoutError:
+        return  # the time is up: show again
 
 
 @contextmanager

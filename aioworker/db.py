@@ -10,17 +10,18 @@ from __future__ import annotations
 import asyncio
 import ssl
 from contextlib import asynccontextmanager, contextmanager
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
 import aiomysql
 from pymysql.constants import CLIENT
 from pymysql.err import MySQLError
 
+from aioworker import trouble
 from aioworker.errors import DatabaseError
+from aioworker.trouble import Trouble
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
     from aioworker.addresses import DatabaseAddress
 
@@ -28,59 +29,6 @@ LOCK_WAIT_SECONDS = 5
 KILL_SECONDS = 3
 IDLE_SECONDS = 30
 AGGREGATE_BYTES = 1_048_576  # MariaDB cuts JSON_ARRAYAGG at this length, without an error
-DEADLOCKS = frozenset({1213, 1020})  # another try at once may do
-
-
-class Trouble(StrEnum):
-    """What an error of the database means for the message at hand."""
-
-    UNAVAILABLE = "unavailable"  # the server is away or full: wait, the message is fine
-    CONTENTION = "contention"  # others hold the rows: later
-    DATA = "data"  # these rows will never do
-    EVERY_MESSAGE = "every message"  # a wrong table or privilege: no message will do
-
-
-_CODES = {
-    Trouble.UNAVAILABLE: (0, 1021, 1040, 1053, 1290, 1836, 1927, 2003, 2006, 2013, 3100, 4031),
-    Trouble.CONTENTION: (1020, 1205, 1213, 1317, 1969, 3024),
-    Trouble.DATA: (1048, 1062, 1264, 1292, 1366, 1406, 1451, 1452, 1644, 1690, 3819, 4025),
-    Trouble.EVERY_MESSAGE: (1044, 1045, 1049, 1054, 1064, 1142, 1143, 1146, 1665, 1698),
-}
-_TROUBLES = {code: trouble for trouble, codes in _CODES.items() for code in codes}
-_CURES = {
-    0: "is it a MySQL server? check AIOWORKER_MYSQL_URL",
-    1044: "`aioworker init --print` shows what the user needs",
-    1045: "check user and password in AIOWORKER_MYSQL_URL",
-    1049: "create it, or correct AIOWORKER_MYSQL_URL",
-    1054: "is this the right database? check AIOWORKER_MYSQL_URL",
-    1142: "`aioworker init --print` shows what the user needs",
-    1143: "`aioworker init --print` shows what the user needs",
-    1146: "is this the right database? check AIOWORKER_MYSQL_URL",
-    1698: "check user and password in AIOWORKER_MYSQL_URL",
-    2003: "is it running? check AIOWORKER_MYSQL_URL",
-}
-
-
-def sort(error: BaseException) -> Trouble | None:
-    """Return what an error means; None when it is not known to be the database's."""
-    if not isinstance(error, MySQLError):
-        return None
-    return _TROUBLES.get(code(error))
-
-
-def code(error: MySQLError) -> int:
-    """Return the server's error number, 0 where there is none."""
-    first = error.args[0] if error.args else 0
-    return first if isinstance(first, int) else 0
-
-
-def describe(error: MySQLError) -> str:
-    """Return the server's words and number, and the cure where one is known, in one line."""
-    words = " ".join(str(error.args[-1] if error.args else error).split())
-    if isinstance(error.__cause__, ssl.SSLError):
-        words += f": {error.__cause__.reason}"
-    cure = _CURES.get(code(error))
-    return f"{words} ({code(error)})" + (f"; {cure}" if cure else "")
 
 
 class Cursor(Protocol):
@@ -99,7 +47,7 @@ class Database:
     """A connection to one database, reopened after it was lost.
 
     Sessions are READ COMMITTED, in UTC, count the rows that a WHERE matched (not those
-    that it changed), and give up on a row lock after 5 s.
+    that it changed), and give up on a row lock after 5 s. `async with` connects and closes.
 
     Args:
         address: Where it is.
@@ -110,9 +58,23 @@ class Database:
 
     def __init__(self, address: DatabaseAddress, *, connect_timeout: float, timeout: float) -> None:
         self.address = address
+        self.timeout = timeout
         self._connect_timeout = connect_timeout
-        self._timeout = timeout
         self._connection: Any = None
+        self._pinned = False
+        self._before_commit: Callable[[Cursor], Awaitable[None]] | None = None
+
+    async def __aenter__(self) -> Database:
+        await self.ready()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.close()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a connection stands, as far as is known."""
+        return self._connection is not None
 
     async def ready(self) -> None:
         """See that the connection stands; open one where it does not.
@@ -139,6 +101,9 @@ class Database:
 
     async def execute(self, statement: str, args: object = None) -> int:
         """Run one statement in a transaction of its own; return how many rows it matched."""
+        if self._before_commit is not None:
+            async with self.transaction() as cursor:
+                return await cursor.execute(statement, args)
         async with self._use() as connection, connection.cursor() as cursor:
             return int(await cursor.execute(statement, args))
 
@@ -149,7 +114,23 @@ class Database:
             await connection.begin()
             async with connection.cursor() as cursor:
                 yield cursor
+                if self._before_commit is not None:
+                    await self._before_commit(cursor)
             await connection.commit()
+            self._before_commit = None
+
+    def before_next_commit(self, action: Callable[[Cursor], Awaitable[None]] | None) -> None:
+        """Have *action* write in the next transaction that commits; None forgets it."""
+        self._before_commit = action
+
+    @contextmanager
+    def pinned(self) -> Iterator[None]:
+        """Inside, a lost connection is not replaced: it held a lock that is lost with it."""
+        self._pinned = True
+        try:
+            yield
+        finally:
+            self._pinned = False
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
@@ -169,11 +150,13 @@ class Database:
     async def _use(self) -> AsyncIterator[Any]:
         """Lend the connection; leave no transaction open and no statement running."""
         if self._connection is None:
+            if self._pinned:
+                raise DatabaseError(f"connection to MySQL at {self.address.shown} lost in a run")
             await self.ready()
         connection = self._connection
         thread = connection.thread_id()
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(self.timeout):
                 yield connection
         except (asyncio.CancelledError, TimeoutError):
             self.close()
@@ -220,7 +203,7 @@ class Database:
                 await cursor.execute(
                     "SET SESSION time_zone = '+00:00', wait_timeout = %s,"
                     " innodb_lock_wait_timeout = %s, group_concat_max_len = %s",
-                    (int(self._timeout) + IDLE_SECONDS, LOCK_WAIT_SECONDS, AGGREGATE_BYTES),
+                    (int(self.timeout) + IDLE_SECONDS, LOCK_WAIT_SECONDS, AGGREGATE_BYTES),
                 )
         return connection
 
@@ -239,15 +222,18 @@ class Database:
 
     def explain(self, error: Exception) -> DatabaseError:
         """Say in one line why this database cannot be used, and what to do."""
+        away = not isinstance(error, MySQLError) or trouble.sort(error) is Trouble.UNAVAILABLE
         if isinstance(error, TimeoutError):
             reason = "no answer in time; check AIOWORKER_MYSQL_URL"
         elif isinstance(error, MySQLError):
-            reason = describe(error)
+            reason = trouble.describe(error)
         elif isinstance(error, RuntimeError):
             reason = f"{error}; use TLS (ssl_mode=required), or install cryptography"
         else:
             reason = " ".join(str(error).split())
-        return DatabaseError(f"cannot use MySQL at {self.address.shown}: {reason}")
+        return DatabaseError(
+            f"cannot use MySQL at {self.address.shown}: {reason}", unreachable=away
+        )
 
 
 @contextmanager

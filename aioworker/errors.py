@@ -45,7 +45,15 @@ class RowsContendedError(AioworkerError):
 
 
 class BrokerError(AioworkerError, ConnectionError):
-    """RabbitMQ cannot be reached, refuses, or did not confirm."""
+    """RabbitMQ cannot be reached, refuses, or did not confirm.
+
+    Attributes:
+        unreachable: Whether it is RabbitMQ itself that is away.
+    """
+
+    def __init__(self, text: str, *, unreachable: bool = False) -> None:
+        super().__init__(text)
+        self.unreachable = unreachable
 
 
 class QueueMissingError(BrokerError):
@@ -57,4 +65,16 @@ class QueueDiffersError(BrokerError):
 
 
 class DatabaseError(AioworkerError):
-    """The database cannot be used; its text says why and what to do."""
+    """The database cannot be used; its text says why and what to do.
+
+    Attributes:
+        unreachable: Whether it is the server itself that is away.
+    """
+
+    def __init__(self, text: str, *, unreachable: bool = False) -> None:
+        super().__init__(text)
+        self.unreachable = unreachable
+
+
+class TurnLostError(DatabaseError):
+    """The turn to work on a task was lost in the middle of it."""

@@ -1,12 +1,13 @@
-"""Rate limits: how often a task may start, and the wait that keeps to it.
+"""Rate limits: how often a task may start, and the wait that keeps to it in one process.
 
-A limit is written as in Celery: ``"2/m"`` is one start every 30 seconds. The limiter
-holds inside one process: two workers with ``"2/m"`` start up to four tasks a minute.
+A limit is written as in Celery: ``"2/m"`` is one start every 30 seconds. What all workers
+may do together is the `budget`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from aiolimiter import AsyncLimiter
 from aioworker.errors import RateLimitError
 
 PERIODS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+_UNITS = {"": "s", "sec": "s", "second": "s", "min": "m", "minute": "m", "hr": "h", "hour": "h"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +40,13 @@ class RateLimit:
 
         Raises:
             RateLimitError: The text is anything else, what Celery takes for it included
-                (`"2"`, `"2/min"`, `"nan/m"`).
+                (`"2"`, `"2/min"`, `"nan/m"`); it says what to write instead.
         """
         match = re.fullmatch(r"([0-9]{1,9})/([smh])", text)
         if match is None:
-            raise RateLimitError(f"expected rate limit as COUNT/UNIT, such as '2/m', got: {text!r}")
+            raise RateLimitError(
+                f"expected rate limit as COUNT/UNIT, such as '2/m', got: {text!r}{_instead(text)}"
+            )
         return cls(int(match[1]), match[2])
 
     @property
@@ -53,39 +57,93 @@ class RateLimit:
     @property
     def interval(self) -> float:
         """Seconds from one start to the next at least; infinite when paused."""
-        return PERIODS[self.unit] / self.starts if self.starts else float("inf")
+        return PERIODS[self.unit] / self.starts if self.starts else math.inf
+
+    @property
+    def gap_us(self) -> int:
+        """The interval in whole microseconds, rounded up: never a start too many.
+
+        Raises:
+            RateLimitError: The limit is a pause.
+        """
+        if self.paused:
+            raise RateLimitError(f"expected a rate that starts anything, got: '{self}'")
+        return -(-int(PERIODS[self.unit] * 1_000_000) // self.starts)
 
     def __str__(self) -> str:
         return f"{self.starts}/{self.unit}"
 
 
-class Limiter:
-    """The wait for a rate limit, inside one process and one event loop.
+def shown_interval(gap_us: int) -> str:
+    """Return an interval in microseconds as the rate limit it is; in seconds where it is none."""
+    if not gap_us:
+        return "none"
+    for unit, least in (("s", 2), ("m", 1), ("h", 1)):
+        starts = round(PERIODS[unit] * 1_000_000 / gap_us)
+        if starts >= least and RateLimit(starts, unit).gap_us == gap_us:
+            return f"{starts}/{unit}"
+    return f"1 in {gap_us / 1e6:g} s"
 
-    It forgets everything when the process ends: a worker that is restarted may start at
-    once. Nothing is held while waiting: look at `due_in`, sleep, look again, and `charge`
-    at the moment the start begins.
+
+def _instead(text: str) -> str:
+    """Return what to write for what Celery takes and means something else by."""
+    found = re.fullmatch(r"([0-9.e+]+|[+-]?(?:nan|inf)|-.*?)(?:/([a-z]*?)s?)?", _squeezed(text))
+    if found is None:
+        return ""
+    try:
+        count = float(found[1])
+    except ValueError:
+        return ""
+    if not math.isfinite(count) or count < 0:
+        return "; write '0/m' to pause, or leave it unset for no limit"
+    word = found[2] or ""
+    unit = word if word in PERIODS else _UNITS.get(word)
+    if unit is None:
+        return ""
+    for longer, period in PERIODS.items():
+        starts = count * period / PERIODS[unit]
+        if period >= PERIODS[unit] and starts == int(starts) < 10**9:
+            return f"; write '{int(starts)}/{longer}'"
+    return ""
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split()).lower()
+
+
+class Limiter:
+    """The wait for an interval, inside one process and one event loop.
+
+    It forgets everything when the process ends. Nothing is held while waiting: look at
+    `due_in`, sleep, look again, and `charge` at the moment the start begins.
+
+    Args:
+        interval: Seconds from one start to the next, more than 0.
     """
 
-    def __init__(self, rate: RateLimit) -> None:
-        self.rate = rate
+    def __init__(self, interval: float) -> None:
+        self.interval = interval
         # One start at a time: AsyncLimiter(starts, period) would let nearly twice the
         # limit through in the first period.
-        self._limiter = None if rate.paused else AsyncLimiter(1, rate.interval)
-        self._free_at = 0.0
+        self._limiter = AsyncLimiter(1, interval)
+        self._last = -math.inf
 
     def due_in(self) -> float:
-        """Return the seconds until a start is due: 0 when one is, infinite when paused."""
-        if self._limiter is None:
-            return float("inf")
+        """Return the seconds until a start is due: 0 when one is."""
         if self._limiter.has_capacity():
             return 0.0
         # The limiter's arithmetic may lag behind ours by a rounding error: never 0 here.
-        return max(self._free_at - asyncio.get_running_loop().time(), 0.001)
+        return max(self._last + self.interval - asyncio.get_running_loop().time(), 0.001)
 
     async def charge(self) -> None:
         """Take one start; returns at once when one is due."""
-        if self._limiter is None:
-            raise RateLimitError(f"expected a rate that starts anything, got: '{self.rate}'")
         await self._limiter.acquire()
-        self._free_at = asyncio.get_running_loop().time() + self.rate.interval
+        self._last = asyncio.get_running_loop().time()
+
+    async def change(self, interval: float) -> None:
+        """Go on with another interval, counted from the last start."""
+        self.interval = interval
+        self._limiter = AsyncLimiter(1, interval)
+        passed = (asyncio.get_running_loop().time() - self._last) / interval
+        if passed < 1:
+            await self._limiter.acquire(1 - passed)

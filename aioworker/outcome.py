@@ -14,7 +14,7 @@ import aio_pika
 from pamqp.encode import encode_table_value
 from pymysql.err import MySQLError
 
-from aioworker import broker, db
+from aioworker import broker, trouble
 from aioworker.errors import AioworkerError, MessageRefusedError, RowsRefusedError
 from aioworker.message import RETRIES_LIMIT
 
@@ -40,6 +40,11 @@ class Outcome:
     reason: str = ""
     error: Exception | None = None
 
+    @property
+    def failed(self) -> bool:
+        """Whether the message was not done because something went wrong."""
+        return self.error is not None
+
 
 def judge(error: Exception) -> Outcome:
     """Decide what a failed attempt comes to.
@@ -53,9 +58,9 @@ def judge(error: Exception) -> Outcome:
         case AioworkerError():
             reason = str(error)
         case MySQLError():
-            trouble = db.sort(error)
-            reason = f"database, {trouble or 'unknown error'}: {db.describe(error)}"
-            if trouble is db.Trouble.DATA:
+            sort = trouble.sort(error)
+            reason = f"database, {sort or 'unknown error'}: {trouble.describe(error)}"
+            if sort is trouble.Trouble.DATA:
                 return Outcome(Kind.DEAD_LETTER, reason, error)
         case TimeoutError():
             reason = "the run took longer than the task timeout and was cut off"

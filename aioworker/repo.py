@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pymysql.err import MySQLError
 
-from aioworker import db
+from aioworker import trouble
 from aioworker.errors import RowsContendedError
 
 if TYPE_CHECKING:
@@ -150,9 +150,9 @@ async def _settle(database: Database, rows: list[Stale], result: Refresh) -> Non
             written = await _write(database, rows)
         except MySQLError as error:
             written = 0
-            if db.sort(error) is db.Trouble.DATA:
+            if trouble.sort(error) is trouble.Trouble.DATA:
                 refusal = error
-            elif db.code(error) not in db.DEADLOCKS:
+            elif trouble.code(error) not in trouble.DEADLOCKS:
                 raise
         result.changed += written
         if written == len(rows):
@@ -163,7 +163,7 @@ async def _settle(database: Database, rows: list[Stale], result: Refresh) -> Non
                 await _settle(database, [row], result)
             return
         if refusal is not None and again == rows:
-            result.refused[rows[0].addon_id] = db.describe(refusal)
+            result.refused[rows[0].addon_id] = trouble.describe(refusal)
             return
         if not again:
             return

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from dotenv import dotenv_values
 from pydantic import BeforeValidator, Field, ValidationError
@@ -21,6 +21,9 @@ from aioworker.addresses import BrokerAddress, DatabaseAddress
 from aioworker.errors import UsageError
 from aioworker.limits import RateLimit
 from aioworker.message import CHUNK_LIMIT
+
+if TYPE_CHECKING:
+    from aioworker.db import Database
 
 PREFIX = "AIOWORKER_"
 ENV_FILE = ".env"
@@ -88,6 +91,10 @@ class Settings(BaseSettings):
     rate_limit: Annotated[RateLimit | None, NoDecode, _parsed(RateLimit.parse)] = Field(
         None, description="How often a task starts, such as 2/m; unset, as the task says."
     )
+    budget: Annotated[str, _one_of("shared", "worker")] = Field(
+        "shared",
+        description="Whose starts the rate limit counts: shared, all workers'; worker, its own.",
+    )
     queue_type: Annotated[str, _one_of("quorum", "classic")] = Field(
         "quorum", description="Kind of the queues that init declares: quorum or classic."
     )
@@ -131,6 +138,14 @@ class Settings(BaseSettings):
             shown = f"--{name.replace('_', '-')}" if name in given else PREFIX + name.upper()
             problem = first["msg"].removeprefix("Value error, ")
             raise UsageError(f"{shown}: {problem}") from None
+
+    def database(self) -> Database:
+        """Return the database, not yet connected."""
+        from aioworker.db import Database  # help needs no client of a server
+
+        return Database(
+            self.mysql_url, connect_timeout=self.connect_timeout, timeout=self.task_timeout
+        )
 
     @classmethod
     def table(cls) -> list[tuple[str, str, str]]:

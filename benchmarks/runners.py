@@ -7,6 +7,7 @@ prints the seconds its work took, connecting included, starting Python not.
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 from collections import deque
@@ -15,10 +16,12 @@ from collections.abc import AsyncIterator
 import aio_pika
 
 from aioworker.addons import update_current_version
-from aioworker.consumer import Consumer, Options
-from aioworker.db import Database
+from aioworker.budget import SharedBudget
+from aioworker.consumer import Consumer
+from aioworker.presence import Presence
 from aioworker.producer import Producer, Sweep, chunked, outgoing_message, publish_sweep
 from aioworker.settings import Settings
+from aioworker.supervisor import Options, Supervisor
 from aioworker.topology import Queues
 
 IDS = 200_000
@@ -29,10 +32,17 @@ WINDOW = 64
 async def consume() -> None:
     """The main job, its rate limit off, until the lanes are empty."""
     settings = Settings.load()
-    database = Database(settings.mysql_url, connect_timeout=10, timeout=30)
-    options = Options(settings.amqp_url, None, True, 30, 10, "bench")
-    consumer = Consumer(update_current_version, database, options, lambda _doing: None)
-    if not await consumer.run(asyncio.Event()):
+    task = update_current_version
+    database = settings.database()
+    budget = SharedBudget(database, task.name, None, "bench")
+    presence = Presence(task.name, "bench", os.getpid(), None, lambda _doing: None, database)
+    consumer = Consumer(
+        task, database, budget, presence, task_timeout=30, settle_timeout=10, worker="bench"
+    )
+    options = Options(settings.amqp_url, burst=True, connect_timeout=10, worker="bench")
+    if not await Supervisor(task, database, budget, consumer, presence, options).run(
+        asyncio.Event()
+    ):
         sys.exit("not every chunk was done")
     database.close()
 

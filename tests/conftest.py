@@ -8,18 +8,21 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import aio_pika
 import pytest
 
-from aioworker import topology
+from aioworker import tables, topology
 from aioworker.addons import update_current_version
 from aioworker.addresses import BrokerAddress, DatabaseAddress
-from aioworker.consumer import Consumer, Options
+from aioworker.budget import Budget, SharedBudget, WorkerBudget
+from aioworker.consumer import Consumer
 from aioworker.db import Database
 from aioworker.limits import RateLimit
+from aioworker.presence import Presence
 from aioworker.producer import Producer
+from aioworker.supervisor import Options, Supervisor
 from support import servers, site
 from tests.fakes import FakeClock
 
@@ -34,6 +37,7 @@ TASK = "update_current_version"
 QUEUES = topology.Queues.of(TASK)
 COMMAND_SECONDS = 60
 DEADLINE_SECONDS = 30
+T = TypeVar("T")
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -63,6 +67,9 @@ def shop(pair: servers.Servers) -> Iterator[Connection[Cursor]]:
     """A connection to the site's database, its tables empty."""
     connection = servers.connect(pair.mysql_url, create=True)
     site.create(connection)
+    with connection.cursor() as cursor:
+        for statement in (tables.BUDGET, tables.WORKER, tables.FIRST_ROW % {"task": f"'{TASK}'"}):
+            cursor.execute(statement)
     connection.commit()
     yield connection
     connection.close()
@@ -131,24 +138,24 @@ def make_database(
     return kind(address, connect_timeout=10, timeout=timeout)
 
 
-def make_consumer(
+def make_worker(
     pair: servers.Servers,
     database: Database,
     *,
     task: Task = update_current_version,
     rate_limit: str | None = None,
     burst: bool = True,
-) -> Consumer:
-    """Make a consumer that ends once the lanes are empty."""
-    options = Options(
-        addresses=BrokerAddress.parse_all(pair.amqp_url),
-        rate_limit=RateLimit.parse(rate_limit) if rate_limit else None,
-        burst=burst,
-        task_timeout=30,
-        connect_timeout=10,
-        worker="test",
+) -> Supervisor:
+    """Make a worker that ends once the lanes are empty."""
+    budget: Budget = WorkerBudget(None)
+    if rate_limit is not None:
+        budget = SharedBudget(database, task.name, RateLimit.parse(rate_limit), "test")
+    presence = Presence(task.name, "test", 1, None, lambda _doing: None, None)
+    consumer = Consumer(
+        task, database, budget, presence, task_timeout=30, settle_timeout=10, worker="test"
     )
-    return Consumer(task, database, options, lambda _doing: None)
+    options = Options(BrokerAddress.parse_all(pair.amqp_url), burst, 10, "test")
+    return Supervisor(task, database, budget, consumer, presence, options)
 
 
 def make_producer(pair: servers.Servers) -> Producer:
@@ -218,12 +225,13 @@ def start(pair: servers.Servers, tmp_path: Path) -> Iterator[Callable[..., Worke
         worker.end()
 
 
-def eventually(holds: Callable[[], object], what: str) -> None:
-    """Wait until something holds; fail at the deadline."""
+def eventually(holds: Callable[[], T], what: str) -> T:
+    """Wait until something holds, and return it; fail at the deadline."""
     deadline = time.monotonic() + DEADLINE_SECONDS
-    while not holds():
+    while not (found := holds()):
         assert time.monotonic() < deadline, f"not within {DEADLINE_SECONDS} s: {what}"
         time.sleep(0.02)
+    return found
 
 
 def rows(connection: Connection[Cursor], statement: str, *args: object) -> list[tuple[Any, ...]]:

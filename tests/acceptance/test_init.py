@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import aio_pika
 import pytest
 
-from aioworker import topology
+from aioworker import tables, topology
 from support import servers
 from tests.conftest import (
     QUEUES,
@@ -59,23 +59,33 @@ def arguments_of(private: servers.Servers) -> dict[str, dict[str, object]]:
 
 @pytest.mark.parametrize("queue_type", ["quorum", "classic"])
 def test_the_queues_are_declared_once_and_again(
-    run: Run, vhost: str, private: servers.Servers, queue_type: str
+    run: Run,
+    vhost: str,
+    private: servers.Servers,
+    shop: Connection[Cursor],
+    queue_type: str,
 ) -> None:
     """The second time it finds them, and changes nothing."""
+    execute(shop, "DROP TABLE aioworker_budget, aioworker_worker")
     variables = {"AIOWORKER_AMQP_URL": vhost, "AIOWORKER_QUEUE_TYPE": queue_type}
 
     first = run("init", **variables)
     second = run("init", **variables)
 
     assert (first.returncode, second.returncode) == (0, 0)
-    assert first.stdout == "".join(f"queue {name}: declared\n" for name in ALL)
+    assert first.stdout == "".join(
+        [f"queue {name}: declared\n" for name in ALL]
+        + [f"table {name}: made\n" for name in tables.NAMES]
+    )
     assert first.stderr == second.stderr == "waiting 3 s until the queues are safe\n"
-    assert second.stdout == "".join(f"queue {name}: was there\n" for name in ALL)
+    assert second.stdout == first.stdout.replace("declared", "was there").replace(
+        "made", "was there"
+    )
     assert arguments_of(private) == QUEUES.arguments(queue_type)
 
 
 async def test_a_queue_that_differs_is_named_with_both_values_and_nothing_is_changed(
-    run: Run, vhost: str, private: servers.Servers
+    run: Run, vhost: str, private: servers.Servers, shop: Connection[Cursor]
 ) -> None:
     wanted = QUEUES.arguments("quorum")
     connection = await aio_pika.connect(vhost)
@@ -94,7 +104,31 @@ async def test_a_queue_that_differs_is_named_with_both_values_and_nothing_is_cha
     assert arguments_of(private) == {QUEUES.urgent: theirs}
 
 
-async def test_a_queue_of_another_type_is_named_with_both(run: Run, vhost: str) -> None:
+def test_a_table_of_another_shape_is_named_and_left(
+    run: Run, lanes: Lanes, shop: Connection[Cursor]
+) -> None:
+    execute(shop, "ALTER TABLE aioworker_budget DROP COLUMN gap_us")
+
+    done = run("init")
+
+    assert done.returncode == 1
+    assert "Unknown column 'gap_us' in 'field list' (1054)" in done.stderr
+    assert done.stderr.endswith("drop it, then run `aioworker init`\n")
+
+
+def test_a_worker_of_its_own_budget_needs_no_database_to_set_up(run: Run, vhost: str) -> None:
+    """For those who may not create a table."""
+    nowhere = "mysql://root@127.0.0.1:1/nowhere"
+    variables = {"AIOWORKER_AMQP_URL": vhost, "AIOWORKER_BUDGET": "worker"}
+
+    done = run("init", AIOWORKER_MYSQL_URL=nowhere, **variables)
+
+    assert (done.returncode, "table" in done.stdout) == (0, False)
+
+
+async def test_a_queue_of_another_type_is_named_with_both(
+    run: Run, vhost: str, shop: Connection[Cursor]
+) -> None:
     connection = await aio_pika.connect(vhost)
     await topology.declare(connection, QUEUES, "classic", 10)
     await connection.close()
@@ -152,11 +186,16 @@ async def test_with_exactly_the_printed_privileges_everything_works(
         # No more than that: it may neither declare nor write another column.
         assert run("init", **variables).returncode == 1
         grants = [grant for [grant] in rows(shop, "SHOW GRANTS FOR worker") if "USAGE" not in grant]
-        assert sorted(grants) == [
-            "GRANT SELECT ON `aioworker`.`files` TO `worker`@`%`",
-            "GRANT SELECT ON `aioworker`.`versions` TO `worker`@`%`",
-            "GRANT SELECT, UPDATE (`current_version`) ON `aioworker`.`addons` TO `worker`@`%`",
-        ]
+        assert sorted(grants) == sorted(
+            [
+                "GRANT SELECT ON `aioworker`.`files` TO `worker`@`%`",
+                "GRANT SELECT ON `aioworker`.`versions` TO `worker`@`%`",
+                "GRANT SELECT, INSERT, UPDATE ON `aioworker`.`aioworker_budget` TO `worker`@`%`",
+                "GRANT SELECT, INSERT, UPDATE, DELETE ON `aioworker`.`aioworker_worker`"
+                " TO `worker`@`%`",
+                "GRANT SELECT, UPDATE (`current_version`) ON `aioworker`.`addons` TO `worker`@`%`",
+            ]
+        )
     finally:
         broker.control("delete_user", "zamboni")
         execute(shop, "DROP USER worker")

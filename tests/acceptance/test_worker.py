@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import aio_pika
 import pytest
 
-from aioworker.consumer import IDLE_SECONDS
+from aioworker.supervisor import IDLE_SECONDS
 from support import servers
 from tests.conftest import (
     QUEUES,

@@ -14,8 +14,8 @@ from tests.conftest import (
     TASK,
     Lanes,
     current_versions,
-    make_consumer,
     make_producer,
+    make_worker,
     rows,
 )
 
@@ -47,9 +47,9 @@ async def test_a_published_add_on_gets_its_right_version(
 
     async with make_producer(pair) as producer:
         await producer.publish(TASK, [addon])
-    consumer = make_consumer(pair, database)
+    worker = make_worker(pair, database)
 
-    assert await consumer.run(stop)
+    assert await worker.run(stop)
     assert current_versions(shop) == {addon: case["expect"]}
     assert rows(shop, "SELECT modified, status, inactive FROM addons") == untouched
-    assert consumer.settled == {Kind.ACK: 1}
+    assert worker.consumer.settled == {Kind.ACK: 1}

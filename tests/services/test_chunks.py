@@ -21,8 +21,8 @@ from tests.conftest import (
     Lanes,
     current_versions,
     execute,
-    make_consumer,
     make_database,
+    make_worker,
     simple_addons,
 )
 
@@ -65,7 +65,7 @@ async def test_an_unknown_id_is_one_debug_line_and_the_others_are_done(
     simple_addons(shop, 2)
     await lanes.send(chunk([1, 999_999, 2]))
 
-    assert await make_consumer(pair, database, rate_limit="100/s").run(stop)
+    assert await make_worker(pair, database, rate_limit="100/s").run(stop)
 
     assert current_versions(shop) == {1: 10_001, 2: 10_002}
     assert [r.message for r in caplog.records if "Missing" in r.message] == [
@@ -87,7 +87,7 @@ async def test_an_id_that_comes_twice_is_done_once_and_counted_once(
     simple_addons(shop, 1)
     await lanes.send(chunk([1, 1, [1]]))
 
-    assert await make_consumer(pair, database).run(stop)
+    assert await make_worker(pair, database).run(stop)
 
     [event] = events(caplog)
     assert (event["ids"], event["changed"]) == (1, 1)
@@ -103,11 +103,11 @@ async def test_an_empty_chunk_is_acknowledged_without_a_statement(
     assert isinstance(counting, Counting)
     simple_addons(shop, 1)
     await lanes.send(chunk([]))
-    consumer = make_consumer(pair, counting)
+    worker = make_worker(pair, counting)
 
-    assert await consumer.run(stop)
+    assert await worker.run(stop)
 
-    assert (consumer.settled, consumer.starts) == ({Kind.ACK: 1}, 0)
+    assert (worker.consumer.settled, worker.consumer.starts) == ({Kind.ACK: 1}, 0)
     # The look at the tables when it started, with no ids; nothing for the chunk.
     assert (counting.queries, counting.writes) == (1, 1)
     counting.close()
@@ -145,14 +145,14 @@ async def test_the_same_chunk_again_changes_no_row_and_costs_nothing(
     simple_addons(shop, 3)
     for _ in range(5):
         await lanes.send(chunk([1, 2, 3]))
-    consumer = make_consumer(pair, database, rate_limit=rate_limit)
+    worker = make_worker(pair, database, rate_limit=rate_limit)
 
-    assert await consumer.run(stop)
+    assert await worker.run(stop)
 
     assert [event["changed"] for event in events(caplog)] == [3, 0, 0, 0, 0]
-    assert consumer.settled == {Kind.ACK: 5}
+    assert worker.consumer.settled == {Kind.ACK: 5}
     if rate_limit:
-        assert consumer.starts == 1
+        assert worker.consumer.starts == 1
 
 
 async def test_rows_of_one_id_are_the_same_as_ids(
@@ -167,7 +167,7 @@ async def test_rows_of_one_id_are_the_same_as_ids(
     await lanes.send(chunk([[1], [2]]))
     await lanes.send(chunk([3, 4]))
 
-    assert await make_consumer(pair, database).run(stop)
+    assert await make_worker(pair, database).run(stop)
 
     assert current_versions(shop) == {n: n + 10_000 for n in (1, 2, 3, 4)}
 
@@ -180,12 +180,12 @@ async def test_two_workers_with_the_same_chunk_at_once_come_to_the_same_end(
     for _ in range(4):
         await lanes.send(chunk(list(range(1000, 0, -1))))
     databases = [make_database(pair), make_database(pair)]
-    consumers = [make_consumer(pair, database) for database in databases]
+    workers = [make_worker(pair, database) for database in databases]
 
-    assert await asyncio.gather(*(consumer.run(stop) for consumer in consumers)) == [True, True]
+    assert await asyncio.gather(*(worker.run(stop) for worker in workers)) == [True, True]
 
     assert current_versions(shop) == {n: n + 10_000 for n in range(1, 1001)}
-    assert sum(consumer.settled[Kind.ACK] for consumer in consumers) == 4
+    assert sum(worker.consumer.settled[Kind.ACK] for worker in workers) == 4
     for database in databases:
         database.close()
 
@@ -216,12 +216,12 @@ async def test_a_bad_id_refuses_the_message_and_stops_nobody(
     simple_addons(shop, 2)
     await lanes.send(chunk([1, value]), headers={"task": "update_current_version", "id": "bad"})
     await lanes.send(chunk([2]))
-    consumer = make_consumer(pair, database)
+    worker = make_worker(pair, database)
 
-    assert not await consumer.run(stop)
+    assert not await worker.run(stop)
 
     assert current_versions(shop) == {1: None, 2: 10_002}
-    assert consumer.settled == {Kind.DEAD_LETTER: 1, Kind.ACK: 1}
+    assert worker.consumer.settled == {Kind.DEAD_LETTER: 1, Kind.ACK: 1}
     assert await lanes.count(QUEUES.dead) == 1
     letter = await lanes.take(QUEUES.dead)
     assert letter.body == chunk([1, value])
@@ -262,11 +262,11 @@ async def test_a_bad_message_with_odd_headers_is_a_dead_letter_too(
             lambda value: value.data if isinstance(value, Raw) else encode(value),
         )
         await lanes.send(chunk([0]), headers={"task": "update_current_version"} | headers)
-    consumer = make_consumer(pair, database)
+    worker = make_worker(pair, database)
 
-    assert not await consumer.run(stop)
+    assert not await worker.run(stop)
 
-    assert consumer.settled == {Kind.DEAD_LETTER: 1}
+    assert worker.consumer.settled == {Kind.DEAD_LETTER: 1}
     letter = await lanes.take(QUEUES.dead)
     assert str(letter.headers["x-aioworker-reason"]).startswith("expected ")
 
@@ -289,7 +289,7 @@ async def test_a_message_redelivered_after_its_write_changes_nothing(
     await repo.refresh(database, [1, 2, 3])
     await dying.close()
 
-    assert await make_consumer(pair, database).run(stop)
+    assert await make_worker(pair, database).run(stop)
 
     [event] = events(caplog)
     assert (event["ids"], event["changed"]) == (3, 0)
@@ -306,7 +306,7 @@ async def test_more_than_a_thousand_ids_are_a_dead_letter(
     simple_addons(shop, 1)
     await lanes.send(chunk([1] * 1001))
 
-    assert not await make_consumer(pair, database).run(stop)
+    assert not await make_worker(pair, database).run(stop)
 
     letter = await lanes.take(QUEUES.dead)
     assert letter.headers["x-aioworker-reason"] == "expected at most 1000 ids, got: 1001"
@@ -328,9 +328,9 @@ async def test_rows_that_the_data_refuses_are_named_and_the_others_written(
         " IF NEW.id IN (7, 512) THEN SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'frozen'; END IF",
     )
     await lanes.send(chunk(list(range(1, 1001))))
-    consumer = make_consumer(pair, database)
+    worker = make_worker(pair, database)
 
-    assert not await consumer.run(stop)
+    assert not await worker.run(stop)
 
     wrong = {n for n, version in current_versions(shop).items() if version != n + 10_000}
     assert wrong == {7, 512}
@@ -355,6 +355,6 @@ async def test_the_urgent_lane_is_taken_first(
         await lanes.send(chunk([addon]))
     await lanes.send(chunk([4]), QUEUES.urgent)
 
-    assert await make_consumer(pair, database).run(stop)
+    assert await make_worker(pair, database).run(stop)
 
     assert [event["lane"] for event in events(caplog)] == ["urgent", "bulk", "bulk", "bulk"]

@@ -11,8 +11,9 @@ import pytest
 from pymysql.err import OperationalError
 
 from aioworker.addresses import DatabaseAddress
-from aioworker.db import Database, Trouble, sort
+from aioworker.db import Database
 from aioworker.errors import DatabaseError
+from aioworker.trouble import Trouble, sort
 from support.servers import Maria
 from tests.conftest import current_versions, eventually, execute, make_database, rows, simple_addons
 

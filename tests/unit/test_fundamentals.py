@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from aioworker.budget import WorkerBudget
 from aioworker.limits import Limiter, RateLimit
 from aioworker.topology import Queues
 from tests.fakes import FakeClock
@@ -28,14 +29,14 @@ async def starts_of(limiter: Limiter, clock: FakeClock, count: int) -> list[floa
 
 async def test_two_a_minute_is_one_every_thirty_seconds(clock: FakeClock) -> None:
     """Not two at once and then a minute of nothing: the database feels each start."""
-    limiter = Limiter(RateLimit.parse("2/m"))
+    limiter = Limiter(RateLimit.parse("2/m").interval)
 
     assert await starts_of(limiter, clock, 4) == [0, 30, 60, 90]
 
 
 async def test_an_idle_hour_does_not_earn_a_burst(clock: FakeClock) -> None:
     """A sweep after a quiet night begins as gently as any other."""
-    limiter = Limiter(RateLimit.parse("2/m"))
+    limiter = Limiter(RateLimit.parse("2/m").interval)
     assert await starts_of(limiter, clock, 1) == [0]
 
     await clock.advance(3600 - clock.now)
@@ -43,13 +44,14 @@ async def test_an_idle_hour_does_not_earn_a_burst(clock: FakeClock) -> None:
     assert await starts_of(limiter, clock, 3) == [3600, 3630, 3660]
 
 
-async def test_a_rate_of_nothing_is_paused_and_not_unlimited(clock: FakeClock) -> None:
+async def test_a_rate_of_nothing_is_paused_and_not_unlimited() -> None:
     """Celery takes 0/m for no limit at all."""
-    limiter = Limiter(RateLimit.parse("0/m"))
+    budget = WorkerBudget(RateLimit.parse("0/m"))
 
-    await clock.advance(86_400, step=3600)
+    wait = await budget.look()
 
-    assert limiter.due_in() == float("inf")
+    assert wait is not None
+    assert (wait.reason, wait.paused) == ("paused: rate limit 0/m", True)
 
 
 def test_a_task_has_four_queues_named_after_it() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from aioworker.errors import RateLimitError
-from aioworker.limits import Limiter, RateLimit
+from aioworker.limits import Limiter, RateLimit, shown_interval
 from tests.fakes import FakeClock
 
 
@@ -21,19 +21,53 @@ def test_a_rate_is_read_as_the_seconds_between_starts(text: str, interval: float
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["2", "2/min", "nan/m", "inf/m", "-1/m", "2 / m", "1e1/m", "1.5/m", "2/M", "", "/m", "٢/m"],
+    ("text", "cure"),
+    [
+        ("2", "; write '2/s'"),
+        ("2/min", "; write '2/m'"),
+        ("2 / m", "; write '2/m'"),
+        ("2/M", "; write '2/m'"),
+        ("1e1/m", "; write '10/m'"),
+        ("1.5/m", "; write '90/h'"),
+        ("nan/m", "; write '0/m' to pause, or leave it unset for no limit"),
+        ("inf/m", "; write '0/m' to pause, or leave it unset for no limit"),
+        ("-1/m", "; write '0/m' to pause, or leave it unset for no limit"),
+        ("1/day", ""),
+        ("0.0001/h", ""),
+        ("", ""),
+        ("/m", ""),
+        ("٢/m", ""),
+    ],
 )
-def test_anything_but_count_and_unit_is_refused_with_an_example(text: str) -> None:
+def test_anything_but_count_and_unit_is_refused_with_what_to_write(text: str, cure: str) -> None:
     """Celery takes `2` for two a second, and `nan/m` for no limit."""
     with pytest.raises(RateLimitError) as refusal:
         RateLimit.parse(text)
 
-    assert str(refusal.value) == f"expected rate limit as COUNT/UNIT, such as '2/m', got: {text!r}"
+    assert str(refusal.value) == (
+        f"expected rate limit as COUNT/UNIT, such as '2/m', got: {text!r}{cure}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "gap_us"),
+    [("2/m", 30_000_000), ("20/h", 180_000_000), ("7/m", 8_571_429), ("3/s", 333_334)],
+)
+def test_an_interval_is_rounded_up_and_shown_as_the_rate_it_is(text: str, gap_us: int) -> None:
+    """Rounded down, a seventh start would fit into the minute."""
+    assert RateLimit.parse(text).gap_us == gap_us
+    assert shown_interval(gap_us) == text
+
+
+@pytest.mark.parametrize(
+    ("gap_us", "shown"), [(0, "none"), (1_000_000, "60/m"), (45_500_000, "1 in 45.5 s")]
+)
+def test_any_interval_that_an_operator_writes_is_shown(gap_us: int, shown: str) -> None:
+    assert shown_interval(gap_us) == shown
 
 
 async def test_a_start_that_is_not_due_is_waited_for_to_its_moment(clock: FakeClock) -> None:
-    limiter = Limiter(RateLimit.parse("2/m"))
+    limiter = Limiter(30)
     await limiter.charge()
 
     await clock.advance(12)
@@ -41,6 +75,6 @@ async def test_a_start_that_is_not_due_is_waited_for_to_its_moment(clock: FakeCl
     assert limiter.due_in() == pytest.approx(18)
 
 
-async def test_a_paused_rate_cannot_be_charged(clock: FakeClock) -> None:
+def test_a_paused_rate_has_no_interval_to_charge() -> None:
     with pytest.raises(RateLimitError, match="expected a rate that starts anything, got: '0/h'"):
-        await Limiter(RateLimit.parse("0/h")).charge()
+        _ = RateLimit.parse("0/h").gap_us

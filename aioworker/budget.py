@@ -1,0 +1,447 @@
+"""The budget: what all workers of a task may start together, and the turn to do so.
+
+It is a row of the protected database, on that database's clock, charged at the moment a
+start begins, whether or not the run succeeds. The task's named lock is the turn: who holds
+it takes, charges, runs and settles, on the one connection that also writes, so that the
+lock outlives no writing statement. The run's first commit stamps the row again: a process
+frozen between the charge and its first write would otherwise wake up and write just before
+the next start.
+
+Promised, on the database's clock: charges are never less than an interval apart, over all
+workers, through kills, freezes and lost connections; nor are the first writes of two runs
+through `Context`. A step of that clock forward, or a replica promoted with a slightly older
+row, may give one early start; a step back, or another server, delays by at most one
+interval. Not promised: the distance of the later transactions of a run that was frozen or
+outlasts the interval, and what a task writes on a connection of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from aioworker import tables
+from aioworker.errors import DatabaseError, TurnLostError
+from aioworker.limits import Limiter, RateLimit, shown_interval
+from aioworker.logs import fields
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from aioworker.db import Cursor, Database
+
+log = logging.getLogger(__name__)
+
+SHORTEST_POLL_SECONDS = 0.2
+POLL_SECONDS = 2.0  # how soon a change of the row is followed, at the latest
+# The turn is taken this much before a start is due, so that taking and reading cost nothing
+# of the budget.
+LEAD_SECONDS = 0.25
+QUEUE_SECONDS = 1  # how long the server lets a contender wait for the turn
+TURN_SECONDS = 0.05  # until the next try
+CHARGES = 3  # tries of one charge, each when it is due: clocks differ by microseconds
+LONGEST_JITTER_SECONDS = 1.0
+
+_PEEK = f"""SELECT paused, gap_us, TIMESTAMPDIFF(MICROSECOND, last_start, SYSDATE(6)),
+    last_start, server = {tables.SERVER}, COALESCE(IS_USED_LOCK(%(lock)s), 0), CONNECTION_ID(),
+    starts, holder, set_by, set_at, set_why
+FROM aioworker_budget WHERE task = %(task)s"""
+_JOIN = f"""INSERT IGNORE INTO aioworker_budget (task, last_start, server)
+VALUES (%(task)s, SYSDATE(6), {tables.SERVER})"""
+_ADOPT = f"""UPDATE aioworker_budget SET last_start = SYSDATE(6), server = {tables.SERVER}
+WHERE task = %(task)s AND (last_start > SYSDATE(6) OR server <> {tables.SERVER})"""
+_CHARGE = f"""UPDATE aioworker_budget
+SET last_start = SYSDATE(6), starts = starts + 1, holder = %(worker)s
+WHERE task = %(task)s AND NOT paused AND server = {tables.SERVER}
+AND IS_USED_LOCK(%(lock)s) = CONNECTION_ID()
+AND last_start <= SYSDATE(6) - INTERVAL COALESCE(gap_us, %(gap)s) MICROSECOND"""
+_STAMP = """UPDATE aioworker_budget SET last_start = SYSDATE(6)
+WHERE task = %(task)s AND IS_USED_LOCK(%(lock)s) = CONNECTION_ID()"""
+# SYSDATE() stands still like NOW() on a server that is started so; the budget needs it to move.
+_SYSDATE_MOVES = "SELECT TIMESTAMPDIFF(MICROSECOND, NOW(6), SYSDATE(6)) FROM (SELECT SLEEP(0.02)) s"
+
+
+class Wait(NamedTuple):
+    """Why no start may begin now, and the seconds after which to look again.
+
+    Args:
+        reason: In one line.
+        seconds: Until the next look is worth it.
+        paused: Whether no start will begin until somebody says so.
+    """
+
+    reason: str
+    seconds: float
+    paused: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A task's row of the budget, as the server answers.
+
+    Args:
+        paused: Whether an operator stopped all starts.
+        gap_us: The interval set at run time, in microseconds; None where none is set.
+        age_us: Microseconds since the last start; below 0 after a step of the clock back.
+        last_start: When that was, UTC.
+        same_server: Whether this server wrote the row.
+        turn: The session that holds the turn, 0 for nobody.
+        session: This session.
+        starts: Starts charged ever.
+        holder: The worker of the last start.
+        set_by: Who set `paused` or `gap_us` last.
+        set_at: When.
+        set_why: Why.
+    """
+
+    paused: bool
+    gap_us: int | None
+    age_us: int
+    last_start: datetime
+    same_server: bool
+    turn: int
+    session: int
+    starts: int
+    holder: str | None
+    set_by: str | None
+    set_at: datetime | None
+    set_why: str | None
+
+    @property
+    def pause(self) -> str:
+        """Who paused the task, when and why."""
+        by = f" by {self.set_by}" if self.set_by else ""
+        since = f" since {self.set_at:%Y-%m-%d %H:%M:%S} UTC" if self.set_at else ""
+        why = f": {self.set_why}" if self.set_why else ""
+        return f"paused{by}{since}{why}"
+
+
+async def peek(database: Database, task: str) -> Row | None:
+    """Return the task's row, None where there is none."""
+    lock = tables.lock_name(database, task)
+    found = await database.query(_PEEK, {"task": task, "lock": lock})
+    if not found:
+        return None
+    values: list[Any] = list(found[0])
+    values[0], values[4] = bool(values[0]), bool(values[4])
+    return Row(*values)
+
+
+async def join(database: Database, task: str) -> Row:
+    """Make the task's row, where `init` has not; return it.
+
+    When the last start was nobody knows: the row says now, which costs one interval.
+
+    Raises:
+        DatabaseError: It was deleted again.
+    """
+    await database.execute(_JOIN, {"task": task})
+    row = await peek(database, task)
+    if row is None:
+        raise DatabaseError(f"the row of {task} in aioworker_budget was deleted again")
+    return row
+
+
+class Budget(Protocol):
+    """What a consumer asks before each start."""
+
+    @property
+    def limited(self) -> bool:
+        """Whether starts are counted at all, as of the last look."""
+
+    async def look(self, crowd: int = 0) -> Wait | None:
+        """Return why no start may begin now; None where one is due, or nearly.
+
+        Args:
+            crowd: How many other workers wait for the same.
+        """
+
+    def turn(self) -> Any:
+        """Hold the turn inside an `async with`; its value is why not, None where it is held."""
+
+    async def charge(self) -> Wait | None:
+        """Begin a start, at the moment it is due; return why not, None where it began."""
+
+
+class WorkerBudget:
+    """The budget of one process alone, for those who may not create a table.
+
+    A new process cannot know when the last one started something: it waits one interval
+    before its first start.
+
+    Args:
+        rate: How often the task may start; None is no limit.
+    """
+
+    def __init__(self, rate: RateLimit | None) -> None:
+        self._rate = rate
+        self._limiter: Limiter | None = None
+
+    @property
+    def limited(self) -> bool:
+        """Whether starts are counted at all."""
+        return self._rate is not None
+
+    async def look(self, crowd: int = 0) -> Wait | None:
+        """Return why no start may begin now."""
+        if self._rate is None:
+            return None
+        if self._rate.paused:
+            return Wait(f"paused: rate limit {self._rate}", POLL_SECONDS, paused=True)
+        if self._limiter is None:
+            self._limiter = Limiter(self._rate.interval)
+            await self._limiter.charge()
+        seconds = self._limiter.due_in()
+        if not seconds:
+            return None
+        return Wait(_next_start(datetime.now(UTC) + timedelta(seconds=seconds)), seconds)
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[Wait | None]:
+        """Nobody else is asked: the turn is always ours."""
+        yield await self.look()
+
+    async def charge(self) -> Wait | None:
+        """Begin a start."""
+        wait = await self.look()
+        if wait is None and self._limiter is not None:
+            await self._limiter.charge()
+        return wait
+
+
+class SharedBudget:
+    """The budget of all workers, in the task's row.
+
+    Args:
+        database: The database that is protected; the turn's lock lives on its connection.
+        task: The task's name.
+        rate: How often it may start where the row says nothing; None is no limit.
+        worker: This worker's name.
+    """
+
+    def __init__(self, database: Database, task: str, rate: RateLimit | None, worker: str) -> None:
+        self._database = database
+        self._rate = rate
+        self._task = task
+        self._limiter: Limiter | None = None
+        self._gap_us: int | None = None if rate is None or rate.paused else rate.gap_us
+        self._limit = _limit(rate, None)
+        self._due_at = 0.0
+        self._greeted = 0
+        self._arguments: dict[str, object] = {
+            "task": task,
+            "lock": tables.lock_name(database, task),
+            "worker": worker,
+        }
+
+    @property
+    def limited(self) -> bool:
+        """Whether starts are counted at all, as of the last look."""
+        return self._gap_us is not None
+
+    async def look(self, crowd: int = 0) -> Wait | None:
+        """Return why no start may begin now; None where one is due within a quarter second.
+
+        Follows the rate of the row, and says when that changed.
+
+        Args:
+            crowd: How many other workers wait for the same turn: they come apart by a jitter.
+
+        Raises:
+            DatabaseError: The row cannot be read.
+        """
+        with tables.explaining(self._database):
+            row = await self._read()
+            if not row.same_server or row.age_us < 0:
+                log.warning(
+                    "budget adopted: the row is another server's, or the clock was set back",
+                    extra=fields(task=self._task, last_start=row.last_start),
+                )
+                await self._database.execute(_ADOPT, self._arguments)
+                row = await self._read()
+        await self._follow(row)
+        if row.paused:
+            return Wait(row.pause, self._poll(), paused=True)
+        if row.gap_us is None and self._rate is not None and self._rate.paused:
+            return Wait(f"paused: rate limit {self._rate}", self._poll(), paused=True)
+        if self._gap_us is None or self._limiter is None:
+            return None
+        now = asyncio.get_running_loop().time()
+        seconds = max((self._gap_us - row.age_us) / 1e6, self._limiter.due_in())
+        self._due_at = now + seconds
+        ahead = seconds - min(LEAD_SECONDS, self._gap_us / 4e6)
+        if ahead <= 0:
+            return None
+        moment = row.last_start + timedelta(microseconds=self._gap_us)
+        return Wait(_next_start(moment), min(ahead + _jitter(crowd, self._gap_us), POLL_SECONDS))
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[Wait | None]:
+        """Hold the turn; the value is why not, None where it is held and a start is due.
+
+        Anything that goes wrong inside closes the connection, and the turn with it.
+
+        Raises:
+            DatabaseError: The lock cannot be asked for.
+        """
+        if not self.limited:
+            yield None
+            return
+        with tables.explaining(self._database):
+            row = await self._read()
+            patient = row.turn and self._database.timeout > 2 * QUEUE_SECONDS
+            seconds = QUEUE_SECONDS if patient else 0
+            [[got]] = await self._database.query(
+                "SELECT GET_LOCK(%s, %s)", (self._arguments["lock"], seconds)
+            )
+        if got != 1:
+            yield Wait(f"turn: held by {await self._who(row.turn)}", TURN_SECONDS)
+            return
+        try:
+            with self._database.pinned():
+                yield await self.look()
+                await self._give_back()
+        except BaseException:
+            self._database.close()
+            raise
+        finally:
+            self._database.before_next_commit(None)
+
+    async def charge(self) -> Wait | None:
+        """Begin a start at the moment it is due; return why not, None where it began.
+
+        Only inside the turn. One that is cut off may have been charged: it counts as spent.
+
+        Raises:
+            DatabaseError: The row cannot be written.
+        """
+        for _ in range(CHARGES):
+            if self._limiter is None or self._gap_us is None:
+                return None
+            seconds = self._due_at - asyncio.get_running_loop().time()
+            if seconds > 0:
+                await asyncio.sleep(seconds)
+            with tables.explaining(self._database):
+                charged = await self._database.execute(
+                    _CHARGE, {**self._arguments, "gap": self._gap_us}
+                )
+            if charged:
+                await self._limiter.charge()
+                self._database.before_next_commit(self._stamp)
+                return None
+            wait = await self.look()
+            if wait is not None:
+                return wait
+        raise TurnLostError(f"the turn of {self._task} was lost before its start")
+
+    async def _stamp(self, cursor: Cursor) -> None:
+        """Move the start to the run's first commit.
+
+        Raises:
+            TurnLostError: Somebody else may hold the turn.
+        """
+        if not await cursor.execute(_STAMP, self._arguments):
+            raise TurnLostError(f"the turn of {self._task} was lost before its first write")
+
+    async def _give_back(self) -> None:
+        """Release the turn; a connection that was lost has given it back already."""
+        if not self._database.is_open:
+            return
+        with tables.explaining(self._database):
+            [[released]] = await self._database.query(
+                "SELECT RELEASE_LOCK(%s)", (self._arguments["lock"],)
+            )
+        if released != 1:
+            raise TurnLostError(f"the turn of {self._task} was lost while it ran")
+
+    async def _read(self) -> Row:
+        """Return the row; the first time on a connection, see that this server will do."""
+        row = await peek(self._database, self._task) or await join(self._database, self._task)
+        if row.session != self._greeted:
+            await self._refuse_unfit()
+            self._greeted = row.session
+        return row
+
+    async def _refuse_unfit(self) -> None:
+        """Refuse a server on which a lock or a clock would not hold.
+
+        Raises:
+            DatabaseError: It is one.
+        """
+        where = self._database.address.shown
+        [[moved]] = await self._database.query(_SYSDATE_MOVES)
+        if not moved:
+            raise DatabaseError(
+                f"{where} runs with sysdate-is-now, which stops the budget's clock:"
+                " start it without, or set AIOWORKER_BUDGET=worker"
+            )
+        galera = await self._database.query("SHOW GLOBAL VARIABLES LIKE 'wsrep_on'")
+        if galera and galera[0][1] == "ON":
+            raise DatabaseError(
+                f"{where} is a Galera node, whose named locks hold on one node only:"
+                " set AIOWORKER_BUDGET=worker"
+            )
+
+    async def _who(self, session: int) -> str:
+        """Return the worker whose session this is."""
+        if not session:
+            return "another worker"
+        with tables.explaining(self._database):
+            found = await self._database.query(
+                "SELECT host, pid FROM aioworker_worker WHERE session = %s AND task = %s"
+                " ORDER BY seen DESC LIMIT 1",
+                (session, self._task),
+            )
+        return f"{found[0][0]}:{found[0][1]}" if found else f"session {session}"
+
+    async def _follow(self, row: Row) -> None:
+        """Take over the row's rate; log what is new."""
+        own = None if self._rate is None or self._rate.paused else self._rate.gap_us
+        gap = own if row.gap_us is None else row.gap_us
+        self._gap_us = gap or None  # 0 microseconds: no limit
+        if self._gap_us is not None:
+            interval = self._gap_us / 1e6
+            if self._limiter is None:
+                self._limiter = Limiter(interval)
+            elif self._limiter.interval != interval:
+                await self._limiter.change(interval)
+        limit = "paused" if row.paused else _limit(self._rate, row.gap_us)
+        if limit != self._limit:
+            log.warning(
+                "rate limit changed",
+                extra=fields(
+                    task=self._task,
+                    old=self._limit,
+                    new=limit,
+                    by=row.set_by or "unknown",
+                    why=row.set_why or "not said",
+                ),
+            )
+            self._limit = limit
+
+    def _poll(self) -> float:
+        """Return the seconds after which a change of the row is looked for."""
+        if self._gap_us is None:
+            return POLL_SECONDS
+        return min(POLL_SECONDS, max(self._gap_us / 1e6, SHORTEST_POLL_SECONDS))
+
+
+def _jitter(crowd: int, gap_us: int) -> float:
+    """Return seconds by which contenders come apart: up to a tenth of the interval."""
+    return random.uniform(0, min(gap_us / 1e7, LONGEST_JITTER_SECONDS)) if crowd else 0.0
+
+
+def _next_start(moment: datetime) -> str:
+    return f"budget: next start at {moment:%H:%M:%S} UTC"
+
+
+def _limit(own: RateLimit | None, gap_us: int | None) -> str:
+    """Return the rate in force as a person writes it."""
+    if gap_us is not None:
+        return shown_interval(gap_us)
+    return "none" if own is None else str(own)

@@ -1,0 +1,146 @@
+"""What a worker does or waits for, told everywhere from one place.
+
+The same words go to the log, to the service manager and into the worker's row of
+`aioworker_worker`: RabbitMQ cannot list a worker that asks for each message.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from aioworker import tables
+from aioworker.logs import fields
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aioworker.db import Database
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 30.0
+SOON_SECONDS = 1.0  # under load a row is written no more often than this
+ALIVE_SECONDS = 90  # a worker not seen for so long counts for nothing
+KEPT_SECONDS = 3600  # and its row goes
+REASON_LENGTH = 500
+
+_UPDATE = """UPDATE aioworker_worker
+SET since = IF(state = %(state)s AND reason = %(reason)s, since, SYSDATE(6)), state = %(state)s,
+    reason = %(reason)s, seen = SYSDATE(6), session = CONNECTION_ID(), rate = %(rate)s,
+    version = %(version)s
+WHERE host = %(host)s AND pid = %(pid)s AND task = %(task)s"""
+_INSERT = """INSERT INTO aioworker_worker
+(host, pid, task, version, rate, session, state, reason, since, seen)
+VALUES (%(host)s, %(pid)s, %(task)s, %(version)s, %(rate)s, CONNECTION_ID(), %(state)s,
+    %(reason)s, SYSDATE(6), SYSDATE(6))"""
+_OTHERS = f"""SELECT rate FROM aioworker_worker WHERE task = %(task)s
+AND seen > SYSDATE(6) - INTERVAL {ALIVE_SECONDS} SECOND
+AND NOT (host = %(host)s AND pid = %(pid)s)"""
+_SWEEP = f"DELETE FROM aioworker_worker WHERE seen < SYSDATE(6) - INTERVAL {KEPT_SECONDS} SECOND"
+_LEAVE = "DELETE FROM aioworker_worker WHERE host = %(host)s AND pid = %(pid)s AND task = %(task)s"
+
+
+class Presence:
+    """What one worker does, for one task.
+
+    Args:
+        task: The task's name.
+        host: This machine's name.
+        pid: This process's id.
+        rate: The worker's own rate limit, as text; None is no limit.
+        notify: Called with the words whenever they change.
+        database: Where the worker's row is kept; None keeps none.
+
+    Attributes:
+        others: How many other workers of the task were alive at the last heartbeat.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        host: str,
+        pid: int,
+        rate: str | None,
+        notify: Callable[[str], None],
+        database: Database | None,
+    ) -> None:
+        self.others = 0
+        self._task = task
+        self._notify = notify
+        self._database = database
+        self._state, self._reason = "starting", ""
+        self._written = ("", "")
+        self._written_at = float("-inf")
+        self._looked_at = float("-inf")
+        self._rates: set[str | None] = {rate}
+        self._arguments: dict[str, object] = {
+            "host": host[:100],
+            "pid": pid,
+            "task": task,
+            "rate": rate,
+            "version": version("aioworker"),
+        }
+
+    def tell(self, state: str, reason: str, level: int) -> None:
+        """Say and log what the worker does, once for each change.
+
+        Args:
+            state: `waiting` or `running`.
+            reason: What for, in one line.
+            level: The log line's level.
+        """
+        if (state, reason) != (self._state, self._reason):
+            self._state, self._reason = state, reason
+            self._notify(f"{state}: {reason}")
+            log.log(level, state, extra=fields(task=self._task, reason=reason))
+
+    async def keep(self, soon: float = 0.0) -> None:
+        """Write the row when it has changed, and now and then when it has not.
+
+        Args:
+            soon: Seconds within which a change need not be written again.
+
+        Raises:
+            DatabaseError: It cannot be written.
+        """
+        if self._database is None:
+            return
+        now = (self._state, self._reason[:REASON_LENGTH])
+        age = time.monotonic() - self._written_at
+        if age < (HEARTBEAT_SECONDS if now == self._written else soon):
+            return
+        with tables.explaining(self._database):
+            arguments = {**self._arguments, "state": now[0], "reason": now[1]}
+            if not await self._database.execute(_UPDATE, arguments):
+                await self._database.execute(_INSERT, arguments)
+            self._written, self._written_at = now, time.monotonic()
+            if self._written_at - self._looked_at >= HEARTBEAT_SECONDS:
+                self._looked_at = self._written_at
+                await self._look_around(self._database)
+
+    async def leave(self) -> None:
+        """Take the row away: this worker ends.
+
+        Raises:
+            DatabaseError: It cannot be; it goes with the old ones.
+        """
+        if self._database is not None and self._written_at > 0:
+            with tables.explaining(self._database):
+                await self._database.execute(_LEAVE, self._arguments)
+
+    async def _look_around(self, database: Database) -> None:
+        """Count the other workers, and say when their rates differ; drop old rows."""
+        found = await database.query(_OTHERS, self._arguments)
+        self.others = len(found)
+        rates = {self._arguments["rate"], *(row[0] for row in found)}
+        if rates != self._rates and len(rates) > 1:
+            words = ", ".join(sorted(str(rate or "none") for rate in rates))
+            log.warning(
+                "workers differ in their own rate limit",
+                extra=fields(task=self._task, rates=words),
+            )
+        self._rates = rates
+        await database.execute(_SWEEP)

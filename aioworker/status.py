@@ -1,0 +1,277 @@
+"""What `aioworker status` shows: queues, budget, workers, and why the task waits now.
+
+It asks RabbitMQ and the database at once, and tells of either when the other is away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from aioworker import broker, tables, topology
+from aioworker.budget import Row, peek
+from aioworker.console import duration
+from aioworker.controls import limit_and_source
+from aioworker.errors import BrokerError, DatabaseError
+from aioworker.limits import RateLimit
+from aioworker.presence import ALIVE_SECONDS
+
+if TYPE_CHECKING:
+    from aioworker.settings import Settings
+    from aioworker.task import Task
+
+_WORKERS = """SELECT host, pid, version, rate, session, state, reason, since, seen,
+    TIMESTAMPDIFF(MICROSECOND, seen, SYSDATE(6)) / 1e6
+FROM aioworker_worker WHERE task = %s ORDER BY host, pid"""
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """Messages in each queue; None where a queue is missing."""
+
+    urgent: int | None
+    bulk: int | None
+    retry: int | None
+    dead: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A worker as its row has it; times are UTC."""
+
+    host: str
+    pid: int
+    version: str
+    rate: str | None
+    session: int
+    state: str
+    reason: str
+    since: datetime
+    seen: datetime
+    seen_seconds: float
+
+    @property
+    def alive(self) -> bool:
+        """Whether it was seen lately."""
+        return self.seen_seconds < ALIVE_SECONDS
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """The rate limit in force and the starts under it; times are UTC.
+
+    Args:
+        scope: `shared` or `worker`, whose starts are counted.
+        rate: The rate limit, such as `2/m`; `none` is no limit.
+        source: Where it comes from: `run time`, `setting`, `task`, or the `workers`' own
+            settings where those differ from this machine's.
+        interval_seconds: Between two starts; None without a limit.
+        paused: Whether no start may begin.
+        set_by: Who set something at run time last.
+        set_at: When.
+        set_why: Why.
+        starts: Starts charged ever.
+        last_start: When the last one was charged; None before the first.
+        last_worker: By whom.
+        next_start: When the next may begin; None when one may begin now, or none at all.
+        next_start_seconds: Seconds until then.
+        turn: Who holds the turn; None for nobody.
+    """
+
+    scope: str
+    rate: str
+    source: str
+    interval_seconds: float | None
+    paused: bool
+    set_by: str | None = None
+    set_at: datetime | None = None
+    set_why: str | None = None
+    starts: int | None = None
+    last_start: datetime | None = None
+    last_worker: str | None = None
+    next_start: datetime | None = None
+    next_start_seconds: float | None = None
+    turn: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """All that is known of a task at one moment.
+
+    Args:
+        task: The task's name.
+        at: The moment, UTC.
+        waits: Why it waits now, or that it runs.
+        queued: What is in its queues; None when RabbitMQ cannot be asked.
+        backlog_seconds: How long the lanes take at this rate; None when nobody can tell.
+        budget: Its rate limit; None when the database cannot be asked.
+        workers: Who works on it; None when the database cannot be asked.
+        broker_error: Why RabbitMQ cannot be asked; None when it can.
+        database_error: Why the database cannot be asked; None when it can.
+    """
+
+    task: str
+    at: datetime
+    waits: str
+    queued: Queued | None
+    backlog_seconds: float | None
+    budget: Limit | None
+    workers: list[Worker] | None
+    broker_error: str | None
+    database_error: str | None
+
+    @property
+    def complete(self) -> bool:
+        """Whether both servers could be asked."""
+        return self.broker_error is None and self.database_error is None
+
+    def as_json(self, indent: int | None = 2) -> str:
+        """Return it as one JSON object; times are ISO 8601."""
+        return json.dumps(asdict(self), indent=indent, default=_encoded)
+
+
+async def look(settings: Settings, task: Task) -> Status:
+    """Ask both servers about a task."""
+    (queued, broker_error), (row, workers, database_error) = await asyncio.gather(
+        _ask_broker(settings, task), _ask_database(settings, task)
+    )
+    limit = None
+    if database_error is None:
+        limit = _limit(settings, task, row, workers or [])
+    waits = _why(task, queued, broker_error, limit, row, workers, database_error)
+    backlog = (queued.urgent or 0) + (queued.bulk or 0) if queued else None
+    interval = limit.interval_seconds if limit and not limit.paused else None
+    return Status(
+        task=task.name,
+        at=datetime.now(UTC),
+        waits=waits,
+        queued=queued,
+        backlog_seconds=None if backlog is None or interval is None else backlog * interval,
+        budget=limit,
+        workers=workers,
+        broker_error=None if broker_error is None else str(broker_error),
+        database_error=None if database_error is None else str(database_error),
+    )
+
+
+async def _ask_broker(settings: Settings, task: Task) -> tuple[Queued | None, BrokerError | None]:
+    queues = topology.Queues.of(task.name)
+    timeout = settings.connect_timeout
+    try:
+        async with broker.connection(settings.amqp_url, timeout, "aioworker status") as connection:
+            names = (queues.urgent, queues.bulk, queues.retry, queues.dead)
+            return Queued(*[await topology.count(connection, n, timeout) for n in names]), None
+    except BrokerError as error:
+        return None, error
+
+
+async def _ask_database(
+    settings: Settings, task: Task
+) -> tuple[Row | None, list[Worker] | None, DatabaseError | None]:
+    if settings.budget != "shared":
+        return None, None, None
+    try:
+        async with settings.database() as database:
+            with tables.explaining(database):
+                row = await peek(database, task.name)
+                found = await database.query(_WORKERS, (task.name,))
+    except DatabaseError as error:
+        return None, None, error
+    return row, [Worker(*values) for values in found], None
+
+
+def _limit(settings: Settings, task: Task, row: Row | None, workers: list[Worker]) -> Limit:
+    """Return the rate limit in force, from the row and what this process knows."""
+    gap_us = None if row is None else row.gap_us
+    rate, source = limit_and_source(settings, task, gap_us)
+    theirs = {one.rate or "none" for one in workers if one.alive}
+    if gap_us is None and len(theirs) == 1 and theirs != {rate}:
+        [rate], source = theirs, "workers"
+    interval = _interval(rate, gap_us)
+    stopped = interval == math.inf
+    if row is None:
+        return Limit(settings.budget, rate, source, None if stopped else interval, stopped)
+    ahead = 0.0 if interval is None or stopped else interval - row.age_us / 1e6
+    waiting = ahead > 0 and not row.paused
+    return Limit(
+        scope="shared",
+        rate=rate,
+        source=source,
+        interval_seconds=None if stopped else interval,
+        paused=row.paused or stopped,
+        set_by=row.set_by,
+        set_at=row.set_at,
+        set_why=row.set_why,
+        starts=row.starts,
+        last_start=row.last_start if row.starts else None,
+        last_worker=row.holder,
+        next_start=row.last_start + timedelta(seconds=interval or 0) if waiting else None,
+        next_start_seconds=ahead if waiting else None,
+        turn=_holder(row.turn, workers),
+    )
+
+
+def _interval(rate: str, gap_us: int | None) -> float | None:
+    if gap_us is not None:
+        return gap_us / 1e6 or None
+    return None if rate == "none" else RateLimit.parse(rate).interval
+
+
+def _holder(session: int, workers: list[Worker]) -> str | None:
+    if not session:
+        return None
+    names = [f"{one.host}:{one.pid}" for one in workers if one.session == session]
+    return names[-1] if names else f"session {session}"
+
+
+def _why(
+    task: Task,
+    queued: Queued | None,
+    broker_error: BrokerError | None,
+    limit: Limit | None,
+    row: Row | None,
+    workers: list[Worker] | None,
+    database_error: DatabaseError | None,
+) -> str:
+    """Return why the task waits now, the first reason that holds."""
+    alive = [one for one in workers or [] if one.alive]
+    if broker_error is not None:
+        told = (one.reason for one in alive if one.reason.startswith("broker unreachable"))
+        return next(told, f"broker unreachable: {broker_error}")
+    if database_error is not None and database_error.unreachable:
+        return f"database unreachable: {database_error}"
+    if limit is None or queued is None:
+        return str(database_error)
+    for name, messages in asdict(queued).items():
+        if messages is None:
+            return str(broker.missing(getattr(topology.Queues.of(task.name), name)))
+    if limit.paused:
+        return row.pause if row is not None and row.paused else f"paused: rate limit {limit.rate}"
+    if not queued.urgent and not queued.bulk:
+        return "nothing queued"
+    return _why_workers_wait(limit, alive)
+
+
+def _why_workers_wait(limit: Limit, alive: list[Worker]) -> str:
+    if limit.scope != "shared":
+        return "each worker for its own budget"
+    if not alive:
+        return "no worker is running: start one with `aioworker consume`"
+    running = [one.reason for one in alive if one.state == "running"]
+    if running:
+        return f"running: {running[0]}"
+    if limit.next_start_seconds is not None:
+        return f"budget: next start in {duration(limit.next_start_seconds)}"
+    if limit.turn is not None:
+        return f"turn: held by {limit.turn}"
+    return alive[0].reason
+
+
+def _encoded(value: Any) -> str:
+    if isinstance(value, datetime):
+        return value.replace(tzinfo=UTC).isoformat()
+    raise TypeError(f"expected a time, got: {value!r}")

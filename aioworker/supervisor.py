@@ -1,0 +1,280 @@
+"""A worker's day: connect, wait with nothing in hand, take in its turn, recover.
+
+It looks at the lanes and the budget first, and takes a message only when a start is due
+and the turn is its own. RabbitMQ keeps the rest. Every wait has a reason, told by
+`presence`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from aioworker import broker, topology
+from aioworker.budget import Wait
+from aioworker.errors import AioworkerError, BrokerError, DatabaseError
+from aioworker.logs import fields
+from aioworker.outcome import Kind
+from aioworker.presence import SOON_SECONDS, Presence
+from aioworker.task import Context, Task
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from aio_pika.abc import AbstractConnection
+
+    from aioworker.addresses import BrokerAddress
+    from aioworker.budget import Budget
+    from aioworker.consumer import Consumer
+    from aioworker.db import Database
+
+log = logging.getLogger(__name__)
+
+IDLE_SECONDS = 0.9  # between looks at empty lanes: a message is noticed within a second
+FIRST_BACKOFF_SECONDS = 0.5
+LONGEST_BROKER_BACKOFF_SECONDS = 30.0
+LONGEST_DATABASE_BACKOFF_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a worker works.
+
+    Args:
+        addresses: The nodes of the RabbitMQ cluster.
+        burst: End once the lanes are empty, or at the first failure.
+        connect_timeout: Seconds for each step with RabbitMQ.
+        worker: This worker's name, in connections.
+    """
+
+    addresses: Sequence[BrokerAddress]
+    burst: bool
+    connect_timeout: float
+    worker: str
+
+
+class Outage:
+    """A server that cannot be used: since when, and how long to wait before the next try.
+
+    Args:
+        what: `broker` or `database`.
+        longest: Seconds that a wait never exceeds.
+    """
+
+    def __init__(self, what: str, longest: float) -> None:
+        self._what = what
+        self._longest = longest
+        self._failures = 0
+        self._since: datetime | None = None
+
+    def end(self) -> None:
+        """The server can be used again."""
+        self._failures = 0
+        self._since = None
+
+    def seconds(self) -> float:
+        """Return the next wait: longer each time, at random so that workers come apart."""
+        self._failures += 1
+        doubled = FIRST_BACKOFF_SECONDS * 2.0 ** min(self._failures, 10)
+        return random.uniform(0.1, min(self._longest, doubled))
+
+    def tell(self, error: BrokerError | DatabaseError) -> str:
+        """Return the reason to wait: since when, where the server itself is away."""
+        self._since = self._since or datetime.now(UTC)
+        if not error.unreachable:
+            return str(error)
+        return f"{self._what} unreachable since {self._since:%H:%M:%S} UTC: {error}"
+
+
+class Supervisor:
+    """Runs one task's messages until told to stop.
+
+    Args:
+        task: The task.
+        database: The database that its runs use.
+        budget: What says when a start may begin.
+        consumer: Takes each delivery through its life.
+        presence: Told of every wait.
+        options: How it works.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        database: Database,
+        budget: Budget,
+        consumer: Consumer,
+        presence: Presence,
+        options: Options,
+    ) -> None:
+        self.consumer = consumer
+        self._task = task
+        self._database = database
+        self._budget = budget
+        self._presence = presence
+        self._options = options
+        self._trusted = False  # whether the task could read and write since the last failure
+        self._took = False  # whether the last look into the lanes found a message
+        self._failed_runs = Outage("task", LONGEST_DATABASE_BACKOFF_SECONDS)
+        self._stop = asyncio.Event()
+        self._lost = asyncio.Event()
+
+    async def run(self, stop: asyncio.Event) -> bool:
+        """Serve until *stop* is set, or in a burst until the lanes are empty.
+
+        Returns:
+            Whether every message taken was done.
+
+        Raises:
+            AioworkerError: In a burst: RabbitMQ or the database cannot be used, or the
+                task is paused.
+        """
+        self._stop = stop
+        outage = Outage("broker", LONGEST_BROKER_BACKOFF_SECONDS)
+        while not stop.is_set():
+            began = time.monotonic()
+            try:
+                await self._connect_and_serve()
+                break
+            except BrokerError as error:
+                if self._options.burst:
+                    raise
+                # One that stood for a while has healed: begin with short waits again.
+                if time.monotonic() - began > LONGEST_BROKER_BACKOFF_SECONDS:
+                    outage.end()
+                await self._back_off(outage.tell(error), outage.seconds())
+        return not self.consumer.failures
+
+    async def _connect_and_serve(self) -> None:
+        """Connect to RabbitMQ and serve; ends at a stop or with the first broken step."""
+        options = self._options
+        name = f"{options.worker} {self._task.name}"
+        outage = Outage("database", LONGEST_DATABASE_BACKOFF_SECONDS)
+        async with (
+            broker.connection(options.addresses, options.connect_timeout, name) as connection,
+            broker.Publisher(options.addresses, options.connect_timeout, name) as publisher,
+        ):
+            self._watch(connection)
+            queues = topology.Queues.of(self._task.name)
+            lanes = await topology.Lanes.open(connection, queues, options.connect_timeout)
+            serving = True
+            while serving and not self._stop.is_set():
+                self._notice_loss()
+                try:
+                    await self._look_at_database()
+                    serving = await self._serve(lanes, publisher)
+                    outage.end()
+                except DatabaseError as error:
+                    if options.burst:
+                        raise
+                    self._trusted = False
+                    await self._back_off(outage.tell(error), outage.seconds())
+
+    def _watch(self, connection: AbstractConnection) -> None:
+        """Notice a lost connection also while waiting: aio-pika's `closed()` never tells."""
+        self._lost = lost = asyncio.Event()
+        connection.close_callbacks.add(lambda *_: lost.set())
+
+    def _notice_loss(self) -> None:
+        if self._lost.is_set():
+            raise BrokerError("connection to RabbitMQ lost", unreachable=True)
+
+    async def _look_at_database(self) -> None:
+        """See that the database answers and that the task can read and write in it.
+
+        Raises:
+            DatabaseError: Nothing is taken while that is so.
+        """
+        await self._database.ready()
+        if not self._trusted:
+            with self._database.explaining():
+                await self._task.function(Context(self._database, self._task.name), [])
+            self._trusted = True
+
+    # 1. Wait for messages, for the budget and the turn; nothing is held meanwhile.
+
+    async def _serve(self, lanes: topology.Lanes, publisher: broker.Publisher) -> bool:
+        """Wait until a start is due, and serve in one turn; return whether to go on."""
+        burst = self._options.burst
+        await self._presence.keep(SOON_SECONDS)
+        wait = await self._budget.look(self._presence.others)
+        if wait is not None and wait.paused:
+            if burst:
+                raise AioworkerError(wait.reason)
+            return await self._wait(wait)
+        # Without a limit a message just taken is the sign that there are more.
+        if not (self._took and not self._budget.limited) and not await lanes.hold_something():
+            return False if burst else await self._wait(Wait("nothing queued", IDLE_SECONDS))
+        failure = ""
+        if wait is None:
+            async with self._budget.turn() as wait:
+                if wait is None:
+                    failure = await self._serve_in_turn(lanes, publisher)
+        if wait is not None:
+            return await self._wait(wait)
+        if failure:
+            self._trusted = False
+            await self._back_off(failure, self._failed_runs.seconds())
+            return not burst
+        return True
+
+    # 2. Take, from the urgent lane first.
+
+    async def _serve_in_turn(self, lanes: topology.Lanes, publisher: broker.Publisher) -> str:
+        """Take messages until one has started; what needs no start goes beside it, free.
+
+        Returns:
+            Why the last one failed and was given back; nothing where it did not.
+        """
+        starts = self.consumer.starts
+        while self.consumer.starts == starts and not self._stop.is_set():
+            delivery = await lanes.take()
+            self._took = delivery is not None
+            if delivery is None:
+                break
+            result = await self.consumer.serve(delivery, publisher)
+            if result.kind is Kind.RELEASED:
+                return result.reason if result.failed else ""
+            self._failed_runs.end()
+        return ""
+
+    async def _wait(self, wait: Wait) -> bool:
+        """Wait, saying why; a stop or a lost connection ends it early. Return whether to go on.
+
+        Raises:
+            BrokerError: The connection to RabbitMQ was lost.
+            DatabaseError: The worker's row cannot be written.
+        """
+        self._presence.tell("waiting", wait.reason, logging.INFO)
+        await self._presence.keep()
+        await _first_of(wait.seconds, self._stop, self._lost)
+        if not self._stop.is_set():
+            self._notice_loss()
+        return not self._stop.is_set()
+
+    async def _back_off(self, reason: str, seconds: float) -> None:
+        """Wait after a failure, saying why."""
+        if self._options.burst:
+            return
+        self._presence.tell("waiting", reason, logging.WARNING)
+        if self._database.is_open:
+            try:
+                await self._presence.keep()
+            except DatabaseError as error:
+                log.warning("worker's row not written", extra=fields(reason=str(error)))
+        await _first_of(seconds, self._stop)
+
+
+async def _first_of(seconds: float, *events: asyncio.Event) -> None:
+    """Return when one of *events* is set, or after *seconds*."""
+    waits = [asyncio.ensure_future(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()

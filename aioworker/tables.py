@@ -1,0 +1,138 @@
+"""aioworker's own two tables, in the database that is being protected.
+
+`aioworker init` makes them, and nothing else does. Their times are UTC, by that database's
+clock. `docs/operations.md` tells what an operator may read and set by plain SQL.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from pymysql.err import MySQLError
+
+from aioworker import trouble
+from aioworker.errors import DatabaseError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from aioworker.db import Database
+
+NAMES = ("aioworker_budget", "aioworker_worker")
+
+BUDGET = """CREATE TABLE IF NOT EXISTS aioworker_budget (
+    task VARCHAR(190) CHARACTER SET ascii COLLATE ascii_bin NOT NULL PRIMARY KEY,
+    last_start DATETIME(6) NOT NULL,
+    server VARCHAR(100) NOT NULL,
+    starts BIGINT UNSIGNED NOT NULL DEFAULT 0,
+    holder VARCHAR(190) NULL,
+    paused BOOLEAN NOT NULL DEFAULT FALSE,
+    gap_us BIGINT UNSIGNED NULL,
+    set_by VARCHAR(190) NULL,
+    set_at DATETIME(6) NULL,
+    set_why VARCHAR(500) NULL
+) ENGINE=InnoDB DEFAULT CHARACTER SET utf8mb4"""
+
+WORKER = """CREATE TABLE IF NOT EXISTS aioworker_worker (
+    host VARCHAR(100) NOT NULL,
+    pid INT UNSIGNED NOT NULL,
+    task VARCHAR(190) CHARACTER SET ascii COLLATE ascii_bin NOT NULL,
+    version VARCHAR(40) NOT NULL,
+    rate VARCHAR(20) NULL,
+    session BIGINT UNSIGNED NOT NULL,
+    state VARCHAR(20) NOT NULL,
+    reason VARCHAR(500) NOT NULL,
+    since DATETIME(6) NOT NULL,
+    seen DATETIME(6) NOT NULL,
+    PRIMARY KEY (host, pid, task)
+) ENGINE=InnoDB DEFAULT CHARACTER SET utf8mb4"""
+
+# Which server wrote a row: another one has another clock.
+SERVER = "CONCAT(@@hostname, ':', @@port, ':', @@server_id)"
+
+# A row that init makes lets the first start begin at once: its last one was long ago.
+FIRST_ROW = f"""INSERT IGNORE INTO aioworker_budget (task, last_start, server)
+VALUES (%(task)s, '2000-01-01', {SERVER})"""
+
+# The least that a worker's user needs: privileges, table.
+PRIVILEGES = (
+    ("SELECT, INSERT, UPDATE", "aioworker_budget"),
+    ("SELECT, INSERT, UPDATE, DELETE", "aioworker_worker"),
+)
+
+_COLUMNS = (
+    "SELECT task, last_start, server, starts, holder, paused, gap_us, set_by, set_at, set_why"
+    " FROM aioworker_budget LIMIT 0",
+    "SELECT host, pid, task, version, rate, session, state, reason, since, seen"
+    " FROM aioworker_worker LIMIT 0",
+)
+_NO_SUCH_TABLE = 1146
+_NO_SUCH_COLUMN = 1054
+
+
+async def create(database: Database, task: str) -> set[str]:
+    """Make the tables and the task's row where they are not there; change nothing else.
+
+    Returns:
+        The names of the tables that were made.
+
+    Raises:
+        DatabaseError: The user may not, or a table is there with other columns.
+    """
+    with explaining(database):
+        existing = await database.query(
+            "SELECT table_name FROM information_schema.tables"
+            " WHERE table_schema = DATABASE() AND table_name IN (%s, %s)",
+            NAMES,
+        )
+        # IF NOT EXISTS alone would ask for the privilege to CREATE again.
+        made = set(NAMES) - {row[0] for row in existing}
+        for name, statement in zip(NAMES, (BUDGET, WORKER), strict=True):
+            if name in made:
+                await database.execute(statement)
+        for statement in _COLUMNS:
+            await database.query(statement)
+        await database.execute(FIRST_ROW, {"task": task})
+    return made
+
+
+@contextmanager
+def explaining(database: Database) -> Iterator[None]:
+    """Turn what goes wrong inside into one `DatabaseError`; a missing table has its cure.
+
+    Raises:
+        DatabaseError: Anything of the database failed.
+    """
+    try:
+        yield
+    except MySQLError as error:
+        words = f"{trouble.describe(error).partition(';')[0]} at {database.address.shown}"
+        if trouble.code(error) == _NO_SUCH_TABLE:
+            raise DatabaseError(
+                f"{words}: run `aioworker init`, or set AIOWORKER_BUDGET=worker"
+            ) from error
+        if trouble.code(error) == _NO_SUCH_COLUMN:
+            raise DatabaseError(
+                f"{words}: the table is not of this version of aioworker; drop it,"
+                " then run `aioworker init`"
+            ) from error
+        raise database.explain(error) from error
+    except TimeoutError as error:
+        raise database.explain(error) from error
+
+
+def lock_name(database: Database, task: str, purpose: str = "aioworker") -> str:
+    """Return the name of a task's lock: its own for each database of one server.
+
+    Named locks are the whole server's, blind to case, and end at 64 characters on MySQL.
+
+    Args:
+        database: The database that the task works on.
+        task: The task's name.
+        purpose: What the lock is for, up to 16 characters.
+    """
+    owner = f"{database.address.database}\0{task}"
+    digest = hashlib.sha256(owner.encode()).hexdigest()[:16]
+    return f"{purpose}:{task[: 45 - len(purpose)]}:{digest}"
