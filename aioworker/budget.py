@@ -51,8 +51,8 @@ _PEEK = f"""SELECT paused, gap_us, TIMESTAMPDIFF(MICROSECOND, last_start, SYSDAT
     last_start, server = {tables.SERVER}, COALESCE(IS_USED_LOCK(%(lock)s), 0), CONNECTION_ID(),
     starts, holder, set_by, set_at, set_why
 FROM aioworker_budget WHERE task = %(task)s"""
-_JOIN = f"""INSERT IGNORE INTO aioworker_budget (task, last_start, server)
-VALUES (%(task)s, SYSDATE(6), {tables.SERVER})"""
+_JOIN = f"""INSERT INTO aioworker_budget (task, last_start, server)
+VALUES (%(task)s, SYSDATE(6), {tables.SERVER}) ON DUPLICATE KEY UPDATE starts = starts"""
 _ADOPT = f"""UPDATE aioworker_budget SET last_start = SYSDATE(6), server = {tables.SERVER}
 WHERE task = %(task)s AND (last_start > SYSDATE(6) OR server <> {tables.SERVER})"""
 _CHARGE = f"""UPDATE aioworker_budget

@@ -53,8 +53,8 @@ WORKER = """CREATE TABLE IF NOT EXISTS aioworker_worker (
 SERVER = "CONCAT(@@hostname, ':', @@port, ':', @@server_id)"
 
 # A row that init makes lets the first start begin at once: its last one was long ago.
-FIRST_ROW = f"""INSERT IGNORE INTO aioworker_budget (task, last_start, server)
-VALUES (%(task)s, '2000-01-01', {SERVER})"""
+FIRST_ROW = f"""INSERT INTO aioworker_budget (task, last_start, server)
+VALUES (%(task)s, '2000-01-01', {SERVER}) ON DUPLICATE KEY UPDATE starts = starts"""
 
 # The least that a worker's user needs: privileges, table.
 PRIVILEGES = (
