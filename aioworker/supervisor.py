@@ -147,7 +147,9 @@ class Supervisor:
                 # One that stood for a while has healed: begin with short waits again.
                 if time.monotonic() - began > LONGEST_BROKER_BACKOFF_SECONDS:
                     outage.end()
-                await self._back_off(outage.tell(error), outage.seconds())
+                self._presence.tell("waiting", outage.tell(error), logging.WARNING)
+                await self._keep_presence()
+                await _first_of(outage.seconds(), stop)
         return not self.consumer.failures
 
     async def _connect_and_serve(self) -> None:
@@ -258,16 +260,20 @@ class Supervisor:
         return not self._stop.is_set()
 
     async def _back_off(self, reason: str, seconds: float) -> None:
-        """Wait after a failure, saying why."""
+        """Wait after a failure that is not the broker's, saying why."""
         if self._options.burst:
             return
         self._presence.tell("waiting", reason, logging.WARNING)
         if self._database.is_open:
-            try:
-                await self._presence.keep()
-            except DatabaseError as error:
-                log.warning("worker's row not written", extra=fields(reason=str(error)))
+            await self._keep_presence()
         await _first_of(seconds, self._stop)
+
+    async def _keep_presence(self) -> None:
+        """Write the worker's row where the database lets it: another wait goes on meanwhile."""
+        try:
+            await self._presence.keep()
+        except DatabaseError as error:
+            log.warning("worker's row not written", extra=fields(reason=str(error)))
 
 
 async def _first_of(seconds: float, *events: asyncio.Event) -> None:

@@ -1,0 +1,194 @@
+"""`aioworker status` in every situation that an operator looks at it for."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from pydantic import TypeAdapter
+
+from aioworker import tables
+from aioworker.db import Database
+from aioworker.status import Status
+from support import servers
+from tests.conftest import TASK, Lanes, Run, Worker, eventually, execute, rows, simple_addons
+
+if TYPE_CHECKING:
+    from pymysql.connections import Connection
+    from pymysql.cursors import Cursor
+
+Start = Callable[..., Worker]
+SCHEMA = Path(__file__).parents[2] / "docs/status.schema.json"
+NOWHERE = "amqp://guest@127.0.0.1:1/"
+NO_DATABASE = "mysql://root@127.0.0.1:1/aioworker"
+
+
+@pytest.fixture
+def status(run: Run) -> Callable[..., dict[str, Any]]:
+    """Read the status as a program does, and hold it against the schema."""
+
+    def ask(**variables: str) -> dict[str, Any]:
+        done = run("status", "--json", **variables)
+        assert done.stderr == ""
+        found: dict[str, Any] = json.loads(done.stdout)
+        TypeAdapter(Status).validate_json(done.stdout)
+        wanted = json.loads(SCHEMA.read_text())
+        assert list(found) == list(wanted["properties"])
+        complete = found["broker_error"] is found["database_error"] is None
+        assert done.returncode == (0 if complete else 1)
+        return found
+
+    return ask
+
+
+def test_the_schema_in_the_docs_is_the_codes() -> None:
+    assert json.loads(SCHEMA.read_text()) == TypeAdapter(Status).json_schema()
+
+
+def test_an_empty_queue(run: Run, lanes: Lanes, shop: Connection[Cursor]) -> None:
+    done = run("status")
+
+    assert (done.returncode, done.stdout) == (
+        0,
+        "task       update_current_version\n"
+        "waits      nothing queued\n"
+        "queued     urgent 0, bulk 0, retry 0, dead 0\n"
+        "rate       2/m of all workers, the task's own\n"
+        "last start never\n"
+        "next start at once\n"
+        "turn       free\n"
+        "broker     reachable\n"
+        "database   reachable\n",
+    )
+
+
+def test_a_backlog_of_a_whole_sweep(
+    run: Run, status: Any, start: Start, lanes: Lanes, shop: Connection[Cursor]
+) -> None:
+    """530 chunks at 2/m: half past four hours, nearly."""
+    simple_addons(shop, 531)
+    assert run("publish-all", "--chunk-size", "1").returncode == 0
+
+    found = status()
+    assert found["queued"] == {"urgent": 0, "bulk": 531, "retry": 0, "dead": 0}
+    assert found["waits"] == "no worker is running: start one with `aioworker consume`"
+
+    start("consume")
+    eventually(lambda: rows(shop, "SELECT 1 FROM addons WHERE current_version > 0"), "one start")
+    eventually(lambda: status()["waits"].startswith("budget: next start in "), "it waits")
+    found = status()
+    assert (found["queued"]["bulk"], found["backlog_seconds"]) == (530, 15_900)
+    assert 0 < found["budget"]["next_start_seconds"] <= 30
+    assert found["budget"]["starts"] == 1
+    [worker] = found["workers"]
+    assert (worker["host"], worker["state"], worker["rate"]) == (
+        socket.gethostname(),
+        "waiting",
+        "2/m",
+    )
+    assert worker["reason"].startswith("budget: next start at ")
+    text = run("status").stdout
+    assert "done in    4 h 25 min at this rate\n" in text
+    assert f"worker     {worker['host']}:{worker['pid']} 0.1.0, rate 2/m, waiting since" in text
+
+
+def test_a_paused_task(run: Run, status: Any, lanes: Lanes, shop: Connection[Cursor]) -> None:
+    run("pause", "--reason", "replica lags")
+
+    found = status()
+
+    assert found["waits"].startswith(f"paused by {found['budget']['set_by']} since ")
+    assert found["waits"].endswith(": replica lags")
+    assert found["budget"]["paused"] is True
+    assert found["backlog_seconds"] is None
+
+
+def test_a_broker_that_is_down(
+    status: Any, start: Start, lanes: Lanes, shop: Connection[Cursor]
+) -> None:
+    """Since when, the workers know; what the database tells is shown all the same."""
+    found = status(AIOWORKER_AMQP_URL=NOWHERE)
+    assert found["waits"].startswith("broker unreachable: cannot connect to RabbitMQ at amqp://")
+    assert (found["queued"], found["budget"]["rate"]) == (None, "2/m")
+
+    start("consume", AIOWORKER_AMQP_URL=NOWHERE)
+
+    def since() -> bool:
+        waits = status(AIOWORKER_AMQP_URL=NOWHERE)["waits"]
+        return str(waits).startswith("broker unreachable since ")
+
+    eventually(since, "the worker's own word")
+
+
+def test_a_database_that_is_down(status: Any, lanes: Lanes) -> None:
+    found = status(AIOWORKER_MYSQL_URL=NO_DATABASE)
+
+    assert found["waits"].startswith("database unreachable: cannot use MySQL at mysql://root@")
+    assert found["queued"] == {"urgent": 0, "bulk": 0, "retry": 0, "dead": 0}
+    assert (found["budget"], found["workers"]) == (None, None)
+
+
+def test_no_table(status: Any, lanes: Lanes, shop: Connection[Cursor]) -> None:
+    execute(shop, "DROP TABLE aioworker_budget")
+
+    found = status()
+
+    assert found["waits"].startswith("Table 'aioworker.aioworker_budget' doesn't exist (1146)")
+    assert found["waits"].endswith("run `aioworker init`, or set AIOWORKER_BUDGET=worker")
+
+
+def test_no_queue(status: Any, private: servers.Servers, shop: Connection[Cursor]) -> None:
+    assert private.broker is not None
+    private.broker.control("add_vhost", "bare")
+    private.broker.control("set_permissions", "-p", "bare", "guest", ".*", ".*", ".*")
+    try:
+        found = status(AIOWORKER_AMQP_URL=private.broker.url("bare"))
+    finally:
+        private.broker.control("delete_vhost", "bare")
+
+    assert found["queued"] == {"urgent": None, "bulk": None, "retry": None, "dead": None}
+    assert found["waits"] == (
+        "queue aioworker.update_current_version.urgent does not exist: run `aioworker init`"
+    )
+
+
+def test_a_budget_of_each_worker_needs_no_database(run: Run, status: Any, lanes: Lanes) -> None:
+    found = status(AIOWORKER_BUDGET="worker", AIOWORKER_MYSQL_URL=NO_DATABASE)
+
+    assert (found["waits"], found["workers"]) == ("nothing queued", None)
+    assert (found["budget"]["scope"], found["budget"]["rate"]) == ("worker", "2/m")
+
+
+def test_a_turn_names_its_holder(
+    run: Run, status: Any, lanes: Lanes, shop: Connection[Cursor], database: Database
+) -> None:
+    """Frozen hosts keep it until their session times out: an operator wants to know whose."""
+    simple_addons(shop, 1)
+    run("publish", "1")
+    lock = tables.lock_name(database, TASK)
+    execute(
+        shop,
+        f"DO GET_LOCK('{lock}', 0)",
+        "INSERT INTO aioworker_worker SELECT 'frozen', 9, task, '1', NULL, CONNECTION_ID(),"
+        " 'waiting', 'budget', SYSDATE(6), SYSDATE(6) FROM aioworker_budget",
+    )
+
+    found = status()
+
+    assert found["budget"]["turn"] == "frozen:9"
+    assert found["waits"] == "turn: held by frozen:9"
+
+
+def test_watching_shows_it_again_until_a_signal(start: Start, lanes: Lanes, shop: object) -> None:
+    watcher = start("status", "--json", "--watch")
+    eventually(lambda: watcher.log.count("\n") >= 2, "it shows it twice")
+
+    watcher.process.send_signal(signal.SIGINT)
+
+    assert watcher.process.wait(10) == 0
+    assert all(json.loads(line)["waits"] for line in watcher.log.splitlines())
