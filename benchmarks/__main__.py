@@ -23,7 +23,9 @@ import psutil
 
 from aioworker import repo, topology
 from aioworker.addresses import DatabaseAddress
+from aioworker.budget import SharedBudget
 from aioworker.db import Database
+from aioworker.limits import RateLimit
 from benchmarks.other_writer import felt_beside
 from support import servers, site
 
@@ -36,6 +38,7 @@ TASK = "update_current_version"
 AIOWORKER = str(Path(sys.executable).parent / "aioworker")
 RESULTS = Path(__file__).parent / "results.md"
 IDLE_SECONDS = 60
+STARTS = 300
 # The tables in memory, so that the job is measured and not the disk.
 MARIADB = ("--innodb-buffer-pool-size=2G", "--innodb-log-file-size=1G")
 SIZES = (20_000, 200_000)
@@ -284,6 +287,40 @@ class Bench:
             )
         connection.close()
 
+    def budget(self) -> None:
+        """Measure what the shared budget costs a start: time, and connections."""
+        connection = self.fill(20_000)
+        for name, several in asyncio.run(self._start_often()).items():
+            cuts = statistics.quantiles(several, n=100)
+            self.report.row(name, f"{cuts[49]:.2f} ms", f"{cuts[98]:.2f} ms")
+        self.sweep()
+        before = connections_made(connection)
+        run([AIOWORKER, "consume", "--burst", "--rate-limit", "1000000/s"], self.environment)
+        # One is the worker's own, whatever the number of chunks.
+        made = connections_made(connection) - before
+        self.report.row("connections of a burst of 20 chunks", made, "")
+        connection.close()
+
+    async def _start_often(self) -> dict[str, list[float]]:
+        address = DatabaseAddress.parse(self.pair.mysql_url)
+        database = Database(address, connect_timeout=10, timeout=60)
+        budget = SharedBudget(database, TASK, RateLimit.parse("1000000/s"), "bench")
+        spent: dict[str, list[float]] = {"the charge alone": [], "look, turn, charge, stamp": []}
+        for _ in range(STARTS):
+            began = time.perf_counter()
+            await budget.look()
+            async with budget.turn():
+                charging = time.perf_counter()
+                await budget.charge()
+                charged = time.perf_counter()
+                async with database.transaction():
+                    pass
+            ended = time.perf_counter()
+            for name, seconds in zip(spent, (charged - charging, ended - began), strict=True):
+                spent[name].append(seconds * 1000)
+        database.close()
+        return spent
+
     def process(self) -> None:
         """Measure the worker as a process: memory, idle CPU, and the help's CPU."""
         connection = self.fill(20_000)
@@ -314,6 +351,14 @@ class Bench:
         connection.close()
 
 
+def connections_made(connection: Connection[Cursor]) -> int:
+    """Return how many connections the server has accepted so far."""
+    with connection.cursor() as cursor:
+        cursor.execute("SHOW GLOBAL STATUS LIKE 'Connections'")
+        [[_name, number]] = cursor.fetchall()
+    return int(number)
+
+
 def site_changed(connection: Connection[Cursor]) -> bool:
     """Return whether a row differs from how the site was spoiled."""
     with connection.cursor() as cursor:
@@ -328,7 +373,7 @@ def site_changed(connection: Connection[Cursor]) -> bool:
 
 def main() -> None:
     """Run the benchmarks named on the command line, or all."""
-    wanted = sys.argv[1:] or ["job", "publish", "writer", "process"]
+    wanted = sys.argv[1:] or ["job", "publish", "writer", "process", "budget"]
     report = Report()
     report.add("# Figures")
     report.add()
@@ -344,6 +389,9 @@ def main() -> None:
         if "process" in wanted:
             report.section("The process", "what", "figure")
             bench.process()
+        if "budget" in wanted:
+            report.section("The shared budget, a start", "what", "median", "p99")
+            bench.budget()
         if "publish" in wanted:
             report.section("Publishing, every message confirmed", "what", "by", *timed)
             bench.publishing()

@@ -6,16 +6,32 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+from aioworker import tables
 from aioworker.settings import Settings
-from tests.conftest import Run
+from tests.conftest import Run, execute, rows
+
+if TYPE_CHECKING:
+    from pymysql.connections import Connection
+    from pymysql.cursors import Cursor
 
 ROOT = Path(__file__).parent.parent.parent
+OPERATIONS = (ROOT / "docs/operations.md").read_text()
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs/architecture.md"]
-COMMANDS = ("init", "consume", "publish-all", "publish")
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = (
+    "init",
+    "consume",
+    "publish-all",
+    "publish",
+    "status",
+    "rate-limit",
+    "pause",
+    "resume",
+)
 
 
 def test_the_table_of_settings_is_the_codes() -> None:
@@ -79,3 +95,30 @@ def test_help_imports_no_client_of_a_server(arguments: list[str]) -> None:
 
     assert done.stdout.splitlines()[-1] == "[]"
     assert "Usage: aioworker" in done.stdout
+
+
+def test_the_statements_for_a_dba_run_as_written(shop: Connection[Cursor]) -> None:
+    statements = [
+        statement
+        for block in re.findall(r"```sql\n(.*?)```", OPERATIONS, re.DOTALL)
+        for statement in block.split(";\n")
+        if statement.strip()
+    ]
+    assert len(statements) == 5
+
+    execute(shop, *statements)
+
+    found = rows(shop, "SELECT gap_us, paused, set_by, set_why FROM aioworker_budget")
+    assert found == [(None, 0, "dba", "backup")]
+
+
+@pytest.mark.parametrize("table", tables.NAMES)
+def test_every_column_of_the_tables_is_documented(table: str, shop: Connection[Cursor]) -> None:
+    section = OPERATIONS.partition(f"| `{table}` |")[2].partition("\n\n")[0]
+    documented = [
+        name
+        for line in section.splitlines()[2:]
+        for name in re.findall(r"`(\w+)`", line.split("|")[1])
+    ]
+
+    assert documented == [row[0] for row in rows(shop, f"SHOW COLUMNS FROM {table}")]
