@@ -152,6 +152,7 @@ class Bench:
             cursor.execute("CREATE TABLE spoiled AS SELECT id, current_version FROM addons")
             cursor.execute("ALTER TABLE spoiled ADD PRIMARY KEY (id)")
         connection.commit()
+        run([AIOWORKER, "init"], self.environment)
         return connection
 
     def spoil(self, connection: Connection[Cursor]) -> None:
@@ -236,6 +237,8 @@ class Bench:
 
     def publishing(self) -> None:
         """Measure publishing beside a bare loop."""
+        servers.connect(self.pair.mysql_url, create=True).close()
+        run([AIOWORKER, "init"], self.environment)
         programs: dict[str, Callable[[], Run]] = {
             name: partial(run, runner(name), self.environment)
             for name in ("publish", "publish-bare")
@@ -384,7 +387,6 @@ def main() -> None:
     )
     with servers.servers(*MARIADB) as pair, tempfile.TemporaryDirectory() as folder:
         bench = Bench(pair, report, Path(folder))
-        run([AIOWORKER, "init"], pair.environment)
         timed = ("s", "min to max", "ratio", "CPU s", "peak MiB")
         if "process" in wanted:
             report.section("The process", "what", "figure")
