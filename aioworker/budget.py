@@ -21,14 +21,21 @@ import asyncio
 import logging
 import random
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
 from aioworker import tables
 from aioworker.errors import DatabaseError, TurnLostError
-from aioworker.limits import Limiter, RateLimit, shown_interval
+from aioworker.limits import (
+    POLL_SECONDS,
+    Limiter,
+    RateLimit,
+    Wait,
+    next_start,
+    shown_interval,
+)
 from aioworker.logs import fields
+from aioworker.tables import Row, join, peek
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -38,7 +45,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SHORTEST_POLL_SECONDS = 0.2
-POLL_SECONDS = 2.0  # how soon a change of the row is followed, at the latest
 # The turn is taken this much before a start is due, so that taking and reading cost nothing
 # of the budget.
 LEAD_SECONDS = 0.25
@@ -47,12 +53,6 @@ TURN_SECONDS = 0.05  # until the next try
 CHARGES = 3  # tries of one charge, each when it is due: clocks differ by microseconds
 LONGEST_JITTER_SECONDS = 1.0
 
-_PEEK = f"""SELECT paused, gap_us, TIMESTAMPDIFF(MICROSECOND, last_start, SYSDATE(6)),
-    last_start, server = {tables.SERVER}, COALESCE(IS_USED_LOCK(%(lock)s), 0), CONNECTION_ID(),
-    starts, holder, set_by, set_at, set_why
-FROM aioworker_budget WHERE task = %(task)s"""
-_JOIN = f"""INSERT INTO aioworker_budget (task, last_start, server)
-VALUES (%(task)s, SYSDATE(6), {tables.SERVER}) ON DUPLICATE KEY UPDATE starts = starts"""
 _ADOPT = f"""UPDATE aioworker_budget SET last_start = SYSDATE(6), server = {tables.SERVER}
 WHERE task = %(task)s AND (last_start > SYSDATE(6) OR server <> {tables.SERVER})"""
 _CHARGE = f"""UPDATE aioworker_budget
@@ -64,154 +64,6 @@ _STAMP = """UPDATE aioworker_budget SET last_start = SYSDATE(6)
 WHERE task = %(task)s AND IS_USED_LOCK(%(lock)s) = CONNECTION_ID()"""
 # SYSDATE() stands still like NOW() on a server that is started so; the budget needs it to move.
 _SYSDATE_MOVES = "SELECT TIMESTAMPDIFF(MICROSECOND, NOW(6), SYSDATE(6)) FROM (SELECT SLEEP(0.02)) s"
-
-
-class Wait(NamedTuple):
-    """Why no start may begin now, and the seconds after which to look again.
-
-    Args:
-        reason: In one line.
-        seconds: Until the next look is worth it.
-        paused: Whether no start will begin until somebody says so.
-    """
-
-    reason: str
-    seconds: float
-    paused: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A task's row of the budget, as the server answers.
-
-    Args:
-        paused: Whether an operator stopped all starts.
-        gap_us: The interval set at run time, in microseconds; None where none is set.
-        age_us: Microseconds since the last start; below 0 after a step of the clock back.
-        last_start: When that was, UTC.
-        same_server: Whether this server wrote the row.
-        turn: The session that holds the turn, 0 for nobody.
-        session: This session.
-        starts: Starts charged ever.
-        holder: The worker of the last start.
-        set_by: Who set `paused` or `gap_us` last.
-        set_at: When.
-        set_why: Why.
-    """
-
-    paused: bool
-    gap_us: int | None
-    age_us: int
-    last_start: datetime
-    same_server: bool
-    turn: int
-    session: int
-    starts: int
-    holder: str | None
-    set_by: str | None
-    set_at: datetime | None
-    set_why: str | None
-
-    @property
-    def pause(self) -> str:
-        """Who paused the task, when and why."""
-        by = f" by {self.set_by}" if self.set_by else ""
-        since = f" since {self.set_at:%Y-%m-%d %H:%M:%S} UTC" if self.set_at else ""
-        why = f": {self.set_why}" if self.set_why else ""
-        return f"paused{by}{since}{why}"
-
-
-async def peek(database: Database, task: str) -> Row | None:
-    """Return the task's row, None where there is none."""
-    lock = tables.lock_name(database, task)
-    found = await database.query(_PEEK, {"task": task, "lock": lock})
-    if not found:
-        return None
-    values: list[Any] = list(found[0])
-    values[0], values[4] = bool(values[0]), bool(values[4])
-    return Row(*values)
-
-
-async def join(database: Database, task: str) -> Row:
-    """Make the task's row, where `init` has not; return it.
-
-    When the last start was nobody knows: the row says now, which costs one interval.
-
-    Raises:
-        DatabaseError: It was deleted again.
-    """
-    await database.execute(_JOIN, {"task": task})
-    row = await peek(database, task)
-    if row is None:
-        raise DatabaseError(f"the row of {task} in aioworker_budget was deleted again")
-    return row
-
-
-class Budget(Protocol):
-    """What a consumer asks before each start."""
-
-    @property
-    def limited(self) -> bool:
-        """Whether starts are counted at all, as of the last look."""
-
-    async def look(self, crowd: int = 0) -> Wait | None:
-        """Return why no start may begin now; None where one is due, or nearly.
-
-        Args:
-            crowd: How many other workers wait for the same.
-        """
-
-    def turn(self) -> Any:
-        """Hold the turn inside an `async with`; its value is why not, None where it is held."""
-
-    async def charge(self) -> Wait | None:
-        """Begin a start, at the moment it is due; return why not, None where it began."""
-
-
-class WorkerBudget:
-    """The budget of one process alone, for those who may not create a table.
-
-    A new process cannot know when the last one started something: it waits one interval
-    before its first start.
-
-    Args:
-        rate: How often the task may start; None is no limit.
-    """
-
-    def __init__(self, rate: RateLimit | None) -> None:
-        self._rate = rate
-        self._limiter: Limiter | None = None
-
-    @property
-    def limited(self) -> bool:
-        """Whether starts are counted at all."""
-        return self._rate is not None
-
-    async def look(self, crowd: int = 0) -> Wait | None:
-        """Return why no start may begin now."""
-        if self._rate is None:
-            return None
-        if self._rate.paused:
-            return Wait(f"paused: rate limit {self._rate}", POLL_SECONDS, paused=True)
-        if self._limiter is None:
-            self._limiter = Limiter(self._rate.interval)
-            await self._limiter.charge()
-        seconds = self._limiter.due_in()
-        if not seconds:
-            return None
-        return Wait(_next_start(datetime.now(UTC) + timedelta(seconds=seconds)), seconds)
-
-    @asynccontextmanager
-    async def turn(self) -> AsyncIterator[Wait | None]:
-        """Nobody else is asked: the turn is always ours."""
-        yield await self.look()
-
-    async def charge(self) -> Wait | None:
-        """Begin a start."""
-        wait = await self.look()
-        if wait is None and self._limiter is not None:
-            await self._limiter.charge()
-        return wait
 
 
 class SharedBudget:
@@ -278,7 +130,7 @@ class SharedBudget:
         if ahead <= 0:
             return None
         moment = row.last_start + timedelta(microseconds=self._gap_us)
-        return Wait(_next_start(moment), min(ahead + _jitter(crowd, self._gap_us), POLL_SECONDS))
+        return Wait(next_start(moment), min(ahead + _jitter(crowd, self._gap_us), POLL_SECONDS))
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[Wait | None]:
@@ -434,10 +286,6 @@ class SharedBudget:
 def _jitter(crowd: int, gap_us: int) -> float:
     """Return seconds by which contenders come apart: up to a tenth of the interval."""
     return random.uniform(0, min(gap_us / 1e7, LONGEST_JITTER_SECONDS)) if crowd else 0.0
-
-
-def _next_start(moment: datetime) -> str:
-    return f"budget: next start at {moment:%H:%M:%S} UTC"
 
 
 def _limit(own: RateLimit | None, gap_us: int | None) -> str:

@@ -11,17 +11,19 @@ import time
 from typing import TYPE_CHECKING
 
 from aioworker import console, tables
-from aioworker.budget import Row, SharedBudget, WorkerBudget, peek
+from aioworker.budget import SharedBudget
 from aioworker.console import count, say, tell
 from aioworker.consumer import Consumer
 from aioworker.db import Database
 from aioworker.errors import AioworkerError, DatabaseError
+from aioworker.limits import WorkerBudget
 from aioworker.logs import fields
 from aioworker.message import CHUNK_LIMIT, check_chunk
 from aioworker.outcome import Kind
 from aioworker.presence import Presence
 from aioworker.producer import Producer, Sweep, chunked, publish_sweep
 from aioworker.supervisor import Options, Supervisor
+from aioworker.tables import Row, peek
 from aioworker.task import Context
 
 if TYPE_CHECKING:

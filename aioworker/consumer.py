@@ -23,8 +23,8 @@ from aioworker.topology import Queues
 if TYPE_CHECKING:
     from aio_pika.abc import AbstractIncomingMessage
 
-    from aioworker.budget import Budget
     from aioworker.db import Database
+    from aioworker.limits import Budget
 
 log = logging.getLogger(__name__)
 

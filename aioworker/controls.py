@@ -11,15 +11,15 @@ import os
 from typing import TYPE_CHECKING
 
 from aioworker import tables
-from aioworker.budget import join, peek
 from aioworker.console import say
 from aioworker.errors import UsageError
 from aioworker.limits import RateLimit, shown_interval
+from aioworker.tables import join, peek
 
 if TYPE_CHECKING:
-    from aioworker.budget import Row
     from aioworker.db import Database
     from aioworker.settings import Settings
+    from aioworker.tables import Row
     from aioworker.task import Task
 
 REASON_LENGTH = 500

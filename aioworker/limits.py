@@ -9,12 +9,19 @@ from __future__ import annotations
 import asyncio
 import math
 import re
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from aiolimiter import AsyncLimiter
 
 from aioworker.errors import RateLimitError
 
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+POLL_SECONDS = 2.0  # how soon a change of what is set at run time is followed, at the latest
 PERIODS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 _UNITS = {"": "s", "sec": "s", "second": "s", "min": "m", "minute": "m", "hr": "h", "hour": "h"}
 
@@ -147,3 +154,89 @@ class Limiter:
         passed = (asyncio.get_running_loop().time() - self._last) / interval
         if passed < 1:
             await self._limiter.acquire(1 - passed)
+
+
+class Wait(NamedTuple):
+    """Why no start may begin now, and the seconds after which to look again.
+
+    Args:
+        reason: In one line.
+        seconds: Until the next look is worth it.
+        paused: Whether no start will begin until somebody says so.
+    """
+
+    reason: str
+    seconds: float
+    paused: bool = False
+
+
+class Budget(Protocol):
+    """What a consumer asks before each start."""
+
+    @property
+    def limited(self) -> bool:
+        """Whether starts are counted at all, as of the last look."""
+
+    async def look(self, crowd: int = 0) -> Wait | None:
+        """Return why no start may begin now; None where one is due, or nearly.
+
+        Args:
+            crowd: How many other workers wait for the same.
+        """
+
+    def turn(self) -> Any:
+        """Hold the turn inside an `async with`; its value is why not, None where it is held."""
+
+    async def charge(self) -> Wait | None:
+        """Begin a start, at the moment it is due; return why not, None where it began."""
+
+
+class WorkerBudget:
+    """The budget of one process alone, for those who may not create a table.
+
+    A new process cannot know when the last one started something: it waits one interval
+    before its first start.
+
+    Args:
+        rate: How often the task may start; None is no limit.
+    """
+
+    def __init__(self, rate: RateLimit | None) -> None:
+        self._rate = rate
+        self._limiter: Limiter | None = None
+
+    @property
+    def limited(self) -> bool:
+        """Whether starts are counted at all."""
+        return self._rate is not None
+
+    async def look(self, crowd: int = 0) -> Wait | None:
+        """Return why no start may begin now."""
+        if self._rate is None:
+            return None
+        if self._rate.paused:
+            return Wait(f"paused: rate limit {self._rate}", POLL_SECONDS, paused=True)
+        if self._limiter is None:
+            self._limiter = Limiter(self._rate.interval)
+            await self._limiter.charge()
+        seconds = self._limiter.due_in()
+        if not seconds:
+            return None
+        return Wait(next_start(datetime.now(UTC) + timedelta(seconds=seconds)), seconds)
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[Wait | None]:
+        """Nobody else is asked: the turn is always ours."""
+        yield await self.look()
+
+    async def charge(self) -> Wait | None:
+        """Begin a start."""
+        wait = await self.look()
+        if wait is None and self._limiter is not None:
+            await self._limiter.charge()
+        return wait
+
+
+def next_start(moment: datetime) -> str:
+    """Return the reason to wait for a start that is due at a moment, UTC."""
+    return f"budget: next start at {moment:%H:%M:%S} UTC"

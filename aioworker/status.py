@@ -13,12 +13,12 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from aioworker import broker, tables, topology
-from aioworker.budget import Row, peek
 from aioworker.console import duration
 from aioworker.controls import limit_and_source
 from aioworker.errors import BrokerError, DatabaseError
 from aioworker.limits import RateLimit
 from aioworker.presence import ALIVE_SECONDS
+from aioworker.tables import Row, peek
 
 if TYPE_CHECKING:
     from aioworker.settings import Settings

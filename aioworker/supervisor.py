@@ -16,8 +16,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from aioworker import broker, topology
-from aioworker.budget import Wait
 from aioworker.errors import AioworkerError, BrokerError, DatabaseError
+from aioworker.limits import Wait
 from aioworker.logs import fields
 from aioworker.outcome import Kind
 from aioworker.presence import SOON_SECONDS, Presence
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from aio_pika.abc import AbstractConnection
 
     from aioworker.addresses import BrokerAddress
-    from aioworker.budget import Budget
     from aioworker.consumer import Consumer
     from aioworker.db import Database
+    from aioworker.limits import Budget
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from pymysql.err import MySQLError
 
@@ -17,6 +18,7 @@ from aioworker.errors import DatabaseError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from datetime import datetime
 
     from aioworker.db import Database
 
@@ -56,6 +58,13 @@ SERVER = "CONCAT(@@hostname, ':', @@port, ':', @@server_id)"
 FIRST_ROW = f"""INSERT INTO aioworker_budget (task, last_start, server)
 VALUES (%(task)s, '2000-01-01', {SERVER}) ON DUPLICATE KEY UPDATE starts = starts"""
 
+_PEEK = f"""SELECT paused, gap_us, TIMESTAMPDIFF(MICROSECOND, last_start, SYSDATE(6)),
+    last_start, server = {SERVER}, COALESCE(IS_USED_LOCK(%(lock)s), 0), CONNECTION_ID(),
+    starts, holder, set_by, set_at, set_why
+FROM aioworker_budget WHERE task = %(task)s"""
+_JOIN = f"""INSERT INTO aioworker_budget (task, last_start, server)
+VALUES (%(task)s, SYSDATE(6), {SERVER}) ON DUPLICATE KEY UPDATE starts = starts"""
+
 # The least that a worker's user needs: privileges, table.
 PRIVILEGES = (
     ("SELECT, INSERT, UPDATE", "aioworker_budget"),
@@ -70,6 +79,47 @@ _COLUMNS = (
 )
 _NO_SUCH_TABLE = 1146
 _NO_SUCH_COLUMN = 1054
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A task's row of the budget, as the server answers.
+
+    Args:
+        paused: Whether an operator stopped all starts.
+        gap_us: The interval set at run time, in microseconds; None where none is set.
+        age_us: Microseconds since the last start; below 0 after a step of the clock back.
+        last_start: When that was, UTC.
+        same_server: Whether this server wrote the row.
+        turn: The session that holds the turn, 0 for nobody.
+        session: This session.
+        starts: Starts charged ever.
+        holder: The worker of the last start.
+        set_by: Who set `paused` or `gap_us` last.
+        set_at: When.
+        set_why: Why.
+    """
+
+    paused: bool
+    gap_us: int | None
+    age_us: int
+    last_start: datetime
+    same_server: bool
+    turn: int
+    session: int
+    starts: int
+    holder: str | None
+    set_by: str | None
+    set_at: datetime | None
+    set_why: str | None
+
+    @property
+    def pause(self) -> str:
+        """Who paused the task, when and why."""
+        by = f" by {self.set_by}" if self.set_by else ""
+        since = f" since {self.set_at:%Y-%m-%d %H:%M:%S} UTC" if self.set_at else ""
+        why = f": {self.set_why}" if self.set_why else ""
+        return f"paused{by}{since}{why}"
 
 
 async def create(database: Database, task: str) -> set[str]:
@@ -136,3 +186,29 @@ def lock_name(database: Database, task: str, purpose: str = "aioworker") -> str:
     owner = f"{database.address.database}\0{task}"
     digest = hashlib.sha256(owner.encode()).hexdigest()[:16]
     return f"{purpose}:{task[: 45 - len(purpose)]}:{digest}"
+
+
+async def peek(database: Database, task: str) -> Row | None:
+    """Return the task's row, None where there is none."""
+    lock = lock_name(database, task)
+    found = await database.query(_PEEK, {"task": task, "lock": lock})
+    if not found:
+        return None
+    values: list[Any] = list(found[0])
+    values[0], values[4] = bool(values[0]), bool(values[4])
+    return Row(*values)
+
+
+async def join(database: Database, task: str) -> Row:
+    """Make the task's row, where `init` has not; return it.
+
+    When the last start was nobody knows: the row says now, which costs one interval.
+
+    Raises:
+        DatabaseError: It was deleted again.
+    """
+    await database.execute(_JOIN, {"task": task})
+    row = await peek(database, task)
+    if row is None:
+        raise DatabaseError(f"the row of {task} in aioworker_budget was deleted again")
+    return row

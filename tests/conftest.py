@@ -16,10 +16,10 @@ import pytest
 from aioworker import tables, topology
 from aioworker.addons import update_current_version
 from aioworker.addresses import BrokerAddress, DatabaseAddress
-from aioworker.budget import Budget, SharedBudget, WorkerBudget
+from aioworker.budget import SharedBudget
 from aioworker.consumer import Consumer
 from aioworker.db import Database
-from aioworker.limits import RateLimit
+from aioworker.limits import Budget, RateLimit, WorkerBudget
 from aioworker.presence import Presence
 from aioworker.producer import Producer
 from aioworker.supervisor import Options, Supervisor

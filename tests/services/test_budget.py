@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aioworker import tables
-from aioworker.budget import Row, SharedBudget, Wait, peek
+from aioworker.budget import SharedBudget
 from aioworker.db import Database
 from aioworker.errors import DatabaseError, TurnLostError
-from aioworker.limits import RateLimit
+from aioworker.limits import RateLimit, Wait
+from aioworker.tables import Row, peek
 from tests.conftest import TASK, execute, make_database, rows, simple_addons
 
 if TYPE_CHECKING:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from aioworker.budget import WorkerBudget
-from aioworker.limits import Limiter, RateLimit
+from aioworker.limits import Limiter, RateLimit, WorkerBudget
 from aioworker.topology import Queues
 from tests.fakes import FakeClock
 
