@@ -3,7 +3,7 @@
 It is a row of the protected database, on that database's clock, charged at the moment a
 start begins, whether or not the run succeeds. The task's named lock is the turn: who holds
 it takes, charges, runs and settles, on the one connection that also writes, so that the
-lock outlives no writing statement. The run's first commit stamps the row again: a process
+lock outlives no writing statement. The run's first write stamps the row again: a process
 frozen between the charge and its first write would otherwise wake up and write just before
 the next start.
 
@@ -35,7 +35,7 @@ from aioworker.limits import (
     shown_interval,
 )
 from aioworker.logs import fields
-from aioworker.tables import Row, join, peek
+from aioworker.tables import Row, holder, join, peek
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -81,14 +81,15 @@ class SharedBudget:
         self._rate = rate
         self._task = task
         self._limiter: Limiter | None = None
-        self._gap_us: int | None = None if rate is None or rate.paused else rate.gap_us
-        self._limit = _limit(rate, None)
+        self._gap_us: int | None = None
+        self._shown = _limit(rate, None)
         self._due_at = 0.0
         self._greeted = 0
         self._arguments: dict[str, object] = {
             "task": task,
             "lock": tables.lock_name(database, task),
             "worker": worker,
+            "gap": None if rate is None or rate.paused else rate.gap_us,
         }
 
     @property
@@ -152,7 +153,9 @@ class SharedBudget:
                 "SELECT GET_LOCK(%s, %s)", (self._arguments["lock"], seconds)
             )
         if got != 1:
-            yield Wait(f"turn: held by {await self._who(row.turn)}", TURN_SECONDS)
+            with tables.explaining(self._database):
+                who = await holder(self._database, self._task, row.turn)
+            yield Wait(f"turn: held by {who or 'another worker'}", TURN_SECONDS)
             return
         try:
             with self._database.pinned():
@@ -162,7 +165,7 @@ class SharedBudget:
             self._database.close()
             raise
         finally:
-            self._database.before_next_commit(None)
+            self._database.stamp_first_write(None)
 
     async def charge(self) -> Wait | None:
         """Begin a start at the moment it is due; return why not, None where it began.
@@ -179,12 +182,10 @@ class SharedBudget:
             if seconds > 0:
                 await asyncio.sleep(seconds)
             with tables.explaining(self._database):
-                charged = await self._database.execute(
-                    _CHARGE, {**self._arguments, "gap": self._gap_us}
-                )
+                charged = await self._database.execute(_CHARGE, self._arguments)
             if charged:
                 await self._limiter.charge()
-                self._database.before_next_commit(self._stamp)
+                self._database.stamp_first_write(self._stamp)
                 return None
             wait = await self.look()
             if wait is not None:
@@ -192,7 +193,7 @@ class SharedBudget:
         raise TurnLostError(f"the turn of {self._task} was lost before its start")
 
     async def _stamp(self, cursor: Cursor) -> None:
-        """Move the start to the run's first commit.
+        """Move the start to the run's first write.
 
         Raises:
             TurnLostError: Somebody else may hold the turn.
@@ -239,23 +240,12 @@ class SharedBudget:
                 " set AIOWORKER_BUDGET=worker"
             )
 
-    async def _who(self, session: int) -> str:
-        """Return the worker whose session this is."""
-        if not session:
-            return "another worker"
-        with tables.explaining(self._database):
-            found = await self._database.query(
-                "SELECT host, pid FROM aioworker_worker WHERE session = %s AND task = %s"
-                " ORDER BY seen DESC LIMIT 1",
-                (session, self._task),
-            )
-        return f"{found[0][0]}:{found[0][1]}" if found else f"session {session}"
-
     async def _follow(self, row: Row) -> None:
         """Take over the row's rate; log what is new."""
-        own = None if self._rate is None or self._rate.paused else self._rate.gap_us
-        gap = own if row.gap_us is None else row.gap_us
-        self._gap_us = gap or None  # 0 microseconds: no limit
+        own: int | None = None
+        if self._rate is not None and not self._rate.paused:
+            own = self._rate.gap_us
+        self._gap_us = (own if row.gap_us is None else row.gap_us) or None  # 0: no limit
         if self._gap_us is not None:
             interval = self._gap_us / 1e6
             if self._limiter is None:
@@ -263,18 +253,18 @@ class SharedBudget:
             elif self._limiter.interval != interval:
                 await self._limiter.change(interval)
         limit = "paused" if row.paused else _limit(self._rate, row.gap_us)
-        if limit != self._limit:
+        if limit != self._shown:
             log.warning(
                 "rate limit changed",
                 extra=fields(
                     task=self._task,
-                    old=self._limit,
+                    old=self._shown,
                     new=limit,
-                    by=row.set_by or "unknown",
-                    why=row.set_why or "not said",
+                    by=(row.paused_by if row.paused else row.set_by) or "unknown",
+                    why=(row.paused_why if row.paused else row.set_why) or "not said",
                 ),
             )
-            self._limit = limit
+            self._shown = limit
 
     def _poll(self) -> float:
         """Return the seconds after which a change of the row is looked for."""

@@ -223,7 +223,7 @@ Why = Annotated[
 ]
 
 
-@app.command("rate-limit")
+@app.command("rate-limit", context_settings={"ignore_unknown_options": True})  # such as -1/m
 def rate_limit(
     words: Annotated[
         list[str] | None,
@@ -236,7 +236,8 @@ def rate_limit(
 ) -> None:
     """Set the rate limit of all workers while they run; it outlives them.
 
-    They follow within 2 seconds or one interval, whichever is sooner. 0/m pauses.
+    They follow within 2 seconds or one interval, whichever is sooner. 0/m pauses; a new
+    rate does not end a pause, `resume` does.
     """
     given = list(words or [])
     if len(given) > (1 if reset else 2) or not (given or reset):
@@ -248,7 +249,7 @@ def rate_limit(
     settings, task = _prepare(given[0] if given else DEFAULT_TASK)
     from aioworker import controls
 
-    controls.check_shared(settings, why)
+    why = controls.checked_reason(settings, why)
     _run(controls.set_rate(settings, task, rate, why))
 
 
@@ -261,8 +262,7 @@ def pause(name: TaskName = DEFAULT_TASK, why: Why = None) -> None:
     settings, task = _prepare(name)
     from aioworker import controls
 
-    controls.check_shared(settings, why)
-    _run(controls.pause(settings, task, why))
+    _run(controls.pause(settings, task, controls.checked_reason(settings, why)))
 
 
 @app.command()
@@ -271,8 +271,7 @@ def resume(name: TaskName = DEFAULT_TASK, why: Why = None) -> None:
     settings, task = _prepare(name)
     from aioworker import controls
 
-    controls.check_shared(settings, why)
-    _run(controls.resume(settings, task, why))
+    _run(controls.resume(settings, task, controls.checked_reason(settings, why)))
 
 
 def _numbers(words: list[str]) -> list[int]:

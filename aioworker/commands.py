@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.5
 LONGEST_WATCH_SECONDS = 300.0
-LATE_INTERVALS = 1.5  # a sweep whose last start is not longer ago than this advances
 
 
 # consume
@@ -232,17 +231,16 @@ async def _watch_earlier(
 ) -> int:
     """Say that an earlier sweep is still queued, and whether it advances.
 
-    The budget's row tells at once when the last start was not long ago; else the lane is
-    watched for the time of one start.
+    The lane is watched for the time of one start. A start alone shows nothing: its run may
+    fail, and its message come back.
     """
     rate = task.rate_limit if settings.rate_limit is None else settings.rate_limit
     interval = rate.interval if rate else 0.0
     if row is not None and row.gap_us is not None:
         interval = row.gap_us / 1e6
     paused = interval == math.inf or (row is not None and row.paused)
-    started = row is not None and 0 <= row.age_us / 1e6 < interval * LATE_INTERVALS
-    advances = started and not paused
-    if not advances and not paused:
+    advances = False
+    if not paused:
         seconds = min(2.0 + interval * 1.1, LONGEST_WATCH_SECONDS)
         tell(f"an earlier sweep is still queued: watching for {seconds:.0f} s whether it advances")
         deadline = time.monotonic() + seconds

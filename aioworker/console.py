@@ -52,26 +52,28 @@ def is_terminal() -> bool:
 
 async def watch(show: Callable[[], Awaitable[str]], seconds: float, stop: asyncio.Event) -> None:
     """Show a text again and again until *stop*: in place on a terminal, one by one elsewhere."""
+    showing = asyncio.ensure_future(_show_again(show, seconds))
+    stopping = asyncio.ensure_future(stop.wait())
+    await asyncio.wait({showing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    for one in (showing, stopping):
+        one.cancel()
+    ended = await asyncio.gather(showing, stopping, return_exceptions=True)
+    if isinstance(ended[0], Exception):
+        raise ended[0]
+
+
+async def _show_again(show: Callable[[], Awaitable[str]], seconds: float) -> None:
     if not sys.stdout.isatty():
-        while not stop.is_set():
+        while True:
             say(await show())
-            await _pause(seconds, stop)
-        return
+            await asyncio.sleep(seconds)
     from rich.live import Live
     from rich.text import Text
 
     with Live(auto_refresh=False, screen=True) as live:
-        while not stop.is_set():
+        while True:
             live.update(Text(await show()), refresh=True)
-            await _pause(seconds, stop)
-
-
-async def _pause(seconds: float, stop: asyncio.Event) -> None:
-    try:
-        async with asyncio.timeout(seconds):
-            await stop.wait()
-    except TimeoutError:
-        return  # the time is up: show again
+            await asyncio.sleep(seconds)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from aioworker.errors import AioworkerError, BrokerError
 from aioworker.logs import fields
 from aioworker.message import decode
 from aioworker.outcome import Kind, Outcome
-from aioworker.presence import SOON_SECONDS, Presence
+from aioworker.presence import Presence
 from aioworker.task import Context, Task
 from aioworker.topology import Queues
 
@@ -151,7 +151,7 @@ class Consumer:
         if not ids:
             return
         self._presence.tell("running", f"{self._task.name}, {len(ids)} ids", logging.DEBUG)
-        await self._presence.keep(SOON_SECONDS)
+        await self._presence.keep()
         refusal = await self._budget.charge()
         if refusal is not None:
             raise _NotStartedError(refusal.reason)

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 REASON_LENGTH = 500
 
-_SET = """UPDATE aioworker_budget SET {what} = %(value)s,
+_SET_RATE = """UPDATE aioworker_budget SET gap_us = %(value)s,
     set_by = %(who)s, set_at = SYSDATE(6), set_why = %(why)s WHERE task = %(task)s"""
+_SET_PAUSED = """UPDATE aioworker_budget SET paused = %(value)s,
+    paused_by = %(who)s, paused_at = SYSDATE(6), paused_why = %(why)s WHERE task = %(task)s"""
 
 
 async def set_rate(settings: Settings, task: Task, rate: RateLimit | None, why: str | None) -> None:
@@ -40,7 +42,7 @@ async def set_rate(settings: Settings, task: Task, rate: RateLimit | None, why: 
     gap = None if rate is None else rate.gap_us
     async with settings.database() as database:
         before = await _row(database, task)
-        await _set(database, task, "gap_us", gap, why)
+        await _set(database, task, _SET_RATE, gap, why)
         was, now = (limit_in_force(settings, task, g) for g in (before.gap_us, gap))
         still = f"; still {before.pause}" if before.paused else ""
         say(f"{task.name}: rate limit {now} (was {was}){still}")
@@ -57,7 +59,7 @@ async def pause(settings: Settings, task: Task, why: str | None) -> None:
         if before.paused:
             say(f"{task.name}: {before.pause}; nothing was changed")
             return
-        await _set(database, task, "paused", True, why)
+        await _set(database, task, _SET_PAUSED, True, why)
         say(f"{task.name}: paused; what runs ends, nothing new begins")
 
 
@@ -70,9 +72,10 @@ async def resume(settings: Settings, task: Task, why: str | None) -> None:
     async with settings.database() as database:
         before = await _row(database, task)
         if not before.paused:
-            say(f"{task.name}: not paused; nothing was changed")
+            limit = limit_in_force(settings, task, before.gap_us)
+            say(f"{task.name}: not paused, rate limit {limit}; nothing was changed")
             return
-        await _set(database, task, "paused", False, why)
+        await _set(database, task, _SET_PAUSED, False, why)
         say(f"{task.name}: resumed, rate limit {limit_in_force(settings, task, before.gap_us)}")
 
 
@@ -91,21 +94,26 @@ def limit_and_source(settings: Settings, task: Task, gap_us: int | None) -> tupl
     return str(task.rate_limit or "none"), "task"
 
 
-def check_shared(settings: Settings, why: str | None) -> None:
-    """Refuse what no worker would follow.
+def checked_reason(settings: Settings, why: str | None) -> str | None:
+    """Return a reason as it is kept, in one line; refuse what no worker would follow.
 
     Raises:
-        UsageError: The budget is each worker's own, or the reason is too long to keep.
+        UsageError: The budget is each worker's own, or the reason cannot be kept.
     """
     if settings.budget != "shared":
         raise UsageError(
             "AIOWORKER_BUDGET=worker: each worker keeps its own budget, and nothing can be set"
             " at run time"
         )
-    if why is not None and len(why) > REASON_LENGTH:
+    if why is None:
+        return None
+    line = " ".join(why.split())
+    if len(line) > REASON_LENGTH or not line.isprintable():
         raise UsageError(
-            f"--reason: expected up to {REASON_LENGTH} characters, got: {len(why)} characters"
+            f"--reason: expected up to {REASON_LENGTH} printable characters,"
+            f" got: {len(line)}, beginning with {line[:20]!r}"
         )
+    return line
 
 
 async def _row(database: Database, task: Task) -> Row:
@@ -113,10 +121,12 @@ async def _row(database: Database, task: Task) -> Row:
         return await peek(database, task.name) or await join(database, task.name)
 
 
-async def _set(database: Database, task: Task, what: str, value: object, why: str | None) -> None:
+async def _set(
+    database: Database, task: Task, statement: str, value: object, why: str | None
+) -> None:
     arguments = {"value": value, "who": _operator(), "why": why, "task": task.name}
     with tables.explaining(database):
-        await database.execute(_SET.format(what=what), arguments)
+        await database.execute(statement, arguments)
 
 
 def _operator() -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from contextlib import asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import aiomysql
 from pymysql.constants import CLIENT
@@ -31,16 +31,21 @@ IDLE_SECONDS = 30
 AGGREGATE_BYTES = 1_048_576  # MariaDB cuts JSON_ARRAYAGG at this length, without an error
 
 
-class Cursor(Protocol):
-    """What `Database.transaction` gives: aiomysql's cursor, as far as it is used."""
+class Cursor(aiomysql.Cursor):  # type: ignore[misc]  # aiomysql has no types
+    """What `Database.transaction` gives: aiomysql's cursor, which knows whether it wrote.
 
-    rowcount: int
+    Attributes:
+        written: Rows that its statements wrote so far.
+    """
+
+    written = 0
 
     async def execute(self, query: str, args: object = None) -> int:
         """Run one statement; return the rows it matched."""
-
-    async def fetchall(self) -> list[tuple[Any, ...]]:
-        """Return the rows of the last statement."""
+        matched = int(await super().execute(query, args))
+        if self.description is None:
+            self.written += matched
+        return matched
 
 
 class Database:
@@ -62,7 +67,7 @@ class Database:
         self._connect_timeout = connect_timeout
         self._connection: Any = None
         self._pinned = False
-        self._before_commit: Callable[[Cursor], Awaitable[None]] | None = None
+        self._stamp: Callable[[Cursor], Awaitable[None]] | None = None
 
     async def __aenter__(self) -> Database:
         await self.ready()
@@ -101,7 +106,7 @@ class Database:
 
     async def execute(self, statement: str, args: object = None) -> int:
         """Run one statement in a transaction of its own; return how many rows it matched."""
-        if self._before_commit is not None:
+        if self._stamp is not None:
             async with self.transaction() as cursor:
                 return await cursor.execute(statement, args)
         async with self._use() as connection, connection.cursor() as cursor:
@@ -112,16 +117,18 @@ class Database:
         """Write in one transaction, committed at the end, rolled back on any exception."""
         async with self._use() as connection:
             await connection.begin()
-            async with connection.cursor() as cursor:
+            async with connection.cursor(Cursor) as cursor:
                 yield cursor
-                if self._before_commit is not None:
-                    await self._before_commit(cursor)
+                stamp = self._stamp if cursor.written else None
+                if stamp is not None:
+                    await stamp(cursor)
             await connection.commit()
-            self._before_commit = None
+            if stamp is not None:
+                self._stamp = None
 
-    def before_next_commit(self, action: Callable[[Cursor], Awaitable[None]] | None) -> None:
-        """Have *action* write in the next transaction that commits; None forgets it."""
-        self._before_commit = action
+    def stamp_first_write(self, stamp: Callable[[Cursor], Awaitable[None]] | None) -> None:
+        """Have *stamp* write too, at the end of the next transaction that writes; None forgets."""
+        self._stamp = stamp
 
     @contextmanager
     def pinned(self) -> Iterator[None]:

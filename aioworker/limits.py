@@ -12,7 +12,7 @@ import re
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from aiolimiter import AsyncLimiter
 
@@ -20,6 +20,7 @@ from aioworker.errors import RateLimitError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from contextlib import AbstractAsyncContextManager
 
 POLL_SECONDS = 2.0  # how soon a change of what is set at run time is followed, at the latest
 PERIODS = {"s": 1.0, "m": 60.0, "h": 3600.0}
@@ -184,7 +185,7 @@ class Budget(Protocol):
             crowd: How many other workers wait for the same.
         """
 
-    def turn(self) -> Any:
+    def turn(self) -> AbstractAsyncContextManager[Wait | None]:
         """Hold the turn inside an `async with`; its value is why not, None where it is held."""
 
     async def charge(self) -> Wait | None:

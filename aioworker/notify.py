@@ -25,7 +25,8 @@ class Notifier:
         """Send states, such as `READY="1"` or `STATUS="waiting"`."""
         if self._socket is None:
             return
-        text = "\n".join(f"{name}={value}" for name, value in states.items())
+        # A line is a state: a value may not begin one of its own.
+        text = "\n".join(f"{name}={' '.join(value.split())}" for name, value in states.items())
         try:
             self._socket.sendto(text.encode(), self._path or "")
         except OSError:

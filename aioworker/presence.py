@@ -6,12 +6,15 @@ The same words go to the log, to the service manager and into the worker's row o
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import secrets
 import time
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from aioworker import tables
+from aioworker.errors import DatabaseError
 from aioworker.logs import fields
 
 if TYPE_CHECKING:
@@ -22,25 +25,25 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 30.0
-SOON_SECONDS = 1.0  # under load a row is written no more often than this
+SOON_SECONDS = 1.0  # a new reason for the same state is written no more often than this
 ALIVE_SECONDS = 90  # a worker not seen for so long counts for nothing
 KEPT_SECONDS = 3600  # and its row goes
+LEAVE_SECONDS = 2.0  # an end does not wait longer for its row to go
 REASON_LENGTH = 500
 
 _UPDATE = """UPDATE aioworker_worker
 SET since = IF(state = %(state)s AND reason = %(reason)s, since, SYSDATE(6)), state = %(state)s,
-    reason = %(reason)s, seen = SYSDATE(6), session = CONNECTION_ID(), rate = %(rate)s,
-    version = %(version)s
-WHERE host = %(host)s AND pid = %(pid)s AND task = %(task)s"""
+    reason = %(reason)s, seen = SYSDATE(6), session = CONNECTION_ID() WHERE id = %(id)s"""
 _INSERT = """INSERT INTO aioworker_worker
-(host, pid, task, version, rate, session, state, reason, since, seen)
-VALUES (%(host)s, %(pid)s, %(task)s, %(version)s, %(rate)s, CONNECTION_ID(), %(state)s,
+(id, host, pid, task, version, rate, session, state, reason, since, seen)
+VALUES (%(id)s, %(host)s, %(pid)s, %(task)s, %(version)s, %(rate)s, CONNECTION_ID(), %(state)s,
     %(reason)s, SYSDATE(6), SYSDATE(6))"""
-_OTHERS = f"""SELECT rate FROM aioworker_worker WHERE task = %(task)s
-AND seen > SYSDATE(6) - INTERVAL {ALIVE_SECONDS} SECOND
-AND NOT (host = %(host)s AND pid = %(pid)s)"""
+_OTHERS = f"""SELECT rate FROM aioworker_worker WHERE task = %(task)s AND id <> %(id)s
+AND seen > SYSDATE(6) - INTERVAL {ALIVE_SECONDS} SECOND"""
 _SWEEP = f"DELETE FROM aioworker_worker WHERE seen < SYSDATE(6) - INTERVAL {KEPT_SECONDS} SECOND"
-_LEAVE = "DELETE FROM aioworker_worker WHERE host = %(host)s AND pid = %(pid)s AND task = %(task)s"
+_LEAVE = "DELETE FROM aioworker_worker WHERE id = %(id)s"
+# Waits that are nothing to worry about, by the first word of their reasons.
+STEADY = frozenset({"budget", "turn"})
 
 
 class Presence:
@@ -76,7 +79,10 @@ class Presence:
         self._written_at = float("-inf")
         self._looked_at = float("-inf")
         self._rates: set[str | None] = {rate}
+        self._steady = False
+        self._refused = ""
         self._arguments: dict[str, object] = {
+            "id": secrets.token_hex(6),
             "host": host[:100],
             "pid": pid,
             "task": task,
@@ -92,34 +98,50 @@ class Presence:
             reason: What for, in one line.
             level: The log line's level.
         """
-        if (state, reason) != (self._state, self._reason):
-            self._state, self._reason = state, reason
-            self._notify(f"{state}: {reason}")
-            log.log(level, state, extra=fields(task=self._task, reason=reason))
+        if (state, reason) == (self._state, self._reason):
+            return
+        self._state, self._reason = state, reason
+        self._notify(f"{state}: {reason}")
+        if state == "waiting":
+            # Each start has its own moment: one line for the first wait of a kind is enough.
+            steady = reason.partition(":")[0] in STEADY
+            level = logging.DEBUG if steady and self._steady else level
+            self._steady = steady
+        log.log(level, state, extra=fields(task=self._task, reason=reason))
 
-    async def keep(self, soon: float = 0.0) -> None:
-        """Write the row when it has changed, and now and then when it has not.
+    async def keep(self) -> None:
+        """Write the row: a new state at once, a new reason within a second, or a heartbeat.
 
-        Args:
-            soon: Seconds within which a change need not be written again.
+        A row that may not be written is said once; the work goes on.
 
         Raises:
-            DatabaseError: It cannot be written.
+            DatabaseError: The server is away, or the table is not there.
         """
         if self._database is None:
             return
         now = (self._state, self._reason[:REASON_LENGTH])
-        age = time.monotonic() - self._written_at
-        if age < (HEARTBEAT_SECONDS if now == self._written else soon):
+        due = HEARTBEAT_SECONDS if now == self._written else SOON_SECONDS
+        if now[0] == self._written[0] and time.monotonic() - self._written_at < due:
             return
-        with tables.explaining(self._database):
-            arguments = {**self._arguments, "state": now[0], "reason": now[1]}
-            if not await self._database.execute(_UPDATE, arguments):
-                await self._database.execute(_INSERT, arguments)
+        try:
+            with tables.explaining(self._database):
+                await self._write(self._database, now)
+        except DatabaseError as error:
+            if error.unreachable or tables.is_missing(error):
+                raise
             self._written, self._written_at = now, time.monotonic()
-            if self._written_at - self._looked_at >= HEARTBEAT_SECONDS:
-                self._looked_at = self._written_at
-                await self._look_around(self._database)
+            if str(error) != self._refused:
+                self._refused = str(error)
+                log.warning("worker's row not written", extra=fields(reason=self._refused))
+
+    async def _write(self, database: Database, now: tuple[str, str]) -> None:
+        arguments = {**self._arguments, "state": now[0], "reason": now[1]}
+        if not await database.execute(_UPDATE, arguments):
+            await database.execute(_INSERT, arguments)
+        self._written, self._written_at = now, time.monotonic()
+        if self._written_at - self._looked_at >= HEARTBEAT_SECONDS:
+            self._looked_at = self._written_at
+            await self._look_around(database)
 
     async def leave(self) -> None:
         """Take the row away: this worker ends.
@@ -129,7 +151,8 @@ class Presence:
         """
         if self._database is not None and self._written_at > 0:
             with tables.explaining(self._database):
-                await self._database.execute(_LEAVE, self._arguments)
+                async with asyncio.timeout(LEAVE_SECONDS):
+                    await self._database.execute(_LEAVE, self._arguments)
 
     async def _look_around(self, database: Database) -> None:
         """Count the other workers, and say when their rates differ; drop old rows."""

@@ -17,8 +17,8 @@ from aioworker.console import duration
 from aioworker.controls import limit_and_source
 from aioworker.errors import BrokerError, DatabaseError
 from aioworker.limits import RateLimit
-from aioworker.presence import ALIVE_SECONDS
-from aioworker.tables import Row, peek
+from aioworker.presence import ALIVE_SECONDS, STEADY
+from aioworker.tables import Row, holder, peek
 
 if TYPE_CHECKING:
     from aioworker.settings import Settings
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 _WORKERS = """SELECT host, pid, version, rate, session, state, reason, since, seen,
     TIMESTAMPDIFF(MICROSECOND, seen, SYSDATE(6)) / 1e6
 FROM aioworker_worker WHERE task = %s ORDER BY host, pid"""
+
+
+# Reasons to wait that are no failure, by their first words.
+_STEADY = {*STEADY, "nothing queued", ""}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +59,19 @@ class Worker:
     seen_seconds: float
 
     @property
+    def name(self) -> str:
+        """Its name in logs and dead letters."""
+        return f"{self.host}:{self.pid}"
+
+    @property
     def alive(self) -> bool:
-        """Whether it was seen lately."""
+        """Whether it was seen lately; a worker that runs has no time to say so."""
         return self.seen_seconds < ALIVE_SECONDS
+
+    @property
+    def fails(self) -> bool:
+        """Whether it waits because something went wrong."""
+        return self.state == "waiting" and self.reason.partition(":")[0] not in _STEADY
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +85,13 @@ class Limit:
             settings where those differ from this machine's.
         interval_seconds: Between two starts; None without a limit.
         paused: Whether no start may begin.
-        set_by: Who set something at run time last.
+        paused_by: Who paused it last, or ended a pause.
+        paused_at: When.
+        paused_why: Why.
+        set_by: Who set the rate at run time last, or took it back.
         set_at: When.
         set_why: Why.
+        rates_differ: Whether the workers' own rates do.
         starts: Starts charged ever.
         last_start: When the last one was charged; None before the first.
         last_worker: By whom.
@@ -87,6 +105,10 @@ class Limit:
     source: str
     interval_seconds: float | None
     paused: bool
+    rates_differ: bool
+    paused_by: str | None = None
+    paused_at: datetime | None = None
+    paused_why: str | None = None
     set_by: str | None = None
     set_at: datetime | None = None
     set_why: str | None = None
@@ -136,12 +158,12 @@ class Status:
 
 async def look(settings: Settings, task: Task) -> Status:
     """Ask both servers about a task."""
-    (queued, broker_error), (row, workers, database_error) = await asyncio.gather(
+    (queued, broker_error), (row, turn, workers, database_error) = await asyncio.gather(
         _ask_broker(settings, task), _ask_database(settings, task)
     )
     limit = None
     if database_error is None:
-        limit = _limit(settings, task, row, workers or [])
+        limit = _limit(settings, task, row, turn, workers or [])
     waits = _why(task, queued, broker_error, limit, row, workers, database_error)
     backlog = (queued.urgent or 0) + (queued.bulk or 0) if queued else None
     interval = limit.interval_seconds if limit and not limit.paused else None
@@ -171,20 +193,23 @@ async def _ask_broker(settings: Settings, task: Task) -> tuple[Queued | None, Br
 
 async def _ask_database(
     settings: Settings, task: Task
-) -> tuple[Row | None, list[Worker] | None, DatabaseError | None]:
+) -> tuple[Row | None, str | None, list[Worker] | None, DatabaseError | None]:
     if settings.budget != "shared":
-        return None, None, None
+        return None, None, None, None
     try:
         async with settings.database() as database:
             with tables.explaining(database):
                 row = await peek(database, task.name)
+                turn = await holder(database, task.name, row.turn if row else 0)
                 found = await database.query(_WORKERS, (task.name,))
     except DatabaseError as error:
-        return None, None, error
-    return row, [Worker(*values) for values in found], None
+        return None, None, None, error
+    return row, turn, [Worker(*values) for values in found], None
 
 
-def _limit(settings: Settings, task: Task, row: Row | None, workers: list[Worker]) -> Limit:
+def _limit(
+    settings: Settings, task: Task, row: Row | None, turn: str | None, workers: list[Worker]
+) -> Limit:
     """Return the rate limit in force, from the row and what this process knows."""
     gap_us = None if row is None else row.gap_us
     rate, source = limit_and_source(settings, task, gap_us)
@@ -194,7 +219,8 @@ def _limit(settings: Settings, task: Task, row: Row | None, workers: list[Worker
     interval = _interval(rate, gap_us)
     stopped = interval == math.inf
     if row is None:
-        return Limit(settings.budget, rate, source, None if stopped else interval, stopped)
+        known = None if stopped else interval
+        return Limit(settings.budget, rate, source, known, stopped, len(theirs) > 1)
     ahead = 0.0 if interval is None or stopped else interval - row.age_us / 1e6
     waiting = ahead > 0 and not row.paused
     return Limit(
@@ -203,6 +229,10 @@ def _limit(settings: Settings, task: Task, row: Row | None, workers: list[Worker
         source=source,
         interval_seconds=None if stopped else interval,
         paused=row.paused or stopped,
+        rates_differ=len(theirs) > 1,
+        paused_by=row.paused_by,
+        paused_at=row.paused_at,
+        paused_why=row.paused_why,
         set_by=row.set_by,
         set_at=row.set_at,
         set_why=row.set_why,
@@ -211,7 +241,7 @@ def _limit(settings: Settings, task: Task, row: Row | None, workers: list[Worker
         last_worker=row.holder,
         next_start=row.last_start + timedelta(seconds=interval or 0) if waiting else None,
         next_start_seconds=ahead if waiting else None,
-        turn=_holder(row.turn, workers),
+        turn=turn,
     )
 
 
@@ -219,13 +249,6 @@ def _interval(rate: str, gap_us: int | None) -> float | None:
     if gap_us is not None:
         return gap_us / 1e6 or None
     return None if rate == "none" else RateLimit.parse(rate).interval
-
-
-def _holder(session: int, workers: list[Worker]) -> str | None:
-    if not session:
-        return None
-    names = [f"{one.host}:{one.pid}" for one in workers if one.session == session]
-    return names[-1] if names else f"session {session}"
 
 
 def _why(
@@ -238,7 +261,8 @@ def _why(
     database_error: DatabaseError | None,
 ) -> str:
     """Return why the task waits now, the first reason that holds."""
-    alive = [one for one in workers or [] if one.alive]
+    turn = None if limit is None else limit.turn
+    alive = [one for one in workers or [] if one.alive or one.name == turn]
     if broker_error is not None:
         told = (one.reason for one in alive if one.reason.startswith("broker unreachable"))
         return next(told, f"broker unreachable: {broker_error}")
@@ -261,14 +285,19 @@ def _why_workers_wait(limit: Limit, alive: list[Worker]) -> str:
         return "each worker for its own budget"
     if not alive:
         return "no worker is running: start one with `aioworker consume`"
-    running = [one.reason for one in alive if one.state == "running"]
-    if running:
-        return f"running: {running[0]}"
+    # Where starts are limited, only who has the turn can run: another one was killed in it.
+    limited = limit.interval_seconds is not None
+    for one in alive:
+        if one.state == "running" and (not limited or one.name == limit.turn):
+            return f"running: {one.reason}"
+    for one in alive:
+        if one.fails:
+            return one.reason
     if limit.next_start_seconds is not None:
         return f"budget: next start in {duration(limit.next_start_seconds)}"
     if limit.turn is not None:
         return f"turn: held by {limit.turn}"
-    return alive[0].reason
+    return next((one.reason for one in alive if one.state == "waiting"), "a start is due")
 
 
 def _encoded(value: Any) -> str:

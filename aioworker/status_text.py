@@ -20,7 +20,7 @@ _SOURCES = {
 
 def text(status: Status) -> str:
     """Return the lines as one text, values aligned."""
-    return "\n".join(f"{name:<11}{value}" for name, value in lines(status))
+    return "\n".join(f"{name:<11}{' '.join(value.split())}" for name, value in lines(status))
 
 
 def lines(status: Status) -> list[tuple[str, str]]:
@@ -35,8 +35,8 @@ def lines(status: Status) -> list[tuple[str, str]]:
         shown += _budget_lines(status.budget)
     for worker in status.workers or []:
         shown.append(("worker", _worker_line(worker)))
-    rates = {str(one.rate or "none") for one in status.workers or [] if one.alive}
-    if len(rates) > 1:
+    if status.budget is not None and status.budget.rates_differ:
+        rates = {one.rate or "none" for one in status.workers or [] if one.alive}
         shown.append(("warning", f"workers differ in their own rate: {', '.join(sorted(rates))}"))
     shown.append(("broker", status.broker_error or "reachable"))
     if status.budget is None or status.budget.scope == "shared":

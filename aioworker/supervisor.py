@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 
 from aioworker import broker, topology
 from aioworker.errors import AioworkerError, BrokerError, DatabaseError
-from aioworker.limits import Wait
+from aioworker.limits import POLL_SECONDS, Wait
 from aioworker.logs import fields
 from aioworker.outcome import Kind
-from aioworker.presence import SOON_SECONDS, Presence
+from aioworker.presence import Presence
 from aioworker.task import Context, Task
 
 if TYPE_CHECKING:
@@ -85,9 +85,10 @@ class Outage:
 
     def tell(self, error: BrokerError | DatabaseError) -> str:
         """Return the reason to wait: since when, where the server itself is away."""
-        self._since = self._since or datetime.now(UTC)
         if not error.unreachable:
+            self._since = None
             return str(error)
+        self._since = self._since or datetime.now(UTC)
         return f"{self._what} unreachable since {self._since:%H:%M:%S} UTC: {error}"
 
 
@@ -203,7 +204,7 @@ class Supervisor:
     async def _serve(self, lanes: topology.Lanes, publisher: broker.Publisher) -> bool:
         """Wait until a start is due, and serve in one turn; return whether to go on."""
         burst = self._options.burst
-        await self._presence.keep(SOON_SECONDS)
+        await self._presence.keep()
         wait = await self._budget.look(self._presence.others)
         if wait is not None and wait.paused:
             if burst:
@@ -221,7 +222,7 @@ class Supervisor:
             return await self._wait(wait)
         if failure:
             self._trusted = False
-            await self._back_off(failure, self._failed_runs.seconds())
+            await self._sit_out(failure, self._failed_runs.seconds())
             return not burst
         return True
 
@@ -258,6 +259,17 @@ class Supervisor:
         if not self._stop.is_set():
             self._notice_loss()
         return not self._stop.is_set()
+
+    async def _sit_out(self, reason: str, seconds: float) -> None:
+        """Wait after a run that failed, following what is set at run time meanwhile.
+
+        Raises:
+            DatabaseError: The budget cannot be looked at.
+        """
+        until = time.monotonic() + (0 if self._options.burst else seconds)
+        while not self._stop.is_set() and (left := until - time.monotonic()) > 0:
+            await self._back_off(reason, min(left, POLL_SECONDS))
+            await self._budget.look()
 
     async def _back_off(self, reason: str, seconds: float) -> None:
         """Wait after a failure that is not the broker's, saying why."""

@@ -31,6 +31,9 @@ BUDGET = """CREATE TABLE IF NOT EXISTS aioworker_budget (
     starts BIGINT UNSIGNED NOT NULL DEFAULT 0,
     holder VARCHAR(190) NULL,
     paused BOOLEAN NOT NULL DEFAULT FALSE,
+    paused_by VARCHAR(190) NULL,
+    paused_at DATETIME(6) NULL,
+    paused_why VARCHAR(500) NULL,
     gap_us BIGINT UNSIGNED NULL,
     set_by VARCHAR(190) NULL,
     set_at DATETIME(6) NULL,
@@ -38,6 +41,7 @@ BUDGET = """CREATE TABLE IF NOT EXISTS aioworker_budget (
 ) ENGINE=InnoDB DEFAULT CHARACTER SET utf8mb4"""
 
 WORKER = """CREATE TABLE IF NOT EXISTS aioworker_worker (
+    id CHAR(12) CHARACTER SET ascii COLLATE ascii_bin NOT NULL PRIMARY KEY,
     host VARCHAR(100) NOT NULL,
     pid INT UNSIGNED NOT NULL,
     task VARCHAR(190) CHARACTER SET ascii COLLATE ascii_bin NOT NULL,
@@ -47,8 +51,7 @@ WORKER = """CREATE TABLE IF NOT EXISTS aioworker_worker (
     state VARCHAR(20) NOT NULL,
     reason VARCHAR(500) NOT NULL,
     since DATETIME(6) NOT NULL,
-    seen DATETIME(6) NOT NULL,
-    PRIMARY KEY (host, pid, task)
+    seen DATETIME(6) NOT NULL
 ) ENGINE=InnoDB DEFAULT CHARACTER SET utf8mb4"""
 
 # Which server wrote a row: another one has another clock.
@@ -60,7 +63,7 @@ VALUES (%(task)s, '2000-01-01', {SERVER}) ON DUPLICATE KEY UPDATE starts = start
 
 _PEEK = f"""SELECT paused, gap_us, TIMESTAMPDIFF(MICROSECOND, last_start, SYSDATE(6)),
     last_start, server = {SERVER}, COALESCE(IS_USED_LOCK(%(lock)s), 0), CONNECTION_ID(),
-    starts, holder, set_by, set_at, set_why
+    starts, holder, paused_by, paused_at, paused_why, set_by, set_at, set_why
 FROM aioworker_budget WHERE task = %(task)s"""
 _JOIN = f"""INSERT INTO aioworker_budget (task, last_start, server)
 VALUES (%(task)s, SYSDATE(6), {SERVER}) ON DUPLICATE KEY UPDATE starts = starts"""
@@ -72,11 +75,13 @@ PRIVILEGES = (
 )
 
 _COLUMNS = (
-    "SELECT task, last_start, server, starts, holder, paused, gap_us, set_by, set_at, set_why"
-    " FROM aioworker_budget LIMIT 0",
-    "SELECT host, pid, task, version, rate, session, state, reason, since, seen"
+    "SELECT task, last_start, server, starts, holder, paused, paused_by, paused_at, paused_why,"
+    " gap_us, set_by, set_at, set_why FROM aioworker_budget LIMIT 0",
+    "SELECT id, host, pid, task, version, rate, session, state, reason, since, seen"
     " FROM aioworker_worker LIMIT 0",
 )
+# What an operator writes may be beyond any calendar.
+LONGEST_GAP_US = 366 * 86_400 * 1_000_000
 _NO_SUCH_TABLE = 1146
 _NO_SUCH_COLUMN = 1054
 
@@ -95,7 +100,10 @@ class Row:
         session: This session.
         starts: Starts charged ever.
         holder: The worker of the last start.
-        set_by: Who set `paused` or `gap_us` last.
+        paused_by: Who paused it.
+        paused_at: When.
+        paused_why: Why.
+        set_by: Who set or reset `gap_us` last.
         set_at: When.
         set_why: Why.
     """
@@ -109,6 +117,9 @@ class Row:
     session: int
     starts: int
     holder: str | None
+    paused_by: str | None
+    paused_at: datetime | None
+    paused_why: str | None
     set_by: str | None
     set_at: datetime | None
     set_why: str | None
@@ -116,10 +127,10 @@ class Row:
     @property
     def pause(self) -> str:
         """Who paused the task, when and why."""
-        by = f" by {self.set_by}" if self.set_by else ""
-        since = f" since {self.set_at:%Y-%m-%d %H:%M:%S} UTC" if self.set_at else ""
-        why = f": {self.set_why}" if self.set_why else ""
-        return f"paused{by}{since}{why}"
+        by = f" by {self.paused_by}" if self.paused_by else ""
+        since = f" since {self.paused_at:%Y-%m-%d %H:%M:%S} UTC" if self.paused_at else ""
+        why = f": {self.paused_why}" if self.paused_why else ""
+        return " ".join(f"paused{by}{since}{why}".split())
 
 
 async def create(database: Database, task: str) -> set[str]:
@@ -173,6 +184,12 @@ def explaining(database: Database) -> Iterator[None]:
         raise database.explain(error) from error
 
 
+def is_missing(error: DatabaseError) -> bool:
+    """Whether an error is that a table is not there."""
+    cause = error.__cause__
+    return isinstance(cause, MySQLError) and trouble.code(cause) == _NO_SUCH_TABLE
+
+
 def lock_name(database: Database, task: str, purpose: str = "aioworker") -> str:
     """Return the name of a task's lock: its own for each database of one server.
 
@@ -196,6 +213,8 @@ async def peek(database: Database, task: str) -> Row | None:
         return None
     values: list[Any] = list(found[0])
     values[0], values[4] = bool(values[0]), bool(values[4])
+    if values[1] is not None:
+        values[1] = min(values[1], LONGEST_GAP_US)
     return Row(*values)
 
 
@@ -212,3 +231,18 @@ async def join(database: Database, task: str) -> Row:
     if row is None:
         raise DatabaseError(f"the row of {task} in aioworker_budget was deleted again")
     return row
+
+
+async def holder(database: Database, task: str, session: int) -> str | None:
+    """Return the worker whose session holds a task's turn, None for nobody.
+
+    Sessions are counted anew when the server starts: the one seen last is meant.
+    """
+    if not session:
+        return None
+    found = await database.query(
+        "SELECT host, pid FROM aioworker_worker WHERE session = %s AND task = %s"
+        " ORDER BY seen DESC LIMIT 1",
+        (session, task),
+    )
+    return f"{found[0][0]}:{found[0][1]}" if found else f"session {session}"

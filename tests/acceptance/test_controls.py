@@ -125,8 +125,8 @@ async def test_a_dba_does_the_same_by_plain_sql(
     simple_addons(shop, 1)
     execute(
         shop,
-        "UPDATE aioworker_budget SET paused = TRUE, set_by = 'dba', set_at = UTC_TIMESTAMP(6),"
-        " set_why = 'backup' WHERE task = 'update_current_version'",
+        "UPDATE aioworker_budget SET paused = TRUE, paused_by = 'dba',"
+        " paused_at = UTC_TIMESTAMP(6), paused_why = 'backup'",
     )
     await chunk(lanes, 1)
     pair_of_workers()
@@ -172,6 +172,12 @@ def test_a_rate_of_nothing_is_a_pause(run: Run, shop: Connection[Cursor]) -> Non
             "expected rate limit as COUNT/UNIT, such as '2/m', got: '2/min'; write '2/m'",
         ),
         (
+            ("rate-limit", "-1/m"),
+            {},
+            "expected rate limit as COUNT/UNIT, such as '2/m', got: '-1/m'; write '0/m' to pause,"
+            " or leave it unset for no limit",
+        ),
+        (
             ("rate-limit", "update_curent_version", "2/m"),
             {},
             "unknown task 'update_curent_version', did you mean update_current_version?",
@@ -184,7 +190,8 @@ def test_a_rate_of_nothing_is_a_pause(run: Run, shop: Connection[Cursor]) -> Non
         (
             ("pause", "--reason", "x" * 501),
             {},
-            "--reason: expected up to 500 characters, got: 501 characters",
+            "--reason: expected up to 500 printable characters, got: 501, beginning with"
+            " 'xxxxxxxxxxxxxxxxxxxx'",
         ),
         (
             ("resume",),

@@ -108,8 +108,8 @@ def test_the_statements_for_a_dba_run_as_written(shop: Connection[Cursor]) -> No
 
     execute(shop, *statements)
 
-    found = rows(shop, "SELECT gap_us, paused, set_by, set_why FROM aioworker_budget")
-    assert found == [(None, 0, "dba", "backup")]
+    found = rows(shop, "SELECT gap_us, paused, set_why, paused_why FROM aioworker_budget")
+    assert found == [(None, 0, "night window", "backup")]
 
 
 @pytest.mark.parametrize("table", tables.NAMES)

@@ -102,7 +102,7 @@ def test_a_paused_task(run: Run, status: Any, lanes: Lanes, shop: Connection[Cur
 
     found = status()
 
-    assert found["waits"].startswith(f"paused by {found['budget']['set_by']} since ")
+    assert found["waits"].startswith(f"paused by {found['budget']['paused_by']} since ")
     assert found["waits"].endswith(": replica lags")
     assert found["budget"]["paused"] is True
     assert found["backlog_seconds"] is None
@@ -174,7 +174,7 @@ def test_a_turn_names_its_holder(
     execute(
         shop,
         f"DO GET_LOCK('{lock}', 0)",
-        "INSERT INTO aioworker_worker SELECT 'frozen', 9, task, '1', NULL, CONNECTION_ID(),"
+        "INSERT INTO aioworker_worker SELECT 'id', 'frozen', 9, task, '1', NULL, CONNECTION_ID(),"
         " 'waiting', 'budget', SYSDATE(6), SYSDATE(6) FROM aioworker_budget",
     )
 

@@ -99,7 +99,7 @@ async def test_one_turn_at_a_time(make: Fleet, shop: Connection[Cursor]) -> None
     await other.look()
     execute(
         shop,
-        "INSERT INTO aioworker_worker SELECT 'host', 77, task, '1', NULL, 0, 'running', '',"
+        "INSERT INTO aioworker_worker SELECT 'id', 'host', 77, task, '1', NULL, 0, 'running', '',"
         " SYSDATE(6), SYSDATE(6) FROM aioworker_budget",
     )
 
@@ -148,6 +148,61 @@ async def test_the_first_commit_of_a_run_stamps_the_row_again(
         after = rows(shop, "SELECT last_start FROM aioworker_budget")
 
     assert charged < stamped == after
+
+
+async def test_a_transaction_that_writes_nothing_does_not_use_up_the_stamp(
+    make: Fleet, shop: Connection[Cursor]
+) -> None:
+    """Else a run that reads first, and is frozen then, would write too near to the next one."""
+    simple_addons(shop, 1)
+    budget = make()
+    await budget.look()
+    [worker] = make.databases
+
+    async with budget.turn():
+        await budget.charge()
+        async with worker.transaction() as cursor:
+            await cursor.execute("SELECT id FROM addons")
+            await cursor.execute("UPDATE addons SET current_version = 1 WHERE id = 404")
+        read = rows(shop, "SELECT last_start FROM aioworker_budget")
+        await worker.execute("UPDATE addons SET current_version = 10001 WHERE id = 1")
+        written = rows(shop, "SELECT last_start FROM aioworker_budget")
+
+    assert read < written
+
+
+async def test_a_rate_taken_back_in_a_turn_is_not_charged_any_more(
+    make: Fleet, shop: Connection[Cursor], database: Database
+) -> None:
+    """The workers' own interval holds from the moment of the reset, not from the next look."""
+    budget = make("1/h")
+    await budget.look()
+    await start(budget)
+    execute(shop, "UPDATE aioworker_budget SET gap_us = 1")
+    await budget.look()
+
+    async with budget.turn() as wait:
+        assert wait is None
+        execute(shop, "UPDATE aioworker_budget SET gap_us = NULL")
+        refused = await budget.charge()
+
+    assert refused is not None
+    assert refused.reason.startswith("budget: next start at ")
+    assert (await row(database)).starts == 1
+
+
+@pytest.mark.parametrize("gap_us", [3 * 10**18, 2**64 - 1])
+async def test_an_interval_beyond_any_calendar_is_a_long_one(
+    make: Fleet, shop: Connection[Cursor], gap_us: int
+) -> None:
+    """A DBA's typing error stops the starts, not the workers."""
+    budget = make()
+    await budget.look()
+    await start(budget)
+
+    execute(shop, f"UPDATE aioworker_budget SET gap_us = {gap_us}")
+
+    assert await looked(budget) == "budget: next start"
 
 
 async def test_a_run_that_lost_its_turn_writes_nothing(
@@ -258,13 +313,13 @@ async def test_a_pause_stops_a_start_that_was_just_due(
         assert wait is None
         execute(
             shop,
-            "UPDATE aioworker_budget SET paused = 1, set_by = 'alice', set_why = 'lag',"
-            " set_at = '2026-01-02 03:04:05'",
+            "UPDATE aioworker_budget SET paused = 1, paused_by = 'alice', paused_why = 'lag\n1',"
+            " paused_at = '2026-01-02 03:04:05', set_by = 'bob'",
         )
         refused = await budget.charge()
 
     assert refused is not None
-    assert refused.reason == "paused by alice since 2026-01-02 03:04:05 UTC: lag"
+    assert refused.reason == "paused by alice since 2026-01-02 03:04:05 UTC: lag 1"
     assert (await row(database)).starts == 0
 
 
