@@ -103,7 +103,7 @@ def consume(
 
     SIGTERM or SIGINT: takes no new chunk, finishes the running one, exits 0; a second one
     ends it at once, and nothing is lost. With --burst exits 0 if all it took is done, 1 if
-    a message became a dead letter or was given back, or if the rate is 0.
+    a message became a dead letter, went to retry or was given back, or if it is paused.
     """
     settings, task = _prepare(name, rate_limit=rate_limit)
     from aioworker import commands

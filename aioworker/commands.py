@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from aioworker import console, tables
 from aioworker.budget import SharedBudget
 from aioworker.console import count, say, tell
-from aioworker.consumer import Consumer
+from aioworker.consumer import Consumer, Terms
 from aioworker.db import Database
 from aioworker.errors import AioworkerError, DatabaseError
 from aioworker.limits import WorkerBudget
@@ -65,15 +65,8 @@ async def consume(
         database if shared else None,
     )
     budget = SharedBudget(database, task.name, rate, worker) if shared else WorkerBudget(rate)
-    consumer = Consumer(
-        task,
-        database,
-        budget,
-        presence,
-        task_timeout=settings.task_timeout,
-        settle_timeout=settings.connect_timeout,
-        worker=worker,
-    )
+    terms = Terms(settings.max_retries, settings.task_timeout, settings.connect_timeout)
+    consumer = Consumer(task, database, budget, presence, terms, worker)
     options = Options(settings.amqp_url, burst, settings.connect_timeout, worker)
     supervisor = Supervisor(task, database, budget, consumer, presence, options)
     log.info(
@@ -101,12 +94,12 @@ async def consume(
         await asyncio.gather(running, stopping, return_exceptions=True)
         await _leave(presence)
         database.close()
-    done, dead, released = (consumer.settled[kind] for kind in Kind)
+    done, dead, retried, released = (consumer.settled[kind] for kind in Kind)
     log.info("worker stopped", extra=fields(starts=consumer.starts, done=done))
     if burst:
         say(
             f"done {count(done, 'message')} in {count(consumer.starts, 'start')};"
-            f" dead letters {dead}, given back {released}"
+            f" dead letters {dead}, to retry {retried}, given back {released}"
         )
     return 0 if complete or not burst else 1
 

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aioworker import broker, outcome
@@ -18,7 +19,7 @@ from aioworker.message import decode
 from aioworker.outcome import Kind, Outcome
 from aioworker.presence import Presence
 from aioworker.task import Context, Task
-from aioworker.topology import Queues
+from aioworker.topology import RETRY_TTL_MS, Queues
 
 if TYPE_CHECKING:
     from aio_pika.abc import AbstractIncomingMessage
@@ -28,16 +29,27 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_LEVELS = {Kind.ACK: logging.INFO, Kind.DEAD_LETTER: logging.ERROR, Kind.RELEASED: logging.WARNING}
-_PHRASES = {
-    Kind.ACK: "chunk done",
-    Kind.DEAD_LETTER: "message refused",
-    Kind.RELEASED: "chunk failed",
-}
+_LEVELS = {Kind.ACK: logging.INFO, Kind.DEAD_LETTER: logging.ERROR}
+_PHRASES = {Kind.ACK: "chunk done", Kind.DEAD_LETTER: "message refused"}
 
 
 class _NotStartedError(AioworkerError):
     """The budget did not let the start begin: the message is given back, nothing failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a delivery may take.
+
+    Args:
+        max_retries: Attempts after the first, before a message becomes a dead letter.
+        task_timeout: Seconds a run may take.
+        settle_timeout: Seconds for RabbitMQ to take each answer.
+    """
+
+    max_retries: int
+    task_timeout: float
+    settle_timeout: float
 
 
 class Consumer:
@@ -48,14 +60,13 @@ class Consumer:
         database: The database that its runs use.
         budget: Charged once for each run.
         presence: Told what runs.
-        task_timeout: Seconds a run may take.
-        settle_timeout: Seconds for RabbitMQ to take each answer.
+        terms: What each may take.
         worker: This worker's name, in dead letters.
 
     Attributes:
         settled: How many deliveries came to each kind of outcome.
         starts: How many runs were begun.
-        failures: How many deliveries were not done, but refused or given back.
+        failures: How many deliveries were not done, but put off, refused or given back.
     """
 
     def __init__(
@@ -64,9 +75,7 @@ class Consumer:
         database: Database,
         budget: Budget,
         presence: Presence,
-        *,
-        task_timeout: float,
-        settle_timeout: float,
+        terms: Terms,
         worker: str,
     ) -> None:
         self.settled: Counter[Kind] = Counter()
@@ -77,8 +86,7 @@ class Consumer:
         self._database = database
         self._budget = budget
         self._presence = presence
-        self._task_timeout = task_timeout
-        self._settle_timeout = settle_timeout
+        self._terms = terms
         self._worker = worker
         self._idle_since = time.monotonic()
         self._began = 0.0  # when the run of the delivery in hand did
@@ -101,7 +109,10 @@ class Consumer:
         self.failures += result.failed
         if result.reason:
             values["reason"] = result.reason
-        phrase, level = _PHRASES[result.kind], _LEVELS[result.kind]
+        if result.kind is Kind.RETRY:
+            values |= {"of": self._terms.max_retries + 1, "retry_seconds": RETRY_TTL_MS / 1000}
+        phrase = _PHRASES.get(result.kind, "chunk failed")
+        level = _LEVELS.get(result.kind, logging.WARNING)
         if result.kind is Kind.RELEASED and not result.failed:
             phrase, level = "chunk given back", logging.INFO
         log.log(level, phrase, extra=fields(**values, outcome=str(result.kind)))
@@ -123,12 +134,15 @@ class Consumer:
         try:
             ids = decode(name, delivery.headers, delivery.content_type, delivery.body)
             ctx.counts["ids"] = len(ids)
-            async with asyncio.timeout(self._task_timeout):
+            async with asyncio.timeout(self._terms.task_timeout):
                 await self._run(ctx, ids)
         except _NotStartedError as error:
             result = Outcome(Kind.RELEASED, str(error))
         except Exception as error:  # noqa: BLE001 - whatever a task raises is an outcome
             result = outcome.judge(error)
+            if result.kind is Kind.RETRY and ctx.attempt > self._terms.max_retries:
+                reason = f"{result.reason}; attempt {ctx.attempt} of {self._terms.max_retries + 1}"
+                result = Outcome(Kind.DEAD_LETTER, reason, error)
         else:
             result = Outcome(Kind.ACK)
         began, ended = self._began or taken, time.monotonic()
@@ -164,20 +178,29 @@ class Consumer:
     async def _settle(
         self, delivery: AbstractIncomingMessage, result: Outcome, publisher: broker.Publisher
     ) -> Outcome:
-        """Acknowledge, set aside or give back; return which it was.
+        """Acknowledge, put off, set aside or give back; return which it was.
+
+        A copy is confirmed before the original is acknowledged; one that is not confirmed
+        leaves the original where it was.
 
         Raises:
             BrokerError: The connection is lost; RabbitMQ will deliver the message again.
         """
-        if result.kind is Kind.DEAD_LETTER:
-            letter = outcome.dead_letter(delivery, result, self._worker)
+        queue = {Kind.DEAD_LETTER: self._queues.dead, Kind.RETRY: self._queues.retry}.get(
+            result.kind
+        )
+        if queue is not None:
+            if result.kind is Kind.RETRY:
+                copy = outcome.retry(delivery, result)
+            else:
+                copy = outcome.dead_letter(delivery, result, self._worker)
             try:
-                await publisher.publish(self._queues.dead, letter)
+                await publisher.publish(queue, copy)
             except BrokerError as error:
-                log.warning("dead letter not confirmed", extra=fields(error=str(error)))
+                log.warning("copy not confirmed", extra=fields(queue=queue, reason=str(error)))
                 result = Outcome(Kind.RELEASED, result.reason, result.error)
         try:
-            async with asyncio.timeout(self._settle_timeout):
+            async with asyncio.timeout(self._terms.settle_timeout):
                 if result.kind is Kind.RELEASED:
                     await delivery.nack(requeue=True)
                 else:

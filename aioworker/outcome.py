@@ -1,4 +1,4 @@
-"""What an attempt came to: done, a dead letter, or given back; and the dead letter itself."""
+"""What an attempt came to, and the copies that go to the retry queue and the dead letters."""
 
 from __future__ import annotations
 
@@ -15,13 +15,31 @@ from pamqp.encode import encode_table_value
 from pymysql.err import MySQLError
 
 from aioworker import broker, trouble
-from aioworker.errors import AioworkerError, MessageRefusedError, RowsRefusedError
+from aioworker.errors import (
+    AioworkerError,
+    DatabaseError,
+    MessageRefusedError,
+    RowsRefusedError,
+)
 from aioworker.message import RETRIES_LIMIT
+from aioworker.trouble import Trouble
 
 if TYPE_CHECKING:
     from aio_pika.abc import AbstractIncomingMessage
 
 TRACEBACK_LINES = 20
+_BROKERS = frozenset(
+    {
+        "x-delivery-count",
+        "x-death",
+        "x-first-death-exchange",
+        "x-first-death-queue",
+        "x-first-death-reason",
+        "x-last-death-exchange",
+        "x-last-death-queue",
+        "x-last-death-reason",
+    }
+)
 
 
 class Kind(StrEnum):
@@ -29,7 +47,8 @@ class Kind(StrEnum):
 
     ACK = "ack"
     DEAD_LETTER = "dead_letter"
-    RELEASED = "released"  # given back: the same message will come again
+    RETRY = "retry"  # a copy waits in the retry queue, and counts this attempt
+    RELEASED = "released"  # given back, as it was: no attempt is counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,42 +69,79 @@ def judge(error: Exception) -> Outcome:
     """Decide what a failed attempt comes to.
 
     What no other attempt could mend is a dead letter: a message that cannot be read, rows
-    that the data refuses. Everything else is given back.
+    that the data refuses. What is no fault of the message is given back: a database that is
+    away, a wrong table or privilege. Everything else is tried again later.
     """
     match error:
         case MessageRefusedError() | RowsRefusedError():
             return Outcome(Kind.DEAD_LETTER, str(error), error)
+        case DatabaseError():
+            return Outcome(Kind.RELEASED, str(error), error)
         case AioworkerError():
             reason = str(error)
         case MySQLError():
             sort = trouble.sort(error)
             reason = f"database, {sort or 'unknown error'}: {trouble.describe(error)}"
-            if sort is trouble.Trouble.DATA:
-                return Outcome(Kind.DEAD_LETTER, reason, error)
+            return Outcome(_OF_TROUBLE.get(sort, Kind.RETRY), reason, error)
         case TimeoutError():
             reason = "the run took longer than the task timeout and was cut off"
         case _:
             reason = f"{type(error).__name__}: {broker.describe(error)}"
-    return Outcome(Kind.RELEASED, reason, error)
+    return Outcome(Kind.RETRY, reason, error)
+
+
+_OF_TROUBLE: dict[Trouble | None, Kind] = {
+    Trouble.DATA: Kind.DEAD_LETTER,
+    Trouble.UNAVAILABLE: Kind.RELEASED,
+    Trouble.EVERY_MESSAGE: Kind.RELEASED,
+}
+
+
+def retry(delivery: AbstractIncomingMessage, outcome: Outcome) -> aio_pika.Message:
+    """Copy a delivery for the retry queue, one attempt older."""
+    return _copy(
+        delivery,
+        {
+            "retries": attempt(delivery),
+            "x-aioworker-reason": outcome.reason,
+            "x-aioworker-first-failed-at": _first_failed_at(delivery),
+        },
+    )
 
 
 def dead_letter(
     delivery: AbstractIncomingMessage, outcome: Outcome, worker: str
 ) -> aio_pika.Message:
     """Copy a delivery, body and headers, and add the reason and where it failed."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    headers = {name: _portable(value) for name, value in delivery.headers.items()}
-    headers.pop("x-delivery-count", None)  # RabbitMQ's own; a copy begins anew
-    headers |= {
-        "x-aioworker-reason": outcome.reason,
-        "x-aioworker-error": type(outcome.error).__name__,
-        "x-aioworker-traceback": _traceback(outcome.error),
-        "x-aioworker-attempts": attempt(delivery),
-        "x-aioworker-lane": lane(delivery),
-        "x-aioworker-first-failed-at": headers.get("x-aioworker-first-failed-at", now),
-        "x-aioworker-failed-at": now,
-        "x-aioworker-worker": worker,
+    return _copy(
+        delivery,
+        {
+            "x-aioworker-reason": outcome.reason,
+            "x-aioworker-error": type(outcome.error).__name__,
+            "x-aioworker-traceback": _traceback(outcome.error),
+            "x-aioworker-attempts": attempt(delivery),
+            "x-aioworker-lane": lane(delivery),
+            "x-aioworker-first-failed-at": _first_failed_at(delivery),
+            "x-aioworker-failed-at": _now(),
+            "x-aioworker-worker": worker,
+        },
+    )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _first_failed_at(delivery: AbstractIncomingMessage) -> Any:
+    return _portable(delivery.headers.get("x-aioworker-first-failed-at", _now()))
+
+
+def _copy(delivery: AbstractIncomingMessage, headers: dict[str, Any]) -> aio_pika.Message:
+    """Copy a delivery's body and headers; RabbitMQ's own headers begin anew."""
+    kept = {
+        name: _portable(value) for name, value in delivery.headers.items() if name not in _BROKERS
     }
+    headers = kept | headers
     return aio_pika.Message(
         delivery.body,
         headers=headers,

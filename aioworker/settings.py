@@ -20,7 +20,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from aioworker.addresses import BrokerAddress, DatabaseAddress
 from aioworker.errors import UsageError
 from aioworker.limits import RateLimit
-from aioworker.message import CHUNK_LIMIT
+from aioworker.message import CHUNK_LIMIT, RETRIES_LIMIT
 
 if TYPE_CHECKING:
     from aioworker.db import Database
@@ -100,6 +100,9 @@ class Settings(BaseSettings):
     )
     chunk_size: Annotated[int, _whole(1, CHUNK_LIMIT)] = Field(
         CHUNK_LIMIT, description=f"Ids in one message of a sweep, 1 to {CHUNK_LIMIT}."
+    )
+    max_retries: Annotated[int, _whole(0, RETRIES_LIMIT)] = Field(
+        5, description=f"Attempts after the first before a dead letter, 0 to {RETRIES_LIMIT}."
     )
     task_timeout: Annotated[float, _seconds(1, 3600)] = Field(
         30.0, description="Seconds a run may take before it is cut off, 1 to 3600."

@@ -232,7 +232,7 @@ class Supervisor:
         """Take messages until one has started; what needs no start goes beside it, free.
 
         Returns:
-            Why the last one failed and was given back; nothing where it did not.
+            Why the last one was given back after a failure; nothing where it was not.
         """
         starts = self.consumer.starts
         while self.consumer.starts == starts and not self._stop.is_set():

@@ -17,7 +17,7 @@ from aioworker import tables, topology
 from aioworker.addons import update_current_version
 from aioworker.addresses import BrokerAddress, DatabaseAddress
 from aioworker.budget import SharedBudget
-from aioworker.consumer import Consumer
+from aioworker.consumer import Consumer, Terms
 from aioworker.db import Database
 from aioworker.limits import Budget, RateLimit, WorkerBudget
 from aioworker.presence import Presence
@@ -151,9 +151,7 @@ def make_worker(
     if rate_limit is not None:
         budget = SharedBudget(database, task.name, RateLimit.parse(rate_limit), "test")
     presence = Presence(task.name, "test", 1, None, lambda _doing: None, None)
-    consumer = Consumer(
-        task, database, budget, presence, task_timeout=30, settle_timeout=10, worker="test"
-    )
+    consumer = Consumer(task, database, budget, presence, Terms(5, 30, 10), "test")
     options = Options(BrokerAddress.parse_all(pair.amqp_url), burst, 10, "test")
     return Supervisor(task, database, budget, consumer, presence, options)
 

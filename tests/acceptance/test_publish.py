@@ -249,7 +249,7 @@ async def test_a_published_change_is_made(run: Run, lanes: Lanes, shop: Connecti
 
     assert (done.returncode, done.stdout) == (
         0,
-        "done 1 message in 1 start; dead letters 0, given back 0\n",
+        "done 1 message in 1 start; dead letters 0, to retry 0, given back 0\n",
     )
     assert current_versions(shop) == {1: None, 2: 10_002, 3: None}
 

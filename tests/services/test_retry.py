@@ -1,0 +1,158 @@
+"""What fails for a reason that may pass: tried again later, counted, and bounded."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aioworker.outcome import Kind
+from aioworker.task import Context, Task
+from tests.conftest import (
+    QUEUES,
+    TASK,
+    Lanes,
+    current_versions,
+    execute,
+    make_worker,
+    simple_addons,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from pymysql.connections import Connection
+    from pymysql.cursors import Cursor
+
+    from aioworker.db import Database
+    from support.servers import Servers
+
+
+def chunk(ids: list[int]) -> bytes:
+    return json.dumps([[ids], {}, None]).encode()
+
+
+def headers(retries: int) -> dict[str, Any]:
+    return {"task": TASK, "id": "one", "retries": retries, "x-death": [{"count": 3}]}
+
+
+@contextmanager
+def held(shop: Connection[Cursor]) -> Iterator[None]:
+    """Hold a row that the worker wants to write; it waits a second for it."""
+    with shop.cursor() as cursor:
+        cursor.execute("SELECT id FROM addons WHERE id = 1 FOR UPDATE")
+    yield
+    shop.rollback()
+
+
+async def no_keys(_ctx: Context, _after: int) -> AsyncIterator[list[int]]:
+    """No sweep."""
+    none: list[list[int]] = []
+    for page in none:
+        yield page
+
+
+def failing(error: Exception) -> Task:
+    """Make a task that raises when it has anything to do."""
+
+    async def fail(_ctx: Context, ids: list[int]) -> None:
+        if ids:
+            raise error
+
+    return Task(TASK, fail, None, no_keys)
+
+
+async def test_a_locked_row_is_tried_again_in_a_minute(
+    pair: Servers,
+    shop: Connection[Cursor],
+    lanes: Lanes,
+    database: Database,
+    stop: asyncio.Event,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The copy counts the attempt; what RabbitMQ noted about the original stays behind."""
+    caplog.set_level(logging.WARNING, "aioworker")
+    simple_addons(shop, 300)  # in a table of two rows the server would lock both
+    await lanes.send(chunk([1]), headers=headers(0))
+    await lanes.send(chunk([2]))
+    worker = make_worker(pair, database)
+
+    with held(shop):
+        assert not await worker.run(stop)
+
+    assert worker.consumer.settled == {Kind.RETRY: 1, Kind.ACK: 1}
+    versions = current_versions(shop)
+    assert (versions[1], versions[2]) == (None, 10_002)
+    [record] = caplog.records
+    told = vars(record)["fields"]
+    assert record.message == "chunk failed"
+    assert (told["outcome"], told["attempt"], told["of"], told["retry_seconds"]) == (
+        "retry",
+        1,
+        6,
+        60.0,
+    )
+    copy = await lanes.take(QUEUES.retry)
+    assert copy.body == chunk([1])
+    assert (copy.headers["retries"], copy.headers["id"]) == (1, "one")
+    assert "1205" in str(copy.headers["x-aioworker-reason"])
+    assert "x-death" not in copy.headers
+
+
+async def test_the_last_attempt_ends_as_a_dead_letter(
+    pair: Servers, lanes: Lanes, database: Database, shop: object, stop: asyncio.Event
+) -> None:
+    """Five retries are six attempts, and no seventh."""
+    await lanes.send(chunk([1]), headers=headers(4))
+    await lanes.send(chunk([1]), headers=headers(5))
+    worker = make_worker(pair, database, task=failing(ValueError("no such shop")))
+
+    assert not await worker.run(stop)
+
+    assert worker.consumer.settled == {Kind.RETRY: 1, Kind.DEAD_LETTER: 1}
+    letter = await lanes.take(QUEUES.dead)
+    assert letter.headers["x-aioworker-reason"] == "ValueError: no such shop; attempt 6 of 6"
+    assert letter.headers["x-aioworker-attempts"] == 6
+    assert str(letter.headers["x-aioworker-traceback"]).endswith("ValueError: no such shop")
+    assert (await lanes.take(QUEUES.retry)).headers["retries"] == 5
+
+
+async def test_a_missing_table_does_not_drain_the_queue(
+    pair: Servers, shop: Connection[Cursor], lanes: Lanes, database: Database, stop: asyncio.Event
+) -> None:
+    """A bad deploy: the messages are fine, and stay where they are, uncounted."""
+    simple_addons(shop, 1)
+    await lanes.send(chunk([1]))
+    worker = make_worker(pair, database)
+    execute(shop, "RENAME TABLE files TO elsewhere")
+
+    with pytest.raises(Exception, match="1146"):
+        await worker.run(stop)
+
+    assert await lanes.count(QUEUES.bulk) == 1
+    assert await lanes.count(QUEUES.retry) == await lanes.count(QUEUES.dead) == 0
+
+
+async def test_a_copy_that_is_not_confirmed_is_no_copy(
+    pair: Servers, lanes: Lanes, database: Database, shop: object, stop: asyncio.Event
+) -> None:
+    """The message stays in its lane."""
+    await lanes.send(chunk([1]))
+
+    async def lose_the_queue(_ctx: Context, ids: list[int]) -> None:
+        if ids:
+            queue = await lanes.channel.get_queue(QUEUES.retry, ensure=False)
+            await queue.delete(if_unused=False, if_empty=False)
+            raise ValueError("no")
+
+    worker = make_worker(pair, database, task=Task(TASK, lose_the_queue, None, no_keys))
+
+    assert not await worker.run(stop)
+
+    assert worker.consumer.settled == {Kind.RELEASED: 1}
+    assert await lanes.count(QUEUES.bulk) == 1
