@@ -7,26 +7,22 @@ imported when it runs, so that help answers at once.
 from __future__ import annotations
 
 import asyncio
-import importlib
 import os
-import signal
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperCommand
 
+from aioworker import cli_dead
 from aioworker.errors import AioworkerError, UsageError
+from aioworker.running import DEFAULT_TASK, TaskName, on_signal, prepare, run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
-
-    from aioworker.settings import Settings
-    from aioworker.task import Task
+    pass
 
 _Result = TypeVar("_Result")
 
-DEFAULT_TASK = "update_current_version"
 WATCH_SECONDS = 2.0
 ID_DIGITS = 20  # Python refuses to read numbers of thousands
 _debug = False  # main() reports errors outside of any command's context
@@ -39,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-TaskName = Annotated[str, typer.Argument(metavar="TASK", help="The task's name.")]
+app.add_typer(cli_dead.app)
 
 
 class _WithSettings(TyperCommand):
@@ -81,13 +77,13 @@ def init(
     task's four queues and waits until they outlive a broker that is killed. What is there
     and differs is reported, and not changed.
     """
-    settings, task = _prepare(DEFAULT_TASK)
+    settings, task = prepare(DEFAULT_TASK)
     from aioworker import console, setup
 
     if show:
         console.say(setup.setup_text(settings, task))
     else:
-        _run(setup.init(settings, task))
+        run(setup.init(settings, task))
 
 
 @app.command(cls=_WithSettings)
@@ -105,13 +101,13 @@ def consume(
     ends it at once, and nothing is lost. With --burst exits 0 if all it took is done, 1 if
     a message became a dead letter, went to retry or was given back, or if it is paused.
     """
-    settings, task = _prepare(name, rate_limit=rate_limit)
+    settings, task = prepare(name, rate_limit=rate_limit)
     from aioworker import commands
     from aioworker.notify import Notifier
 
     async def serve() -> int:
         stop = asyncio.Event()
-        _on_signal(lambda _signal: stop.set())
+        on_signal(lambda _signal: stop.set())
         notifier = Notifier(os.environ.get("NOTIFY_SOCKET"))
         return await commands.consume(settings, task, burst=burst, stop=stop, notifier=notifier)
 
@@ -141,11 +137,11 @@ def publish_all(
     publishes nothing: exits 0 if that one advances, 1 if it stands still. Exits 0 when
     every message is confirmed, 1 when one is not.
     """
-    settings, task = _prepare(name, chunk_size=chunk_size)
+    settings, task = prepare(name, chunk_size=chunk_size)
     from aioworker import commands
 
     raise typer.Exit(
-        _run(
+        run(
             commands.publish_all(
                 settings,
                 task,
@@ -173,11 +169,11 @@ def publish(
 
     Exits 0 when every message is confirmed.
     """
-    settings, task = _prepare(name)
+    settings, task = prepare(name)
     words = [word for text in ids for word in (sys.stdin.read().split() if text == "-" else [text])]
     from aioworker import commands
 
-    _run(commands.publish(settings, task, _numbers(words), urgent=not bulk))
+    run(commands.publish(settings, task, _numbers(words), urgent=not bulk))
 
 
 @app.command()
@@ -193,7 +189,7 @@ def status(
     Exits 0, or 1 when RabbitMQ or the database could not be asked: what the other one
     tells is shown all the same.
     """
-    settings, task = _prepare(name)
+    settings, task = prepare(name)
     from aioworker import console
     from aioworker import status as asking
     from aioworker.status_text import text
@@ -208,13 +204,13 @@ def status(
 
     async def watch() -> None:
         stop = asyncio.Event()
-        _on_signal(lambda _signal: stop.set())
+        on_signal(lambda _signal: stop.set())
         await console.watch(show, WATCH_SECONDS, stop)
 
     if watching:
         asyncio.run(watch())
     else:
-        console.say(_run(show()))
+        console.say(run(show()))
     raise typer.Exit(0 if complete else 1)
 
 
@@ -246,11 +242,11 @@ def rate_limit(
     from aioworker.limits import RateLimit
 
     rate = None if reset else RateLimit.parse(given.pop())
-    settings, task = _prepare(given[0] if given else DEFAULT_TASK)
+    settings, task = prepare(given[0] if given else DEFAULT_TASK)
     from aioworker import controls
 
     why = controls.checked_reason(settings, why)
-    _run(controls.set_rate(settings, task, rate, why))
+    run(controls.set_rate(settings, task, rate, why))
 
 
 @app.command()
@@ -259,19 +255,19 @@ def pause(name: TaskName = DEFAULT_TASK, why: Why = None) -> None:
 
     What runs ends as usual. Messages stay queued.
     """
-    settings, task = _prepare(name)
+    settings, task = prepare(name)
     from aioworker import controls
 
-    _run(controls.pause(settings, task, controls.checked_reason(settings, why)))
+    run(controls.pause(settings, task, controls.checked_reason(settings, why)))
 
 
 @app.command()
 def resume(name: TaskName = DEFAULT_TASK, why: Why = None) -> None:
     """End a pause, on every worker."""
-    settings, task = _prepare(name)
+    settings, task = prepare(name)
     from aioworker import controls
 
-    _run(controls.resume(settings, task, controls.checked_reason(settings, why)))
+    run(controls.resume(settings, task, controls.checked_reason(settings, why)))
 
 
 def _numbers(words: list[str]) -> list[int]:
@@ -280,56 +276,6 @@ def _numbers(words: list[str]) -> list[int]:
         if not (word.isascii() and word.isdigit() and len(word) <= ID_DIGITS):
             raise UsageError(f"expected ids as whole numbers, got: {word[:ID_DIGITS]!r}")
     return list(dict.fromkeys(map(int, words)))
-
-
-def _prepare(name: str, **options: str | None) -> tuple[Settings, Task]:
-    """Read the settings, begin to log, and find the task."""
-    from aioworker import logs
-    from aioworker.settings import Settings
-    from aioworker.task import find
-
-    settings = Settings.load(**options)
-    logs.configure(settings.log_level, settings.log_format)
-    importlib.import_module("aioworker.addons")  # registers the main job
-    return settings, find(name)
-
-
-def _on_signal(react: Callable[[signal.Signals], None]) -> None:
-    """Call *react* at the first SIGTERM or SIGINT; a second one ends the process at once."""
-    loop = asyncio.get_running_loop()
-
-    def first(received: signal.Signals) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
-            signal.signal(number, signal.SIG_DFL)
-        react(received)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, first, number)
-
-
-def _run(work: Coroutine[Any, Any, _Result]) -> _Result:
-    """Run a command that a signal cuts short."""
-
-    async def cut_short() -> _Result:
-        received: list[signal.Signals] = []
-        working = asyncio.current_task()
-
-        def react(number: signal.Signals) -> None:
-            received.append(number)
-            if working is not None:
-                working.cancel()
-
-        _on_signal(react)
-        try:
-            return await work
-        except asyncio.CancelledError as error:
-            stopped = AioworkerError(f"stopped by {received[0].name}")
-            for note in getattr(error, "__notes__", []):
-                stopped.add_note(note)
-            raise stopped from error
-
-    return asyncio.run(cut_short())
 
 
 def main() -> None:

@@ -45,6 +45,12 @@ def duration(seconds: float) -> str:
     return f"{hours} h {rest // MINUTE} min" if rest >= MINUTE else f"{hours} h"
 
 
+def confirm(question: str) -> bool:
+    """Ask a person; anything but yes is no."""
+    tell(f"{question} [y/N]")
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 def is_terminal() -> bool:
     """Return whether a person watches the progress."""
     return sys.stderr.isatty()

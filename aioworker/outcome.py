@@ -109,6 +109,15 @@ def retry(delivery: AbstractIncomingMessage, outcome: Outcome) -> aio_pika.Messa
     )
 
 
+def revived(delivery: AbstractIncomingMessage) -> aio_pika.Message:
+    """Copy a dead letter for its lane: a message as it was published first."""
+    copy = _copy(delivery, {"retries": 0})
+    copy.headers = {
+        name: value for name, value in copy.headers.items() if not name.startswith("x-aioworker-")
+    }
+    return copy
+
+
 def dead_letter(
     delivery: AbstractIncomingMessage, outcome: Outcome, worker: str
 ) -> aio_pika.Message:

@@ -130,16 +130,23 @@ async def wait_until_safe(connection: AbstractConnection, queues: Queues, timeou
     await check(connection, names, timeout)
 
 
-async def check(connection: AbstractConnection, names: tuple[str, ...], timeout: float) -> None:
+async def check(connection: AbstractConnection, names: tuple[str, ...], timeout: float) -> int:
     """See that queues are there; needs no privilege to configure.
+
+    Returns:
+        How many messages wait in all of them.
 
     Raises:
         QueueMissingError: One of them is not.
         BrokerError: RabbitMQ refuses, or the connection is lost.
     """
+    messages = 0
     for name in names:
-        if await count(connection, name, timeout) is None:
+        waiting = await count(connection, name, timeout)
+        if waiting is None:
             raise broker.missing(name)
+        messages += waiting
+    return messages
 
 
 async def count(connection: AbstractConnection, name: str, timeout: float) -> int | None:
@@ -187,10 +194,11 @@ class Lanes:
         """Open them.
 
         Raises:
-            QueueMissingError: A lane, or the queue of the dead letters, is not there.
+            QueueMissingError: One of the task's queues is not there.
             BrokerError: RabbitMQ refuses, or the connection is lost.
         """
-        await check(connection, (queues.urgent, queues.bulk, queues.dead), timeout)
+        names = (queues.urgent, queues.bulk, queues.retry, queues.dead)
+        await check(connection, names, timeout)
 
         async def call() -> Lanes:
             channel = await connection.channel()

@@ -31,6 +31,10 @@ COMMANDS = (
     "rate-limit",
     "pause",
     "resume",
+    "dead list",
+    "dead show",
+    "dead requeue",
+    "dead drop",
 )
 
 
@@ -52,7 +56,7 @@ def test_the_readmes_task_is_the_main_job() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_and_stands_in_the_readme(command: str, run: Run) -> None:
-    done = run(command, "--help")
+    done = run(*command.split(), "--help")
 
     assert done.returncode == 0
     assert done.stdout.startswith(f"Usage: aioworker {command} ")
