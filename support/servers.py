@@ -133,6 +133,10 @@ class Broker:
         for executor in (self._node, self._epmd):
             _end(executor)
 
+    def kill(self) -> None:
+        """End the node as a crash does; its queues stay on the disk."""
+        _kill(self._node)
+
     def control(self, *arguments: str) -> str:
         """Run rabbitmqctl and return what it prints."""
         return subprocess.run(
@@ -202,6 +206,10 @@ class Maria:
         """Stop the server."""
         _end(self._server)
 
+    def kill(self) -> None:
+        """End the server as a crash does."""
+        _kill(self._server)
+
 
 def _end(executor: TCPExecutor) -> None:
     """End a server and whatever it started, by their process ids."""
@@ -216,6 +224,19 @@ def _end(executor: TCPExecutor) -> None:
         _gone, left = psutil.wait_procs(family, timeout=STOP_SECONDS)
         for member in left:
             member.kill()
+    executor.kill(wait=True)
+
+
+def _kill(executor: TCPExecutor) -> None:
+    """Kill a server and whatever it started, by their process ids."""
+    process = executor.process
+    if process is None:
+        return
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(True)]
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(family, timeout=STOP_SECONDS)
     executor.kill(wait=True)
 
 
