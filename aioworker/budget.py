@@ -254,14 +254,17 @@ class SharedBudget:
                 await self._limiter.change(interval)
         limit = "paused" if row.paused else _limit(self._rate, row.gap_us)
         if limit != self._shown:
+            by, why = row.set_by, row.set_why
+            if "paused" in (limit, self._shown):
+                by, why = row.paused_by, row.paused_why
             log.warning(
                 "rate limit changed",
                 extra=fields(
                     task=self._task,
                     old=self._shown,
                     new=limit,
-                    by=(row.paused_by if row.paused else row.set_by) or "unknown",
-                    why=(row.paused_why if row.paused else row.set_why) or "not said",
+                    by=by or "unknown",
+                    why=why or "not said",
                 ),
             )
             self._shown = limit

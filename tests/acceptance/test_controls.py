@@ -115,8 +115,12 @@ async def test_a_pause_acts_on_all_workers_and_outlives_them(
         f"aioworker: {found['waits']}",
     )
 
-    assert run("resume").stdout == "update_current_version: resumed, rate limit 2/m, task\n"
+    resumed = run("resume", "--reason", "all clear")
+    assert resumed.stdout == "update_current_version: resumed, rate limit 2/m, task\n"
     eventually(lambda: done(shop) == [1], "work goes on")
+    said = "old=paused new=1/h by="
+    eventually(lambda: all(said in one.log for one in workers), "both say who and why")
+    assert all('why="all clear"' in one.log for one in workers)
 
 
 async def test_a_dba_does_the_same_by_plain_sql(
