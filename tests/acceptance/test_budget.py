@@ -176,7 +176,7 @@ def frozen(place: Place) -> None:
 
 
 CHUNKS: dict[Callable[[Place], None], int] = {
-    killed: 16,
+    killed: 40,
     restarted: 100,
     terminated: 12,
     frozen: 10,
