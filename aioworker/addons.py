@@ -27,7 +27,7 @@ async def update_current_version(ctx: Context, ids: list[int]) -> None:
         ctx.counts["changed"] += result.changed
         count_missing(ctx, result.missing)
     if result.refused:
-        raise RowsRefusedError(result.refused)
+        raise RowsRefusedError(result.refused, result.changed)
 
 
 @update_current_version.needed

@@ -159,6 +159,11 @@ class Publisher:
                     raise BrokerError(f"RabbitMQ opened no channel: {describe(error)}") from error
             return self._channel
 
+    async def _unblocked(self) -> None:
+        transport = self._connection.transport if self._connection is not None else None
+        if transport is not None:
+            await transport.connection.ready()
+
     async def publish(self, queue: str, outgoing: aio_pika.Message) -> None:
         """Publish one message to a queue, persistent, and wait for its confirm.
 
@@ -170,9 +175,11 @@ class Publisher:
         channel = await self._open()
         outgoing.delivery_mode = aio_pika.DeliveryMode.PERSISTENT
         try:
-            await channel.default_exchange.publish(
-                outgoing, queue, mandatory=True, timeout=self._timeout
-            )
+            async with asyncio.timeout(self._timeout):
+                # What is sent while RabbitMQ blocks the connection arrives late, when nobody
+                # counts on it any more: nothing more is sent then.
+                await self._unblocked()
+                await channel.default_exchange.publish(outgoing, queue, mandatory=True)
         except FAILURES as error:
             raise explain(error, queue) from error
 

@@ -25,6 +25,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from aioworker import tables
+from aioworker.crashes import Crashes
 from aioworker.errors import DatabaseError, TurnLostError
 from aioworker.limits import (
     POLL_SECONDS,
@@ -56,7 +57,7 @@ LONGEST_JITTER_SECONDS = 1.0
 _ADOPT = f"""UPDATE aioworker_budget SET last_start = SYSDATE(6), server = {tables.SERVER}
 WHERE task = %(task)s AND (last_start > SYSDATE(6) OR server <> {tables.SERVER})"""
 _CHARGE = f"""UPDATE aioworker_budget
-SET last_start = SYSDATE(6), starts = starts + 1, holder = %(worker)s
+SET last_start = SYSDATE(6), starts = starts + 1, holder = %(worker)s, running = %(running)s
 WHERE task = %(task)s AND NOT paused AND server = {tables.SERVER}
 AND IS_USED_LOCK(%(lock)s) = CONNECTION_ID()
 AND last_start <= SYSDATE(6) - INTERVAL COALESCE(gap_us, %(gap)s) MICROSECOND"""
@@ -91,11 +92,17 @@ class SharedBudget:
             "worker": worker,
             "gap": None if rate is None or rate.paused else rate.gap_us,
         }
+        self._crashes = Crashes(database, self._arguments)
 
     @property
     def limited(self) -> bool:
         """Whether starts are counted at all, as of the last look."""
         return self._gap_us is not None
+
+    @property
+    def interval(self) -> float:
+        """Seconds between two starts, as of the last look; 0 without a limit."""
+        return (self._gap_us or 0) / 1e6
 
     async def look(self, crowd: int = 0) -> Wait | None:
         """Return why no start may begin now; None where one is due within a quarter second.
@@ -110,11 +117,16 @@ class SharedBudget:
         """
         with tables.explaining(self._database):
             row = await self._read()
-            if not row.same_server or row.age_us < 0:
-                log.warning(
-                    "budget adopted: the row is another server's, or the clock was set back",
-                    extra=fields(task=self._task, last_start=row.last_start),
-                )
+        return await self._judge(row, crowd)
+
+    async def _judge(self, row: Row, crowd: int = 0) -> Wait | None:
+        """Follow the row, and return why no start may begin by it."""
+        if not row.same_server or row.age_us < 0:
+            log.warning(
+                "budget adopted: the row is another server's, or the clock was set back",
+                extra=fields(task=self._task, last_start=row.last_start),
+            )
+            with tables.explaining(self._database):
                 await self._database.execute(_ADOPT, self._arguments)
                 row = await self._read()
         await self._follow(row)
@@ -155,22 +167,38 @@ class SharedBudget:
         if got != 1:
             with tables.explaining(self._database):
                 who = await holder(self._database, self._task, row.turn)
-            yield Wait(f"turn: held by {who or 'another worker'}", TURN_SECONDS)
+            name = who.name if who else "another worker"
+            stuck = who is not None and not who.alive
+            yield Wait(f"turn: held by {name}", TURN_SECONDS, stuck=stuck)
             return
         try:
             with self._database.pinned():
-                yield await self.look()
+                with tables.explaining(self._database):
+                    row = await self._read()
+                    await self._crashes.review(row)
+                yield await self._judge(row)
                 await self._give_back()
         except BaseException:
             self._database.close()
             raise
         finally:
             self._database.stamp_first_write(None)
+            await self._crashes.withdraw()
 
-    async def charge(self) -> Wait | None:
+    def deaths(self, message: str) -> int:
+        """Return how often a worker died while a message ran; only inside the turn.
+
+        0 without a limit: there is no turn then, and nothing is noted.
+        """
+        return self._crashes.of(message)
+
+    async def charge(self, message: str) -> Wait | None:
         """Begin a start at the moment it is due; return why not, None where it began.
 
         Only inside the turn. One that is cut off may have been charged: it counts as spent.
+
+        Args:
+            message: What runs, by its key: noted until `ended`.
 
         Raises:
             DatabaseError: The row cannot be written.
@@ -182,15 +210,24 @@ class SharedBudget:
             if seconds > 0:
                 await asyncio.sleep(seconds)
             with tables.explaining(self._database):
-                charged = await self._database.execute(_CHARGE, self._arguments)
+                note = self._crashes.note(message)
+                charged = await self._database.execute(
+                    _CHARGE, {**self._arguments, "running": note}
+                )
             if charged:
                 await self._limiter.charge()
                 self._database.stamp_first_write(self._stamp)
                 return None
+            self._crashes.void()
             wait = await self.look()
             if wait is not None:
                 return wait
         raise TurnLostError(f"the turn of {self._task} was lost before its start")
+
+    async def ended(self, message: str) -> None:
+        """Note that a message is settled, or given back, and its worker lives."""
+        self._database.stamp_first_write(None)
+        await self._crashes.ended(message)
 
     async def _stamp(self, cursor: Cursor) -> None:
         """Move the start to the run's first write.

@@ -214,6 +214,21 @@ def status(
     raise typer.Exit(0 if complete else 1)
 
 
+@app.command()
+def health(name: TaskName = DEFAULT_TASK) -> None:
+    """Tell whether this machine's workers of a task are alive and get on with it.
+
+    Asks the database alone. A worker that waits for a server, or is paused, is healthy.
+    Exits 1 when none was seen for 90 s, or when one stands still: messages wait, the budget
+    is free, and nothing has started for two intervals.
+    """
+    settings, task = prepare(name)
+    from aioworker import console
+    from aioworker.health import check
+
+    console.say(run(check(settings, task)))
+
+
 Why = Annotated[
     str | None, typer.Option("--reason", metavar="TEXT", help="Why; kept, and shown by status.")
 ]

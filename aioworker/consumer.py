@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aioworker import broker, outcome
-from aioworker.errors import AioworkerError, BrokerError
+from aioworker.crashes import MOST_DEATHS
+from aioworker.errors import AioworkerError, BrokerError, CrashLoopError
 from aioworker.logs import fields
 from aioworker.message import decode
 from aioworker.outcome import Kind, Outcome
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from aioworker.limits import Budget
 
 log = logging.getLogger(__name__)
+
+MOST_DOOMED = 3  # messages in a row that fail for good, before the task is doubted
+CONFIGURATION_SECONDS = 60.0  # until the next message is tried then
+ALARM_SECONDS = 30.0  # until the next, where RabbitMQ confirms nothing
 
 _LEVELS = {Kind.ACK: logging.INFO, Kind.DEAD_LETTER: logging.ERROR}
 _PHRASES = {Kind.ACK: "chunk done", Kind.DEAD_LETTER: "message refused"}
@@ -89,6 +94,7 @@ class Consumer:
         self._terms = terms
         self._worker = worker
         self._idle_since = time.monotonic()
+        self._doomed: set[str] = set()  # messages in a row that failed for good
         self._began = 0.0  # when the run of the delivery in hand did
 
     async def serve(
@@ -99,12 +105,16 @@ class Consumer:
         Raises:
             BrokerError: It could not be settled: RabbitMQ will deliver it again.
         """
-        result, values = await self._work(delivery)
+        key = outcome.key(delivery)
+        result, values = await self._work(delivery, key)
+        result = self._doubt(result, key)
         try:
             result = await self._settle(delivery, result, publisher)
         except BrokerError as error:
             log.warning("not settled", extra=fields(**values, reason=str(error)))
             raise
+        finally:
+            await self._budget.ended(key)
         self.settled[result.kind] += 1
         self.failures += result.failed
         if result.reason:
@@ -120,7 +130,9 @@ class Consumer:
 
     # 3 to 6. Decode, ask what is needed, charge and run.
 
-    async def _work(self, delivery: AbstractIncomingMessage) -> tuple[Outcome, dict[str, Any]]:
+    async def _work(
+        self, delivery: AbstractIncomingMessage, key: str
+    ) -> tuple[Outcome, dict[str, Any]]:
         """Take a delivery up to its end; whatever happens is its outcome.
 
         Returns:
@@ -132,10 +144,11 @@ class Consumer:
         ctx = Context(self._database, name, outcome.message_id(delivery), outcome.attempt(delivery))
         ctx.counts.update(ids=0, changed=0, missing=0)
         try:
+            self._refuse_killer(key)
             ids = decode(name, delivery.headers, delivery.content_type, delivery.body)
             ctx.counts["ids"] = len(ids)
             async with asyncio.timeout(self._terms.task_timeout):
-                await self._run(ctx, ids)
+                await self._run(ctx, ids, key)
         except _NotStartedError as error:
             result = Outcome(Kind.RELEASED, str(error))
         except Exception as error:  # noqa: BLE001 - whatever a task raises is an outcome
@@ -158,7 +171,11 @@ class Consumer:
         self._idle_since = ended
         return result, values
 
-    async def _run(self, ctx: Context, ids: list[int]) -> None:
+    def _refuse_killer(self, key: str) -> None:
+        if self._budget.deaths(key) >= MOST_DEATHS:
+            raise CrashLoopError(f"its worker died {MOST_DEATHS} times while it ran")
+
+    async def _run(self, ctx: Context, ids: list[int], key: str) -> None:
         """Run the task for the ids that need it; what needs nothing is free of charge."""
         if self._budget.limited and self._task.reader is not None and ids:
             ids = await self._task.reader(ctx, ids)
@@ -166,12 +183,30 @@ class Consumer:
             return
         self._presence.tell("running", f"{self._task.name}, {len(ids)} ids", logging.DEBUG)
         await self._presence.keep()
-        refusal = await self._budget.charge()
+        refusal = await self._budget.charge(key)
         if refusal is not None:
             raise _NotStartedError(refusal.reason)
         self.starts += 1
         self._began = time.monotonic()
         await self._task.function(ctx, ids)
+
+    def _doubt(self, result: Outcome, key: str) -> Outcome:
+        """Set no message aside when those before it failed for good too.
+
+        It may be the task or the database: a bad deploy must not drain the queue into the
+        dead letters. The message goes behind the others, and the next one is the test.
+        """
+        if result.kind is Kind.ACK and self._began:
+            self._doomed.clear()
+        if not result.doubtful:
+            return result
+        self._doomed.add(key)
+        if len(self._doomed) < MOST_DOOMED:
+            return result
+        reason = f"configuration: {MOST_DOOMED} messages in a row failed for good: {result.reason}"
+        return Outcome(
+            Kind.RELEASED, reason, result.error, behind=True, pause=CONFIGURATION_SECONDS
+        )
 
     # 7. Settle, once.
 
@@ -186,25 +221,26 @@ class Consumer:
         Raises:
             BrokerError: The connection is lost; RabbitMQ will deliver the message again.
         """
-        queue = {Kind.DEAD_LETTER: self._queues.dead, Kind.RETRY: self._queues.retry}.get(
-            result.kind
-        )
-        if queue is not None:
-            if result.kind is Kind.RETRY:
-                copy = outcome.retry(delivery, result)
+        copied = True
+        try:
+            if result.kind is Kind.DEAD_LETTER:
+                letter = outcome.dead_letter(delivery, result, self._worker)
+                await publisher.publish(self._queues.dead, letter)
+            elif result.kind is Kind.RETRY or result.behind:
+                await publisher.publish(self._queues.retry, outcome.retry(delivery, result))
             else:
-                copy = outcome.dead_letter(delivery, result, self._worker)
-            try:
-                await publisher.publish(queue, copy)
-            except BrokerError as error:
-                log.warning("copy not confirmed", extra=fields(queue=queue, reason=str(error)))
-                result = Outcome(Kind.RELEASED, result.reason, result.error)
+                copied = result.kind is Kind.ACK
+        except BrokerError as error:
+            reason = f"copy not confirmed: {error}; it is to be copied because of: {result.reason}"
+            pause = ALARM_SECONDS if error.unreachable else 0.0
+            result = Outcome(Kind.RELEASED, reason, error, pause=pause)
+            copied = False
         try:
             async with asyncio.timeout(self._terms.settle_timeout):
-                if result.kind is Kind.RELEASED:
-                    await delivery.nack(requeue=True)
-                else:
+                if copied:
                     await delivery.ack()
+                else:
+                    await delivery.nack(requeue=True)
         except broker.FAILURES as error:
             raise broker.explain(error, self._queues.bulk) from error
         return result

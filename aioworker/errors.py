@@ -31,13 +31,19 @@ class RowsRefusedError(AioworkerError):
 
     Attributes:
         reasons: The server's words for each refused id.
+        written: How many rows of the run were written.
     """
 
-    def __init__(self, reasons: dict[int, str]) -> None:
+    def __init__(self, reasons: dict[int, str], written: int) -> None:
         self.reasons = reasons
+        self.written = written
         ids = ", ".join(map(str, reasons))
         first = next(iter(reasons.values()))
         super().__init__(f"{len(reasons)} rows refused by the database: {first}: ids {ids}")
+
+
+class CrashLoopError(AioworkerError):
+    """A message killed its worker again and again."""
 
 
 class RowsContendedError(AioworkerError):
@@ -54,6 +60,10 @@ class BrokerError(AioworkerError, ConnectionError):
     def __init__(self, text: str, *, unreachable: bool = False) -> None:
         super().__init__(text)
         self.unreachable = unreachable
+
+
+class StalledError(BrokerError):
+    """Messages wait, the budget is free, and nothing starts."""
 
 
 class QueueMissingError(BrokerError):
@@ -74,6 +84,10 @@ class DatabaseError(AioworkerError):
     def __init__(self, text: str, *, unreachable: bool = False) -> None:
         super().__init__(text)
         self.unreachable = unreachable
+
+
+class UnhealthyError(AioworkerError):
+    """No worker of this machine does its work."""
 
 
 class TurnLostError(DatabaseError):

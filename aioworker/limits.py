@@ -164,11 +164,13 @@ class Wait(NamedTuple):
         reason: In one line.
         seconds: Until the next look is worth it.
         paused: Whether no start will begin until somebody says so.
+        stuck: Whether a start is due and nobody is known to be at work.
     """
 
     reason: str
     seconds: float
     paused: bool = False
+    stuck: bool = False
 
 
 class Budget(Protocol):
@@ -177,6 +179,10 @@ class Budget(Protocol):
     @property
     def limited(self) -> bool:
         """Whether starts are counted at all, as of the last look."""
+
+    @property
+    def interval(self) -> float:
+        """Seconds between two starts, as of the last look; 0 without a limit."""
 
     async def look(self, crowd: int = 0) -> Wait | None:
         """Return why no start may begin now; None where one is due, or nearly.
@@ -188,8 +194,18 @@ class Budget(Protocol):
     def turn(self) -> AbstractAsyncContextManager[Wait | None]:
         """Hold the turn inside an `async with`; its value is why not, None where it is held."""
 
-    async def charge(self) -> Wait | None:
-        """Begin a start, at the moment it is due; return why not, None where it began."""
+    def deaths(self, message: str) -> int:
+        """Return how often a worker died while a message ran, as far as it is counted."""
+
+    async def charge(self, message: str) -> Wait | None:
+        """Begin a start, at the moment it is due; return why not, None where it began.
+
+        Args:
+            message: What runs, by its key.
+        """
+
+    async def ended(self, message: str) -> None:
+        """Note that a message is settled, or given back, and its worker lives."""
 
 
 class WorkerBudget:
@@ -211,6 +227,11 @@ class WorkerBudget:
         """Whether starts are counted at all."""
         return self._rate is not None
 
+    @property
+    def interval(self) -> float:
+        """Seconds between two starts; 0 without a limit."""
+        return 0.0 if self._rate is None else self._rate.interval
+
     async def look(self, crowd: int = 0) -> Wait | None:
         """Return why no start may begin now."""
         if self._rate is None:
@@ -230,12 +251,19 @@ class WorkerBudget:
         """Nobody else is asked: the turn is always ours."""
         yield await self.look()
 
-    async def charge(self) -> Wait | None:
+    def deaths(self, message: str) -> int:
+        """Return 0: who died before is nowhere noted."""
+        return 0
+
+    async def charge(self, message: str) -> Wait | None:
         """Begin a start."""
         wait = await self.look()
         if wait is None and self._limiter is not None:
             await self._limiter.charge()
         return wait
+
+    async def ended(self, message: str) -> None:
+        """Nothing was noted."""
 
 
 def next_start(moment: datetime) -> str:

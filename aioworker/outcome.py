@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import reprlib
 import struct
 import traceback
@@ -17,6 +18,7 @@ from pymysql.err import MySQLError
 from aioworker import broker, trouble
 from aioworker.errors import (
     AioworkerError,
+    CrashLoopError,
     DatabaseError,
     MessageRefusedError,
     RowsRefusedError,
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
     from aio_pika.abc import AbstractIncomingMessage
 
 TRACEBACK_LINES = 20
+NO_ID = "unknown"
+KEY_LENGTH = 64
+TEXT_LENGTH = 16_000  # of a reason or a traceback: a thousand ids are 11,000 characters
+FOREIGN_HEADER_BYTES = 64 * 1024
 _BROKERS = frozenset(
     {
         "x-delivery-count",
@@ -53,16 +59,36 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a delivery is settled, and why when it is not an ack."""
+    """How a delivery is settled, and why when it is not an ack.
+
+    Args:
+        kind: How.
+        reason: Why; empty for an ack.
+        error: What went wrong, where something did.
+        behind: Whether a message that is released goes behind the others, by way of the
+            retry queue, this attempt not counted.
+        pause: Seconds in which no other message is taken; 0 leaves it to the supervisor.
+    """
 
     kind: Kind
     reason: str = ""
     error: Exception | None = None
+    behind: bool = False
+    pause: float = 0.0
 
     @property
     def failed(self) -> bool:
         """Whether the message was not done because something went wrong."""
         return self.error is not None
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether a message is set aside for what may be no fault of its own."""
+        if isinstance(self.error, RowsRefusedError):
+            return not self.error.written
+        return self.kind is Kind.DEAD_LETTER and not isinstance(
+            self.error, MessageRefusedError | CrashLoopError
+        )
 
 
 def judge(error: Exception) -> Outcome:
@@ -73,7 +99,7 @@ def judge(error: Exception) -> Outcome:
     away, a wrong table or privilege. Everything else is tried again later.
     """
     match error:
-        case MessageRefusedError() | RowsRefusedError():
+        case MessageRefusedError() | RowsRefusedError() | CrashLoopError():
             return Outcome(Kind.DEAD_LETTER, str(error), error)
         case DatabaseError():
             return Outcome(Kind.RELEASED, str(error), error)
@@ -98,12 +124,12 @@ _OF_TROUBLE: dict[Trouble | None, Kind] = {
 
 
 def retry(delivery: AbstractIncomingMessage, outcome: Outcome) -> aio_pika.Message:
-    """Copy a delivery for the retry queue, one attempt older."""
+    """Copy a delivery for the retry queue: one attempt older, where this one counts."""
     return _copy(
         delivery,
         {
-            "retries": attempt(delivery),
-            "x-aioworker-reason": outcome.reason,
+            "retries": attempt(delivery) - outcome.behind,
+            "x-aioworker-reason": _line(outcome.reason),
             "x-aioworker-first-failed-at": _first_failed_at(delivery),
         },
     )
@@ -125,7 +151,7 @@ def dead_letter(
     return _copy(
         delivery,
         {
-            "x-aioworker-reason": outcome.reason,
+            "x-aioworker-reason": _line(outcome.reason),
             "x-aioworker-error": type(outcome.error).__name__,
             "x-aioworker-traceback": _traceback(outcome.error),
             "x-aioworker-attempts": attempt(delivery),
@@ -147,13 +173,16 @@ def _first_failed_at(delivery: AbstractIncomingMessage) -> Any:
 
 def _copy(delivery: AbstractIncomingMessage, headers: dict[str, Any]) -> aio_pika.Message:
     """Copy a delivery's body and headers; RabbitMQ's own headers begin anew."""
-    kept = {
-        name: _portable(value) for name, value in delivery.headers.items() if name not in _BROKERS
-    }
-    headers = kept | headers
+    kept: dict[str, Any] = {}
+    room = FOREIGN_HEADER_BYTES
+    for name, value in delivery.headers.items():
+        # Headers travel in one frame, and ours need their place in it.
+        room -= len(name) + len(encode_table_value(portable := _portable(value)))
+        if name not in _BROKERS and room >= 0:
+            kept[name] = portable
     return aio_pika.Message(
         delivery.body,
-        headers=headers,
+        headers=kept | headers,
         content_type=_portable(delivery.content_type),
         content_encoding=_portable(delivery.content_encoding),
         correlation_id=_portable(delivery.correlation_id),
@@ -181,14 +210,29 @@ def lane(delivery: AbstractIncomingMessage) -> str:
     return "urgent" if (delivery.routing_key or "").endswith(".urgent") else "bulk"
 
 
+def key(delivery: AbstractIncomingMessage) -> str:
+    """Return what a message is known by while it runs: its id, or a digest where that will not do.
+
+    Up to 64 printable characters of ASCII.
+    """
+    known = message_id(delivery)
+    if known != NO_ID and len(known) <= KEY_LENGTH and known.isascii() and known.isprintable():
+        return known
+    return hashlib.sha256(known.encode(errors="replace") + delivery.body).hexdigest()
+
+
 def message_id(delivery: AbstractIncomingMessage) -> str:
     """Return the message's id, also of one that cannot be decoded."""
-    return str(delivery.headers.get("id") or delivery.message_id or "unknown")
+    return str(delivery.headers.get("id") or delivery.message_id or NO_ID)
 
 
 def _traceback(error: Exception | None) -> str:
     """Return the last lines of a traceback; nothing where the reason alone says it all."""
-    if error is None or isinstance(error, MessageRefusedError | RowsRefusedError):
+    if error is None or isinstance(error, AioworkerError):
         return ""
     lines = "".join(traceback.format_exception(error)).splitlines()
-    return "\n".join(lines[-TRACEBACK_LINES:])
+    return "\n".join(lines[-TRACEBACK_LINES:])[-TEXT_LENGTH:]
+
+
+def _line(reason: str) -> str:
+    return " ".join(reason.split())[:TEXT_LENGTH]

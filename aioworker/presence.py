@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from aioworker import tables
 from aioworker.errors import DatabaseError
 from aioworker.logs import fields
+from aioworker.tables import ALIVE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +27,6 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 30.0
 SOON_SECONDS = 1.0  # a new reason for the same state is written no more often than this
-ALIVE_SECONDS = 90  # a worker not seen for so long counts for nothing
 KEPT_SECONDS = 3600  # and its row goes
 LEAVE_SECONDS = 2.0  # an end does not wait longer for its row to go
 REASON_LENGTH = 500
@@ -59,6 +59,7 @@ class Presence:
 
     Attributes:
         others: How many other workers of the task were alive at the last heartbeat.
+        stalled: Whether the worker stands still; its waits are then told as `stalled`.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Presence:
         database: Database | None,
     ) -> None:
         self.others = 0
+        self.stalled = False
         self._task = task
         self._notify = notify
         self._database = database
@@ -98,6 +100,8 @@ class Presence:
             reason: What for, in one line.
             level: The log line's level.
         """
+        if self.stalled and state == "waiting":
+            state = "stalled"
         if (state, reason) == (self._state, self._reason):
             return
         self._state, self._reason = state, reason
@@ -108,6 +112,11 @@ class Presence:
             level = logging.DEBUG if steady and self._steady else level
             self._steady = steady
         log.log(level, state, extra=fields(task=self._task, reason=reason))
+
+    def stall(self, reason: str) -> None:
+        """Say that the worker stands still, until `stalled` is taken back."""
+        self.stalled = True
+        self.tell("waiting", reason, logging.ERROR)
 
     async def keep(self) -> None:
         """Write the row: a new state at once, a new reason within a second, or a heartbeat.

@@ -17,10 +17,11 @@ from aioworker.console import duration
 from aioworker.controls import limit_and_source
 from aioworker.errors import BrokerError, DatabaseError
 from aioworker.limits import RateLimit
-from aioworker.presence import ALIVE_SECONDS, STEADY
-from aioworker.tables import Row, holder, peek
+from aioworker.presence import STEADY
+from aioworker.tables import ALIVE_SECONDS, Row, holder, peek
 
 if TYPE_CHECKING:
+    from aioworker.db import Database
     from aioworker.settings import Settings
     from aioworker.task import Task
 
@@ -71,6 +72,8 @@ class Worker:
     @property
     def fails(self) -> bool:
         """Whether it waits because something went wrong."""
+        if self.state == "stalled":
+            return True
         return self.state == "waiting" and self.reason.partition(":")[0] not in _STEADY
 
 
@@ -201,10 +204,15 @@ async def _ask_database(
             with tables.explaining(database):
                 row = await peek(database, task.name)
                 turn = await holder(database, task.name, row.turn if row else 0)
-                found = await database.query(_WORKERS, (task.name,))
+                found = await workers(database, task.name)
     except DatabaseError as error:
         return None, None, None, error
-    return row, turn, [Worker(*values) for values in found], None
+    return row, turn and turn.name, found, None
+
+
+async def workers(database: Database, task: str) -> list[Worker]:
+    """Return the workers of a task as their rows have them, those long gone too."""
+    return [Worker(*values) for values in await database.query(_WORKERS, (task,))]
 
 
 def _limit(

@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from aioworker import broker, topology
-from aioworker.errors import AioworkerError, BrokerError, DatabaseError
+from aioworker.errors import AioworkerError, BrokerError, DatabaseError, StalledError
 from aioworker.limits import POLL_SECONDS, Wait
 from aioworker.logs import fields
-from aioworker.outcome import Kind
+from aioworker.outcome import Kind, Outcome
 from aioworker.presence import Presence
+from aioworker.recovery import (
+    LONGEST_BROKER_SECONDS,
+    LONGEST_DATABASE_SECONDS,
+    FailedRuns,
+    Outage,
+    Stall,
+)
 from aioworker.task import Context, Task
 
 if TYPE_CHECKING:
@@ -36,9 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 0.9  # between looks at empty lanes: a message is noticed within a second
-FIRST_BACKOFF_SECONDS = 0.5
-LONGEST_BROKER_BACKOFF_SECONDS = 30.0
-LONGEST_DATABASE_BACKOFF_SECONDS = 60.0
+HEALED_SECONDS = 30.0  # a connection that stood for so long is no part of an outage before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,40 +59,6 @@ class Options:
     burst: bool
     connect_timeout: float
     worker: str
-
-
-class Outage:
-    """A server that cannot be used: since when, and how long to wait before the next try.
-
-    Args:
-        what: `broker` or `database`.
-        longest: Seconds that a wait never exceeds.
-    """
-
-    def __init__(self, what: str, longest: float) -> None:
-        self._what = what
-        self._longest = longest
-        self._failures = 0
-        self._since: datetime | None = None
-
-    def end(self) -> None:
-        """The server can be used again."""
-        self._failures = 0
-        self._since = None
-
-    def seconds(self) -> float:
-        """Return the next wait: longer each time, at random so that workers come apart."""
-        self._failures += 1
-        doubled = FIRST_BACKOFF_SECONDS * 2.0 ** min(self._failures, 10)
-        return random.uniform(0.1, min(self._longest, doubled))
-
-    def tell(self, error: BrokerError | DatabaseError) -> str:
-        """Return the reason to wait: since when, where the server itself is away."""
-        if not error.unreachable:
-            self._since = None
-            return str(error)
-        self._since = self._since or datetime.now(UTC)
-        return f"{self._what} unreachable since {self._since:%H:%M:%S} UTC: {error}"
 
 
 class Supervisor:
@@ -121,7 +90,8 @@ class Supervisor:
         self._options = options
         self._trusted = False  # whether the task could read and write since the last failure
         self._took = False  # whether the last look into the lanes found a message
-        self._failed_runs = Outage("task", LONGEST_DATABASE_BACKOFF_SECONDS)
+        self._failed_runs = FailedRuns()
+        self._stall = Stall(database.timeout + options.connect_timeout)
         self._stop = asyncio.Event()
         self._lost = asyncio.Event()
 
@@ -136,28 +106,31 @@ class Supervisor:
                 task is paused.
         """
         self._stop = stop
-        outage = Outage("broker", LONGEST_BROKER_BACKOFF_SECONDS)
+        outage = Outage("broker", LONGEST_BROKER_SECONDS)
         while not stop.is_set():
             began = time.monotonic()
             try:
-                await self._connect_and_serve()
+                await self._stall.watch(self._connect_and_serve())
                 break
             except BrokerError as error:
                 if self._options.burst:
                     raise
-                # One that stood for a while has healed: begin with short waits again.
-                if time.monotonic() - began > LONGEST_BROKER_BACKOFF_SECONDS:
+                if time.monotonic() - began > HEALED_SECONDS:
                     outage.end()
-                self._presence.tell("waiting", outage.tell(error), logging.WARNING)
+                if isinstance(error, StalledError):
+                    self._presence.stall(str(error))
+                else:
+                    self._moves()
+                    self._presence.tell("waiting", outage.tell(error), logging.WARNING)
                 await self._keep_presence()
-                await _first_of(outage.seconds(), stop)
+                await _first_of(outage.seconds(error), stop)
         return not self.consumer.failures
 
     async def _connect_and_serve(self) -> None:
         """Connect to RabbitMQ and serve; ends at a stop or with the first broken step."""
         options = self._options
         name = f"{options.worker} {self._task.name}"
-        outage = Outage("database", LONGEST_DATABASE_BACKOFF_SECONDS)
+        outage = Outage("database", LONGEST_DATABASE_SECONDS)
         async with (
             broker.connection(options.addresses, options.connect_timeout, name) as connection,
             broker.Publisher(options.addresses, options.connect_timeout, name) as publisher,
@@ -176,7 +149,8 @@ class Supervisor:
                     if options.burst:
                         raise
                     self._trusted = False
-                    await self._back_off(outage.tell(error), outage.seconds())
+                    level = logging.WARNING if error.unreachable else logging.ERROR
+                    await self._back_off(outage.tell(error), outage.seconds(error), level)
 
     def _watch(self, connection: AbstractConnection) -> None:
         """Notice a lost connection also while waiting: aio-pika's `closed()` never tells."""
@@ -213,26 +187,30 @@ class Supervisor:
         # Without a limit a message just taken is the sign that there are more.
         if not (self._took and not self._budget.limited) and not await lanes.hold_something():
             return False if burst else await self._wait(Wait("nothing queued", IDLE_SECONDS))
-        failure = ""
+        failure = None
         if wait is None:
+            self._stall.due(self._budget.interval)
             async with self._budget.turn() as wait:
                 if wait is None:
                     failure = await self._serve_in_turn(lanes, publisher)
         if wait is not None:
             return await self._wait(wait)
-        if failure:
+        if failure is not None:
             self._trusted = False
-            await self._sit_out(failure, self._failed_runs.seconds())
+            seconds = failure.pause or self._failed_runs.seconds()
+            await self._sit_out(failure, seconds)
             return not burst
         return True
 
     # 2. Take, from the urgent lane first.
 
-    async def _serve_in_turn(self, lanes: topology.Lanes, publisher: broker.Publisher) -> str:
+    async def _serve_in_turn(
+        self, lanes: topology.Lanes, publisher: broker.Publisher
+    ) -> Outcome | None:
         """Take messages until one has started; what needs no start goes beside it, free.
 
         Returns:
-            Why the last one was given back after a failure; nothing where it was not.
+            What the last one came to, where it was given back after a failure.
         """
         starts = self.consumer.starts
         while self.consumer.starts == starts and not self._stop.is_set():
@@ -240,11 +218,18 @@ class Supervisor:
             self._took = delivery is not None
             if delivery is None:
                 break
+            self._moves()
             result = await self.consumer.serve(delivery, publisher)
             if result.kind is Kind.RELEASED:
-                return result.reason if result.failed else ""
+                return result if result.failed else None
             self._failed_runs.end()
-        return ""
+            await self._presence.keep()
+        return None
+
+    def _moves(self) -> None:
+        """Note that this worker does not stand still."""
+        self._stall.moves()
+        self._presence.stalled = False
 
     async def _wait(self, wait: Wait) -> bool:
         """Wait, saying why; a stop or a lost connection ends it early. Return whether to go on.
@@ -253,6 +238,8 @@ class Supervisor:
             BrokerError: The connection to RabbitMQ was lost.
             DatabaseError: The worker's row cannot be written.
         """
+        if not wait.stuck:
+            self._moves()
         self._presence.tell("waiting", wait.reason, logging.INFO)
         await self._presence.keep()
         await _first_of(wait.seconds, self._stop, self._lost)
@@ -260,7 +247,7 @@ class Supervisor:
             self._notice_loss()
         return not self._stop.is_set()
 
-    async def _sit_out(self, reason: str, seconds: float) -> None:
+    async def _sit_out(self, failure: Outcome, seconds: float) -> None:
         """Wait after a run that failed, following what is set at run time meanwhile.
 
         Raises:
@@ -268,14 +255,16 @@ class Supervisor:
         """
         until = time.monotonic() + (0 if self._options.burst else seconds)
         while not self._stop.is_set() and (left := until - time.monotonic()) > 0:
-            await self._back_off(reason, min(left, POLL_SECONDS))
+            level = logging.ERROR if failure.behind else logging.WARNING
+            await self._back_off(failure.reason, min(left, POLL_SECONDS), level)
             await self._budget.look()
 
-    async def _back_off(self, reason: str, seconds: float) -> None:
+    async def _back_off(self, reason: str, seconds: float, level: int) -> None:
         """Wait after a failure that is not the broker's, saying why."""
+        self._moves()
         if self._options.burst:
             return
-        self._presence.tell("waiting", reason, logging.WARNING)
+        self._presence.tell("waiting", reason, level)
         if self._database.is_open:
             await self._keep_presence()
         await _first_of(seconds, self._stop)

@@ -7,9 +7,10 @@ clock. `docs/operations.md` tells what an operator may read and set by plain SQL
 from __future__ import annotations
 
 import hashlib
+import json
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pymysql.err import MySQLError
 
@@ -37,7 +38,9 @@ BUDGET = """CREATE TABLE IF NOT EXISTS aioworker_budget (
     gap_us BIGINT UNSIGNED NULL,
     set_by VARCHAR(190) NULL,
     set_at DATETIME(6) NULL,
-    set_why VARCHAR(500) NULL
+    set_why VARCHAR(500) NULL,
+    running TEXT NULL,
+    deaths TEXT NULL
 ) ENGINE=InnoDB DEFAULT CHARACTER SET utf8mb4"""
 
 WORKER = """CREATE TABLE IF NOT EXISTS aioworker_worker (
@@ -63,7 +66,7 @@ VALUES (%(task)s, '2000-01-01', {SERVER}) ON DUPLICATE KEY UPDATE starts = start
 
 _PEEK = f"""SELECT paused, gap_us, TIMESTAMPDIFF(MICROSECOND, last_start, SYSDATE(6)),
     last_start, server = {SERVER}, COALESCE(IS_USED_LOCK(%(lock)s), 0), CONNECTION_ID(),
-    starts, holder, paused_by, paused_at, paused_why, set_by, set_at, set_why
+    starts, holder, paused_by, paused_at, paused_why, set_by, set_at, set_why, running, deaths
 FROM aioworker_budget WHERE task = %(task)s"""
 _JOIN = f"""INSERT INTO aioworker_budget (task, last_start, server)
 VALUES (%(task)s, SYSDATE(6), {SERVER}) ON DUPLICATE KEY UPDATE starts = starts"""
@@ -76,10 +79,13 @@ PRIVILEGES = (
 
 _COLUMNS = (
     "SELECT task, last_start, server, starts, holder, paused, paused_by, paused_at, paused_why,"
-    " gap_us, set_by, set_at, set_why FROM aioworker_budget LIMIT 0",
+    " gap_us, set_by, set_at, set_why, running, deaths FROM aioworker_budget LIMIT 0",
     "SELECT id, host, pid, task, version, rate, session, state, reason, since, seen"
     " FROM aioworker_worker LIMIT 0",
 )
+ALIVE_SECONDS = 90  # a worker not seen for so long counts for nothing
+_HOLDER = f"""SELECT host, pid, seen > SYSDATE(6) - INTERVAL {ALIVE_SECONDS} SECOND
+FROM aioworker_worker WHERE session = %s AND task = %s ORDER BY seen DESC LIMIT 1"""
 # What an operator writes may be beyond any calendar.
 LONGEST_GAP_US = 366 * 86_400 * 1_000_000
 _NO_SUCH_TABLE = 1146
@@ -106,6 +112,8 @@ class Row:
         set_by: Who set or reset `gap_us` last.
         set_at: When.
         set_why: Why.
+        running: The messages of the run that is on, as the charge noted them.
+        deaths: How often a message's worker died while it ran, by the message's key.
     """
 
     paused: bool
@@ -123,6 +131,8 @@ class Row:
     set_by: str | None
     set_at: datetime | None
     set_why: str | None
+    running: list[str]
+    deaths: dict[str, int]
 
     @property
     def pause(self) -> str:
@@ -215,7 +225,30 @@ async def peek(database: Database, task: str) -> Row | None:
     values[0], values[4] = bool(values[0]), bool(values[4])
     if values[1] is not None:
         values[1] = min(values[1], LONGEST_GAP_US)
+    values[-2:] = _messages(values[-2]), _deaths(values[-1])
     return Row(*values)
+
+
+# Notes are read with care: anybody may have written something else over them.
+
+
+def _messages(text: str | None) -> list[str]:
+    found = _noted(text)
+    return [one for one in found if isinstance(one, str)] if isinstance(found, list) else []
+
+
+def _deaths(text: str | None) -> dict[str, int]:
+    found = _noted(text)
+    if not isinstance(found, dict):
+        return {}
+    return {message: deaths for message, deaths in found.items() if type(deaths) is int}
+
+
+def _noted(text: str | None) -> Any:
+    try:
+        return json.loads(text or "null")
+    except ValueError:
+        return None
 
 
 async def join(database: Database, task: str) -> Row:
@@ -233,16 +266,27 @@ async def join(database: Database, task: str) -> Row:
     return row
 
 
-async def holder(database: Database, task: str, session: int) -> str | None:
-    """Return the worker whose session holds a task's turn, None for nobody.
+class Holder(NamedTuple):
+    """Who holds a task's turn.
+
+    Args:
+        name: `host:pid` of a worker; `session N` of whom no worker's row tells.
+        alive: Whether it is a worker that was seen lately.
+    """
+
+    name: str
+    alive: bool
+
+
+async def holder(database: Database, task: str, session: int) -> Holder | None:
+    """Return whose session holds a task's turn, None for nobody.
 
     Sessions are counted anew when the server starts: the one seen last is meant.
     """
     if not session:
         return None
-    found = await database.query(
-        "SELECT host, pid FROM aioworker_worker WHERE session = %s AND task = %s"
-        " ORDER BY seen DESC LIMIT 1",
-        (session, task),
-    )
-    return f"{found[0][0]}:{found[0][1]}" if found else f"session {session}"
+    found = await database.query(_HOLDER, (session, task))
+    if not found:
+        return Holder(f"session {session}", alive=False)
+    host, pid, alive = found[0]
+    return Holder(f"{host}:{pid}", bool(alive))

@@ -314,7 +314,7 @@ class Bench:
             await budget.look()
             async with budget.turn():
                 charging = time.perf_counter()
-                await budget.charge()
+                await budget.charge("bench")
                 charged = time.perf_counter()
                 async with database.transaction():
                     pass

@@ -28,6 +28,7 @@ COMMANDS = (
     "publish-all",
     "publish",
     "status",
+    "health",
     "rate-limit",
     "pause",
     "resume",

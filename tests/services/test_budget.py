@@ -58,7 +58,7 @@ async def row(database: Database) -> Row:
 async def start(budget: SharedBudget) -> Wait | None:
     """Begin a start in a turn of its own; return why not."""
     async with budget.turn() as wait:
-        return wait or await budget.charge()
+        return wait or await budget.charge("one")
 
 
 async def looked(budget: SharedBudget) -> str:
@@ -125,7 +125,7 @@ async def test_a_start_without_the_turn_is_never_charged(make: Fleet, database: 
     await budget.look()
 
     with pytest.raises(TurnLostError):
-        await budget.charge()
+        await budget.charge("one")
 
     assert (await row(database)).starts == 0
 
@@ -140,7 +140,7 @@ async def test_the_first_commit_of_a_run_stamps_the_row_again(
     [worker] = make.databases
 
     async with budget.turn():
-        await budget.charge()
+        await budget.charge("one")
         charged = rows(shop, "SELECT last_start FROM aioworker_budget")
         await worker.execute("UPDATE addons SET current_version = 10001 WHERE id = 1")
         stamped = rows(shop, "SELECT last_start FROM aioworker_budget")
@@ -160,7 +160,7 @@ async def test_a_transaction_that_writes_nothing_does_not_use_up_the_stamp(
     [worker] = make.databases
 
     async with budget.turn():
-        await budget.charge()
+        await budget.charge("one")
         async with worker.transaction() as cursor:
             await cursor.execute("SELECT id FROM addons")
             await cursor.execute("UPDATE addons SET current_version = 1 WHERE id = 404")
@@ -184,7 +184,7 @@ async def test_a_rate_taken_back_in_a_turn_is_not_charged_any_more(
     async with budget.turn() as wait:
         assert wait is None
         execute(shop, "UPDATE aioworker_budget SET gap_us = NULL")
-        refused = await budget.charge()
+        refused = await budget.charge("one")
 
     assert refused is not None
     assert refused.reason.startswith("budget: next start at ")
@@ -215,7 +215,7 @@ async def test_a_run_that_lost_its_turn_writes_nothing(
 
     with pytest.raises(TurnLostError):
         async with budget.turn():
-            await budget.charge()
+            await budget.charge("one")
             await worker.query("SELECT RELEASE_LOCK(%s)", (lock(make),))
             await worker.execute("UPDATE addons SET current_version = 10001")
 
@@ -316,7 +316,7 @@ async def test_a_pause_stops_a_start_that_was_just_due(
             "UPDATE aioworker_budget SET paused = 1, paused_by = 'alice', paused_why = 'lag\n1',"
             " paused_at = '2026-01-02 03:04:05', set_by = 'bob'",
         )
-        refused = await budget.charge()
+        refused = await budget.charge("one")
 
     assert refused is not None
     assert refused.reason == "paused by alice since 2026-01-02 03:04:05 UTC: lag 1"

@@ -241,8 +241,9 @@ async def test_a_bad_id_refuses_the_message_and_stops_nobody(
         {"nested": {"who": Raw(b"S\x00\x00\x00\x01\xe9")}},
         {"retries": 2**63 - 1},
         {"id": ["a", "list"]},
+        {"much": "x" * 130_800},
     ],
-    ids=["latin-1", "double", "nested", "retries", "id"],
+    ids=["latin-1", "double", "nested", "retries", "id", "a frame full"],
 )
 async def test_a_bad_message_with_odd_headers_is_a_dead_letter_too(
     pair: Servers,

@@ -156,3 +156,71 @@ async def test_a_copy_that_is_not_confirmed_is_no_copy(
 
     assert worker.consumer.settled == {Kind.RELEASED: 1}
     assert await lanes.count(QUEUES.bulk) == 1
+
+
+async def test_three_messages_in_a_row_that_fail_for_good_are_one_too_many(
+    pair: Servers, lanes: Lanes, database: Database, shop: object, stop: asyncio.Event
+) -> None:
+    """A bad deploy must not drain the queue into the dead letters: the third goes behind."""
+    for number in range(4):
+        await lanes.send(chunk([number + 1]), headers=headers(5) | {"id": f"message {number}"})
+    worker = make_worker(pair, database, task=failing(ValueError("no such shop")))
+
+    assert not await worker.run(stop)
+
+    assert worker.consumer.settled == {Kind.DEAD_LETTER: 2, Kind.RELEASED: 1}
+    put_off = await lanes.take(QUEUES.retry)
+    assert (put_off.headers["id"], put_off.headers["retries"]) == ("message 2", 5)
+    assert put_off.headers["x-aioworker-reason"] == (
+        "configuration: 3 messages in a row failed for good:"
+        " ValueError: no such shop; attempt 6 of 6"
+    )
+    assert await lanes.count(QUEUES.bulk) == 1
+
+
+async def test_a_run_that_succeeds_in_between_clears_the_doubt(
+    pair: Servers, lanes: Lanes, database: Database, shop: object, stop: asyncio.Event
+) -> None:
+    async def odd(_ctx: Context, ids: list[int]) -> None:
+        if ids and ids[0] % 3:
+            raise ValueError(ids[0])
+
+    for number in range(1, 9):
+        await lanes.send(chunk([number]), headers=headers(5) | {"id": f"message {number}"})
+    worker = make_worker(pair, database, task=Task(TASK, odd, None, no_keys))
+
+    assert not await worker.run(stop)
+
+    assert worker.consumer.settled == {Kind.DEAD_LETTER: 6, Kind.ACK: 2}
+
+
+async def test_malformed_messages_are_no_doubt_about_the_task(
+    pair: Servers, lanes: Lanes, database: Database, shop: object, stop: asyncio.Event
+) -> None:
+    for _ in range(5):
+        await lanes.send(chunk([0]))
+    worker = make_worker(pair, database)
+
+    assert not await worker.run(stop)
+
+    assert worker.consumer.settled == {Kind.DEAD_LETTER: 5}
+
+
+async def test_bad_rows_among_good_ones_are_no_doubt_about_the_task(
+    pair: Servers, shop: Connection[Cursor], lanes: Lanes, database: Database, stop: asyncio.Event
+) -> None:
+    """Four chunks with a bad row each: four dead letters, and every good row is written."""
+    simple_addons(shop, 8)
+    execute(
+        shop,
+        "CREATE TRIGGER odd BEFORE UPDATE ON addons FOR EACH ROW IF NEW.id % 2 = 0 THEN"
+        " SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'even'; END IF",
+    )
+    for addon in (1, 3, 5, 7):
+        await lanes.send(chunk([addon, addon + 1]), headers=headers(0) | {"id": f"chunk {addon}"})
+    worker = make_worker(pair, database)
+
+    assert not await worker.run(stop)
+
+    assert worker.consumer.settled == {Kind.DEAD_LETTER: 4}
+    assert current_versions(shop) == {n: n + 10_000 if n % 2 else None for n in range(1, 9)}

@@ -1,0 +1,144 @@
+"""A worker that stands still says so, turns red, connects anew, and goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aioworker import tables
+from support import servers
+from tests.conftest import (
+    TASK,
+    Lanes,
+    Run,
+    Worker,
+    current_versions,
+    eventually,
+    execute,
+    make_database,
+    rows,
+    simple_addons,
+)
+
+if TYPE_CHECKING:
+    from pymysql.connections import Connection
+    from pymysql.cursors import Cursor
+
+Start = Callable[..., Worker]
+STATE = "SELECT state FROM aioworker_worker"
+
+
+def connections(broker: servers.Broker) -> set[str]:
+    """Return the broker's connections, by their process in it."""
+    return set(broker.control("list_connections", "pid").split())
+
+
+async def test_a_turn_that_nobody_gives_back_is_a_stall(
+    start: Start, run: Run, shop: Connection[Cursor], lanes: Lanes, private: servers.Servers
+) -> None:
+    """Somebody's session holds the lock: messages wait, the budget is free, nothing starts."""
+    broker = private.broker
+    assert broker is not None
+    simple_addons(shop, 1)
+    lock = tables.lock_name(make_database(private), TASK)
+    execute(shop, f"SELECT GET_LOCK('{lock}', 0)")
+    before = connections(broker)
+    worker = start("consume", "--rate-limit", "100/s")
+    eventually(lambda: rows(shop, STATE) == [("waiting",)], "it waits")
+    assert run("health").returncode == 0
+    its_own = connections(broker) - before
+
+    await lanes.send(json.dumps([[[1]], {}, None]).encode())
+
+    eventually(lambda: rows(shop, STATE) == [("stalled",)], "it says that it stands still")
+    sick = run("health")
+    assert (sick.returncode, sick.stdout) == (1, "")
+    assert re.fullmatch(r"aioworker: \S+:\d+ stalled: .+\n", sick.stderr)
+    waits = json.loads(run("status", "--json").stdout)["waits"]
+    assert waits.startswith(("stalled: messages wait", "turn: held by session"))
+    eventually(
+        lambda: connections(broker) - before - its_own,
+        "it connects anew",
+    )
+    assert rows(shop, STATE) == [("stalled",)]
+
+    execute(shop, f"SELECT RELEASE_LOCK('{lock}')")
+
+    eventually(lambda: current_versions(shop) == {1: 10_001}, "it goes on")
+    eventually(lambda: rows(shop, STATE) == [("waiting",)], "it waits for more")
+    assert run("health").returncode == 0
+    assert "Traceback" not in worker.log
+
+
+async def test_a_worker_at_work_is_no_stall_for_the_others(
+    start: Start, shop: Connection[Cursor], lanes: Lanes
+) -> None:
+    """A run that outlasts ten seconds at a rate of many a second."""
+    simple_addons(shop, 2)
+    execute(
+        shop,
+        "CREATE TRIGGER slow BEFORE UPDATE ON addons FOR EACH ROW"
+        " SET NEW.modified = IF(SLEEP(12), NEW.modified, NEW.modified)",
+        "CREATE TABLE stalls (state VARCHAR(20))",
+        "CREATE TRIGGER told AFTER UPDATE ON aioworker_worker FOR EACH ROW"
+        " INSERT INTO stalls SELECT NEW.state FROM DUAL WHERE NEW.state = 'stalled'",
+    )
+    for addon in (1, 2):
+        await lanes.send(json.dumps([[[addon]], {}, None]).encode())
+
+    for _ in range(2):
+        start("consume", "--rate-limit", "100/s")
+
+    eventually(lambda: current_versions(shop) == {1: 10_001, 2: 10_002}, "both are done")
+    assert rows(shop, "SELECT * FROM stalls") == []
+
+
+def test_health_is_this_machines_workers(run: Run, start: Start, shop: Connection[Cursor]) -> None:
+    """None at all, none for 90 s, one elsewhere; then one here."""
+    none = run("health")
+    assert (none.returncode, none.stdout) == (1, "")
+    assert re.fullmatch(rf"aioworker: no worker of {TASK} is alive on \S+\n", none.stderr)
+    columns = "(id, host, pid, task, version, session, state, reason, since, seen)"
+    execute(
+        shop,
+        f"INSERT INTO aioworker_worker {columns} VALUES"
+        f" ('a', 'elsewhere', 1, '{TASK}', '1', 1, 'waiting', '', SYSDATE(6), SYSDATE(6)),"
+        f" ('b', '{os.uname().nodename}', 1, '{TASK}', '1', 1, 'waiting', '', SYSDATE(6),"
+        " SYSDATE(6) - INTERVAL 100 SECOND)",
+    )
+    old = run("health")
+    assert (old.returncode, old.stdout) == (1, "")
+    assert re.search(r"is alive on \S+; the last was seen 1 min 4\d s ago\n$", old.stderr)
+
+    worker = start("consume")
+
+    here = f"SELECT 1 FROM aioworker_worker WHERE pid = {worker.process.pid}"
+    eventually(lambda: rows(shop, here), "it waits")
+    well = run("health")
+    assert (well.returncode, well.stderr) == (0, "")
+    assert re.match(rf"\S+:{worker.process.pid} waiting: ", well.stdout)
+    worker.process.send_signal(signal.SIGTERM)
+    assert worker.process.wait(10) == 0
+
+
+@pytest.mark.parametrize(
+    ("variables", "status", "line"),
+    [
+        ({"AIOWORKER_BUDGET": "worker"}, 2, "AIOWORKER_BUDGET=worker: workers keep no row"),
+        ({"AIOWORKER_MYSQL_URL": "mysql://root@127.0.0.1:1/a"}, 1, "cannot use MySQL at mysql://"),
+    ],
+    ids=["scope", "database"],
+)
+def test_a_health_that_cannot_be_told_is_one_line(
+    run: Run, variables: dict[str, str], status: int, line: str
+) -> None:
+    done = run("health", **variables)
+
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (status, "", 1)
+    assert done.stderr.startswith(f"aioworker: {line}")
