@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 from typing import TYPE_CHECKING
 
-from aioworker import status, tables
+from aioworker import presence, status, tables
 from aioworker.console import duration
 from aioworker.errors import UnhealthyError, UsageError
 
@@ -28,7 +28,7 @@ async def check(settings: Settings, task: Task) -> str:
     """
     if settings.budget != "shared":
         raise UsageError("AIOWORKER_BUDGET=worker: workers keep no row that tells how they are")
-    host = socket.gethostname()
+    host = socket.gethostname()[: presence.HOST_LENGTH]
     async with settings.database() as database:
         with tables.explaining(database):
             found = [one for one in await status.workers(database, task.name) if one.host == host]

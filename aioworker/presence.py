@@ -30,6 +30,7 @@ SOON_SECONDS = 1.0  # a new reason for the same state is written no more often t
 KEPT_SECONDS = 3600  # and its row goes
 LEAVE_SECONDS = 2.0  # an end does not wait longer for its row to go
 REASON_LENGTH = 500
+HOST_LENGTH = 100
 
 _UPDATE = """UPDATE aioworker_worker
 SET since = IF(state = %(state)s AND reason = %(reason)s, since, SYSDATE(6)), state = %(state)s,
@@ -85,7 +86,7 @@ class Presence:
         self._refused = ""
         self._arguments: dict[str, object] = {
             "id": secrets.token_hex(6),
-            "host": host[:100],
+            "host": host[:HOST_LENGTH],
             "pid": pid,
             "task": task,
             "rate": rate,

@@ -112,6 +112,7 @@ class Broker:
             port,
             timeout=START_SECONDS,
             envvars=self._environment,
+            cwd=str(self._folder),  # where a node that crashes leaves its core
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             expected_returncode=-signal.SIGTERM,
