@@ -59,7 +59,8 @@ async def connect(
                     client_properties={"connection_name": name},
                 )
         except FAILURES as error:
-            failure = BrokerError(_explain_connect(error, address), unreachable=True)
+            away = not isinstance(error, ProbableAuthenticationError | InvalidFrameError)
+            failure = BrokerError(_explain_connect(error, address), unreachable=away)
             failure.__cause__ = error
     raise failure
 
@@ -159,7 +160,8 @@ class Publisher:
                     raise BrokerError(f"RabbitMQ opened no channel: {describe(error)}") from error
             return self._channel
 
-    async def _unblocked(self) -> None:
+    async def unblocked(self) -> None:
+        """Return when RabbitMQ, short of memory or disk before, takes messages again."""
         transport = self._connection.transport if self._connection is not None else None
         if transport is not None:
             await transport.connection.ready()
@@ -178,7 +180,7 @@ class Publisher:
             async with asyncio.timeout(self._timeout):
                 # What is sent while RabbitMQ blocks the connection arrives late, when nobody
                 # counts on it any more: nothing more is sent then.
-                await self._unblocked()
+                await self.unblocked()
                 await channel.default_exchange.publish(outgoing, queue, mandatory=True)
         except FAILURES as error:
             raise explain(error, queue) from error
@@ -198,8 +200,8 @@ def explain(error: Exception, queue: str) -> BrokerError:
             )
         case TimeoutError():
             return BrokerError(
-                f"RabbitMQ did not answer in time about queue {queue}; a message that was under"
-                " way may still arrive. Is it out of memory or disk?",
+                f"RabbitMQ did not answer in time about queue {queue}, out of memory or disk"
+                " perhaps; a message that was under way may still arrive",
                 unreachable=True,
             )
         case _:

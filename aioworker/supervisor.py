@@ -197,8 +197,7 @@ class Supervisor:
             return await self._wait(wait)
         if failure is not None:
             self._trusted = False
-            seconds = failure.pause or self._failed_runs.seconds()
-            await self._sit_out(failure, seconds)
+            await self._sit_out(failure, publisher)
             return not burst
         return True
 
@@ -247,17 +246,29 @@ class Supervisor:
             self._notice_loss()
         return not self._stop.is_set()
 
-    async def _sit_out(self, failure: Outcome, seconds: float) -> None:
+    async def _sit_out(self, failure: Outcome, publisher: broker.Publisher) -> None:
         """Wait after a run that failed, following what is set at run time meanwhile.
+
+        Where RabbitMQ took no copy for want of memory or disk, no longer than that lasts.
 
         Raises:
             DatabaseError: The budget cannot be looked at.
         """
-        until = time.monotonic() + (0 if self._options.burst else seconds)
-        while not self._stop.is_set() and (left := until - time.monotonic()) > 0:
-            level = logging.ERROR if failure.behind else logging.WARNING
-            await self._back_off(failure.reason, min(left, POLL_SECONDS), level)
-            await self._budget.look()
+        if self._options.burst:
+            return
+        until = time.monotonic() + (failure.pause or self._failed_runs.seconds())
+        unblocked = asyncio.ensure_future(publisher.unblocked())
+        await asyncio.sleep(0)
+        blocked = not unblocked.done()
+        try:
+            while not self._stop.is_set() and (left := until - time.monotonic()) > 0:
+                if blocked and unblocked.done():
+                    break
+                level = logging.ERROR if failure.behind else logging.WARNING
+                await self._back_off(failure.reason, min(left, POLL_SECONDS), level)
+                await self._budget.look()
+        finally:
+            unblocked.cancel()
 
     async def _back_off(self, reason: str, seconds: float, level: int) -> None:
         """Wait after a failure that is not the broker's, saying why."""
