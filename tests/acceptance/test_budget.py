@@ -12,96 +12,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-from support import servers, site
-from tests.conftest import (
-    COMMAND_SECONDS,
-    Worker,
-    eventually,
-    execute,
-    rows,
-    simple_addons,
-)
+from support import servers
+from tests.conftest import eventually, rows
+from tests.place import Place, Start
 
-if TYPE_CHECKING:
-    from pymysql.connections import Connection
-    from pymysql.cursors import Cursor
-
-RATE = "60/m"
+RATE = ("--rate-limit", "60/m")
 INTERVAL = 1.0
 CHUNK = 250  # three transactions
 LEAST_GAP = 0.98
 LONGEST_SECONDS = 90
-
-AUDIT = (
-    "CREATE TABLE audit (at DATETIME(6) NOT NULL, session BIGINT NOT NULL, addon INT NOT NULL)",
-    "CREATE TRIGGER slow BEFORE UPDATE ON addons FOR EACH ROW"
-    " SET NEW.modified = IF(SLEEP(0.0005), NEW.modified, NEW.modified)",
-    "CREATE TRIGGER audited AFTER UPDATE ON addons FOR EACH ROW"
-    " INSERT INTO audit VALUES (SYSDATE(6), CONNECTION_ID(), NEW.id)",
-)
-
-
-class Start(NamedTuple):
-    """What one run wrote, by the database's clock, in seconds."""
-
-    first: float
-    last: float
-
-
-class Place:
-    """A site, a virtual host and workers of a scenario's own."""
-
-    def __init__(self, private: servers.Servers, folder: Path, chunks: int) -> None:
-        assert private.broker is not None
-        assert private.maria is not None
-        folder.mkdir()
-        name = folder.name
-        private.broker.control("add_vhost", name)
-        private.broker.control("set_permissions", "-p", name, "guest", ".*", ".*", ".*")
-        self.servers = servers.Servers(private.broker.url(name), private.maria.url(name))
-        self.shop: Connection[Cursor] = servers.connect(self.servers.mysql_url, create=True)
-        self.chunks = chunks
-        self._folder = folder
-        self._workers: list[Worker] = []
-        site.create(self.shop)
-        simple_addons(self.shop, CHUNK * chunks)
-        execute(self.shop, *AUDIT)
-        self.run("init")
-        self.run("publish-all", "--chunk-size", str(CHUNK))
-
-    def run(self, *arguments: str) -> None:
-        """Run a command to its end."""
-        command = Worker(self.servers, self._folder, *arguments)
-        assert command.process.wait(COMMAND_SECONDS) == 0, command.log
-        command.end()
-
-    def worker(self) -> Worker:
-        """Start a worker."""
-        self._workers.append(Worker(self.servers, self._folder, "consume", "--rate-limit", RATE))
-        return self._workers[-1]
-
-    def all_done(self) -> bool:
-        """Whether every row is right."""
-        return not rows(self.shop, "SELECT 1 FROM addons WHERE current_version IS NULL LIMIT 1")
-
-    def starts(self) -> list[Start]:
-        """Return each run's first and last row: a session's rows of one chunk."""
-        found = rows(
-            self.shop,
-            "SELECT MIN(UNIX_TIMESTAMP(at)), MAX(UNIX_TIMESTAMP(at)) FROM audit"
-            f" GROUP BY session, (addon - 1) DIV {CHUNK} ORDER BY 1",
-        )
-        return [Start(float(first), float(last)) for first, last in found]
-
-    def end(self) -> None:
-        """End what runs."""
-        for worker in self._workers:
-            worker.end()
-        self.shop.close()
 
 
 def until_done(place: Place, each: Callable[[], None]) -> None:
@@ -115,17 +37,17 @@ def until_done(place: Place, each: Callable[[], None]) -> None:
 def calm(place: Place) -> None:
     """Three workers, and nothing happens to them."""
     for _ in range(3):
-        place.worker()
+        place.worker(*RATE)
     until_done(place, lambda: time.sleep(0.2))
 
 
 def killed(place: Place) -> None:
     """One of three is killed and started again every two seconds."""
-    place.worker()
-    place.worker()
+    place.worker(*RATE)
+    place.worker(*RATE)
 
     def live_and_die() -> None:
-        victim = place.worker()
+        victim = place.worker(*RATE)
         time.sleep(2)
         victim.end()
 
@@ -136,7 +58,7 @@ def restarted(place: Place) -> None:
     """One worker in a crash loop: twenty lives of a second and a half."""
 
     def live_and_die() -> None:
-        victim = place.worker()
+        victim = place.worker(*RATE)
         time.sleep(1.5)
         victim.end()
 
@@ -148,7 +70,7 @@ def terminated(place: Place) -> None:
     """A service manager that restarts both again and again, politely."""
 
     def live_and_stop() -> None:
-        pair = [place.worker(), place.worker()]
+        pair = [place.worker(*RATE), place.worker(*RATE)]
         time.sleep(2.2)
         for worker in pair:
             worker.process.send_signal(signal.SIGTERM)
@@ -159,8 +81,8 @@ def terminated(place: Place) -> None:
 
 def frozen(place: Place) -> None:
     """One of two stands still for five seconds, in the middle of a write."""
-    place.worker()
-    place.worker()
+    place.worker(*RATE)
+    place.worker(*RATE)
     writing = (
         "SELECT worker.pid FROM information_schema.processlist AS process"
         " JOIN aioworker_worker AS worker ON worker.session = process.id"
@@ -191,8 +113,9 @@ def violent(
     folder = tmp_path_factory.mktemp("budget")
 
     def play(scenario: Callable[[Place], None]) -> list[Start]:
-        place = Place(private, folder / scenario.__name__, CHUNKS[scenario])
+        place = Place(private, folder)
         try:
+            place.backlog(CHUNKS[scenario], CHUNK)
             scenario(place)
             return place.starts()
         finally:
@@ -213,8 +136,9 @@ def test_three_workers_share_one_budget_and_use_it(
     private: servers.Servers, tmp_path: Path
 ) -> None:
     """Together no more than one worker may alone, and hardly less."""
-    place = Place(private, tmp_path / "calm", chunks=40)
+    place = Place(private, tmp_path)
     try:
+        place.backlog(40, CHUNK)
         calm(place)
         starts = place.starts()
     finally:

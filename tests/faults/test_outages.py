@@ -1,4 +1,4 @@
-"""Servers that die, close, lose a queue or come back: the work goes on, and nothing is lost.
+"""A database that dies, a row that is locked: the work goes on, and nothing is lost.
 
 Judged by the rows, the budget's row and RabbitMQ's counts, never by the worker's own log.
 """
@@ -18,7 +18,6 @@ from support import servers
 from tests.conftest import (
     QUEUES,
     Lanes,
-    Run,
     Worker,
     eventually,
     rows,
@@ -66,42 +65,6 @@ async def waiting(private: servers.Servers) -> dict[str, int | None]:
 NOTHING = dict.fromkeys((QUEUES.bulk, QUEUES.urgent, QUEUES.retry, QUEUES.dead), 0)
 
 
-@pytest.mark.timeout(180)
-async def test_a_broker_that_is_killed_and_comes_back(
-    start: Start, shop: Connection[Cursor], safe: Lanes, private: servers.Servers
-) -> None:
-    """What it confirmed is there again; the worker finds back by itself."""
-    assert private.broker is not None
-    await backlog(shop, safe)
-    start(*RATE)
-    eventually(lambda: done(shop) >= 5, "it works")
-
-    private.broker.kill()
-    private.broker.start()
-
-    eventually(lambda: done(shop) == CHUNKS, "all is done")
-    eventually(
-        lambda: rows(shop, "SELECT reason FROM aioworker_worker") == [("nothing queued",)],
-        "it waits for more",
-    )
-    assert await waiting(private) == NOTHING
-
-
-@pytest.mark.timeout(120)
-async def test_connections_that_an_operator_closes(
-    start: Start, shop: Connection[Cursor], safe: Lanes, private: servers.Servers
-) -> None:
-    assert private.broker is not None
-    await backlog(shop, safe)
-    start(*RATE)
-    eventually(lambda: done(shop) >= 5, "it works")
-
-    private.broker.control("close_all_connections", "maintenance")
-
-    eventually(lambda: done(shop) == CHUNKS, "all is done")
-    assert await waiting(private) == NOTHING
-
-
 @pytest.mark.timeout(120)
 async def test_a_database_that_is_killed_and_comes_back(
     start: Start,
@@ -124,27 +87,6 @@ async def test_a_database_that_is_killed_and_comes_back(
     eventually(lambda: done(again) == CHUNKS, "all is done")
     again.close()
     assert await waiting(private) == NOTHING
-
-
-@pytest.mark.timeout(120)
-async def test_a_queue_that_is_deleted_and_declared_again(
-    start: Start, run: Run, shop: Connection[Cursor], safe: Lanes, private: servers.Servers
-) -> None:
-    """It is said and not made anew by anyone but `init`; then the work goes on."""
-    simple_addons(shop, 1)
-    start(*RATE)
-    told = "SELECT reason FROM aioworker_worker"
-    eventually(lambda: rows(shop, told) == [("nothing queued",)], "it is idle")
-
-    queue = await safe.channel.get_queue(QUEUES.bulk, ensure=False)
-    await queue.delete(if_unused=False, if_empty=False)
-
-    missing = f"queue {QUEUES.bulk} does not exist: run `aioworker init`"
-    eventually(lambda: rows(shop, told) == [(missing,)], "it says so")
-    assert (await waiting(private))[QUEUES.bulk] is None
-    assert run("init").returncode == 0
-    await safe.send(json.dumps([[[1]], {}, None]).encode())
-    eventually(lambda: done(shop) == 1, "it goes on")
 
 
 @pytest.mark.timeout(150)

@@ -1,0 +1,105 @@
+"""Places that end with their test, and servers that are whole again after a fault."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from support import servers
+from tests.conftest import eventually
+from tests.place import Place
+
+MakePlace = Callable[..., Place]
+
+
+@pytest.fixture
+def make_place(private: servers.Servers, tmp_path: Path) -> Iterator[MakePlace]:
+    """Make places that are ended with the test."""
+    made: list[Place] = []
+
+    def make(**options: int | None) -> Place:
+        made.append(Place(private, tmp_path, **options))
+        return made[-1]
+
+    yield make
+    for place in made:
+        place.end()
+
+
+@pytest.fixture
+def place(make_place: MakePlace) -> Place:
+    """A place of the test's own."""
+    return make_place()
+
+
+@pytest.fixture
+def broker(private: servers.Servers) -> servers.Broker:
+    """The run's RabbitMQ."""
+    assert private.broker is not None
+    return private.broker
+
+
+def within(seconds: float, holds: Callable[[], object], what: str) -> float:
+    """Wait until something holds, and return how long it took; fail after *seconds*."""
+    began = time.monotonic()
+    while not holds():
+        assert time.monotonic() - began < seconds, f"not within {seconds:g} s: {what}"
+        time.sleep(0.02)
+    return time.monotonic() - began
+
+
+@contextmanager
+def away(broker: servers.Broker, end: Callable[[], None]) -> Iterator[list[float]]:
+    """End the broker before the block and start it after.
+
+    The list gets the moment at which its port was open again, in seconds since 1970.
+    """
+    opened: list[float] = []
+    end()
+    try:
+        yield opened
+    finally:
+        with ThreadPoolExecutor() as pool:
+            starting = pool.submit(broker.start)
+            while not _listens(broker.port) and not starting.done():
+                time.sleep(0.02)
+            opened.append(time.time())
+            starting.result()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((servers.HOST, port)) == 0
+
+
+@contextmanager
+def frozen(broker: servers.Broker) -> Iterator[None]:
+    """Let the broker stand still: its port accepts, and nobody answers."""
+    pid = int(broker.control("eval", "os:getpid().").strip().strip('"'))
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+@contextmanager
+def alarmed(broker: servers.Broker) -> Iterator[None]:
+    """Let the broker be out of memory, as it counts it."""
+    broker.control("set_vm_memory_high_watermark", "0.00001")
+    try:
+        eventually(
+            lambda: "memory" in broker.control("eval", "rabbit_alarm:get_alarms()."),
+            "the alarm is raised",
+        )
+        yield
+    finally:
+        broker.control("set_vm_memory_high_watermark", "absolute", "512MB")
