@@ -69,7 +69,9 @@ def _time(record: logging.LogRecord) -> str:
 
 def _plain(value: object) -> str:
     text = f"{value:.3f}" if isinstance(value, float) else str(value)
-    return json.dumps(text, ensure_ascii=False) if not text or set(text) & set(' ="\n') else text
+    if not text.isprintable():
+        return json.dumps(text)
+    return json.dumps(text, ensure_ascii=False) if not text or set(text) & set(' ="') else text
 
 
 def _traceback(formatter: logging.Formatter, record: logging.LogRecord) -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 CHUNK_LIMIT = 1000
 ID_LIMIT = 2**32 - 1
 RETRIES_LIMIT = 1000
+BODY_LIMIT = 4 * 1024 * 1024  # bytes; a thousand ids are eleven thousand
 BRIEF_LENGTH = 200
 _REPR = reprlib.Repr()
 _REPR.maxstring = 80
@@ -125,6 +126,10 @@ def decode(
 
 
 def _read_chunk(body: bytes) -> list[int]:
+    if len(body) > BODY_LIMIT:
+        raise MessageRefusedError(
+            f"expected a body of at most {BODY_LIMIT} bytes, got: {len(body)}"
+        )
     try:
         content = json.loads(body)
     except (ValueError, RecursionError) as error:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 TRACEBACK_LINES = 20
 NO_ID = "unknown"
 KEY_LENGTH = 64
+ID_LENGTH = 200  # of what others call their messages
 TEXT_LENGTH = 16_000  # of a reason or a traceback: a thousand ids are 11,000 characters
 FOREIGN_HEADER_BYTES = 64 * 1024
 _BROKERS = frozenset(
@@ -44,6 +45,9 @@ _BROKERS = frozenset(
         "x-last-death-exchange",
         "x-last-death-queue",
         "x-last-death-reason",
+        # Whoever publishes these has RabbitMQ send the message to other queues too.
+        "CC",
+        "BCC",
     }
 )
 
@@ -223,7 +227,7 @@ def key(delivery: AbstractIncomingMessage) -> str:
 
 def message_id(delivery: AbstractIncomingMessage) -> str:
     """Return the message's id, also of one that cannot be decoded."""
-    return str(delivery.headers.get("id") or delivery.message_id or NO_ID)
+    return str(delivery.headers.get("id") or delivery.message_id or NO_ID)[:ID_LENGTH]
 
 
 def _traceback(error: Exception | None) -> str:

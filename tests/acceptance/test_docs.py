@@ -80,6 +80,16 @@ def test_every_link_to_a_file_leads_somewhere(document: Path) -> None:
     assert [link for link in links if not (document.parent / link).exists()] == []
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_test_that_is_named_is_there(document: Path) -> None:
+    """A promise whose test was renamed or lost is one that nobody holds."""
+    named = re.findall(r"\[`(test_\w+)`\]\(([^)#:]+)\)", document.read_text())
+
+    assert [
+        test for test, link in named if f"def {test}(" not in (document.parent / link).read_text()
+    ] == []
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["consume", "--help"], []])
 def test_help_imports_no_client_of_a_server(arguments: list[str]) -> None:
     """It answers at once."""

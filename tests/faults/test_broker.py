@@ -216,13 +216,13 @@ def test_a_network_that(broken: dict[str, Future[None]], network: str) -> None:
 def test_an_alarm_is_nothing_to_a_worker_that_only_takes(
     place: Place, broker: servers.Broker
 ) -> None:
-    place.backlog(CHUNKS)
+    place.backlog(4 * CHUNKS)  # raising an alarm takes seconds where the machine is busy
     place.worker(*STEADY)
     eventually(lambda: place.done() >= 3, "it works")
 
     with alarmed(broker):
-        assert place.done() < CHUNKS
-        assert_one_start_each(place, CHUNKS)
+        assert place.done() < 4 * CHUNKS
+        assert_one_start_each(place, 4 * CHUNKS)
 
 
 def test_an_alarm_during_a_sweep(
