@@ -167,6 +167,8 @@ class Maria:
             ],
             check=True,
             capture_output=True,
+            # In /tmp one that begins clears away the temporary tables of another.
+            env=os.environ | {"TMPDIR": str(folder / "tmp")},
         )
         command = [
             _program("mariadbd"),
