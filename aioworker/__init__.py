@@ -1,4 +1,9 @@
-"""Refreshes database rows in the background, no faster than the database can stand."""
+"""Refreshes database rows in the background, no faster than the database can stand.
+
+What is here is all there is to import: `task` registers a function, which may take a
+`Context` and raise `Retry` or `DeadLetter`; `Producer` and `publish_sync` publish to it;
+whatever they raise is an `AioworkerError`.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +11,38 @@ from typing import TYPE_CHECKING, Any
 
 # Imported here and now: the function `task` has the name of the module it comes from, and
 # whichever is imported last is what `aioworker.task` means.
-from aioworker.task import Context, task
+from aioworker.context import Context
+from aioworker.errors import AioworkerError, DeadLetter, Retry
+from aioworker.task import Task, task
 
 if TYPE_CHECKING:
+    from aioworker.producer import Producer
+    from aioworker.sync import publish_sync
+
     __version__: str
 
-__all__ = ["Context", "task"]
+__all__ = [
+    "AioworkerError",
+    "Context",
+    "DeadLetter",
+    "Producer",
+    "Retry",
+    "Task",
+    "publish_sync",
+    "task",
+]
+# A module of tasks needs no client of RabbitMQ: who publishes does.
+_PUBLISHING = {"Producer": "aioworker.producer", "publish_sync": "aioworker.sync"}
 
 
 def __getattr__(name: str) -> Any:
-    """Look up the version when it is asked for."""
+    """Import what publishes, and look up the version, when they are asked for."""
     if name == "__version__":
         from importlib.metadata import version
 
         return version("aioworker")
+    if name in _PUBLISHING:
+        from importlib import import_module
+
+        return getattr(import_module(_PUBLISHING[name]), name)
     raise AttributeError(f"module 'aioworker' has no attribute {name!r}")

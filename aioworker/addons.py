@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aioworker import repo
+from aioworker.context import Context
 from aioworker.errors import RowsRefusedError
-from aioworker.task import Context, task
+from aioworker.task import task
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -34,8 +35,17 @@ async def update_current_version(ctx: Context, ids: list[int]) -> None:
 async def stale_ids(ctx: Context, ids: list[int]) -> list[int]:
     """Return the add-ons whose current version is not the right one."""
     stale, missing = await repo.read_stale(ctx.database, ids)
+    ctx.counts["changed"] += 0
     count_missing(ctx, missing)
     return [row.addon_id for row in stale]
+
+
+async def can_work(ctx: Context) -> None:
+    """See that the tables can be read and written: both statements, on nothing."""
+    await repo.refresh(ctx.database, [])
+
+
+update_current_version.check = can_work
 
 
 def count_missing(ctx: Context, missing: list[int]) -> None:

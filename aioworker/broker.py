@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import struct
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -32,8 +33,11 @@ if TYPE_CHECKING:
 
 HEARTBEAT_SECONDS = 15
 CLOSE_SECONDS = 2
+# What a peer that speaks something else makes a decoder raise.
+GARBAGE = (ValueError, LookupError, struct.error)
 # What aio-pika and the network raise when a connection cannot be used any more.
 FAILURES: tuple[type[Exception], ...] = (*CONNECTION_EXCEPTIONS, asyncio.InvalidStateError)
+CONNECT_FAILURES: tuple[type[Exception], ...] = (*FAILURES, *GARBAGE)
 
 
 async def connect(
@@ -58,7 +62,7 @@ async def connect(
                     heartbeat=HEARTBEAT_SECONDS,
                     client_properties={"connection_name": name},
                 )
-        except FAILURES as error:
+        except CONNECT_FAILURES as error:
             away = not isinstance(error, ProbableAuthenticationError | InvalidFrameError)
             failure = BrokerError(_explain_connect(error, address), unreachable=away)
             failure.__cause__ = error
@@ -119,7 +123,7 @@ class Publisher:
         self._name = name
         self._connection: AbstractConnection | None = None
         self._channel: AbstractChannel | None = None
-        self._opening = asyncio.Lock()
+        self._opening: asyncio.Task[AbstractChannel] | None = None
 
     async def __aenter__(self) -> Publisher:
         return self
@@ -129,6 +133,11 @@ class Publisher:
 
     async def close(self) -> None:
         """Close the connection; the next publish opens another."""
+        if self._opening is not None:
+            self._opening.cancel()
+        await self._close()
+
+    async def _close(self) -> None:
         opened, self._connection, self._channel = self._connection, None, None
         if opened is not None:
             await close(opened)
@@ -147,18 +156,23 @@ class Publisher:
     async def _open(self) -> AbstractChannel:
         if self._channel is not None and not self._channel.is_closed:
             return self._channel
-        async with self._opening:
-            if self._channel is None or self._channel.is_closed:
-                await self.close()
-                self._connection = await connect(self._addresses, self._timeout, self._name)
-                try:
-                    async with asyncio.timeout(self._timeout):
-                        self._channel = await self._connection.channel(
-                            publisher_confirms=True, on_return_raises=True
-                        )
-                except FAILURES as error:
-                    raise BrokerError(f"RabbitMQ opened no channel: {describe(error)}") from error
-            return self._channel
+        # One attempt for all that wait: what it comes to is the same for each of them.
+        if self._opening is None or self._opening.done():
+            self._opening = asyncio.create_task(self._open_anew())
+            self._opening.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        return await asyncio.shield(self._opening)
+
+    async def _open_anew(self) -> AbstractChannel:
+        await self._close()
+        self._connection = await connect(self._addresses, self._timeout, self._name)
+        try:
+            async with asyncio.timeout(self._timeout):
+                self._channel = await self._connection.channel(
+                    publisher_confirms=True, on_return_raises=True
+                )
+        except FAILURES as error:
+            raise BrokerError(f"RabbitMQ opened no channel: {describe(error)}") from error
+        return self._channel
 
     async def unblocked(self) -> None:
         """Return when RabbitMQ, short of memory or disk before, takes messages again."""

@@ -9,20 +9,18 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from aioworker import cli_dead
 from aioworker.errors import AioworkerError, UsageError
-from aioworker.running import DEFAULT_TASK, TaskName, on_signal, prepare, run
+from aioworker.running import DEFAULT_TASK, App, TaskName, on_signal, prepare, prepare_all, run
 
-if TYPE_CHECKING:
-    pass
-
-_Result = TypeVar("_Result")
-
+TaskNames = Annotated[
+    list[str] | None, typer.Argument(metavar="[TASK]...", help="The tasks' names.")
+]
 WATCH_SECONDS = 2.0
 ID_DIGITS = 20  # Python refuses to read numbers of thousands
 _debug = False  # main() reports errors outside of any command's context
@@ -67,56 +65,91 @@ def main_options(
 
 @app.command()
 def init(
+    names: TaskNames = None,
+    app_names: App = None,
     show: Annotated[
         bool, typer.Option("--print", help="Show what it would do, and the least privileges.")
     ] = False,
 ) -> None:
     """Make the budget's tables and declare the queues; can be run again.
 
-    Makes two tables in the database (none with AIOWORKER_BUDGET=worker), declares the
+    Makes two tables in the database (none with AIOWORKER_BUDGET=worker), declares each
     task's four queues and waits until they outlive a broker that is killed. What is there
-    and differs is reported, and not changed.
+    and differs is reported, and not changed. Without a TASK: all that the app registers, or
+    the main job.
     """
-    settings, task = prepare(DEFAULT_TASK)
+    settings, tasks = prepare_all(names or [], app=app_names)
     from aioworker import console, setup
 
     if show:
-        console.say(setup.setup_text(settings, task))
+        console.say(setup.setup_text(settings, tasks))
     else:
-        run(setup.init(settings, task))
+        run(setup.init(settings, tasks))
 
 
 @app.command(cls=_WithSettings)
 def consume(
-    name: TaskName = DEFAULT_TASK,
+    names: TaskNames = None,
+    app_names: App = None,
     rate_limit: Annotated[
         str | None,
         typer.Option(metavar="COUNT/UNIT", help="How often the task starts, such as 2/m or 20/h."),
     ] = None,
     burst: Annotated[bool, typer.Option("--burst", help="End once the lanes are empty.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Load settings and tasks, and end: 0 if they load.")
+    ] = False,
 ) -> None:
-    """Run the worker: take chunks, write what needs writing, no faster than the rate.
+    """Run the worker: take messages, write what needs writing, no faster than the rate.
 
-    SIGTERM or SIGINT: takes no new chunk, finishes the running one, exits 0; a second one
-    ends it at once, and nothing is lost. With --burst exits 0 if all it took is done, 1 if
-    a message became a dead letter, went to retry or was given back, or if it is paused.
+    Without a TASK: all that the app registers, or the main job. Each task has lanes and a
+    budget of its own; a slow or limited one holds up no other.
+
+    SIGTERM or SIGINT: takes no new message, finishes what runs, exits 0; a second one ends
+    it at once, and nothing is lost. SIGHUP: goes on with new code and settings; if those do
+    not load, says why and goes on with the old. With --burst exits 0 if all it took is done,
+    1 if a message became a dead letter, went to retry or was given back, or if it is paused.
     """
-    settings, task = prepare(name, rate_limit=rate_limit)
-    from aioworker import commands
+    environment = dict(os.environ)  # before a module of the app changes it
+    settings, tasks = prepare_all(names or [], app=app_names, rate_limit=rate_limit)
+    if check:
+        return
+    from aioworker import reload, worker
     from aioworker.notify import Notifier
 
-    async def serve() -> int:
+    async def serve() -> tuple[int, bool]:
         stop = asyncio.Event()
-        on_signal(lambda _signal: stop.set())
         notifier = Notifier(os.environ.get("NOTIFY_SOCKET"))
-        return await commands.consume(settings, task, burst=burst, stop=stop, notifier=notifier)
+        reloading = reload.Reload(stop, notifier, environment)
 
-    raise typer.Exit(asyncio.run(serve()))
+        def end(_signal: object) -> None:
+            notifier.send(STOPPING="1", STATUS="finishing the running chunk")
+            reloading.forget()
+            stop.set()
+
+        on_signal(end)
+        reloading.listen()
+        try:
+            while True:
+                status = await worker.consume(
+                    settings, tasks, burst=burst, stop=stop, notifier=notifier
+                )
+                if await reloading.may_end():
+                    break
+        finally:
+            await reloading.end()
+        return status, reloading.wanted
+
+    status, again = asyncio.run(serve())
+    if again:
+        reload.replace(environment)
+    raise typer.Exit(status)
 
 
 @app.command("publish-all")
 def publish_all(
     name: TaskName = DEFAULT_TASK,
+    app_names: App = None,
     chunk_size: Annotated[
         str | None, typer.Option(metavar="N", help="Ids in one message, 1 to 1000.")
     ] = None,
@@ -129,6 +162,9 @@ def publish_all(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Count the chunks, publish none.")
     ] = False,
+    only_needed: Annotated[
+        bool, typer.Option("--only-needed", help="Leave out what needs no writing.")
+    ] = False,
 ) -> None:
     """Publish one message for every chunk of ids the task sweeps.
 
@@ -137,17 +173,18 @@ def publish_all(
     publishes nothing: exits 0 if that one advances, 1 if it stands still. Exits 0 when
     every message is confirmed, 1 when one is not.
     """
-    settings, task = prepare(name, chunk_size=chunk_size)
-    from aioworker import commands
+    settings, task = prepare(name, app=app_names, chunk_size=chunk_size)
+    from aioworker import publishing
 
     raise typer.Exit(
         run(
-            commands.publish_all(
+            publishing.publish_all(
                 settings,
                 task,
                 after=after or 0,
                 append=append or after is not None,
                 dry_run=dry_run,
+                only_needed=only_needed,
             )
         )
     )
@@ -161,6 +198,7 @@ def publish(
     name: Annotated[str, typer.Option("--task", metavar="TASK", help="The task's name.")] = (
         DEFAULT_TASK
     ),
+    app_names: App = None,
     bulk: Annotated[
         bool, typer.Option("--bulk", help="Use the bulk lane, behind the sweeps.")
     ] = False,
@@ -169,16 +207,17 @@ def publish(
 
     Exits 0 when every message is confirmed.
     """
-    settings, task = prepare(name)
+    settings, task = prepare(name, app=app_names)
     words = [word for text in ids for word in (sys.stdin.read().split() if text == "-" else [text])]
-    from aioworker import commands
+    from aioworker import publishing
 
-    run(commands.publish(settings, task, _numbers(words), urgent=not bulk))
+    run(publishing.publish(settings, task, _numbers(words), urgent=not bulk))
 
 
 @app.command()
 def status(
     name: TaskName = DEFAULT_TASK,
+    app_names: App = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
     watching: Annotated[
         bool, typer.Option("--watch", help="Show it again every 2 seconds, until Ctrl-C.")
@@ -189,7 +228,7 @@ def status(
     Exits 0, or 1 when RabbitMQ or the database could not be asked: what the other one
     tells is shown all the same.
     """
-    settings, task = prepare(name)
+    settings, task = prepare(name, app=app_names)
     from aioworker import console
     from aioworker import status as asking
     from aioworker.status_text import text
@@ -215,14 +254,14 @@ def status(
 
 
 @app.command()
-def health(name: TaskName = DEFAULT_TASK) -> None:
+def health(name: TaskName = DEFAULT_TASK, app_names: App = None) -> None:
     """Tell whether this machine's workers of a task are alive and get on with it.
 
     Asks the database alone. A worker that waits for a server, or is paused, is healthy.
     Exits 1 when none was seen for 90 s, or when one stands still: messages wait, the budget
     is free, and nothing has started for two intervals.
     """
-    settings, task = prepare(name)
+    settings, task = prepare(name, app=app_names)
     from aioworker import console
     from aioworker.health import check
 
@@ -244,6 +283,7 @@ def rate_limit(
         bool, typer.Option("--reset", help="Take the rate back: the workers' own counts again.")
     ] = False,
     why: Why = None,
+    app_names: App = None,
 ) -> None:
     """Set the rate limit of all workers while they run; it outlives them.
 
@@ -257,7 +297,7 @@ def rate_limit(
     from aioworker.limits import RateLimit
 
     rate = None if reset else RateLimit.parse(given.pop())
-    settings, task = prepare(given[0] if given else DEFAULT_TASK)
+    settings, task = prepare(given[0] if given else DEFAULT_TASK, app=app_names)
     from aioworker import controls
 
     why = controls.checked_reason(settings, why)
@@ -265,21 +305,21 @@ def rate_limit(
 
 
 @app.command()
-def pause(name: TaskName = DEFAULT_TASK, why: Why = None) -> None:
+def pause(name: TaskName = DEFAULT_TASK, why: Why = None, app_names: App = None) -> None:
     """Let no start of a task begin, on any worker, until `resume`; it outlives them.
 
     What runs ends as usual. Messages stay queued.
     """
-    settings, task = prepare(name)
+    settings, task = prepare(name, app=app_names)
     from aioworker import controls
 
     run(controls.pause(settings, task, controls.checked_reason(settings, why)))
 
 
 @app.command()
-def resume(name: TaskName = DEFAULT_TASK, why: Why = None) -> None:
+def resume(name: TaskName = DEFAULT_TASK, why: Why = None, app_names: App = None) -> None:
     """End a pause, on every worker."""
-    settings, task = prepare(name)
+    settings, task = prepare(name, app=app_names)
     from aioworker import controls
 
     run(controls.resume(settings, task, controls.checked_reason(settings, why)))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from aioworker.errors import UsageError
-from aioworker.running import DEFAULT_TASK, TaskName, prepare, run
+from aioworker.running import DEFAULT_TASK, App, TaskName, prepare, run
 
 if TYPE_CHECKING:
     from aioworker.dead import Filter
@@ -43,6 +43,7 @@ def dead(ctx: typer.Context) -> None:
 @app.command("list")
 def show_list(
     name: TaskName = DEFAULT_TASK,
+    app_names: App = None,
     ids: Ids = None,
     reason: Reason = "",
     older_than: OlderThan = None,
@@ -50,7 +51,7 @@ def show_list(
 ) -> None:
     """List the dead letters of a task: id, when, lane, attempts, reason."""
     wanted = _filter(ids, reason, older_than)
-    settings, task = prepare(name)
+    settings, task = prepare(name, app=app_names)
     from aioworker import dead
 
     run(dead.show_list(settings, task, wanted, as_json=as_json))
@@ -62,10 +63,11 @@ def show_one(
     name: Annotated[str, typer.Option("--task", metavar="TASK", help="The task's name.")] = (
         DEFAULT_TASK
     ),
+    app_names: App = None,
     as_json: AsJson = False,
 ) -> None:
     """Show one dead letter whole: its headers and its body."""
-    settings, task = prepare(name)
+    settings, task = prepare(name, app=app_names)
     from aioworker import dead
 
     run(dead.show_one(settings, task, message_id, as_json=as_json))
@@ -74,6 +76,7 @@ def show_one(
 @app.command()
 def requeue(
     name: TaskName = DEFAULT_TASK,
+    app_names: App = None,
     ids: Ids = None,
     reason: Reason = "",
     older_than: OlderThan = None,
@@ -84,7 +87,7 @@ def requeue(
     dead letters.
     """
     wanted = _filter(ids, reason, older_than)
-    settings, task = prepare(name)
+    settings, task = prepare(name, app=app_names)
     from aioworker import dead
 
     run(dead.requeue(settings, task, wanted))
@@ -93,6 +96,7 @@ def requeue(
 @app.command()
 def drop(
     name: TaskName = DEFAULT_TASK,
+    app_names: App = None,
     ids: Ids = None,
     reason: Reason = "",
     older_than: OlderThan = None,
@@ -100,7 +104,7 @@ def drop(
 ) -> None:
     """Take dead letters away for good, after asking. Without a filter, all of the task."""
     wanted = _filter(ids, reason, older_than)
-    settings, task = prepare(name)
+    settings, task = prepare(name, app=app_names)
     from aioworker import dead
 
     run(dead.drop(settings, task, wanted, yes=yes))

@@ -9,17 +9,24 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from aioworker import broker, outcome
+from aioworker.context import Context
 from aioworker.crashes import MOST_DEATHS
-from aioworker.errors import AioworkerError, BrokerError, CrashLoopError
+from aioworker.errors import (
+    AioworkerError,
+    BrokerError,
+    CrashLoopError,
+    MessageRefusedError,
+    UsageError,
+)
 from aioworker.logs import fields
-from aioworker.message import decode
+from aioworker.message import Call, decode
 from aioworker.outcome import Kind, Outcome
 from aioworker.presence import Presence
-from aioworker.task import Context, Task
+from aioworker.task import AnyTask
 from aioworker.topology import RETRY_TTL_MS, Queues
 
 if TYPE_CHECKING:
@@ -31,6 +38,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MOST_DOOMED = 3  # messages in a row that fail for good, before the task is doubted
+MOST_ROUNDS = 3  # of one message behind the others, before it is set aside all the same
+MOST_RETURNS = 20  # to its lane, before a message goes behind: RabbitMQ sets it aside at a hundred
 CONFIGURATION_SECONDS = 60.0  # until the next message is tried then
 ALARM_SECONDS = 30.0  # until the next, where RabbitMQ confirms nothing
 
@@ -57,6 +66,23 @@ class Terms:
     settle_timeout: float
 
 
+@dataclass(slots=True)
+class _Attempt:
+    """What is known of a delivery while it lives.
+
+    Args:
+        key: What its message is known by.
+        ctx: What its run gets.
+        taken: When it was taken.
+        began: When its run did; 0 before that.
+    """
+
+    key: str
+    ctx: Context
+    taken: float
+    began: float = 0.0
+
+
 class Consumer:
     """Takes one task's deliveries through their lives.
 
@@ -76,7 +102,7 @@ class Consumer:
 
     def __init__(
         self,
-        task: Task,
+        task: AnyTask,
         database: Database,
         budget: Budget,
         presence: Presence,
@@ -95,7 +121,7 @@ class Consumer:
         self._worker = worker
         self._idle_since = time.monotonic()
         self._doomed: set[str] = set()  # messages in a row that failed for good
-        self._began = 0.0  # when the run of the delivery in hand did
+        self._put_behind: Counter[str] = Counter()  # how often each went behind the others
 
     async def serve(
         self, delivery: AbstractIncomingMessage, publisher: broker.Publisher
@@ -105,18 +131,49 @@ class Consumer:
         Raises:
             BrokerError: It could not be settled: RabbitMQ will deliver it again.
         """
-        key = outcome.key(delivery)
-        result, values = await self._work(delivery, key)
-        result = self._doubt(result, key)
+        attempt = self._attempt(delivery)
+        result = await self._work(delivery, attempt)
+        values = self._told(delivery, attempt)
+        result = self._doubt(result, attempt)
         try:
             result = await self._settle(delivery, result, publisher)
         except BrokerError as error:
             log.warning("not settled", extra=fields(**values, reason=str(error)))
             raise
         finally:
-            await self._budget.ended(key)
+            await self._budget.ended(attempt.key)
         self.settled[result.kind] += 1
         self.failures += result.failed
+        self._tell(result, values)
+        return result
+
+    def _attempt(self, delivery: AbstractIncomingMessage) -> _Attempt:
+        ctx = Context(
+            self._database,
+            self._task.name,
+            outcome.message_id(delivery),
+            outcome.attempt(delivery),
+        )
+        if self._task.takes_chunks:
+            ctx.counts["ids"] = 0
+        return _Attempt(outcome.key(delivery), ctx, time.monotonic())
+
+    def _told(self, delivery: AbstractIncomingMessage, attempt: _Attempt) -> dict[str, Any]:
+        """Return the fields of the line that tells of an attempt."""
+        began, ended = attempt.began or attempt.taken, time.monotonic()
+        waited, self._idle_since = began - self._idle_since, ended
+        return {
+            "task": attempt.ctx.task,
+            "message_id": attempt.ctx.message_id,
+            "lane": outcome.lane(delivery),
+            "attempt": attempt.ctx.attempt,
+            **attempt.ctx.counts,
+            "wait_seconds": waited,
+            "run_seconds": ended - began,
+        }
+
+    def _tell(self, result: Outcome, values: dict[str, Any]) -> None:
+        """Log the one line of a settled delivery."""
         if result.reason:
             values["reason"] = result.reason
         if result.kind is Kind.RETRY:
@@ -126,82 +183,81 @@ class Consumer:
         if result.kind is Kind.RELEASED and not result.failed:
             phrase, level = "chunk given back", logging.INFO
         log.log(level, phrase, extra=fields(**values, outcome=str(result.kind)))
-        return result
 
     # 3 to 6. Decode, ask what is needed, charge and run.
 
-    async def _work(
-        self, delivery: AbstractIncomingMessage, key: str
-    ) -> tuple[Outcome, dict[str, Any]]:
-        """Take a delivery up to its end; whatever happens is its outcome.
-
-        Returns:
-            The outcome, and the fields of the line that tells of it.
-        """
-        taken = time.monotonic()
-        self._began = 0.0
-        name = self._task.name
-        ctx = Context(self._database, name, outcome.message_id(delivery), outcome.attempt(delivery))
-        ctx.counts.update(ids=0, changed=0, missing=0)
+    async def _work(self, delivery: AbstractIncomingMessage, attempt: _Attempt) -> Outcome:
+        """Take a delivery up to its end; whatever happens is its outcome."""
+        ctx = attempt.ctx
         try:
-            self._refuse_killer(key)
-            ids = decode(name, delivery.headers, delivery.content_type, delivery.body)
-            ctx.counts["ids"] = len(ids)
-            async with asyncio.timeout(self._terms.task_timeout):
-                await self._run(ctx, ids, key)
+            self._refuse_killer(attempt.key)
+            call = decode(ctx.task, delivery.headers, delivery.content_type, delivery.body)
+            args = self._arguments(call)
+            if call.expired:
+                ctx.counts["expired"] = 1
+                return Outcome(Kind.ACK, f"expired at {call.expires}")
+            async with asyncio.timeout(self._time_for(call)):
+                await self._run(attempt, args, call.kwargs)
         except _NotStartedError as error:
-            result = Outcome(Kind.RELEASED, str(error))
+            return Outcome(Kind.RELEASED, str(error))
         except Exception as error:  # noqa: BLE001 - whatever a task raises is an outcome
-            result = outcome.judge(error)
+            result = outcome.judge(self._database.blamed(error))
             if result.kind is Kind.RETRY and ctx.attempt > self._terms.max_retries:
                 reason = f"{result.reason}; attempt {ctx.attempt} of {self._terms.max_retries + 1}"
-                result = Outcome(Kind.DEAD_LETTER, reason, error)
-        else:
-            result = Outcome(Kind.ACK)
-        began, ended = self._began or taken, time.monotonic()
-        values = {
-            "task": name,
-            "message_id": ctx.message_id,
-            "lane": outcome.lane(delivery),
-            "attempt": ctx.attempt,
-            **ctx.counts,
-            "wait_seconds": began - self._idle_since,
-            "run_seconds": ended - began,
-        }
-        self._idle_since = ended
-        return result, values
+                return Outcome(Kind.DEAD_LETTER, reason, error)
+            return result
+        return Outcome(Kind.ACK)
 
     def _refuse_killer(self, key: str) -> None:
         if self._budget.deaths(key) >= MOST_DEATHS:
             raise CrashLoopError(f"its worker died {MOST_DEATHS} times while it ran")
 
-    async def _run(self, ctx: Context, ids: list[int], key: str) -> None:
-        """Run the task for the ids that need it; what needs nothing is free of charge."""
-        if self._budget.limited and self._task.reader is not None and ids:
-            ids = await self._task.reader(ctx, ids)
-        if not ids:
-            return
-        self._presence.tell("running", f"{self._task.name}, {len(ids)} ids", logging.DEBUG)
-        await self._presence.keep()
-        refusal = await self._budget.charge(key)
+    def _arguments(self, call: Call) -> list[Any]:
+        try:
+            return self._task.checked(call.args, call.kwargs)
+        except UsageError as error:
+            raise MessageRefusedError(str(error)) from error
+
+    def _time_for(self, call: Call) -> float:
+        """Return the seconds that a run may take: a thread cannot be hurried by its publisher."""
+        if call.time_limit is None or not self._task.signature.coroutine:
+            return self._terms.task_timeout
+        return min(call.time_limit, self._terms.task_timeout)
+
+    async def _run(self, attempt: _Attempt, args: list[Any], kwargs: dict[str, Any]) -> None:
+        """Run the task for what needs it; what needs nothing is free of charge."""
+        ctx, doing = attempt.ctx, self._task.name
+        if self._task.takes_chunks:
+            ctx.counts["ids"] = len(args[0])
+            if self._budget.limited and args[0]:
+                args[0] = await self._task.read_needed(ctx, args[0])
+            if not args[0]:
+                return
+            doing += f", {len(args[0])} ids"
+        if self._budget.limited:
+            self._presence.tell("running", doing, logging.DEBUG)
+            await self._presence.keep()
+        refusal = await self._budget.charge(attempt.key)
         if refusal is not None:
             raise _NotStartedError(refusal.reason)
         self.starts += 1
-        self._began = time.monotonic()
-        await self._task.function(ctx, ids)
+        attempt.began = time.monotonic()
+        await self._task.run(ctx, args, kwargs)
 
-    def _doubt(self, result: Outcome, key: str) -> Outcome:
+    def _doubt(self, result: Outcome, attempt: _Attempt) -> Outcome:
         """Set no message aside when those before it failed for good too.
 
         It may be the task or the database: a bad deploy must not drain the queue into the
         dead letters. The message goes behind the others, and the next one is the test.
         """
-        if result.kind is Kind.ACK and self._began:
+        if result.kind is Kind.ACK and attempt.began:
             self._doomed.clear()
+            self._put_behind.clear()
         if not result.doubtful:
             return result
-        self._doomed.add(key)
-        if len(self._doomed) < MOST_DOOMED:
+        self._doomed.add(attempt.key)
+        self._put_behind[attempt.key] += len(self._doomed) >= MOST_DOOMED
+        if len(self._doomed) < MOST_DOOMED or self._put_behind[attempt.key] > MOST_ROUNDS:
             return result
         reason = f"configuration: {MOST_DOOMED} messages in a row failed for good: {result.reason}"
         return Outcome(
@@ -222,6 +278,8 @@ class Consumer:
             BrokerError: The connection is lost; RabbitMQ will deliver the message again.
         """
         copied = True
+        if result.kind is Kind.RELEASED and outcome.deliveries(delivery) >= MOST_RETURNS:
+            result = replace(result, behind=True)
         try:
             if result.kind is Kind.DEAD_LETTER:
                 letter = outcome.dead_letter(delivery, result, self._worker)

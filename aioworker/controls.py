@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from aioworker.db import Database
     from aioworker.settings import Settings
     from aioworker.tables import Row
-    from aioworker.task import Task
+    from aioworker.task import AnyTask
 
 REASON_LENGTH = 500
 
@@ -30,7 +30,9 @@ _SET_PAUSED = """UPDATE aioworker_budget SET paused = %(value)s,
     paused_by = %(who)s, paused_at = SYSDATE(6), paused_why = %(why)s WHERE task = %(task)s"""
 
 
-async def set_rate(settings: Settings, task: Task, rate: RateLimit | None, why: str | None) -> None:
+async def set_rate(
+    settings: Settings, task: AnyTask, rate: RateLimit | None, why: str | None
+) -> None:
     """Set the rate limit of all workers, or take it back (None).
 
     Raises:
@@ -48,7 +50,7 @@ async def set_rate(settings: Settings, task: Task, rate: RateLimit | None, why: 
         say(f"{task.name}: rate limit {now} (was {was}){still}")
 
 
-async def pause(settings: Settings, task: Task, why: str | None) -> None:
+async def pause(settings: Settings, task: AnyTask, why: str | None) -> None:
     """Let no start begin any more; one that runs ends as usual.
 
     Raises:
@@ -63,7 +65,7 @@ async def pause(settings: Settings, task: Task, why: str | None) -> None:
         say(f"{task.name}: paused; what runs ends, nothing new begins")
 
 
-async def resume(settings: Settings, task: Task, why: str | None) -> None:
+async def resume(settings: Settings, task: AnyTask, why: str | None) -> None:
     """End a pause.
 
     Raises:
@@ -79,13 +81,13 @@ async def resume(settings: Settings, task: Task, why: str | None) -> None:
         say(f"{task.name}: resumed, rate limit {limit_in_force(settings, task, before.gap_us)}")
 
 
-def limit_in_force(settings: Settings, task: Task, gap_us: int | None) -> str:
+def limit_in_force(settings: Settings, task: AnyTask, gap_us: int | None) -> str:
     """Return the rate limit and where it comes from, in words."""
     limit, source = limit_and_source(settings, task, gap_us)
     return f"{limit}, {source}"
 
 
-def limit_and_source(settings: Settings, task: Task, gap_us: int | None) -> tuple[str, str]:
+def limit_and_source(settings: Settings, task: AnyTask, gap_us: int | None) -> tuple[str, str]:
     """Return the rate limit, `none` where there is none, and `run time`, `setting` or `task`."""
     if gap_us is not None:
         return shown_interval(gap_us), "run time"
@@ -116,13 +118,13 @@ def checked_reason(settings: Settings, why: str | None) -> str | None:
     return line
 
 
-async def _row(database: Database, task: Task) -> Row:
+async def _row(database: Database, task: AnyTask) -> Row:
     with tables.explaining(database):
         return await peek(database, task.name) or await join(database, task.name)
 
 
 async def _set(
-    database: Database, task: Task, statement: str, value: object, why: str | None
+    database: Database, task: AnyTask, statement: str, value: object, why: str | None
 ) -> None:
     arguments = {"value": value, "who": _operator(), "why": why, "task": task.name}
     with tables.explaining(database):

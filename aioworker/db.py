@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import struct
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from pymysql.constants import CLIENT
 from pymysql.err import MySQLError
 
 from aioworker import trouble
-from aioworker.errors import DatabaseError
+from aioworker.errors import DatabaseError, NestedTransactionError
 from aioworker.trouble import Trouble
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 LOCK_WAIT_SECONDS = 5
 KILL_SECONDS = 3
+_NO_SUCH_THREAD = 1094
+_GARBAGE = (ValueError, LookupError, struct.error)  # what a peer of another kind makes of it
 IDLE_SECONDS = 30
 AGGREGATE_BYTES = 1_048_576  # MariaDB cuts JSON_ARRAYAGG at this length, without an error
 
@@ -67,6 +70,8 @@ class Database:
         self._connect_timeout = connect_timeout
         self._connection: Any = None
         self._pinned = False
+        self._in_transaction = False
+        self._silent = False  # whether the server did not answer when a statement was cut off
         self._stamp: Callable[[Cursor], Awaitable[None]] | None = None
 
     async def __aenter__(self) -> Database:
@@ -93,7 +98,8 @@ class Database:
                     self.close()
                 if self._connection is None:
                     self._connection = await self._connect()
-        except (MySQLError, OSError, RuntimeError) as error:
+                self._silent = False
+        except (MySQLError, OSError, RuntimeError, *_GARBAGE) as error:
             # RuntimeError: PyMySQL misses a package for this server's way to log in.
             self.close()
             raise self.explain(error) from error
@@ -114,17 +120,27 @@ class Database:
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Cursor]:
-        """Write in one transaction, committed at the end, rolled back on any exception."""
-        async with self._use() as connection:
-            await connection.begin()
-            async with connection.cursor(Cursor) as cursor:
-                yield cursor
-                stamp = self._stamp if cursor.written else None
+        """Write in one transaction, committed at the end, rolled back on any exception.
+
+        Raises:
+            NestedTransactionError: One is open.
+        """
+        if self._in_transaction:
+            raise NestedTransactionError("expected no transaction inside another one")
+        self._in_transaction = True
+        try:
+            async with self._use() as connection:
+                await connection.begin()
+                async with connection.cursor(Cursor) as cursor:
+                    yield cursor
+                    stamp = self._stamp if cursor.written else None
+                    if stamp is not None:
+                        await stamp(cursor)
+                await connection.commit()
                 if stamp is not None:
-                    await stamp(cursor)
-            await connection.commit()
-            if stamp is not None:
-                self._stamp = None
+                    self._stamp = None
+        finally:
+            self._in_transaction = False
 
     def stamp_first_write(self, stamp: Callable[[Cursor], Awaitable[None]] | None) -> None:
         """Have *stamp* write too, at the end of the next transaction that writes; None forgets."""
@@ -133,11 +149,11 @@ class Database:
     @contextmanager
     def pinned(self) -> Iterator[None]:
         """Inside, a lost connection is not replaced: it held a lock that is lost with it."""
-        self._pinned = True
+        before, self._pinned = self._pinned, True
         try:
             yield
         finally:
-            self._pinned = False
+            self._pinned = before
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
@@ -161,18 +177,31 @@ class Database:
                 raise DatabaseError(f"connection to MySQL at {self.address.shown} lost in a run")
             await self.ready()
         connection = self._connection
-        thread = connection.thread_id()
         try:
             async with asyncio.timeout(self.timeout):
                 yield connection
         except (asyncio.CancelledError, TimeoutError):
-            self.close()
-            await self._kill(thread)
+            await self.cut_off()
             raise
         except BaseException:
             # After a lock wait timeout the transaction is still open: never commit half.
-            await self._roll_back()
+            if self._connection is connection:
+                await self._roll_back()
             raise
+
+    async def cut_off(self) -> None:
+        """Close the connection, and end the statement that it runs: the server would finish it."""
+        if self._connection is None:
+            return
+        thread = self._connection.thread_id()
+        self.close()
+        self._silent = not await self._kill(thread)
+
+    def blamed(self, error: Exception) -> Exception:
+        """Return a run's error; the database's, where that did not answer when it was cut off."""
+        if self._silent and isinstance(error, TimeoutError):
+            return self.explain(TimeoutError())
+        return error
 
     async def _roll_back(self) -> None:
         try:
@@ -214,8 +243,12 @@ class Database:
                 )
         return connection
 
-    async def _kill(self, thread: int) -> None:
-        """End the statement of a connection that was cut off: the server would finish it."""
+    async def _kill(self, thread: int) -> bool:
+        """End the statement of a connection that was cut off: the server would finish it.
+
+        Returns:
+            Whether the server answered.
+        """
         try:
             async with asyncio.timeout(KILL_SECONDS):
                 connection = await self._connect()
@@ -223,9 +256,10 @@ class Database:
                     async with connection.cursor() as cursor:
                         await cursor.execute("KILL QUERY %s", (thread,))
                 connection.close()
-        except (MySQLError, OSError):
+        except (MySQLError, OSError) as error:
             # Gone already, or out of reach: its row locks then end with its lock wait.
-            return
+            return isinstance(error, MySQLError) and trouble.code(error) == _NO_SUCH_THREAD
+        return True
 
     def explain(self, error: Exception) -> DatabaseError:
         """Say in one line why this database cannot be used, and what to do."""

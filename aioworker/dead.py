@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from aio_pika.abc import AbstractIncomingMessage
 
     from aioworker.settings import Settings
-    from aioworker.task import Task
+    from aioworker.task import AnyTask
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class Letter:
             id=outcome.message_id(delivery),
             reason=f"set aside by RabbitMQ: {_text(death.get('reason')) or 'unknown reason'}",
             error=None,
-            attempts=_number(headers.get("x-delivery-count")),
+            attempts=None,
             lane="urgent" if queue.endswith(".urgent") else "bulk",
             first_failed_at=None,
             failed_at=at.replace(tzinfo=UTC).isoformat() if isinstance(at, datetime) else None,
@@ -86,7 +86,8 @@ class Letter:
         """The letter in one line: id, when, attempts, lane, reason."""
         when = self.failed_at or "unknown time"
         runs = "" if self.attempts is None else f" attempts={self.attempts}"
-        return f"{self.id} {when} lane={self.lane}{runs} {' '.join(self.reason.split())}"
+        shown = self.id if self.id.isprintable() else json.dumps(self.id)
+        return f"{shown} {when} lane={self.lane}{runs} {' '.join(self.reason.split())}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,7 @@ class _Box:
             raise broker.explain(error, self.queues.dead) from error
 
 
-async def show_list(settings: Settings, task: Task, wanted: Filter, *, as_json: bool) -> None:
+async def show_list(settings: Settings, task: AnyTask, wanted: Filter, *, as_json: bool) -> None:
     """Print the dead letters, one a line.
 
     Raises:
@@ -148,7 +149,7 @@ async def show_list(settings: Settings, task: Task, wanted: Filter, *, as_json: 
             console.tell(f"{count(len(box.found), 'dead letter')} of {task.name}")
 
 
-async def show_one(settings: Settings, task: Task, message_id: str, *, as_json: bool) -> None:
+async def show_one(settings: Settings, task: AnyTask, message_id: str, *, as_json: bool) -> None:
     """Print all that is known of the letters with an id: headers and body.
 
     Raises:
@@ -171,7 +172,7 @@ async def show_one(settings: Settings, task: Task, message_id: str, *, as_json: 
             say(body)
 
 
-async def requeue(settings: Settings, task: Task, wanted: Filter) -> None:
+async def requeue(settings: Settings, task: AnyTask, wanted: Filter) -> None:
     """Publish letters to their lanes again, each confirmed before it leaves the dead letters.
 
     Their attempts are counted anew.
@@ -198,7 +199,7 @@ async def requeue(settings: Settings, task: Task, wanted: Filter) -> None:
     say(f"requeued {count(done, 'dead letter')} of {task.name}")
 
 
-async def drop(settings: Settings, task: Task, wanted: Filter, *, yes: bool) -> None:
+async def drop(settings: Settings, task: AnyTask, wanted: Filter, *, yes: bool) -> None:
     """Take letters away for good, after asking.
 
     Raises:
@@ -220,7 +221,7 @@ async def drop(settings: Settings, task: Task, wanted: Filter, *, yes: bool) -> 
 
 
 @asynccontextmanager
-async def _open(settings: Settings, task: Task, wanted: Filter) -> AsyncIterator[_Box]:
+async def _open(settings: Settings, task: AnyTask, wanted: Filter) -> AsyncIterator[_Box]:
     """Look at the dead letters; those not settled inside go back when the channel closes."""
     queues = topology.Queues.of(task.name)
     timeout = settings.connect_timeout

@@ -18,6 +18,26 @@ class RateLimitError(UsageError):
     """A rate limit is not COUNT/UNIT."""
 
 
+class TaskError(UsageError):
+    """A task is registered in a way that cannot work, or its module does not import."""
+
+
+class Retry(AioworkerError):  # noqa: N818 - what a task says, not what went wrong with it
+    """Raise it in a task: try this message again later, at most `max_retries` times.
+
+    Args:
+        reason: Why, in one line; for the log, and for the dead letter at the end.
+    """
+
+
+class DeadLetter(AioworkerError):  # noqa: N818 - likewise
+    """Raise it in a task: set this message aside at once, no other attempt would do.
+
+    Args:
+        reason: Why, in one line.
+    """
+
+
 class UnknownTaskError(UsageError, LookupError):
     """No task of this name is registered."""
 
@@ -40,6 +60,14 @@ class RowsRefusedError(AioworkerError):
         ids = ", ".join(map(str, reasons))
         first = next(iter(reasons.values()))
         super().__init__(f"{len(reasons)} rows refused by the database: {first}: ids {ids}")
+
+
+class TaskExitError(AioworkerError):
+    """A task ended its process, as far as it could: `sys.exit()` inside of a worker."""
+
+
+class NestedTransactionError(AioworkerError, RuntimeError):
+    """A transaction inside another one: the inner one's end would commit both."""
 
 
 class CrashLoopError(AioworkerError):

@@ -15,10 +15,10 @@ from aioworker.errors import UnhealthyError, UsageError
 
 if TYPE_CHECKING:
     from aioworker.settings import Settings
-    from aioworker.task import Task
+    from aioworker.task import AnyTask
 
 
-async def check(settings: Settings, task: Task) -> str:
+async def check(settings: Settings, task: AnyTask) -> str:
     """Return in one line what this machine's workers of a task do.
 
     Raises:

@@ -55,8 +55,15 @@ def configure(level: str, form: str) -> None:
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else ConsoleFormatter())
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("aioworker").setLevel(level.upper())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    # Our lines keep their form and their fields, whatever a user's module does to the root.
+    ours = logging.getLogger("aioworker")
+    ours.setLevel(level.upper())
+    ours.handlers = [handler]
+    ours.propagate = False
+    for name in list(logging.root.manager.loggerDict):
+        if name == ours.name or name.startswith(f"{ours.name}."):
+            logging.getLogger(name).disabled = False
     # What goes wrong on a connection is ours to say, once and with its cure.
     for library in ("aio_pika", "aiormq", "aiomysql"):
         logging.getLogger(library).setLevel(logging.CRITICAL)

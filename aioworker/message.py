@@ -11,16 +11,16 @@ import os
 import reprlib
 import socket
 import uuid
+import zlib
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from aioworker.errors import MessageRefusedError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-CHUNK_LIMIT = 1000
-ID_LIMIT = 2**32 - 1
 RETRIES_LIMIT = 1000
 BODY_LIMIT = 4 * 1024 * 1024  # bytes; a thousand ids are eleven thousand
 BRIEF_LENGTH = 200
@@ -28,7 +28,11 @@ _REPR = reprlib.Repr()
 _REPR.maxstring = 80
 CONTENT_TYPE = "application/json"
 CONTENT_ENCODING = "utf-8"
+_KOMBU_TYPE = b'"__type__"'  # how kombu writes a date, a Decimal, a UUID, bytes
+_GZIP = "application/x-gzip"  # kombu's name for what is zlib's format
 ORIGIN = f"{os.getpid()}@{socket.gethostname()}"
+# What a message asks of its worker after the run; aioworker keeps no results to pass on.
+_AFTERWARDS = ("callbacks", "errbacks", "chain", "chord")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,38 +44,46 @@ class Encoded:
     body: bytes
 
 
-def check_chunk(ids: object) -> list[int]:
-    """Return the ids of a chunk, each once, in their order.
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a message asks for.
 
     Args:
-        ids: A list of up to 1000 entries, each an id or a row of one id (`[3615]`).
+        args: Positional arguments of the task's function.
+        kwargs: Its keyword arguments.
+        expires: When it is too late to begin; None for never.
+        time_limit: Seconds that the publisher grants a run; None leaves it to the worker.
+    """
+
+    args: list[Any]
+    kwargs: dict[str, Any]
+    expires: datetime | None = None
+    time_limit: float | None = None
+
+    @property
+    def expired(self) -> bool:
+        """Whether it is too late to begin."""
+        return self.expires is not None and self.expires <= datetime.now(UTC)
+
+
+def encode(task: str, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Encoded:
+    """Make the message that runs *task* with these arguments.
 
     Raises:
-        UsageError: It is anything else.
+        UsageError: An argument is nothing that JSON can hold.
     """
-    if not isinstance(ids, list):
-        raise UsageError(f"expected a list of ids, got: {_brief(ids)}")
-    if len(ids) > CHUNK_LIMIT:
-        raise UsageError(f"expected at most {CHUNK_LIMIT} ids, got: {len(ids)}")
-    # What is right is seen at once, by built-ins; what may be wrong, one by one.
-    if set(map(type, ids)) != {int} or min(ids) < 1 or max(ids) > ID_LIMIT:
-        ids = list(map(_check_id, ids))
-    return list(dict.fromkeys(ids))
-
-
-def _check_id(entry: object) -> int:
-    value = entry[0] if isinstance(entry, list) and len(entry) == 1 else entry
-    # A bool is an int to Python, and True would be add-on 1.
-    if type(value) is not int or not 1 <= value <= ID_LIMIT:
-        raise UsageError(f"expected ids from 1 to {ID_LIMIT}, got: {_brief(entry)}")
-    return value
-
-
-def encode(task: str, ids: list[int]) -> Encoded:
-    """Make the message that runs *task* for a chunk of *ids*."""
     message_id = str(uuid.uuid4())
-    args = [ids]
-    embed = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
+    kwargs = dict(kwargs or {})
+    try:
+        body = json.dumps(
+            [list(args), kwargs, dict.fromkeys(_AFTERWARDS)],
+            separators=(",", ":"),
+            allow_nan=False,
+        ).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"expected arguments that JSON can hold, got: {error}") from error
+    if len(body) > BODY_LIMIT:
+        raise UsageError(f"expected arguments of at most {BODY_LIMIT} bytes, got: {len(body)}")
     headers = {
         "lang": "py",
         "task": task,
@@ -85,18 +97,15 @@ def encode(task: str, ids: list[int]) -> Encoded:
         "timelimit": [None, None],
         "root_id": message_id,
         "parent_id": None,
-        "argsrepr": f"[{_shown(ids)}]",
-        "kwargsrepr": "{}",
+        "argsrepr": brief(list(args)),
+        "kwargsrepr": brief(kwargs),
         "origin": ORIGIN,
     }
-    body = json.dumps([args, {}, embed], separators=(",", ":")).encode()
     return Encoded(message_id, headers, body)
 
 
-def decode(
-    task: str, headers: Mapping[str, Any], content_type: str | None, body: bytes
-) -> list[int]:
-    """Read a message whole and return its chunk of ids, or refuse it whole.
+def decode(task: str, headers: Mapping[str, Any], content_type: str | None, body: bytes) -> Call:
+    """Read a message whole, or refuse it whole.
 
     Args:
         task: The name of the task whose lane the message was taken from.
@@ -109,55 +118,100 @@ def decode(
     """
     if headers.get("task") != task:
         raise MessageRefusedError(
-            f"expected header task {task!r}, got: {_brief(headers.get('task'))}"
+            f"expected header task {task!r}, got: {brief(headers.get('task'))}"
         )
     if content_type not in (None, CONTENT_TYPE):
         raise MessageRefusedError(
-            f"expected content type {CONTENT_TYPE}, got: {_brief(content_type)}"
+            f"expected content type {CONTENT_TYPE}, got: {brief(content_type)}"
         )
     retries = headers.get("retries") or 0
     if type(retries) is not int or not 0 <= retries <= RETRIES_LIMIT:
         raise MessageRefusedError(
-            f"expected header retries from 0 to {RETRIES_LIMIT}, got: {_brief(headers['retries'])}"
+            f"expected header retries from 0 to {RETRIES_LIMIT}, got: {brief(headers['retries'])}"
         )
     if headers.get("eta"):
         raise MessageRefusedError("expected no eta or countdown: aioworker runs what is due")
-    return _read_chunk(body)
+    args, kwargs = _read_body(_unpacked(headers.get("compression"), body))
+    return Call(args, kwargs, _expires(headers), _time_limit(headers))
 
 
-def _read_chunk(body: bytes) -> list[int]:
+def _unpacked(compression: Any, body: bytes) -> bytes:
     if len(body) > BODY_LIMIT:
         raise MessageRefusedError(
             f"expected a body of at most {BODY_LIMIT} bytes, got: {len(body)}"
         )
+    if not compression:
+        return body
+    if compression != _GZIP:
+        raise MessageRefusedError(f"expected compression {_GZIP}, got: {brief(compression)}")
+    unpacking = zlib.decompressobj()
     try:
-        content = json.loads(body)
+        unpacked = unpacking.decompress(body, BODY_LIMIT)
+    except zlib.error as error:
+        raise MessageRefusedError(f"expected a body of {_GZIP}, got: {error}") from error
+    if not unpacking.eof:
+        raise MessageRefusedError(f"expected a whole body of up to {BODY_LIMIT} bytes unpacked")
+    return unpacked
+
+
+def _read_body(body: bytes) -> tuple[list[Any], dict[str, Any]]:
+    try:
+        # Only a body that may hold one is read with the slower hook.
+        content = json.loads(body, object_hook=_plain if _KOMBU_TYPE in body else None)
+    except MessageRefusedError:
+        raise
     except (ValueError, RecursionError) as error:
         problem = str(error).partition("\n")[0][:200]
         raise MessageRefusedError(f"expected a body of JSON, got: {problem}") from error
     match content:
-        case [[ids], dict() as kwargs, (dict() | None) as embed]:
+        case [list() as args, dict() as kwargs, (dict() | None) as embed]:
             pass
         case _:
-            raise MessageRefusedError(f"expected body [[ids], {{}}, embed], got: {_brief(content)}")
-    if kwargs:
-        raise MessageRefusedError(f"expected no keyword arguments, got: {_brief(kwargs)}")
+            raise MessageRefusedError(f"expected body [args, kwargs, embed], got: {brief(content)}")
     for name, value in (embed or {}).items():
         if value:
             raise MessageRefusedError(
-                f"expected no {_brief(name)}: aioworker keeps no results to pass on"
+                f"expected no {brief(name)}: aioworker keeps no results to pass on"
             )
+    return args, kwargs
+
+
+def _plain(found: dict[str, Any]) -> dict[str, Any]:
+    if "__type__" in found and "__value__" in found:
+        raise MessageRefusedError(
+            f"expected arguments of plain JSON, got kombu's {brief(found['__type__'])}"
+        )
+    return found
+
+
+def _expires(headers: Mapping[str, Any]) -> datetime | None:
+    found = headers.get("expires")
+    if found is None:
+        return None
     try:
-        return check_chunk(ids)
-    except UsageError as error:
-        raise MessageRefusedError(str(error)) from error
+        moment = found if isinstance(found, datetime) else datetime.fromisoformat(found)
+    except (TypeError, ValueError):
+        raise MessageRefusedError(
+            f"expected header expires in ISO 8601, got: {brief(found)}"
+        ) from None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-def _shown(ids: list[int]) -> str:
-    return str(ids) if len(ids) <= 6 else f"[{ids[0]}, {ids[1]}, ..., {ids[-1]}]"
+def _time_limit(headers: Mapping[str, Any]) -> float | None:
+    """Return the shorter of the hard and the soft limit."""
+    limits = headers.get("timelimit")
+    if limits is None:
+        return None
+    if not isinstance(limits, list | tuple) or not all(
+        limit is None or (type(limit) in (int, float) and limit > 0) for limit in limits
+    ):
+        raise MessageRefusedError(
+            f"expected header timelimit as [seconds, seconds], got: {brief(limits)}"
+        )
+    return min((float(limit) for limit in limits if limit is not None), default=None)
 
 
-def _brief(value: object) -> str:
+def brief(value: object) -> str:
     """Show a value from outside in one line, however large or odd it is."""
     shown = _REPR.repr(value)
     return shown if len(shown) <= BRIEF_LENGTH else shown[:BRIEF_LENGTH] + "…"

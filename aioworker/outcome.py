@@ -20,6 +20,7 @@ from aioworker.errors import (
     AioworkerError,
     CrashLoopError,
     DatabaseError,
+    DeadLetter,
     MessageRefusedError,
     RowsRefusedError,
 )
@@ -33,7 +34,7 @@ TRACEBACK_LINES = 20
 NO_ID = "unknown"
 KEY_LENGTH = 64
 ID_LENGTH = 200  # of what others call their messages
-TEXT_LENGTH = 16_000  # of a reason or a traceback: a thousand ids are 11,000 characters
+TEXT_BYTES = 16_000  # of a reason or a traceback: a thousand ids are 11,000
 FOREIGN_HEADER_BYTES = 64 * 1024
 _BROKERS = frozenset(
     {
@@ -91,7 +92,7 @@ class Outcome:
         if isinstance(self.error, RowsRefusedError):
             return not self.error.written
         return self.kind is Kind.DEAD_LETTER and not isinstance(
-            self.error, MessageRefusedError | CrashLoopError
+            self.error, MessageRefusedError | CrashLoopError | DeadLetter
         )
 
 
@@ -103,7 +104,7 @@ def judge(error: Exception) -> Outcome:
     away, a wrong table or privilege. Everything else is tried again later.
     """
     match error:
-        case MessageRefusedError() | RowsRefusedError() | CrashLoopError():
+        case MessageRefusedError() | RowsRefusedError() | CrashLoopError() | DeadLetter():
             return Outcome(Kind.DEAD_LETTER, str(error), error)
         case DatabaseError():
             return Outcome(Kind.RELEASED, str(error), error)
@@ -113,7 +114,7 @@ def judge(error: Exception) -> Outcome:
             sort = trouble.sort(error)
             reason = f"database, {sort or 'unknown error'}: {trouble.describe(error)}"
             return Outcome(_OF_TROUBLE.get(sort, Kind.RETRY), reason, error)
-        case TimeoutError():
+        case TimeoutError() if not error.args:
             reason = "the run took longer than the task timeout and was cut off"
         case _:
             reason = f"{type(error).__name__}: {broker.describe(error)}"
@@ -214,6 +215,12 @@ def lane(delivery: AbstractIncomingMessage) -> str:
     return "urgent" if (delivery.routing_key or "").endswith(".urgent") else "bulk"
 
 
+def deliveries(delivery: AbstractIncomingMessage) -> int:
+    """Return how often a message was delivered before, as quorum queues count it."""
+    count = delivery.headers.get("x-delivery-count")
+    return count if type(count) is int else 0
+
+
 def key(delivery: AbstractIncomingMessage) -> str:
     """Return what a message is known by while it runs: its id, or a digest where that will not do.
 
@@ -235,8 +242,12 @@ def _traceback(error: Exception | None) -> str:
     if error is None or isinstance(error, AioworkerError):
         return ""
     lines = "".join(traceback.format_exception(error)).splitlines()
-    return "\n".join(lines[-TRACEBACK_LINES:])[-TEXT_LENGTH:]
+    return _text("\n".join(lines[-TRACEBACK_LINES:]).encode(errors="replace")[-TEXT_BYTES:])
 
 
 def _line(reason: str) -> str:
-    return " ".join(reason.split())[:TEXT_LENGTH]
+    return _text(" ".join(reason.split()).encode(errors="replace")[:TEXT_BYTES])
+
+
+def _text(cut: bytes) -> str:
+    return cut.decode(errors="ignore")

@@ -34,7 +34,8 @@ HOST_LENGTH = 100
 
 _UPDATE = """UPDATE aioworker_worker
 SET since = IF(state = %(state)s AND reason = %(reason)s, since, SYSDATE(6)), state = %(state)s,
-    reason = %(reason)s, seen = SYSDATE(6), session = CONNECTION_ID() WHERE id = %(id)s"""
+    reason = %(reason)s, seen = SYSDATE(6) + INTERVAL %(ahead)s SECOND, session = CONNECTION_ID()
+WHERE id = %(id)s"""
 _INSERT = """INSERT INTO aioworker_worker
 (id, host, pid, task, version, rate, session, state, reason, since, seen)
 VALUES (%(id)s, %(host)s, %(pid)s, %(task)s, %(version)s, %(rate)s, CONNECTION_ID(), %(state)s,
@@ -57,6 +58,7 @@ class Presence:
         rate: The worker's own rate limit, as text; None is no limit.
         notify: Called with the words whenever they change.
         database: Where the worker's row is kept; None keeps none.
+        run_seconds: How long a run may take.
 
     Attributes:
         others: How many other workers of the task were alive at the last heartbeat.
@@ -71,12 +73,14 @@ class Presence:
         rate: str | None,
         notify: Callable[[str], None],
         database: Database | None,
+        run_seconds: float = 0.0,
     ) -> None:
         self.others = 0
         self.stalled = False
         self._task = task
         self._notify = notify
         self._database = database
+        self._run_seconds = max(run_seconds - ALIVE_SECONDS / 2, 0.0)
         self._state, self._reason = "starting", ""
         self._written = ("", "")
         self._written_at = float("-inf")
@@ -145,7 +149,9 @@ class Presence:
                 log.warning("worker's row not written", extra=fields(reason=self._refused))
 
     async def _write(self, database: Database, now: tuple[str, str]) -> None:
-        arguments = {**self._arguments, "state": now[0], "reason": now[1]}
+        # A run may outlast what counts as alive, and nothing is written meanwhile.
+        ahead = self._run_seconds if now[0] == "running" else 0
+        arguments = {**self._arguments, "state": now[0], "reason": now[1], "ahead": ahead}
         if not await database.execute(_UPDATE, arguments):
             await database.execute(_INSERT, arguments)
         self._written, self._written_at = now, time.monotonic()

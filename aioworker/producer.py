@@ -1,37 +1,65 @@
-"""Publishing: a sweep of all chunks of a task, or a single change, each confirmed."""
+"""Publishing: a sweep of all chunks of a task, or a single message, each confirmed."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import aio_pika
 
 from aioworker import broker, message, topology
+from aioworker.addresses import BrokerAddress
+from aioworker.errors import UsageError
+from aioworker.settings import Settings
+from aioworker.task import AnyTask, check_publishable
 from aioworker.topology import Queues
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
-
-    from aioworker.addresses import BrokerAddress
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 # Publishes under way at once: enough to hide the round trip, few enough for a small memory.
 WINDOW = 64
 
 
 class Producer:
-    """Publishes chunks of ids to one task's lanes over one connection.
+    """Publishes messages to the lanes of tasks, many over one connection.
 
-    Use as `async with Producer(…) as producer`.
+    Use as `async with Producer() as producer`. It connects at the first publish, and again
+    after the connection was lost. Several publishes may be under way at once.
 
     Args:
-        addresses: The nodes of the RabbitMQ cluster.
-        timeout: Seconds to connect, and seconds to wait for each confirm.
+        amqp_url: RabbitMQ, `amqp://user:password@host:5672/vhost`; several, separated by
+            commas, are the nodes of one cluster. Without it `AIOWORKER_AMQP_URL` is read.
+        timeout: Seconds to connect, and seconds to wait for each confirm, more than 0;
+            without it `AIOWORKER_CONNECT_TIMEOUT` is read.
+
+    Raises:
+        UsageError: The URL is none, or a setting is wrong.
     """
 
-    def __init__(self, addresses: Sequence[BrokerAddress], timeout: float) -> None:
+    def __init__(self, amqp_url: str | None = None, *, timeout: float | None = None) -> None:
+        addresses: Sequence[BrokerAddress] = ()
+        if amqp_url is None or timeout is None:
+            settings = Settings.load()
+            addresses = settings.amqp_url
+            timeout = settings.connect_timeout if timeout is None else timeout
+        if amqp_url is not None:
+            try:
+                addresses = BrokerAddress.parse_all(amqp_url)
+            except ValueError as error:
+                raise UsageError(str(error)) from None
+        self._use(addresses, timeout)
+
+    @classmethod
+    def over(cls, addresses: Sequence[BrokerAddress], timeout: float) -> Producer:
+        """Make one for addresses that are parsed already."""
+        made = cls.__new__(cls)
+        made._use(addresses, timeout)
+        return made
+
+    def _use(self, addresses: Sequence[BrokerAddress], timeout: float) -> None:
         self._timeout = timeout
         self._publisher = broker.Publisher(addresses, timeout, "aioworker publish")
 
@@ -41,30 +69,41 @@ class Producer:
     async def __aexit__(self, *exc_info: object) -> None:
         await self._publisher.close()
 
-    async def publish(self, task: str, ids: list[int], *, urgent: bool = False) -> str:
-        """Publish one chunk and return the message's id once RabbitMQ has confirmed it.
+    async def publish(
+        self, task: AnyTask | str, /, *args: Any, urgent: bool = False, **kwargs: Any
+    ) -> str:
+        """Publish one message and return its id once RabbitMQ has confirmed it.
 
         Args:
-            task: The task's name.
-            ids: 1 to 1000 ids.
+            task: The task, or its name: this process need not import it; what it cannot
+                take is then refused by the worker.
+            args: The function's arguments, without its `Context`; for a task that takes
+                chunks, first the list of 1 to 1000 ids or rows.
             urgent: Whether to use the urgent lane.
+            kwargs: The function's keyword arguments.
 
         Raises:
-            UsageError: The ids are not a chunk.
-            BrokerError: RabbitMQ did not confirm it.
+            UsageError: The task cannot be called with these arguments; nothing was
+                published.
+            QueueMissingError: The task's lanes are not declared; nothing was published.
+            BrokerError: RabbitMQ did not confirm it; it may have been published all the
+                same.
         """
-        return await self._send(task, message.check_chunk(ids), urgent=urgent)
+        name, checked = check_publishable(task, args, kwargs)
+        return await self._send(name, checked, kwargs, urgent=urgent)
 
-    async def publish_swept(self, task: str, ids: list[int]) -> str:
+    async def publish_swept(self, task: AnyTask, chunk: list[Any]) -> str:
         """Publish a chunk of a sweep to the bulk lane; otherwise as `publish`.
 
         The ids are not looked at: they come from a table, a thousand at a time, and the
         consumer refuses what is none.
         """
-        return await self._send(task, ids, urgent=False)
+        return await self._send(task.name, [chunk, *task.options.constants], {}, urgent=False)
 
-    async def _send(self, task: str, ids: list[int], *, urgent: bool) -> str:
-        outgoing = outgoing_message(task, ids)
+    async def _send(
+        self, task: str, args: Sequence[Any], kwargs: Mapping[str, Any], *, urgent: bool
+    ) -> str:
+        outgoing = outgoing_message(task, args, kwargs)
         queues = Queues.of(task)
         await self._publisher.publish(queues.urgent if urgent else queues.bulk, outgoing)
         return outgoing.message_id or ""
@@ -83,9 +122,11 @@ class Producer:
         return waiting
 
 
-def outgoing_message(task: str, ids: list[int]) -> aio_pika.Message:
-    """Return the message that runs *task* for a chunk, as aio-pika publishes it."""
-    encoded = message.encode(task, ids)
+def outgoing_message(
+    task: str, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
+) -> aio_pika.Message:
+    """Return the message that runs *task* with these arguments, as aio-pika publishes it."""
+    encoded = message.encode(task, args, kwargs)
     return aio_pika.Message(
         encoded.body,
         headers=encoded.headers,
@@ -102,7 +143,7 @@ class Sweep:
 
     Args:
         chunks: Chunks confirmed.
-        ids: Ids in them.
+        ids: Ids, or rows, in them.
         last_id: All ids up to this one are confirmed; None before the first chunk is.
     """
 
@@ -110,16 +151,21 @@ class Sweep:
     ids: int = 0
     last_id: int | None = None
 
-    def add(self, chunk: Sequence[int]) -> None:
+    def add(self, chunk: Sequence[Any]) -> None:
         """Count a chunk whose predecessors are all counted."""
         self.chunks += 1
         self.ids += len(chunk)
-        self.last_id = chunk[-1]
+        self.last_id = id_of(chunk[-1])
 
 
-async def chunked(pages: AsyncIterator[list[int]], size: int) -> AsyncIterator[list[int]]:
-    """Cut pages of ids into chunks of *size*, the last one shorter."""
-    rest: list[int] = []
+def id_of(entry: Any) -> Any:
+    """Return an entry's id: a row begins with it."""
+    return entry[0] if isinstance(entry, list | tuple) else entry
+
+
+async def chunked(pages: AsyncIterator[list[Any]], size: int) -> AsyncIterator[list[Any]]:
+    """Cut pages of ids or rows into chunks of *size*, the last one shorter."""
+    rest: list[Any] = []
     async for page in pages:
         rest += page
         whole = len(rest) - len(rest) % size
@@ -132,8 +178,8 @@ async def chunked(pages: AsyncIterator[list[int]], size: int) -> AsyncIterator[l
 
 async def publish_sweep(
     producer: Producer,
-    task: str,
-    chunks: AsyncIterator[list[int]],
+    task: AnyTask,
+    chunks: AsyncIterator[list[Any]],
     sweep: Sweep,
     confirmed: Callable[[], None],
 ) -> None:
@@ -141,7 +187,7 @@ async def publish_sweep(
 
     Args:
         producer: Its connection is used.
-        task: The task's name.
+        task: The task.
         chunks: Ids ascending, from one chunk to the next too.
         sweep: Counts what is confirmed, also when this is cut short.
         confirmed: Called after each chunk that was counted.
@@ -149,7 +195,7 @@ async def publish_sweep(
     Raises:
         BrokerError: A chunk is not confirmed; those before it are counted in *sweep*.
     """
-    under_way: deque[tuple[list[int], asyncio.Task[str]]] = deque()
+    under_way: deque[tuple[list[Any], asyncio.Task[str]]] = deque()
 
     async def count_oldest() -> None:
         chunk, publishing = under_way[0]

@@ -29,12 +29,13 @@ if TYPE_CHECKING:
 
     from aioworker.db import Database
 
+TASK = "update_current_version"
 PAGE_SIZE = 5000
 TRANSACTION_SIZE = 100
 READS_AGAIN = 3
 
 # The comment shows in the server's list of processes.
-_COMMENT = "/* aioworker update_current_version */"
+_COMMENT = f"/* aioworker {TASK} */"
 
 PAGE = f"""SELECT {_COMMENT} id FROM addons
 WHERE id > %s AND status IN (1, 2, 3, 4, 6, 7) AND inactive = 0 AND addontype_id <> 9

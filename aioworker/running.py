@@ -4,35 +4,61 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import os
 import signal
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from aioworker.errors import AioworkerError
+from aioworker.errors import AioworkerError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from aioworker.settings import Settings
-    from aioworker.task import Task
+    from aioworker.task import AnyTask
 
 _Result = TypeVar("_Result")
 
+MAIN_JOB = "aioworker.addons"
 DEFAULT_TASK = "update_current_version"
 TaskName = Annotated[str, typer.Argument(metavar="TASK", help="The task's name.")]
+App = Annotated[
+    str | None,
+    typer.Option("--app", metavar="MODULE", help="Module that registers tasks; several by commas."),
+]
 
 
-def prepare(name: str, **options: str | None) -> tuple[Settings, Task]:
+def prepare(name: str, **options: str | None) -> tuple[Settings, AnyTask]:
     """Read the settings, begin to log, and find the task."""
-    from aioworker import logs
+    settings, [task] = prepare_all([name], **options)
+    return settings, task
+
+
+def prepare_all(names: list[str], **options: str | None) -> tuple[Settings, list[AnyTask]]:
+    """Read the settings, begin to log, and find the tasks.
+
+    Without a name they are all that the app's modules register, or the main job where
+    there is no app.
+    """
+    from aioworker import apps, logs
     from aioworker.settings import Settings
-    from aioworker.task import find
+    from aioworker.task import find, registered
 
     settings = Settings.load(**options)
     logs.configure(settings.log_level, settings.log_format)
-    importlib.import_module("aioworker.addons")  # registers the main job
-    return settings, find(name)
+    importlib.import_module(MAIN_JOB)
+    own = registered()
+    apps.load(settings.app)
+    logs.configure(settings.log_level, settings.log_format)  # a module may have changed it
+    theirs = [one for one in registered() if one not in own]
+    if settings.app and not theirs:
+        raise UsageError(f"expected {', '.join(settings.app)} to register a task with @task")
+    return settings, [find(name) for name in dict.fromkeys(names or theirs or [DEFAULT_TASK])]
+
+
+def _exit(number: int, _frame: object) -> None:
+    os._exit(128 + number)
 
 
 def on_signal(react: Callable[[signal.Signals], None]) -> None:
@@ -42,7 +68,8 @@ def on_signal(react: Callable[[signal.Signals], None]) -> None:
     def first(received: signal.Signals) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
-            signal.signal(number, signal.SIG_DFL)
+            # The kernel drops the default action for the first process of a container.
+            signal.signal(number, _exit if os.getpid() == 1 else signal.SIG_DFL)
         react(received)
 
     for number in (signal.SIGTERM, signal.SIGINT):

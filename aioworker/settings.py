@@ -18,9 +18,10 @@ from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from aioworker.addresses import BrokerAddress, DatabaseAddress
+from aioworker.chunk import CHUNK_LIMIT
 from aioworker.errors import UsageError
 from aioworker.limits import RateLimit
-from aioworker.message import CHUNK_LIMIT, RETRIES_LIMIT
+from aioworker.message import RETRIES_LIMIT
 
 if TYPE_CHECKING:
     from aioworker.db import Database
@@ -69,6 +70,14 @@ def _parsed(parse: Callable[[str], object]) -> BeforeValidator:
     return BeforeValidator(lambda value: parse(value) if isinstance(value, str) else value)
 
 
+def _modules(text: str) -> tuple[str, ...]:
+    names = tuple(part.strip() for part in text.split(","))
+    for name in names:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise ValueError(f"expected modules such as shop.tasks, got: {name!r}")
+    return names
+
+
 class Settings(BaseSettings):
     """The settings, with the only defaults there are; `Settings.load` reads them."""
 
@@ -87,6 +96,9 @@ class Settings(BaseSettings):
         "mysql://root@127.0.0.1:3306/aioworker",
         validate_default=True,
         description="MySQL or MariaDB; TLS by ssl_mode, ssl_ca, ssl_cert, ssl_key in the query.",
+    )
+    app: Annotated[tuple[str, ...], NoDecode, _parsed(_modules)] = Field(
+        (), description="Modules that register tasks, comma-separated; the current folder's too."
     )
     rate_limit: Annotated[RateLimit | None, NoDecode, _parsed(RateLimit.parse)] = Field(
         None, description="How often a task starts, such as 2/m; unset, as the task says."
@@ -142,12 +154,18 @@ class Settings(BaseSettings):
             problem = first["msg"].removeprefix("Value error, ")
             raise UsageError(f"{shown}: {problem}") from None
 
-    def database(self) -> Database:
-        """Return the database, not yet connected."""
+    def database(self, timeout: float | None = None) -> Database:
+        """Return the database, not yet connected.
+
+        Args:
+            timeout: Seconds for each use; without it `task_timeout`.
+        """
         from aioworker.db import Database  # help needs no client of a server
 
         return Database(
-            self.mysql_url, connect_timeout=self.connect_timeout, timeout=self.task_timeout
+            self.mysql_url,
+            connect_timeout=self.connect_timeout,
+            timeout=self.task_timeout if timeout is None else timeout,
         )
 
     @classmethod
@@ -162,7 +180,7 @@ class Settings(BaseSettings):
 
 
 def _default(value: Any) -> str:
-    if value is None:
+    if value in (None, ()):
         return "unset"
     return f"{value:g}" if isinstance(value, float) else str(value)
 

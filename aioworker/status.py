@@ -23,7 +23,7 @@ from aioworker.tables import ALIVE_SECONDS, Row, holder, peek
 if TYPE_CHECKING:
     from aioworker.db import Database
     from aioworker.settings import Settings
-    from aioworker.task import Task
+    from aioworker.task import AnyTask
 
 _WORKERS = """SELECT host, pid, version, rate, session, state, reason, since, seen,
     TIMESTAMPDIFF(MICROSECOND, seen, SYSDATE(6)) / 1e6
@@ -159,7 +159,7 @@ class Status:
         return json.dumps(asdict(self), indent=indent, default=_encoded)
 
 
-async def look(settings: Settings, task: Task) -> Status:
+async def look(settings: Settings, task: AnyTask) -> Status:
     """Ask both servers about a task."""
     (queued, broker_error), (row, turn, workers, database_error) = await asyncio.gather(
         _ask_broker(settings, task), _ask_database(settings, task)
@@ -183,7 +183,9 @@ async def look(settings: Settings, task: Task) -> Status:
     )
 
 
-async def _ask_broker(settings: Settings, task: Task) -> tuple[Queued | None, BrokerError | None]:
+async def _ask_broker(
+    settings: Settings, task: AnyTask
+) -> tuple[Queued | None, BrokerError | None]:
     queues = topology.Queues.of(task.name)
     timeout = settings.connect_timeout
     try:
@@ -195,7 +197,7 @@ async def _ask_broker(settings: Settings, task: Task) -> tuple[Queued | None, Br
 
 
 async def _ask_database(
-    settings: Settings, task: Task
+    settings: Settings, task: AnyTask
 ) -> tuple[Row | None, str | None, list[Worker] | None, DatabaseError | None]:
     if settings.budget != "shared":
         return None, None, None, None
@@ -216,7 +218,7 @@ async def workers(database: Database, task: str) -> list[Worker]:
 
 
 def _limit(
-    settings: Settings, task: Task, row: Row | None, turn: str | None, workers: list[Worker]
+    settings: Settings, task: AnyTask, row: Row | None, turn: str | None, workers: list[Worker]
 ) -> Limit:
     """Return the rate limit in force, from the row and what this process knows."""
     gap_us = None if row is None else row.gap_us
@@ -260,7 +262,7 @@ def _interval(rate: str, gap_us: int | None) -> float | None:
 
 
 def _why(
-    task: Task,
+    task: AnyTask,
     queued: Queued | None,
     broker_error: BrokerError | None,
     limit: Limit | None,

@@ -11,10 +11,13 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
-from aioworker import broker, topology
+from aioworker import broker, outcome, topology
+from aioworker.context import Context
 from aioworker.errors import AioworkerError, BrokerError, DatabaseError, StalledError
+from aioworker.flow import Flow
 from aioworker.limits import POLL_SECONDS, Wait
 from aioworker.logs import fields
 from aioworker.outcome import Kind, Outcome
@@ -26,12 +29,12 @@ from aioworker.recovery import (
     Outage,
     Stall,
 )
-from aioworker.task import Context, Task
+from aioworker.task import AnyTask
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from aio_pika.abc import AbstractConnection
+    from aio_pika.abc import AbstractConnection, AbstractIncomingMessage
 
     from aioworker.addresses import BrokerAddress
     from aioworker.consumer import Consumer
@@ -40,6 +43,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+AT_ONCE = 16  # messages of each lane, for a task without a rate limit that needs no database
+SUSPECT_RETURNS = 2  # to its lane, and a message is served alone
+FLOW_SECONDS = 0.2  # without a message, and the lanes are looked at again
 IDLE_SECONDS = 0.9  # between looks at empty lanes: a message is noticed within a second
 HEALED_SECONDS = 30.0  # a connection that stood for so long is no part of an outage before it
 
@@ -53,12 +59,14 @@ class Options:
         burst: End once the lanes are empty, or at the first failure.
         connect_timeout: Seconds for each step with RabbitMQ.
         worker: This worker's name, in connections.
+        needs_database: Whether anything of it does.
     """
 
     addresses: Sequence[BrokerAddress]
     burst: bool
     connect_timeout: float
     worker: str
+    needs_database: bool = True
 
 
 class Supervisor:
@@ -75,7 +83,7 @@ class Supervisor:
 
     def __init__(
         self,
-        task: Task,
+        task: AnyTask,
         database: Database,
         budget: Budget,
         consumer: Consumer,
@@ -167,11 +175,12 @@ class Supervisor:
         Raises:
             DatabaseError: Nothing is taken while that is so.
         """
-        await self._database.ready()
-        if not self._trusted:
+        if self._options.needs_database:
+            await self._database.ready()
+        if not self._trusted and self._task.check is not None:
             with self._database.explaining():
-                await self._task.function(Context(self._database, self._task.name), [])
-            self._trusted = True
+                await self._task.check(Context(self._database, self._task.name))
+        self._trusted = True
 
     # 1. Wait for messages, for the budget and the turn; nothing is held meanwhile.
 
@@ -188,7 +197,10 @@ class Supervisor:
         if not (self._took and not self._budget.limited) and not await lanes.hold_something():
             return False if burst else await self._wait(Wait("nothing queued", IDLE_SECONDS))
         failure = None
-        if wait is None:
+        if wait is None and not self._budget.limited:
+            self._stall.due(0)
+            failure = await self._serve_unlimited(lanes, publisher)
+        elif wait is None:
             self._stall.due(self._budget.interval)
             async with self._budget.turn() as wait:
                 if wait is None:
@@ -213,17 +225,83 @@ class Supervisor:
         """
         starts = self.consumer.starts
         while self.consumer.starts == starts and not self._stop.is_set():
-            delivery = await lanes.take()
-            self._took = delivery is not None
-            if delivery is None:
+            result = await self._serve_one(lanes, publisher)
+            if result is None:
                 break
-            self._moves()
-            result = await self.consumer.serve(delivery, publisher)
             if result.kind is Kind.RELEASED:
                 return result if result.failed else None
-            self._failed_runs.end()
             await self._presence.keep()
         return None
+
+    async def _serve_unlimited(
+        self, lanes: topology.Lanes, publisher: broker.Publisher
+    ) -> Outcome | None:
+        """Take messages without a limit until the next look at the budget.
+
+        Returns:
+            What one came to that was given back after a failure.
+        """
+        self._presence.tell("running", self._task.name, logging.DEBUG)
+        await self._presence.keep()
+        if not self._task.needs_database:
+            # What comes back again and again is served alone: whatever is held when a worker
+            # dies is counted by RabbitMQ, as if it had killed it.
+            first = await lanes.take()
+            self._took = first is not None
+            if first is None:
+                return None
+            if outcome.deliveries(first) < SUSPECT_RETURNS:
+                return await self._serve_flow(lanes, publisher, first)
+            alone = await self._serve_delivery(first, publisher)
+            return alone if alone.failed and alone.kind is Kind.RELEASED else None
+        # Runs that use the database share one connection: one at a time.
+        until = time.monotonic() + POLL_SECONDS
+        while time.monotonic() < until and not self._stop.is_set():
+            result = await self._serve_one(lanes, publisher)
+            if result is None:
+                break
+            if result.kind is Kind.RELEASED:
+                return result if result.failed else None
+        return None
+
+    async def _serve_flow(
+        self, lanes: topology.Lanes, publisher: broker.Publisher, first: AbstractIncomingMessage
+    ) -> Outcome | None:
+        """Serve messages as RabbitMQ sends them, several at once, until none comes any more."""
+        flow = Flow(partial(self._serve_delivery, publisher=publisher))
+        async with lanes.flow(AT_ONCE) as arrived, flow.serving(arrived, 2 * AT_ONCE):
+            arrived.put_nowait(first)
+            look_at = time.monotonic() + POLL_SECONDS
+            while not (self._stop.is_set() or self._lost.is_set() or flow.ended.is_set()):
+                served = flow.served
+                await _first_of(FLOW_SECONDS, self._stop, self._lost, flow.ended)
+                self._took = flow.running > 0 or flow.served > served
+                if not self._took:
+                    break
+                if time.monotonic() < look_at:
+                    continue
+                await self._presence.keep()
+                if await self._budget.look() is not None or self._budget.limited:
+                    break
+                look_at = time.monotonic() + POLL_SECONDS
+        return flow.failure
+
+    async def _serve_one(
+        self, lanes: topology.Lanes, publisher: broker.Publisher
+    ) -> Outcome | None:
+        """Take one message and serve it; return what it came to, None where the lanes are empty."""
+        delivery = await lanes.take()
+        self._took = delivery is not None
+        return None if delivery is None else await self._serve_delivery(delivery, publisher)
+
+    async def _serve_delivery(
+        self, delivery: AbstractIncomingMessage, publisher: broker.Publisher
+    ) -> Outcome:
+        self._moves()
+        result = await self.consumer.serve(delivery, publisher)
+        if result.kind is not Kind.RELEASED:
+            self._failed_runs.end()
+        return result
 
     def _moves(self) -> None:
         """Note that this worker does not stand still."""
@@ -278,7 +356,8 @@ class Supervisor:
         self._presence.tell("waiting", reason, level)
         if self._database.is_open:
             await self._keep_presence()
-        await _first_of(seconds, self._stop)
+        await _first_of(seconds, self._stop, self._lost)
+        self._notice_loss()
 
     async def _keep_presence(self) -> None:
         """Write the worker's row where the database lets it: another wait goes on meanwhile."""

@@ -18,7 +18,7 @@ from aioworker import trouble
 from aioworker.errors import DatabaseError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from datetime import datetime
 
     from aioworker.db import Database
@@ -143,8 +143,8 @@ class Row:
         return " ".join(f"paused{by}{since}{why}".split())
 
 
-async def create(database: Database, task: str) -> set[str]:
-    """Make the tables and the task's row where they are not there; change nothing else.
+async def create(database: Database, tasks: Sequence[str]) -> set[str]:
+    """Make the tables and the tasks' rows where they are not there; change nothing else.
 
     Returns:
         The names of the tables that were made.
@@ -165,7 +165,8 @@ async def create(database: Database, task: str) -> set[str]:
                 await database.execute(statement)
         for statement in _COLUMNS:
             await database.query(statement)
-        await database.execute(FIRST_ROW, {"task": task})
+        for task in tasks:
+            await database.execute(FIRST_ROW, {"task": task})
     return made
 
 

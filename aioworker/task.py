@@ -1,112 +1,291 @@
-"""Tasks: functions registered under a name, and what they are called with."""
+"""Tasks: functions registered under a name, and how they are called."""
 
 from __future__ import annotations
 
 import difflib
-import logging
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+import inspect
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial, update_wrapper
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, overload
 
-from aioworker.errors import UnknownTaskError
+from aioworker import threads
+from aioworker.context import Context
+from aioworker.errors import TaskError, TaskExitError, UnknownTaskError, UsageError
 from aioworker.limits import RateLimit
+from aioworker.message import RETRIES_LIMIT, brief
+from aioworker.signature import Signature
 
 if TYPE_CHECKING:
-    from contextlib import AbstractAsyncContextManager
+    from aioworker.db import Database
 
-    from aioworker.db import Cursor, Database
+P = ParamSpec("P")
+R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
+Pages = AsyncIterator[list[Any]] | Iterable[list[Any]] | Awaitable[Iterable[list[Any]]]
+Keys = Callable[..., Pages]
+
+NAME_LENGTH = 100
+LONGEST_SECONDS = 3600
+_NAME = re.compile(rf"[A-Za-z0-9_.-]{{1,{NAME_LENGTH}}}")
+_RESERVED = (".urgent", ".retry", ".dead")
+
+
+class Publishes(Protocol):
+    """What a task is published with: a `Producer`."""
+
+    async def publish(
+        self, task: Task[..., Any] | str, /, *args: Any, urgent: bool = False, **kwargs: Any
+    ) -> str:
+        """Publish one message; return its id once RabbitMQ has confirmed it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Context:
-    """What a task gets besides its chunk.
+class Options:
+    """How a task is run, where it does not leave that to the worker's settings.
 
     Args:
-        database: The database that is being protected.
-        task: The task's name.
-        message_id: The message's id.
-        attempt: This run's number for this message, counted from 1.
-        counts: Whatever the task counts; shown in the log line of the run.
+        rate_limit: How often it may start; None is no limit.
+        max_retries: Attempts after the first; None is the worker's setting.
+        timeout: Seconds a run may take; None is the worker's setting.
+        constants: What a sweep passes behind each chunk.
     """
 
-    database: Database
-    task: str
-    message_id: str = "none"
-    attempt: int = 1
-    counts: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def log(self) -> logging.Logger:
-        """The logger of this task: `aioworker.task.<name>`."""
-        return logging.getLogger(f"aioworker.task.{self.task}")
-
-    def transaction(self) -> AbstractAsyncContextManager[Cursor]:
-        """Open a transaction: committed at the end, rolled back on an exception."""
-        return self.database.transaction()
+    rate_limit: RateLimit | None = None
+    max_retries: int | None = None
+    timeout: float | None = None
+    constants: tuple[Any, ...] = ()
 
 
-Function = Callable[[Context, list[int]], Awaitable[None]]
-Needed = Callable[[Context, list[int]], Awaitable[list[int]]]
-Keys = Callable[[Context, int], AsyncIterator[list[int]]]
-
-
-@dataclass(slots=True)
-class Task:
-    """A function that can be published to, made by `task`.
+@dataclass
+class Task(Generic[P, R]):
+    """A function that can be published to, made by `task`; called, it is the function itself.
 
     Args:
         name: What it is registered, published and queued under.
-        function: Called with a `Context` and a chunk of up to 1000 ids; must leave the same
-            rows when called twice.
-        rate_limit: How often it may start; None is no limit.
-        keys: Called with a `Context` and an id: yields the ids of a sweep behind that id,
-            ascending, in pages.
+        function: The function, as written.
+        options: How it is run.
+        keys: What yields the ids or rows of a sweep; None for a task without sweeps.
+        reader: What `needed` registers.
+        check: Called before the first message and after failures, to see that the task can
+            work at all; what it raises of the database is waited for with no message in hand.
+        signature: What the function can be called with.
     """
 
     name: str
-    function: Function
-    rate_limit: RateLimit | None
-    keys: Keys
-    reader: Needed | None = None
+    function: Callable[P, R]
+    options: Options = field(default_factory=Options)
+    keys: Keys | None = None
+    check: Callable[[Context], Awaitable[None]] | None = None
+    reader: Callable[..., Any] | None = None
+    signature: Signature = field(init=False)
 
-    async def __call__(self, ctx: Context, ids: list[int]) -> None:
-        """Run the function itself, as undecorated."""
-        await self.function(ctx, ids)
+    def __post_init__(self) -> None:
+        self.signature = Signature.of(self.name, self.function)
+        update_wrapper(self, self.function)
 
-    def needed(self, reader: Needed) -> Needed:
-        """Register a function that returns which ids of a chunk still need writing.
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call the function itself."""
+        return self.function(*args, **kwargs)
 
-        It only reads. A chunk that needs nothing costs nothing of the rate limit.
+    @property
+    def takes_chunks(self) -> bool:
+        """Whether its first argument is a chunk: it has `keys`, or `needed`."""
+        return self.keys is not None or self.reader is not None
+
+    @property
+    def needs_database(self) -> bool:
+        """Whether a run may use the database: it gets a `Context`, or asks what is needed."""
+        return self.signature.context or self.reader is not None
+
+    @property
+    def rate_limit(self) -> RateLimit | None:
+        """How often it may start, where nothing else is set."""
+        return self.options.rate_limit
+
+    def needed(self, reader: F) -> F:
+        """Register a function that returns which ids or rows of a chunk still need writing.
+
+        It only reads, and is called as the task is: with a `Context`, where its first
+        parameter is one, and the chunk. What needs nothing costs nothing of the rate limit.
+
+        Raises:
+            TaskError: The task takes no chunk.
         """
+        self.signature.expect_chunk("needed")
         self.reader = reader
         return reader
 
+    async def publish(
+        self, producer: Publishes, /, *args: Any, urgent: bool = False, **kwargs: Any
+    ) -> str:
+        """Publish one message with *producer*; see `Producer.publish`."""
+        return await producer.publish(self, *args, urgent=urgent, **kwargs)
 
-_registry: dict[str, Task] = {}
+    def checked(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+        """Return the positional arguments as the function gets them, chunk first.
+
+        Raises:
+            UsageError: The function cannot be called with these.
+        """
+        return self.signature.checked(args, kwargs, chunk=self.takes_chunks)
+
+    async def read_needed(self, ctx: Context, chunk: list[Any]) -> list[Any]:
+        """Return what of a chunk needs writing: all of it where the task cannot tell."""
+        if self.reader is None:
+            return chunk
+        given = [ctx, chunk] if Signature.wants_context(self.reader) else [chunk]
+        call = partial(self.reader, *given)
+        return list(await _call(call, Signature.is_coroutine(self.reader), ctx.database))
+
+    async def run(self, ctx: Context, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Run the function with checked arguments: a coroutine here, anything else in a thread."""
+        function: Callable[..., Any] = self.function
+        call = partial(function, *([ctx] if self.signature.context else []), *args, **kwargs)
+        used = ctx.database if self.needs_database else None
+        await _call(call, self.signature.coroutine, used)
 
 
-def task(*, rate_limit: str | None, keys: Keys) -> Callable[[Function], Task]:
-    """Register a function as the task of its name.
-
-    Args:
-        rate_limit: Starts in a unit of time, such as `"2/m"`; None is no limit.
-        keys: See `Task`.
+async def _call(call: Callable[[], Any], coroutine: bool, database: Database | None) -> Any:
+    """Call a coroutine function here, anything else in a thread; return what it returns.
 
     Raises:
+        TaskExitError: It called `sys.exit()`, which would end the worker.
+    """
+    try:
+        found = call() if coroutine else await threads.run(call, database)
+        # What looked like a plain function may have made something to await.
+        return await found if inspect.isawaitable(found) else found
+    except SystemExit as error:
+        raise TaskExitError(f"the task called sys.exit({error.code!r})") from error
+
+
+AnyTask = Task[..., Any]
+_registry: dict[str, AnyTask] = {}
+
+
+@overload
+def task(function: Callable[P, R], /) -> Task[P, R]: ...
+
+
+@overload
+def task(
+    *,
+    name: str | None = None,
+    rate_limit: str | None = None,
+    keys: Keys | None = None,
+    constants: Sequence[Any] = (),
+    max_retries: int | None = None,
+    timeout: float | None = None,
+) -> Callable[[Callable[P, R]], Task[P, R]]: ...
+
+
+def task(
+    function: Callable[P, R] | None = None,
+    /,
+    *,
+    name: str | None = None,
+    rate_limit: str | None = None,
+    keys: Keys | None = None,
+    constants: Sequence[Any] = (),
+    max_retries: int | None = None,
+    timeout: float | None = None,
+) -> Task[P, R] | Callable[[Callable[P, R]], Task[P, R]]:
+    """Register a function, `async def` or `def`, as a task.
+
+    It must leave the same rows when called twice with the same arguments. A first parameter
+    annotated `Context` receives one. A `def` runs in a thread, which cannot be cancelled.
+
+    Args:
+        function: The function, where there is nothing else to say: a bare `@task`.
+        name: What it is published and queued under: letters, digits, `_`, `-` and `.`, up
+            to 100; the function's name without it.
+        rate_limit: Starts in a unit of time over all workers, such as `"2/m"` or `"20/h"`;
+            `"0/m"` is a pause, None no limit.
+        keys: A function that yields the ids (or rows) of a sweep in pages, as lists; plain
+            or async, called with a `Context` where its first parameter is annotated so, and
+            with `after`, the id behind which to begin, where it has a parameter of that
+            name. It makes the task's first argument a chunk: up to 1000 ids as
+            `list[int]`; rows where it is annotated otherwise, such as
+            `list[tuple[int, float]]`; JSON makes them lists.
+        constants: Arguments that a sweep passes behind each chunk.
+        max_retries: Attempts after the first before a dead letter, 0 to 1000; None is the
+            worker's setting.
+        timeout: Seconds a run may take, 1 to 3600; None is the worker's setting.
+
+    Raises:
+        TaskError: It cannot be registered like that.
         RateLimitError: `rate_limit` is not COUNT/UNIT.
     """
+
+    def register(registered: Callable[P, R]) -> Task[P, R]:
+        called = name if name is not None else getattr(registered, "__name__", "")
+        options = _checked_options(called, rate_limit, max_retries, timeout, tuple(constants))
+        made = Task(called, registered, options, keys)
+        if keys is not None:
+            if not callable(keys):
+                raise TaskError(f"task {called!r}: expected keys to be a function, got: {keys!r}")
+            made.signature.expect_chunk("keys")
+        made.signature.expect_constants(options.constants)
+        _register(made)
+        return made
+
+    return register if function is None else register(function)
+
+
+def _checked_options(
+    name: str,
+    rate_limit: str | None,
+    max_retries: int | None,
+    timeout: float | None,
+    constants: tuple[Any, ...],
+) -> Options:
+    if _NAME.fullmatch(name) is None or name.endswith(_RESERVED):
+        raise TaskError(
+            f"expected a task's name of 1 to {NAME_LENGTH} letters, digits, '_', '-' and '.', not"
+            f" ending in {', '.join(_RESERVED)}, got: {brief(name)}"
+        )
+    if max_retries is not None and not (
+        type(max_retries) is int and 0 <= max_retries <= RETRIES_LIMIT
+    ):
+        raise TaskError(
+            f"task {name!r}: expected max_retries from 0 to {RETRIES_LIMIT}, got: {max_retries!r}"
+        )
+    if timeout is not None and not 1 <= timeout <= LONGEST_SECONDS:
+        raise TaskError(
+            f"task {name!r}: expected timeout from 1 to {LONGEST_SECONDS} seconds, got: {timeout!r}"
+        )
     rate = None if rate_limit is None else RateLimit.parse(rate_limit)
-
-    def register(function: Function) -> Task:
-        registered = Task(function.__name__, function, rate, keys)
-        _registry[registered.name] = registered
-        return registered
-
-    return register
+    return Options(rate, max_retries, timeout, constants)
 
 
-def find(name: str) -> Task:
+def _register(made: AnyTask) -> None:
+    before = _registry.get(made.name)
+    if before is not None and _origin(before) != _origin(made):
+        raise TaskError(
+            f"task {made.name!r} is registered twice: by {_place(before)} and by {_place(made)};"
+            " give one of them another name="
+        )
+    _registry[made.name] = made
+
+
+def _place(made: AnyTask) -> str:
+    return f"{made.function.__module__}.{getattr(made.function, '__qualname__', '?')}"
+
+
+def _origin(made: AnyTask) -> tuple[object, ...]:
+    """Return what tells a function from another one of the same name: where it begins, too."""
+    code = getattr(inspect.unwrap(made.function), "__code__", None)
+    return _place(made), getattr(code, "co_filename", ""), getattr(code, "co_firstlineno", 0)
+
+
+def registered() -> list[str]:
+    """Return the names of all tasks that are registered, in their order."""
+    return list(_registry)
+
+
+def find(name: str) -> AnyTask:
     """Return the task of this name.
 
     Raises:
@@ -117,3 +296,20 @@ def find(name: str) -> Task:
     except KeyError:
         known = difflib.get_close_matches(name, _registry, n=1, cutoff=0) or ["none"]
         raise UnknownTaskError(f"unknown task {name!r}, did you mean {known[0]}?") from None
+
+
+def check_publishable(
+    made: AnyTask | str, args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[str, list[Any]]:
+    """Return a task's name and the arguments to publish, checked as far as they can be.
+
+    Raises:
+        UsageError: The task cannot be called with them.
+    """
+    known = _registry.get(made) if isinstance(made, str) else made
+    if known is None:
+        return str(made), list(args)
+    try:
+        return known.name, known.checked(args, kwargs)
+    except UsageError as error:
+        raise UsageError(f"task {known.name!r}: {error}") from None

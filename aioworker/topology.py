@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,7 +19,7 @@ from aioworker import broker
 from aioworker.errors import QueueDiffersError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 
     from aio_pika.abc import (
         AbstractChannel,
@@ -28,11 +29,15 @@ if TYPE_CHECKING:
     )
 
 _Result = TypeVar("_Result")
+# What arrives from a lane; None says that nothing more does.
+Arrived = asyncio.Queue["AbstractIncomingMessage | None"]
 
 RETRY_TTL_MS = 60_000
 MAX_LENGTH = 1_000_000
 # A backstop against a message that comes back for ever: RabbitMQ 3 has none, 4 has 20.
 DELIVERY_LIMIT = 100
+# Each look at a dead letter is a delivery, and RabbitMQ 4 drops it at the twentieth unless told.
+NO_LIMIT = 1_000_000_000
 # A quorum queue of RabbitMQ 3.10 that is younger than a second is lost with all its confirmed
 # messages when the broker is killed (measured); three seconds leave room.
 SAFE_AFTER_SECONDS = 3.0
@@ -76,8 +81,9 @@ class Queues:
         limit = {"x-delivery-limit": DELIVERY_LIMIT} if quorum else {}
         lane = kind | keep | limit | length | {"x-dead-letter-routing-key": self.dead}
         wait = {"x-message-ttl": RETRY_TTL_MS, "x-dead-letter-routing-key": self.bulk}
+        kept = {"x-delivery-limit": NO_LIMIT} if quorum else {}
         return {
-            self.dead: kind,
+            self.dead: kind | kept,
             self.bulk: lane,
             self.urgent: lane,
             self.retry: kind | keep | length | wait,
@@ -119,15 +125,17 @@ async def _declare_one(
     await _bounded(call, name, timeout)
 
 
-async def wait_until_safe(connection: AbstractConnection, queues: Queues, timeout: float) -> None:
+async def wait_until_safe(
+    connection: AbstractConnection, queues: Iterable[Queues], timeout: float
+) -> None:
     """Wait until new queues outlive a broker that is killed, and see that they are there.
 
     Raises:
         BrokerError: One of them is gone, or the connection is lost.
     """
     await asyncio.sleep(SAFE_AFTER_SECONDS)
-    names = (queues.dead, queues.bulk, queues.urgent, queues.retry)
-    await check(connection, names, timeout)
+    for one in queues:
+        await check(connection, (one.dead, one.bulk, one.urgent, one.retry), timeout)
 
 
 async def check(connection: AbstractConnection, names: tuple[str, ...], timeout: float) -> int:
@@ -172,6 +180,7 @@ class Lanes:
     """A task's two lanes, to take from, over one channel.
 
     Args:
+        connection: For a channel of its own, where messages flow.
         channel: What both are used over.
         urgent: Always taken from first.
         bulk: Taken from when *urgent* is empty.
@@ -180,12 +189,14 @@ class Lanes:
 
     def __init__(
         self,
+        connection: AbstractConnection,
         channel: AbstractChannel,
         urgent: AbstractQueue,
         bulk: AbstractQueue,
         timeout: float,
     ) -> None:
         self._channel = channel
+        self._connection = connection
         self._queues = (urgent, bulk)
         self._timeout = timeout
 
@@ -204,7 +215,7 @@ class Lanes:
             channel = await connection.channel()
             urgent = await channel.get_queue(queues.urgent, ensure=False)
             bulk = await channel.get_queue(queues.bulk, ensure=False)
-            return cls(channel, urgent, bulk, timeout)
+            return cls(connection, channel, urgent, bulk, timeout)
 
         return await _bounded(call, queues.bulk, timeout)
 
@@ -237,6 +248,32 @@ class Lanes:
             if delivery is not None:
                 return delivery
         return None
+
+    @asynccontextmanager
+    async def flow(self, at_once: int) -> AsyncIterator[Arrived]:
+        """Have RabbitMQ send what is in the lanes, each message as soon as there is room for it.
+
+        What was not settled inside goes back into its lane.
+
+        Args:
+            at_once: Messages of each lane that may be unsettled at once.
+
+        Raises:
+            BrokerError: A lane is gone, or the connection is lost.
+        """
+        arrived: Arrived = asyncio.Queue()
+        bulk = self._queues[-1].name
+        channel = await _bounded(self._connection.channel, bulk, self._timeout)
+        try:
+            await _bounded(partial(channel.set_qos, at_once), bulk, self._timeout)
+            for lane in self._queues:
+                queue = await channel.get_queue(lane.name, ensure=False)
+                await _bounded(partial(queue.consume, arrived.put), lane.name, self._timeout)
+            yield arrived
+        finally:
+            with suppress(*broker.FAILURES):
+                async with asyncio.timeout(self._timeout):
+                    await channel.close()
 
 
 async def _bounded(call: Callable[[], Awaitable[_Result]], queue: str, timeout: float) -> _Result:

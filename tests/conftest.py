@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import time
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from pymysql.connections import Connection
     from pymysql.cursors import Cursor
 
-    from aioworker.task import Task
+    from aioworker.task import AnyTask
 
 AIOWORKER = Path(sys.executable).parent / "aioworker"
 TASK = "update_current_version"
@@ -142,23 +143,24 @@ def make_worker(
     pair: servers.Servers,
     database: Database,
     *,
-    task: Task = update_current_version,
+    task: AnyTask = update_current_version,
     rate_limit: str | None = None,
     burst: bool = True,
+    task_timeout: float = 30,
 ) -> Supervisor:
     """Make a worker that ends once the lanes are empty."""
     budget: Budget = WorkerBudget(None)
     if rate_limit is not None:
         budget = SharedBudget(database, task.name, RateLimit.parse(rate_limit), "test")
     presence = Presence(task.name, "test", 1, None, lambda _doing: None, None)
-    consumer = Consumer(task, database, budget, presence, Terms(5, 30, 10), "test")
+    consumer = Consumer(task, database, budget, presence, Terms(5, task_timeout, 10), "test")
     options = Options(BrokerAddress.parse_all(pair.amqp_url), burst, 10, "test")
     return Supervisor(task, database, budget, consumer, presence, options)
 
 
 def make_producer(pair: servers.Servers) -> Producer:
     """Make a producer."""
-    return Producer(BrokerAddress.parse_all(pair.amqp_url), 10)
+    return Producer(pair.amqp_url, timeout=10)
 
 
 @pytest.fixture
@@ -183,11 +185,13 @@ def run(pair: servers.Servers, tmp_path: Path) -> Run:
 class Worker:
     """A running `aioworker`, its log in a file."""
 
+    command: tuple[str, ...] = (str(AIOWORKER),)
+
     def __init__(self, pair: servers.Servers, folder: Path, *arguments: str, **variables: str):
         self._log = folder / "worker.log"
         self._file = self._log.open("a")
         self.process = subprocess.Popen(
-            [AIOWORKER, *arguments],
+            [*self.command, *arguments],
             env=pair.environment | variables,
             cwd=folder,
             stdout=self._file,
@@ -207,20 +211,31 @@ class Worker:
         self._file.close()
 
 
+class ModuleWorker(Worker):
+    """The same by `python -m aioworker`."""
+
+    command = (sys.executable, "-m", "aioworker")
+
+
 @pytest.fixture
 def start(pair: servers.Servers, tmp_path: Path) -> Iterator[Callable[..., Worker]]:
     """Start commands that are ended with the test."""
     workers: list[Worker] = []
 
-    def start_worker(*arguments: str, **variables: str) -> Worker:
+    def start_worker(*arguments: str, kind: type[Worker] = Worker, **variables: str) -> Worker:
         folder = tmp_path / str(len(workers))
         folder.mkdir()
-        workers.append(Worker(pair, folder, *arguments, **variables))
+        workers.append(kind(pair, folder, *arguments, **variables))
         return workers[-1]
 
     yield start_worker
     for worker in workers:
         worker.end()
+
+
+def importable(folder: Path) -> str:
+    """Return a PYTHONPATH with which a command imports modules of a folder."""
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
 
 
 def eventually(holds: Callable[[], T], what: str) -> T:

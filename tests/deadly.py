@@ -6,7 +6,7 @@ import os
 
 from aioworker import cli
 from aioworker.addons import update_current_version
-from aioworker.task import Context
+from aioworker.context import Context
 
 DEADLY_ADDON = 13
 STATUS = 139

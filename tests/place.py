@@ -147,7 +147,7 @@ class Place:
         """Do what `init` does, but for its wait until the queues outlive a crash."""
         address = DatabaseAddress.parse(self.servers.mysql_url)
         async with Database(address, connect_timeout=SECONDS, timeout=SECONDS) as database:
-            await tables.create(database, TASK)
+            await tables.create(database, [TASK])
         async with await self._connect() as connection:
             await topology.declare(connection, QUEUES, "quorum", SECONDS)
 

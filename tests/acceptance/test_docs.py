@@ -48,13 +48,6 @@ def test_the_table_of_settings_is_the_codes() -> None:
     assert re.findall(r"^\| `AIOWORKER_.*$", README, re.MULTILINE) == rows
 
 
-def test_the_readmes_task_is_the_main_job() -> None:
-    """Verbatim, so that it cannot grow stale."""
-    [block] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-
-    assert block in (ROOT / "aioworker/addons.py").read_text()
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_and_stands_in_the_readme(command: str, run: Run) -> None:
     done = run(*command.split(), "--help")

@@ -87,6 +87,21 @@ async def test_a_dry_run_counts_and_publishes_nothing(
     assert await lanes.count(QUEUES.bulk) == 0
 
 
+async def test_a_sweep_can_leave_out_what_is_right_already(
+    run: Run, lanes: Lanes, shop: Connection[Cursor]
+) -> None:
+    """It is read without locks, and the starts are spent on what is stale."""
+    simple_addons(shop, 2500)
+    execute(shop, "UPDATE addons SET current_version = id + 10000 WHERE id % 2")
+
+    dry = run("publish-all", "--only-needed", "--dry-run")
+    done = run("publish-all", "--only-needed", "--chunk-size", "1000")
+
+    assert dry.stdout == "would publish 2 chunks, 1250 ids\n"
+    assert done.stdout == "published 2 chunks, 1250 ids, last confirmed id 2500\n"
+    assert await queued_ids(lanes) == [list(range(2, 2001, 2)), list(range(2002, 2501, 2))]
+
+
 async def test_a_sweep_can_begin_behind_an_id(
     run: Run, lanes: Lanes, shop: Connection[Cursor]
 ) -> None:

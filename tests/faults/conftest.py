@@ -92,14 +92,19 @@ def frozen(broker: servers.Broker) -> Iterator[None]:
 
 
 @contextmanager
-def alarmed(broker: servers.Broker) -> Iterator[None]:
-    """Let the broker be out of memory, as it counts it."""
-    broker.control("set_vm_memory_high_watermark", "0.00001")
+def alarmed(broker: servers.Broker, resource: str = "memory") -> Iterator[None]:
+    """Let the broker be out of memory or disk, as it counts it."""
+    out_of = {
+        "memory": ("set_vm_memory_high_watermark", "0.00001"),
+        "disk": ("set_disk_free_limit", "900TB"),
+    }
+    broker.control(*out_of[resource])
     try:
         eventually(
-            lambda: "memory" in broker.control("eval", "rabbit_alarm:get_alarms()."),
+            lambda: resource in broker.control("eval", "rabbit_alarm:get_alarms()."),
             "the alarm is raised",
         )
         yield
     finally:
         broker.control("set_vm_memory_high_watermark", "absolute", "512MB")
+        broker.control("set_disk_free_limit", "50MB")

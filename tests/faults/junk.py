@@ -21,12 +21,13 @@ DEEPEST = 20_000
 LARGE_BYTES = 10_000_000
 TABLE_BYTES = 100_000
 # Each of these has a meaning, to aioworker or to RabbitMQ.
-TAKEN = {"task", "retries", "eta", "CC", "BCC"}
-NEAR = ["id", "expires", "x-death", "x-delivery-count", "x-aioworker-reason", "x-aioworker-lane"]
+TAKEN = {"task", "retries", "eta", "expires", "timelimit", "compression", "CC", "BCC"}
+NEAR = ["id", "x-death", "x-delivery-count", "x-aioworker-reason", "x-aioworker-lane"]
 
 NO_JSON = "expected a body of JSON, got: "
 TOO_LARGE = "expected a body of at most 4194304 bytes, got: "
-NO_MESSAGE = "expected body [[ids], {}, embed], got: "
+NO_MESSAGE = "expected body [args, kwargs, embed], got: "
+NO_ARGUMENTS = "expected arguments (ids): "
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,13 +136,13 @@ _bodies: dict[tuple[str, ...], SearchStrategy[bytes]] = {
     | st.integers(4301, DEEPEST).map(lambda digits: RIGHT.replace(b"1002", b"9" * digits)),
     (NO_JSON, NO_MESSAGE): _but(st.binary(max_size=2000), _can_be_message)
     | st.builds(_nest, st.just("["), st.integers(1, DEEPEST), st.just("]")),
-    (NO_MESSAGE,): _but(_in_bodies, _is_message).map(lambda value: json.dumps(value).encode())
-    | st.builds(
+    (NO_MESSAGE, NO_ARGUMENTS): st.builds(
         _encode,
         _but(_in_bodies, lambda v: isinstance(v, list) and len(v) == 1),
         st.just({}),
         st.none(),
-    )
+    ),
+    (NO_MESSAGE,): _but(_in_bodies, _is_message).map(lambda value: json.dumps(value).encode())
     | st.builds(
         _encode, st.just([ADDONS]), _but(_in_bodies, lambda v: isinstance(v, dict)), st.none()
     )
@@ -151,9 +152,7 @@ _bodies: dict[tuple[str, ...], SearchStrategy[bytes]] = {
         st.just({}),
         _but(_in_bodies, lambda v: isinstance(v, dict | None)),
     ),
-    ("expected no keyword arguments, got: ",): st.builds(
-        _encode, st.just([ADDONS]), _some, st.none()
-    ),
+    (NO_ARGUMENTS,): st.builds(_encode, st.just([ADDONS]), _some, st.none()),
     ("expected no ",): st.builds(
         _encode,
         st.just([ADDONS]),
@@ -182,6 +181,19 @@ _headers: dict[tuple[str, ...], SearchStrategy[dict[str, Any]]] = {
     ),
     ("expected no eta or countdown: ",): st.fixed_dictionaries(
         {"eta": _in_headers.filter(bool) | st.just("2038-01-19T03:14:07+00:00")}
+    ),
+    ("expected header expires in ISO 8601, got: ",): st.fixed_dictionaries(
+        {"expires": _but(_in_headers, lambda v: v is None or isinstance(v, datetime | str))}
+    ),
+    ("expected header timelimit as [seconds, seconds], got: ",): st.fixed_dictionaries(
+        {
+            "timelimit": st.text()
+            | st.integers(-(2**31), 2**31)
+            | st.sampled_from([[-1, None], [None, "1"], {}])
+        }
+    ),
+    ("expected compression application/x-gzip, got: ",): st.fixed_dictionaries(
+        {"compression": _in_headers.filter(bool) | st.just("application/x-bz2")}
     ),
 }
 _beside = st.dictionaries(

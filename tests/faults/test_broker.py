@@ -225,8 +225,9 @@ def test_an_alarm_is_nothing_to_a_worker_that_only_takes(
         assert_one_start_each(place, 4 * CHUNKS)
 
 
+@pytest.mark.parametrize("resource", ["memory", "disk"])
 def test_an_alarm_during_a_sweep(
-    make_place: MakePlace, broker: servers.Broker, proxy: Proxy
+    make_place: MakePlace, broker: servers.Broker, proxy: Proxy, resource: str
 ) -> None:
     """It ends in bounded time, with the command that goes on, and no chunk is missing then."""
     place = make_place(amqp_port=proxy.port)
@@ -242,7 +243,7 @@ def test_an_alarm_during_a_sweep(
     with ThreadPoolExecutor() as pool:
         sweeping = pool.submit(sweep)
         assert halfway.wait(DEADLINE_SECONDS)
-        with alarmed(broker):
+        with alarmed(broker, resource):
             proxy.release()
             cut = sweeping.result(2 * RECOVERY_SECONDS)
 

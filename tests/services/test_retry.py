@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aioworker.context import Context
 from aioworker.outcome import Kind
-from aioworker.task import Context, Task
+from aioworker.task import AnyTask, Task
 from tests.conftest import (
     QUEUES,
     TASK,
@@ -57,14 +58,14 @@ async def no_keys(_ctx: Context, _after: int) -> AsyncIterator[list[int]]:
         yield page
 
 
-def failing(error: Exception) -> Task:
+def failing(error: Exception) -> AnyTask:
     """Make a task that raises when it has anything to do."""
 
     async def fail(_ctx: Context, ids: list[int]) -> None:
         if ids:
             raise error
 
-    return Task(TASK, fail, None, no_keys)
+    return Task(TASK, fail, keys=no_keys)
 
 
 async def test_a_locked_row_is_tried_again_in_a_minute(
@@ -150,7 +151,7 @@ async def test_a_copy_that_is_not_confirmed_is_no_copy(
             await queue.delete(if_unused=False, if_empty=False)
             raise ValueError("no")
 
-    worker = make_worker(pair, database, task=Task(TASK, lose_the_queue, None, no_keys))
+    worker = make_worker(pair, database, task=Task(TASK, lose_the_queue, keys=no_keys))
 
     assert not await worker.run(stop)
 
@@ -187,7 +188,7 @@ async def test_a_run_that_succeeds_in_between_clears_the_doubt(
 
     for number in range(1, 9):
         await lanes.send(chunk([number]), headers=headers(5) | {"id": f"message {number}"})
-    worker = make_worker(pair, database, task=Task(TASK, odd, None, no_keys))
+    worker = make_worker(pair, database, task=Task(TASK, odd, keys=no_keys))
 
     assert not await worker.run(stop)
 

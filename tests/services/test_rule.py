@@ -13,7 +13,7 @@ from pymysql.connections import Connection
 from pymysql.cursors import Cursor
 
 from aioworker import repo
-from aioworker.message import check_chunk
+from aioworker.chunk import check_ids
 from support import servers, site
 from tests.conftest import current_versions, execute, make_database
 
@@ -125,7 +125,7 @@ async def refresh_twice(pair: servers.Servers, ids: list[int]) -> tuple[repo.Ref
     """Refresh a chunk, then the same once more."""
     database = make_database(pair)
     try:
-        chunk = check_chunk(ids)
+        chunk = check_ids(ids)
         return await repo.refresh(database, chunk), await repo.refresh(database, chunk)
     finally:
         database.close()

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aioworker.errors import MessageRefusedError, UsageError
-from aioworker.message import check_chunk, decode, encode
+from aioworker.addons import update_current_version
+from aioworker.chunk import check_ids
+from aioworker.errors import AioworkerError, UsageError
+from aioworker.message import decode, encode
 
 TASK = "update_current_version"
 HEADERS = {"task": TASK, "id": "one"}
@@ -20,15 +22,22 @@ def body(ids: object) -> bytes:
     return json.dumps([[ids], {}, None]).encode()
 
 
-def test_a_chunk_arrives_as_it_was_published() -> None:
-    encoded = encode(TASK, [3615, 55])
+def read(headers: dict[str, Any], content_type: str | None, content: bytes) -> list[int]:
+    """Read a message as far as the main job's function."""
+    call = decode(TASK, headers, content_type, content)
+    [ids] = update_current_version.checked(call.args, call.kwargs)
+    return list(ids)
 
-    assert decode(TASK, encoded.headers, "application/json", encoded.body) == [3615, 55]
+
+def test_a_chunk_arrives_as_it_was_published() -> None:
+    encoded = encode(TASK, [[3615, 55]])
+
+    assert read(encoded.headers, "application/json", encoded.body) == [3615, 55]
 
 
 def test_a_message_is_one_of_celerys_protocol_2() -> None:
     """A Celery worker can run it: every header it reads is there."""
-    encoded = encode(TASK, [3615])
+    encoded = encode(TASK, [[3615]])
 
     assert json.loads(encoded.body) == [
         [[3615]],
@@ -57,11 +66,11 @@ def test_a_message_is_one_of_celerys_protocol_2() -> None:
 
 def test_rows_of_one_id_are_the_ids() -> None:
     """So the original producer sent them."""
-    assert check_chunk([[3615], [55]]) == check_chunk([3615, 55]) == [3615, 55]
+    assert check_ids([[3615], [55]]) == check_ids([3615, 55]) == [3615, 55]
 
 
 def test_an_id_that_comes_twice_counts_once() -> None:
-    assert check_chunk([7, [7], 5, 7]) == [7, 5]
+    assert check_ids([7, [7], 5, 7]) == [7, 5]
 
 
 BAD_IDS = [
@@ -80,16 +89,16 @@ BAD_IDS = [
 
 @pytest.mark.parametrize(("shown", "value"), BAD_IDS)
 def test_one_bad_id_refuses_the_whole_message(shown: str, value: object) -> None:
-    with pytest.raises(MessageRefusedError) as refusal:
-        decode(TASK, HEADERS, "application/json", body([3615, value]))
+    with pytest.raises(AioworkerError) as refusal:
+        read(HEADERS, "application/json", body([3615, value]))
 
     assert str(refusal.value) == f"expected ids from 1 to 4294967295, got: {shown}"
 
 
 def test_more_than_a_thousand_ids_are_refused() -> None:
-    assert len(check_chunk(list(range(1, 1001)))) == 1000
+    assert len(check_ids(list(range(1, 1001)))) == 1000
     with pytest.raises(UsageError, match=r"^expected at most 1000 ids, got: 1001$"):
-        check_chunk([7] * 1001)
+        check_ids([7] * 1001)
 
 
 REFUSED: list[tuple[str, dict[str, Any], str | None, bytes]] = [
@@ -124,9 +133,37 @@ REFUSED: list[tuple[str, dict[str, Any], str | None, bytes]] = [
         None,
         b"",
     ),
-    ("expected body [[ids], {}, embed], got: {'a': 1}", HEADERS, None, b'{"a": 1}'),
-    ("expected body [[ids], {}, embed], got: [[], {}, None]", HEADERS, None, b"[[], {}, null]"),
-    ("expected no keyword arguments, got: {'up': 1}", HEADERS, None, b'[[[1]], {"up": 1}, null]'),
+    ("expected body [args, kwargs, embed], got: {'a': 1}", HEADERS, None, b'{"a": 1}'),
+    (
+        "expected arguments (ids): missing a required argument: 'ids'",
+        HEADERS,
+        None,
+        b"[[], {}, null]",
+    ),
+    (
+        "expected arguments (ids): got an unexpected keyword argument 'up'",
+        HEADERS,
+        None,
+        b'[[[1]], {"up": 1}, null]',
+    ),
+    (
+        "expected compression application/x-gzip, got: 'application/x-bz2'",
+        HEADERS | {"compression": "application/x-bz2"},
+        None,
+        body([1]),
+    ),
+    (
+        "expected header expires in ISO 8601, got: 'soon'",
+        HEADERS | {"expires": "soon"},
+        None,
+        body([1]),
+    ),
+    (
+        "expected header timelimit as [seconds, seconds], got: [-1, None]",
+        HEADERS | {"timelimit": [-1, None]},
+        None,
+        body([1]),
+    ),
     (
         "expected no 'chain': aioworker keeps no results to pass on",
         HEADERS,
@@ -141,8 +178,8 @@ REFUSED: list[tuple[str, dict[str, Any], str | None, bytes]] = [
 def test_what_cannot_be_run_is_refused_with_a_reason(
     reason: str, headers: dict[str, Any], content_type: str | None, content: bytes
 ) -> None:
-    with pytest.raises(MessageRefusedError) as refusal:
-        decode(TASK, headers, content_type, content)
+    with pytest.raises(AioworkerError) as refusal:
+        read(headers, content_type, content)
 
     assert str(refusal.value) == reason
 
@@ -158,11 +195,11 @@ def test_what_cannot_be_run_is_refused_with_a_reason(
 def test_whatever_the_body_is_the_reason_is_one_line(content: bytes) -> None:
     """The worker lives, and `dead list` has one line for it."""
     try:
-        ids = decode(TASK, HEADERS, "application/json", content)
-    except MessageRefusedError as refusal:
+        ids = read(HEADERS, "application/json", content)
+    except AioworkerError as refusal:
         reason = str(refusal)
         assert reason.startswith("expected ")
         assert "\n" not in reason
         assert len(reason) < 400
     else:
-        assert ids == check_chunk(json.loads(content)[0][0])
+        assert ids == check_ids(json.loads(content)[0][0])

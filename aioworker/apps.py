@@ -1,0 +1,63 @@
+"""The modules that register a user's tasks."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from aioworker.errors import AioworkerError, TaskError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+
+def load(modules: Iterable[str]) -> None:
+    """Import modules, from the current folder too.
+
+    Raises:
+        TaskError: One of them does not import; the text says why and where.
+    """
+    folder = os.getcwd()
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    for module in modules:
+        try:
+            with _without_bytecode():
+                importlib.import_module(module)
+        except AioworkerError as error:
+            raise TaskError(f"module {module!r}: {error}") from error
+        except (Exception, SystemExit) as error:
+            raise TaskError(
+                f"module {module!r} does not import: {type(error).__name__}:"
+                f" {' '.join(str(error).split())}{_place(error)}"
+            ) from error
+
+
+@contextmanager
+def _without_bytecode() -> Iterator[None]:
+    """Leave no compiled code behind: it is told from its source by whole seconds.
+
+    Code that changes twice within one would run as it was, after a reload too.
+    """
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
+
+
+def _place(error: BaseException) -> str:
+    """Return the line of the user's code that raised, the last one that is a file."""
+    if isinstance(error, SyntaxError):
+        return ""  # its text has it
+    found = ""
+    trace = error.__traceback__
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
+        if not name.startswith("<") and name not in (__file__, importlib.__file__):
+            found = f" ({os.path.relpath(name)}, line {trace.tb_lineno})"
+        trace = trace.tb_next
+    return found

@@ -1,0 +1,67 @@
+"""Chunks: up to 1000 ids, or rows of JSON values, in one message."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from aioworker.errors import UsageError
+from aioworker.message import brief
+
+CHUNK_LIMIT = 1000
+ID_LIMIT = 2**32 - 1
+
+
+def check_ids(chunk: object) -> list[int]:
+    """Return the ids of a chunk, each once, in their order.
+
+    Args:
+        chunk: A list of up to 1000 entries, each an id or a row of one id (`[3615]`).
+
+    Raises:
+        UsageError: It is anything else.
+    """
+    ids = _check_length(chunk, "ids")
+    # What is right is seen at once, by built-ins; what may be wrong, one by one.
+    if set(map(type, ids)) != {int} or min(ids) < 1 or max(ids) > ID_LIMIT:
+        ids = list(map(_check_id, ids))
+    return list(dict.fromkeys(ids))
+
+
+def _check_id(entry: object) -> int:
+    value = entry[0] if isinstance(entry, list) and len(entry) == 1 else entry
+    # A bool is an int to Python, and True would be add-on 1.
+    if type(value) is not int or not 1 <= value <= ID_LIMIT:
+        raise UsageError(f"expected ids from 1 to {ID_LIMIT}, got: {brief(entry)}")
+    return value
+
+
+def check_rows(chunk: object) -> list[list[Any]]:
+    """Return the rows of a chunk, each once, in their order.
+
+    Args:
+        chunk: A list of up to 1000 rows, each a list or tuple of at least one value: text,
+            a number, a bool or null.
+
+    Raises:
+        UsageError: It is anything else.
+    """
+    rows = [_check_row(row) for row in _check_length(chunk, "rows")]
+    return list({json.dumps(row): row for row in rows}.values())
+
+
+def _check_row(row: object) -> list[Any]:
+    if not isinstance(row, list | tuple) or not row:
+        raise UsageError(f"expected rows such as [3615, 12.5], got: {brief(row)}")
+    for value in row:
+        if value is not None and not isinstance(value, str | int | float):
+            raise UsageError(f"expected rows of plain values, got: {brief(row)}")
+    return list(row)
+
+
+def _check_length(chunk: object, what: str) -> list[Any]:
+    if not isinstance(chunk, list | tuple):
+        raise UsageError(f"expected a list of {what}, got: {brief(chunk)}")
+    if len(chunk) > CHUNK_LIMIT:
+        raise UsageError(f"expected at most {CHUNK_LIMIT} {what}, got: {len(chunk)}")
+    return list(chunk)

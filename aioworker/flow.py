@@ -1,0 +1,75 @@
+"""Several messages at once: of a task without a rate limit whose runs use no database.
+
+RabbitMQ sends them, as many as there is room for: each is served as soon as it is here, and
+none is held while another one runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from aioworker.outcome import Kind, Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from aio_pika.abc import AbstractIncomingMessage
+
+
+class Flow:
+    """Serves what arrives.
+
+    Args:
+        serve: Takes one delivery to its end.
+
+    Attributes:
+        served: How many were served.
+        running: How many are being served.
+        ended: Set when one was given back after a failure, or could not be settled.
+        failure: What that one came to.
+    """
+
+    def __init__(self, serve: Callable[[AbstractIncomingMessage], Awaitable[Outcome]]) -> None:
+        self.served = 0
+        self.running = 0
+        self.ended = asyncio.Event()
+        self.failure: Outcome | None = None
+        self._serve = serve
+
+    @asynccontextmanager
+    async def serving(
+        self, arrived: asyncio.Queue[AbstractIncomingMessage | None], at_once: int
+    ) -> AsyncIterator[None]:
+        """Serve what arrives while inside; at the end wait for what runs.
+
+        Raises:
+            BrokerError: One could not be settled: RabbitMQ will deliver it again.
+        """
+        loops = [asyncio.create_task(self._serve_all(arrived)) for _ in range(at_once)]
+        try:
+            yield
+        finally:
+            self.ended.set()
+            for _ in loops:
+                arrived.put_nowait(None)
+            ends = await asyncio.gather(*loops, return_exceptions=True)
+        for end in ends:
+            if isinstance(end, BaseException):
+                raise end
+
+    async def _serve_all(self, arrived: asyncio.Queue[AbstractIncomingMessage | None]) -> None:
+        while (delivery := await arrived.get()) is not None and not self.ended.is_set():
+            self.running += 1
+            try:
+                result = await self._serve(delivery)
+            except BaseException:
+                self.ended.set()
+                raise
+            finally:
+                self.running -= 1
+            self.served += 1
+            if result.failed and result.kind is Kind.RELEASED:
+                self.failure = result
+                self.ended.set()

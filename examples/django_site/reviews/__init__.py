@@ -1,0 +1,1 @@
+"""Shops, and what people say of them."""

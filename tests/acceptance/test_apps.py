@@ -1,0 +1,175 @@
+"""Tasks of a user's own modules, by the installed commands."""
+
+from __future__ import annotations
+
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aioworker import Producer
+from tests.conftest import Run, Worker, eventually, execute, importable, rows
+
+if TYPE_CHECKING:
+    from pymysql.connections import Connection
+    from pymysql.cursors import Cursor
+
+    from support.servers import Servers
+
+Start = Callable[..., Worker]
+
+SHOP = """
+    import time
+    from aioworker import Context, task
+
+    def shops(after):
+        yield [n for n in range(1, 8) if n > after]
+
+    @task(name="shop.rate", keys=shops, constants=(10,))
+    async def rate(ctx: Context, ids: list[int], factor: int) -> None:
+        async with ctx.transaction() as cursor:
+            for n in ids:
+                await cursor.execute("REPLACE INTO ratings VALUES (%s, %s)", (n, n * factor))
+
+    @rate.needed
+    def unrated(ctx: Context, ids: list[int]) -> list[int]:
+        with ctx.transaction() as cursor:
+            cursor.execute("SELECT shop FROM ratings")
+            rated = {row[0] for row in cursor.fetchall()}
+        return [n for n in ids if n not in rated]
+
+    @task(name="shop.slow", rate_limit="1/h")
+    def slow(seconds: float) -> None:
+        time.sleep(seconds)
+
+    @task(name="shop.note")
+    def note(ctx: Context, text: str) -> None:
+        with ctx.transaction() as cursor:
+            cursor.execute("INSERT INTO notes VALUES (%s, SYSDATE(6))", (text,))
+"""
+
+
+@pytest.fixture
+def app(tmp_path: Path, run: Run, shop: Connection[Cursor]) -> str:
+    """A module in the commands' folder, its tables, and its queues, declared and empty."""
+    (tmp_path / "shop_tasks.py").write_text(textwrap.dedent(SHOP))
+    execute(
+        shop,
+        "CREATE TABLE ratings (shop INT PRIMARY KEY, rating INT NOT NULL)",
+        "CREATE TABLE notes (text VARCHAR(100) NOT NULL, at DATETIME(6) NOT NULL)",
+    )
+    done = run("init", "--app", "shop_tasks")
+    assert done.returncode == 0, done.stderr
+    assert "queue aioworker.shop.rate.urgent:" in done.stdout
+    return "shop_tasks"
+
+
+def test_a_sweep_of_a_users_task(run: Run, app: str, shop: Connection[Cursor]) -> None:
+    """Its keys in chunks, its constants behind each; what is rated already costs nothing."""
+    execute(shop, "INSERT INTO ratings VALUES (2, 0)")
+
+    swept = run("publish-all", "shop.rate", "--app", app, "--chunk-size", "3", "--after", "1")
+    served = run("consume", "shop.rate", "--app", app, "--burst", "--rate-limit", "100/s")
+
+    assert swept.stdout == "published 2 chunks, 6 ids, last confirmed id 7\n"
+    assert (served.returncode, served.stdout[:8]) == (0, "done 2 m"), served.stderr
+    assert rows(shop, "SELECT * FROM ratings ORDER BY shop") == [
+        (2, 0),
+        *((n, n * 10) for n in range(3, 8)),
+    ]
+
+
+def test_a_single_change_of_a_users_task(run: Run, app: str, shop: Connection[Cursor]) -> None:
+    assert run("publish", "5", "--task", "shop.rate", AIOWORKER_APP=app).returncode == 0
+    assert run("consume", "shop.rate", "--burst", AIOWORKER_APP=app).returncode == 0
+    assert rows(shop, "SELECT * FROM ratings") == [(5, 50)]
+
+
+async def test_a_slow_and_limited_task_holds_up_no_other(
+    start: Start, pair: Servers, tmp_path: Path, app: str, shop: Connection[Cursor]
+) -> None:
+    """One worker, three tasks: while one blocks its thread for 10 s the others go on."""
+    async with Producer(pair.amqp_url, timeout=10) as producer:
+        for _ in range(3):
+            await producer.publish("shop.slow", 10)
+        worker = start("consume", "--app", app, PYTHONPATH=importable(tmp_path))
+        state = "SELECT 1 FROM aioworker_worker WHERE task = 'shop.slow' AND state = 'running'"
+        eventually(lambda: rows(shop, state), "the slow one runs")
+        began = time.monotonic()
+        for number in range(100):
+            await producer.publish("shop.note", f"note {number}")
+
+    eventually(lambda: rows(shop, "SELECT COUNT(*) FROM notes") == [(100,)], "all are noted")
+
+    assert time.monotonic() - began < 9
+    assert rows(shop, state) == [(1,)]
+    starts = "SELECT starts FROM aioworker_budget WHERE task = 'shop.slow'"
+    assert rows(shop, starts) == [(1,)]
+    tasks = rows(shop, "SELECT task FROM aioworker_worker ORDER BY task")
+    assert tasks == [("shop.note",), ("shop.rate",), ("shop.slow",)]
+    assert "Traceback" not in worker.log
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (None, "module 'broken' does not import: ModuleNotFoundError: No module named 'broken'"),
+        (
+            "import nothing_like_it",
+            "module 'broken' does not import: ModuleNotFoundError: No module named"
+            " 'nothing_like_it' (broken.py, line 1)",
+        ),
+        ("def f(:\n", "module 'broken' does not import: SyntaxError: invalid syntax"),
+        (
+            "from aioworker import task\n\n@task(rate_limit='2/min')\ndef f(): ...\n",
+            "module 'broken': expected rate limit as COUNT/UNIT, such as '2/m', got: '2/min';"
+            " write '2/m'",
+        ),
+        (
+            "from aioworker import task\n\n@task(keys=lambda: [])\ndef f(): ...\n",
+            "module 'broken': task 'f': expected a parameter for the chunk, since it has keys,"
+            " got: ()",
+        ),
+        (
+            "from aioworker import task\n\n@task(name='update_current_version')\ndef f(): ...\n",
+            "module 'broken': task 'update_current_version' is registered twice: by"
+            " aioworker.addons.update_current_version and by broken.f; give one of them another"
+            " name=",
+        ),
+    ],
+    ids=["absent", "import", "syntax", "rate", "no chunk", "twice"],
+)
+def test_an_app_that_cannot_work_is_one_line(
+    run: Run, tmp_path: Path, content: str | None, line: str
+) -> None:
+    if content is not None:
+        (tmp_path / "broken.py").write_text(content)
+
+    done = run("consume", "--app", "broken")
+
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(f"aioworker: {line}")
+
+
+def test_a_name_that_is_no_module_is_refused(run: Run) -> None:
+    done = run("consume", "--app", "shop/tasks.py")
+
+    assert (done.returncode, done.stderr) == (
+        2,
+        "aioworker: --app: expected modules such as shop.tasks, got: 'shop/tasks.py'\n",
+    )
+
+
+def test_a_task_that_takes_no_ids_is_not_published_from_the_command_line(
+    run: Run, app: str
+) -> None:
+    done = run("publish", "5", "--task", "shop.note", "--app", app)
+
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2,
+        "",
+        "aioworker: task 'shop.note' takes no ids: publish to it from Python\n",
+    )

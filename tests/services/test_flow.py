@@ -1,0 +1,192 @@
+"""Tasks without a limit that need no database: several messages at once, none of them lost."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aioworker.flow import Flow
+from aioworker.outcome import Kind
+from aioworker.supervisor import AT_ONCE, SUSPECT_RETURNS, Supervisor
+from aioworker.task import Task
+from tests.conftest import QUEUES, TASK, Lanes, make_worker
+
+if TYPE_CHECKING:
+    from aioworker.db import Database
+    from support.servers import Servers
+
+Make = Callable[..., Supervisor]
+SECONDS = 20
+SLOTS = AT_ONCE + 1  # the first one is looked at before the others are sent
+
+
+@pytest.fixture
+def make(pair: Servers, database: Database, shop: object) -> Make:
+    """Make a worker of a function that takes one number, and goes on until it is stopped."""
+
+    def worker(function: Callable[..., Any], *, burst: bool = False) -> Supervisor:
+        return make_worker(pair, database, task=Task(TASK, function), burst=burst)
+
+    return worker
+
+
+async def send(lanes: Lanes, *numbers: int, lane: str = QUEUES.bulk) -> None:
+    for number in numbers:
+        await lanes.send(json.dumps([[number], {}, None]).encode(), lane)
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(SECONDS):
+        while not holds():  # noqa: ASYNC110 - whatever it is, it is not ours to notify
+            await asyncio.sleep(0.01)
+
+
+async def test_several_run_at_once_and_an_urgent_one_needs_not_wait(
+    make: Make, lanes: Lanes, stop: asyncio.Event
+) -> None:
+    """The bulk lane has its slots full of slow ones; the urgent lane has slots of its own."""
+    running: set[int] = set()
+    release = asyncio.Event()
+
+    async def slow(number: int) -> None:
+        running.add(number)
+        if number:
+            await release.wait()
+
+    await send(lanes, *range(1, 41))
+    worker = make(slow)
+    serving = asyncio.create_task(worker.run(stop))
+    await until(lambda: len(running) == SLOTS)
+
+    await send(lanes, 0, lane=QUEUES.urgent)
+
+    await until(lambda: 0 in running)
+    assert len(running) == SLOTS + 1
+    release.set()
+    await until(lambda: worker.consumer.settled[Kind.ACK] == 41)
+    stop.set()
+    assert await serving
+
+
+async def test_a_stop_finishes_what_runs_and_leaves_the_rest(
+    make: Make, lanes: Lanes, stop: asyncio.Event
+) -> None:
+    done: list[int] = []
+    release = asyncio.Event()
+    started = 0
+
+    async def slow(number: int) -> None:
+        nonlocal started
+        started += 1
+        await release.wait()
+        done.append(number)
+
+    await send(lanes, *range(40))
+    worker = make(slow)
+    serving = asyncio.create_task(worker.run(stop))
+    await until(lambda: started == SLOTS)
+
+    stop.set()
+    release.set()
+    assert await serving
+
+    assert worker.consumer.settled == {Kind.ACK: len(done)}
+    assert started == len(done) == SLOTS
+    async with asyncio.timeout(SECONDS):
+        while await lanes.count(QUEUES.bulk) != 40 - SLOTS:  # noqa: ASYNC110 - the broker's
+            await asyncio.sleep(0.05)
+
+
+async def test_what_fails_is_put_off_and_stops_nobody(
+    make: Make, lanes: Lanes, stop: asyncio.Event
+) -> None:
+    async def odd(number: int) -> None:
+        if number % 2:
+            raise ValueError(number)
+
+    await send(lanes, *range(20))
+    worker = make(odd, burst=True)
+
+    assert not await worker.run(stop)
+
+    assert worker.consumer.settled == {Kind.ACK: 10, Kind.RETRY: 10}
+    assert await lanes.count(QUEUES.retry) == 10
+
+
+async def test_connections_that_are_closed_lose_nothing(
+    make: Make, lanes: Lanes, private: Servers, stop: asyncio.Event
+) -> None:
+    """What ran is delivered again: at least once."""
+    assert private.broker is not None
+    done: set[int] = set()
+    release = asyncio.Event()
+
+    async def slow(number: int) -> None:
+        await release.wait()
+        done.add(number)
+
+    await send(lanes, *range(40))
+    worker = make(slow)
+    serving = asyncio.create_task(worker.run(stop))
+    await until(lambda: worker.consumer.starts == SLOTS)
+
+    await asyncio.to_thread(private.broker.control, "close_all_connections", "maintenance")
+    release.set()
+
+    await until(lambda: done == set(range(40)))
+    await until(lambda: worker.consumer.settled[Kind.ACK] == 40)
+    stop.set()
+    assert await serving
+
+
+async def test_one_that_cannot_be_settled_ends_the_flow_after_the_others() -> None:
+    """The others are not cut off in the middle."""
+    ended: list[int] = []
+
+    async def serve(delivery: Any) -> Any:
+        if delivery == 1:
+            raise ConnectionError("lost")
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        ended.append(delivery)
+        raise ConnectionError("lost too")
+
+    flow = Flow(serve)
+    arrived: asyncio.Queue[Any] = asyncio.Queue()
+    for delivery in (2, 1):
+        arrived.put_nowait(delivery)
+
+    with pytest.raises(ConnectionError):
+        async with flow.serving(arrived, 2):
+            await flow.ended.wait()
+
+    assert ended == [2]
+
+
+async def test_what_comes_back_again_and_again_is_served_alone(
+    make: Make, lanes: Lanes, stop: asyncio.Event
+) -> None:
+    """When a worker dies RabbitMQ counts all that it held: only the killer may be held then."""
+    running = most = 0
+
+    async def note(_number: int) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.02)
+        running -= 1
+
+    await send(lanes, *range(5))
+    queue = await lanes.channel.get_queue(QUEUES.bulk, ensure=False)
+    for _ in range(SUSPECT_RETURNS):
+        held = [await queue.get(timeout=10) for _ in range(5)]
+        for delivery in held:
+            await delivery.nack(requeue=True)
+
+    assert await make(note, burst=True).run(stop)
+
+    assert most == 1

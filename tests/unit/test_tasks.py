@@ -1,0 +1,186 @@
+"""Any function can be a task; what cannot be one is refused where it is registered."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from aioworker import Context, task
+from aioworker import task as decorator
+from aioworker.errors import RateLimitError, TaskError, UsageError
+from aioworker.task import AnyTask, check_publishable, find, registered
+
+
+def pages() -> Iterator[list[int]]:
+    yield [1]
+
+
+async def by_ids(ctx: Context, ids: list[int]) -> None: ...
+
+
+def by_rows(rows: list[tuple[int, float]], unit: str = "day") -> None: ...
+
+
+async def with_anything(name: str, *, times: int = 1) -> None: ...
+
+
+@pytest.fixture(autouse=True)
+def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test registers for itself."""
+    # By its name in sys.modules: `aioworker.task` is the decorator.
+    monkeypatch.setattr(sys.modules["aioworker.task"], "_registry", {})
+
+
+def test_a_decorated_function_is_still_itself() -> None:
+    @task
+    def double(number: int) -> int:
+        """Twice."""
+        return 2 * number
+
+    assert double(4) == 8
+    assert (double.name, double.__doc__) == ("double", "Twice.")
+    assert registered() == ["double"]
+
+
+async def test_a_coroutine_is_awaited_as_before() -> None:
+    @task(name="shop.answer", rate_limit="2/m")
+    async def answer() -> int:
+        return 42
+
+    assert await answer() == 42
+    assert find("shop.answer") is answer
+    assert str(answer.rate_limit) == "2/m"
+
+
+@pytest.mark.parametrize(
+    ("options", "function", "line"),
+    [
+        (
+            {"name": "a b"},
+            by_ids,
+            "expected a task's name of 1 to 100 letters, digits, '_', '-' and '.', not ending in"
+            " .urgent, .retry, .dead, got: 'a b'",
+        ),
+        ({"name": "x.retry"}, by_ids, None),
+        ({"name": "x" * 101}, by_ids, None),
+        ({"name": ""}, by_ids, None),
+        (
+            {"keys": pages},
+            lambda: None,
+            None,
+        ),
+        (
+            {"name": "none", "keys": pages},
+            lambda: None,
+            "task 'none': expected a parameter for the chunk, since it has keys, got: ()",
+        ),
+        (
+            {"name": "only_context", "keys": pages},
+            lambda ctx: None,
+            None,
+        ),
+        (
+            {"max_retries": -1},
+            by_ids,
+            "task 'by_ids': expected max_retries from 0 to 1000, got: -1",
+        ),
+        ({"timeout": 0}, by_ids, "task 'by_ids': expected timeout from 1 to 3600 seconds, got: 0"),
+        (
+            {"keys": pages, "constants": ("up", "down")},
+            by_rows,
+            "task 'by_rows': constants: too many positional arguments",
+        ),
+        ({}, int, "expected a function as a task, got: <class 'int'>"),
+        ({}, pages, "task 'pages': expected a function that returns, got a generator"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(
+    options: dict[str, Any], function: Callable[..., Any], line: str | None
+) -> None:
+    if options.get("name") == "only_context":
+        function.__annotations__["ctx"] = Context
+    with pytest.raises(TaskError) as refusal:
+        decorator(**options)(function)
+
+    assert "\n" not in str(refusal.value)
+    if line is not None:
+        assert str(refusal.value) == line
+    assert registered() == []
+
+
+def test_a_rate_that_is_none_is_refused_at_once() -> None:
+    with pytest.raises(RateLimitError, match="write '2/m'"):
+        task(rate_limit="2/min")(by_ids)
+
+
+def test_two_tasks_of_one_name_are_one_too_many() -> None:
+    task(name="rating")(by_ids)
+
+    with pytest.raises(TaskError) as refusal:
+        task(name="rating")(by_rows)
+
+    assert str(refusal.value) == (
+        f"task 'rating' is registered twice: by {__name__}.by_ids and by {__name__}.by_rows;"
+        " give one of them another name="
+    )
+
+
+def test_a_module_that_is_loaded_twice_registers_once() -> None:
+    """A reloaded module makes its functions anew: the newest is meant."""
+    task(name="rating")(by_ids)
+
+    again = task(name="rating")(by_ids)
+
+    assert find("rating") is again
+
+
+ARGUMENTS: list[tuple[dict[str, Any], Callable[..., Any], list[Any], dict[str, Any], Any]] = [
+    ({"keys": pages}, by_ids, [[[7], 5, 7]], {}, [[7, 5]]),
+    ({"keys": pages}, by_ids, [[0]], {}, "expected ids from 1 to 4294967295, got: 0"),
+    ({"keys": pages}, by_ids, [], {}, "expected arguments (ids): missing a required argument"),
+    ({"keys": pages}, by_ids, [[1], 2], {}, "expected arguments (ids): too many positional"),
+    ({"keys": pages}, by_rows, [[[1, 2.5], (1, 2.5)], "week"], {}, [[[1, 2.5]], "week"]),
+    ({"keys": pages}, by_rows, [[[1, None, "x", True]]], {}, [[[1, None, "x", True]]]),
+    ({"keys": pages}, by_rows, [[7]], {}, "expected rows such as [3615, 12.5], got: 7"),
+    ({"keys": pages}, by_rows, [[[1, [2]]]], {}, "expected rows of plain values, got: [1, [2]]"),
+    ({"keys": pages}, by_rows, [[[1]] * 1001], {}, "expected at most 1000 rows, got: 1001"),
+    (
+        {"keys": pages},
+        by_rows,
+        [],
+        {"rows": [[1, 2]]},
+        "expected the chunk as the first",
+    ),
+    ({}, with_anything, [["a"]], {"times": 3}, [["a"]]),
+    ({}, with_anything, ["a", 3], {}, "expected arguments (name, *, times=1): too many positional"),
+    ({}, with_anything, ["a"], {"time": 3}, "got an unexpected keyword argument 'time'"),
+]
+
+
+@pytest.mark.parametrize(("options", "function", "args", "kwargs", "expected"), ARGUMENTS)
+def test_arguments_are_held_against_the_function(
+    options: dict[str, Any],
+    function: Callable[..., Any],
+    args: list[Any],
+    kwargs: dict[str, Any],
+    expected: Any,
+) -> None:
+    """Before it runs: half of a call is worse than none."""
+    made: AnyTask = decorator(**options)(function)
+
+    if isinstance(expected, list):
+        assert made.checked(args, kwargs) == expected
+        assert check_publishable(made.name, args, kwargs) == (made.name, expected)
+        return
+    with pytest.raises(UsageError) as refusal:
+        made.checked(args, kwargs)
+    assert expected in str(refusal.value)
+    with pytest.raises(UsageError, match=f"^task '{made.name}': "):
+        check_publishable(made, args, kwargs)
+
+
+def test_a_task_that_this_process_does_not_know_is_published_as_it_is() -> None:
+    assert check_publishable("elsewhere", [[0]], {}) == ("elsewhere", [[0]])
