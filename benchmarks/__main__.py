@@ -26,6 +26,7 @@ from aioworker.addresses import DatabaseAddress
 from aioworker.budget import SharedBudget
 from aioworker.db import Database
 from aioworker.limits import RateLimit
+from benchmarks import noop
 from benchmarks.other_writer import felt_beside
 from support import servers, site
 
@@ -303,6 +304,28 @@ class Bench:
             )
         connection.close()
 
+    def small_messages(self) -> None:
+        """Measure what a message costs that asks for nothing, beside other task queues."""
+        servers.connect(self.pair.mysql_url, create=True).close()
+        run(
+            [AIOWORKER, "init", "--app", "benchmarks.contenders.ours"],
+            noop.environment(self.pair, self.folder / "seconds"),
+        )
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in noop.CONTENDERS}
+        for _ in range(ROUNDS):
+            for name, several in found.items():
+                several.append(noop.messages_a_second(self.pair, name, self.folder))
+        rates = {name: [one for one, _peak in several] for name, several in found.items()}
+        for name, several in found.items():
+            rate = statistics.median(rates[name])
+            self.report.row(
+                name,
+                f"{rate:,.0f}",
+                f"{min(rates[name]):,.0f} to {max(rates[name]):,.0f}",
+                f"{rate / statistics.median(rates['Celery']):.2f}",
+                f"{statistics.median(peak for _rate, peak in several):.0f}",
+            )
+
     def budget(self) -> None:
         """Measure what the shared budget costs a start: time, and connections."""
         connection = self.fill(20_000)
@@ -392,7 +415,7 @@ def site_changed(connection: Connection[Cursor]) -> bool:
 
 def main() -> None:
     """Run the benchmarks named on the command line, or all."""
-    wanted = sys.argv[1:] or ["job", "publish", "writer", "process", "budget"]
+    wanted = sys.argv[1:] or ["job", "publish", "writer", "process", "budget", "noop"]
     report = Report()
     report.add("# Figures")
     report.add()
@@ -427,6 +450,16 @@ def main() -> None:
                 "deadlocks",
             )
             bench.beside_another_writer(120_000)
+        if "noop" in wanted:
+            report.section(
+                f"{noop.MESSAGES:,} small messages, tasks without a rate limit, one process each",
+                "by",
+                "messages a second",
+                "min to max",
+                "to Celery",
+                "peak MiB",
+            )
+            bench.small_messages()
     if not sys.argv[1:]:
         RESULTS.write_text("\n".join(report.lines) + "\n")
 

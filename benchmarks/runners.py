@@ -54,9 +54,9 @@ async def pages() -> AsyncIterator[list[int]]:
 async def publish() -> None:
     """A sweep of generated ids."""
     settings = Settings.load()
-    async with Producer(settings.amqp_url, 10) as producer:
+    async with Producer.over(settings.amqp_url, 10) as producer:
         await publish_sweep(
-            producer, update_current_version.name, chunked(pages(), 1000), Sweep(), lambda: None
+            producer, update_current_version, chunked(pages(), 1000), Sweep(), lambda: None
         )
 
 
@@ -68,7 +68,7 @@ async def publish_bare() -> None:
     queue = Queues.of(update_current_version.name).bulk
     under_way: deque[asyncio.Task[object]] = deque()
     async for ids in chunked(pages(), 1000):
-        message = outgoing_message(update_current_version.name, ids)
+        message = outgoing_message(update_current_version.name, [ids])
         message.delivery_mode = aio_pika.DeliveryMode.PERSISTENT
         publishing: asyncio.Task[object] = asyncio.ensure_future(
             channel.default_exchange.publish(message, queue)
