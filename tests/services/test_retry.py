@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from pymysql.err import OperationalError
 
+from aioworker.consumer import MOST_RETURNS, MOST_ROUNDS
 from aioworker.context import Context
 from aioworker.outcome import Kind
 from aioworker.task import AnyTask, Task
@@ -225,3 +227,44 @@ async def test_bad_rows_among_good_ones_are_no_doubt_about_the_task(
 
     assert worker.consumer.settled == {Kind.DEAD_LETTER: 4}
     assert current_versions(shop) == {n: n + 10_000 if n % 2 else None for n in range(1, 9)}
+
+
+async def test_one_that_goes_behind_again_and_again_is_set_aside_at_last(
+    pair: Servers, lanes: Lanes, database: Database, shop: object, stop: asyncio.Event
+) -> None:
+    """Where nothing else is queued no other message can clear the doubt."""
+    for number in range(3):
+        await lanes.send(chunk([number + 1]), headers=headers(5) | {"id": f"message {number}"})
+    worker = make_worker(pair, database, task=failing(ValueError("no such shop")))
+    await worker.run(stop)
+    rounds = 1
+
+    while await lanes.count(QUEUES.retry):
+        put_off = await lanes.take(QUEUES.retry)
+        await lanes.send(put_off.body, headers=dict(put_off.headers))
+        await worker.run(stop)
+        rounds += 1
+        assert rounds < 10
+
+    assert rounds == MOST_ROUNDS + 1
+    assert worker.consumer.settled == {Kind.DEAD_LETTER: 3, Kind.RELEASED: MOST_ROUNDS}
+
+
+async def test_what_is_given_back_too_often_goes_behind_and_is_counted_anew(
+    pair: Servers, lanes: Lanes, database: Database, shop: object, stop: asyncio.Event
+) -> None:
+    """An outage must not make a dead letter of it at the hundredth time."""
+    await lanes.send(chunk([1]), headers=headers(2))
+    queue = await lanes.channel.get_queue(QUEUES.bulk, ensure=False)
+    for _ in range(MOST_RETURNS):
+        await (await queue.get(timeout=10)).nack(requeue=True)
+    away = OperationalError(1114, "The table 'addons' is full")
+    worker = make_worker(pair, database, task=failing(away))
+
+    assert not await worker.run(stop)
+
+    assert worker.consumer.settled == {Kind.RELEASED: 1}
+    assert await lanes.count(QUEUES.bulk) == 0
+    copy = await lanes.take(QUEUES.retry)
+    assert copy.headers["retries"] == 2
+    assert copy.headers.get("x-delivery-count", 0) == 0
