@@ -96,7 +96,7 @@ def alarmed(broker: servers.Broker, resource: str = "memory") -> Iterator[None]:
     """Let the broker be out of memory or disk, as it counts it."""
     out_of = {
         "memory": ("set_vm_memory_high_watermark", "0.00001"),
-        "disk": ("set_disk_free_limit", "900TB"),
+        "disk": ("set_disk_free_limit", "9000GB"),
     }
     broker.control(*out_of[resource])
     try:

@@ -37,6 +37,8 @@ POLL_SECONDS = 0.5
 LINE = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+Z (INFO |ERROR) .* [a-z_]+=\S")
 GROWTH_BYTES = 10_000_000
 LARGE_GROWTH_BYTES = 30_000_000
+HEAVY, HEAVY_BYTES = 32, 4_000_000
+HEAVY_MOST_BYTES = 110_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,3 +215,22 @@ def test_a_dead_letter_goes_to_the_dead_letters_alone(place: Place) -> None:
 
     eventually(lambda: place.done() == SIZE, "the good chunk is done")
     eventually(lambda: place.queued() == NOTHING | {QUEUES.dead: (2, 0)}, "both copies are")
+
+
+@pytest.mark.xfail(strict=True, reason="a refused body is kept until Python collects its garbage")
+def test_the_bodies_of_refused_messages_are_let_go_one_by_one(place: Place) -> None:
+    """A worker in a container of 128 MB is killed by the kernel where twenty are kept at once."""
+    worker = place.worker("--rate-limit", "100/s")
+    asyncio.run(send_heavy(place))
+
+    eventually(lambda: place.queued() == NOTHING | {QUEUES.dead: (HEAVY, 0)}, "all are set aside")
+
+    assert psutil.Process(worker.process.pid).memory_info().rss < HEAVY_MOST_BYTES
+
+
+async def send_heavy(place: Place) -> None:
+    """Publish bodies of nearly the size that is refused unread."""
+    body = b" " * HEAVY_BYTES
+    async with await aio_pika.connect(place.servers.amqp_url) as connection:
+        messages = [bad_message(n, Bad((junk.NO_JSON,), body)) for n in range(HEAVY)]
+        await publish(await connection.channel(), random.Random(SEED), messages)

@@ -203,7 +203,7 @@ async def test_reconnecting_leaves_nothing_behind(place: Place, broker: servers.
     database.close()
 
     tell("\n".join(map(str, held)))
-    # One connection or another is always a task ahead.
+    # How many a connection needs differs by one from moment to moment.
     for early, late in zip(zip(*held[:FEW], strict=True), held[-1], strict=True):
         assert late <= max(early), held
     assert asyncio.all_tasks() == {asyncio.current_task()}
