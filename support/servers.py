@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import random
 import shutil
 import signal
 import socket
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 HOST = "127.0.0.1"
+PORTS = (20_000, 32_000)  # below what Linux and macOS give to outgoing connections
 START_SECONDS = 90
 STOP_SECONDS = 20
 SCRATCH = "aioworker_scratch"  # a database with this table was made here and may be emptied
@@ -44,12 +46,20 @@ RABBITMQ_FOLDERS = (
 PROGRAM_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/opt/homebrew/sbin"])
 
 
+_dice = random.SystemRandom()  # tests of properties seed the other one
+
+
 def free_port() -> int:
-    """Return a port of loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a port of loopback that nobody listens on, and none that outgoing connections get.
+
+    A server that is killed leaves its port free for a while: a connection, even one that
+    tries to reach that very server, might be given it, and the server could not come back.
+    """
+    while True:
+        port = _dice.randrange(*PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((HOST, port))
+            return port
 
 
 def _program(*names: str) -> str:
