@@ -201,12 +201,18 @@ class Consumer:
         except _NotStartedError as error:
             return Outcome(Kind.RELEASED, str(error))
         except Exception as error:  # noqa: BLE001 - whatever a task raises is an outcome
-            result = outcome.judge(self._database.blamed(error))
-            if result.kind is Kind.RETRY and ctx.attempt > self._terms.max_retries:
-                reason = f"{result.reason}; attempt {ctx.attempt} of {self._terms.max_retries + 1}"
-                return Outcome(Kind.DEAD_LETTER, reason, error)
-            return result
+            # Not kept in this frame, which the error's traceback holds: the body would stay in
+            # memory until Python looks for cycles.
+            return self._judge(error, ctx.attempt)
         return Outcome(Kind.ACK)
+
+    def _judge(self, error: Exception, attempt: int) -> Outcome:
+        """Return what a failed attempt comes to: after the last one, a dead letter."""
+        result = outcome.judge(self._database.blamed(error))
+        if result.kind is Kind.RETRY and attempt > self._terms.max_retries:
+            reason = f"{result.reason}; attempt {attempt} of {self._terms.max_retries + 1}"
+            return Outcome(Kind.DEAD_LETTER, reason, error)
+        return result
 
     def _refuse_killer(self, key: str) -> None:
         if self._budget.deaths(key) >= MOST_DEATHS:

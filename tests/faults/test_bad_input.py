@@ -217,7 +217,6 @@ def test_a_dead_letter_goes_to_the_dead_letters_alone(place: Place) -> None:
     eventually(lambda: place.queued() == NOTHING | {QUEUES.dead: (2, 0)}, "both copies are")
 
 
-@pytest.mark.xfail(strict=True, reason="a refused body is kept until Python collects its garbage")
 def test_the_bodies_of_refused_messages_are_let_go_one_by_one(place: Place) -> None:
     """A worker in a container of 128 MB is killed by the kernel where twenty are kept at once."""
     worker = place.worker("--rate-limit", "100/s")
