@@ -65,3 +65,8 @@ def _check_length(chunk: object, what: str) -> list[Any]:
     if len(chunk) > CHUNK_LIMIT:
         raise UsageError(f"expected at most {CHUNK_LIMIT} {what}, got: {len(chunk)}")
     return list(chunk)
+
+
+def id_of(entry: Any) -> Any:
+    """Return an entry's id: a row begins with it."""
+    return entry[0] if isinstance(entry, list | tuple) else entry

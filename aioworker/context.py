@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from aioworker.threads import ThreadTransaction
+from aioworker.threads import ThreadTransaction, running_loop
 
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
@@ -16,13 +16,6 @@ if TYPE_CHECKING:
 
     from aioworker.db import Cursor, Database
     from aioworker.threads import ThreadCursor
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +36,7 @@ class Context:
     attempt: int = 1
     counts: Counter[str] = field(default_factory=Counter)
     _loop: asyncio.AbstractEventLoop | None = field(
-        default_factory=_running_loop, repr=False, compare=False
+        default_factory=running_loop, repr=False, compare=False
     )
 
     @property

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pymysql.err import MySQLError
 
+from aioworker.chunk import id_of
 from aioworker.errors import AioworkerError, TaskError, UsageError
 from aioworker.message import brief
 from aioworker.signature import Signature
@@ -49,7 +50,7 @@ async def pages(task: AnyTask, ctx: Context, after: int) -> AsyncIterator[list[A
         if inspect.isawaitable(found):
             found = await found
         async for page in _each(task.name, found):
-            kept = page if skips or not after else [one for one in page if _id_of(one) > after]
+            kept = page if skips or not after else [one for one in page if id_of(one) > after]
             if kept:
                 yield kept
     except (AioworkerError, MySQLError, TimeoutError):
@@ -62,10 +63,6 @@ async def pages(task: AnyTask, ctx: Context, after: int) -> AsyncIterator[list[A
 
 def _is_async(function: Any) -> bool:
     return Signature.is_coroutine(function) or inspect.isasyncgenfunction(function)
-
-
-def _id_of(entry: Any) -> Any:
-    return entry[0] if isinstance(entry, list | tuple) else entry
 
 
 async def _each(task: str, found: object) -> AsyncIterator[list[Any]]:

@@ -11,6 +11,7 @@ import aio_pika
 
 from aioworker import broker, message, topology
 from aioworker.addresses import BrokerAddress
+from aioworker.chunk import id_of
 from aioworker.errors import UsageError
 from aioworker.settings import Settings
 from aioworker.task import AnyTask, check_publishable
@@ -156,11 +157,6 @@ class Sweep:
         self.chunks += 1
         self.ids += len(chunk)
         self.last_id = id_of(chunk[-1])
-
-
-def id_of(entry: Any) -> Any:
-    """Return an entry's id: a row begins with it."""
-    return entry[0] if isinstance(entry, list | tuple) else entry
 
 
 async def chunked(pages: AsyncIterator[list[Any]], size: int) -> AsyncIterator[list[Any]]:

@@ -10,7 +10,7 @@ import asyncio
 import contextvars
 import threading
 from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,11 +30,9 @@ async def run(call: Callable[[], Any], database: Database | None) -> Any:
     try:
         return await asyncio.shield(ended)
     except asyncio.CancelledError:
-        if not ended.done() and database is not None:
+        if database is not None and not ended.done():
             await database.cut_off()
-            with database.pinned():
-                await asyncio.wait({ended})
-        elif not ended.done():
+        with database.pinned() if database is not None else nullcontext():
             await asyncio.wait({ended})
         if not ended.cancelled():
             ended.exception()  # looked at: the cancellation is what is told
@@ -69,7 +67,8 @@ def _start(call: Callable[[], Any]) -> asyncio.Future[Any]:
     return ended
 
 
-def _running_loop() -> asyncio.AbstractEventLoop | None:
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """Return the event loop of this thread, None where none runs."""
     try:
         return asyncio.get_running_loop()
     except RuntimeError:
@@ -123,7 +122,7 @@ class ThreadTransaction:
         self._held: Future[None] = Future()
 
     def __enter__(self) -> ThreadCursor:
-        if _running_loop() is self._in_loop():
+        if running_loop() is self._in_loop():
             raise RuntimeError("expected `async with ctx.transaction()` in the event loop's thread")
         self._held = asyncio.run_coroutine_threadsafe(self._hold(), self._in_loop())
         self._held.add_done_callback(self._end)
