@@ -53,9 +53,10 @@ _SLOW = (
     "CREATE TRIGGER slow BEFORE UPDATE ON addons FOR EACH ROW"
     " SET NEW.modified = IF(SLEEP({}), NEW.modified, NEW.modified)"
 )
+# A write of rows: a worker also sees that it may write, by one of no rows.
 _WRITING = (
     "SELECT id FROM information_schema.processlist"
-    " WHERE db = DATABASE() AND info LIKE 'UPDATE /* aioworker %'"
+    " WHERE db = DATABASE() AND info LIKE 'UPDATE /* aioworker % JSON_TABLE(''[[%'"
 )
 # `list_queues` shows what was some seconds ago; this asks the queues themselves.
 _COUNTS = """
