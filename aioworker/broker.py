@@ -23,6 +23,7 @@ from aio_pika.exceptions import (
 from aiormq.exceptions import ChannelAccessRefused, InvalidFrameError
 
 from aioworker.errors import BrokerError, QueueMissingError
+from aioworker.frames import Connection
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -61,6 +62,7 @@ async def connect(
                     address.url,
                     heartbeat=HEARTBEAT_SECONDS,
                     client_properties={"connection_name": name},
+                    connection_class=Connection,
                 )
         except CONNECT_FAILURES as error:
             away = not isinstance(error, ProbableAuthenticationError | InvalidFrameError)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from aioworker import broker, console, outcome, topology
+from aioworker import broker, console, message, outcome, topology
 from aioworker.console import count, say
 from aioworker.errors import AioworkerError
 
@@ -70,9 +70,10 @@ class Letter:
         death = deaths[0] if isinstance(deaths, list) and deaths else {}
         death = death if isinstance(death, dict) else {}
         queue, at = str(death.get("queue") or ""), death.get("time")
+        why = _text(death.get("reason")) or "unknown reason"
         return cls(
             id=outcome.message_id(delivery),
-            reason=f"set aside by RabbitMQ: {_text(death.get('reason')) or 'unknown reason'}",
+            reason=message.unreadable(headers) or f"set aside by RabbitMQ: {why}",
             error=None,
             attempts=None,
             lane="urgent" if queue.endswith(".urgent") else "bulk",

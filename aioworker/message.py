@@ -21,6 +21,7 @@ from aioworker.errors import MessageRefusedError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+UNREADABLE = "x-aioworker-unreadable"  # in place of properties that cannot be decoded: why
 RETRIES_LIMIT = 1000
 BODY_LIMIT = 4 * 1024 * 1024  # bytes; a thousand ids are eleven thousand
 BRIEF_LENGTH = 200
@@ -116,6 +117,8 @@ def decode(task: str, headers: Mapping[str, Any], content_type: str | None, body
     Raises:
         MessageRefusedError: Anything in it is not what aioworker can run.
     """
+    if reason := unreadable(headers):
+        raise MessageRefusedError(reason)
     if headers.get("task") != task:
         raise MessageRefusedError(
             f"expected header task {task!r}, got: {brief(headers.get('task'))}"
@@ -133,6 +136,15 @@ def decode(task: str, headers: Mapping[str, Any], content_type: str | None, body
         raise MessageRefusedError("expected no eta or countdown: aioworker runs what is due")
     args, kwargs = _read_body(_unpacked(headers.get("compression"), body))
     return Call(args, kwargs, _expires(headers), _time_limit(headers))
+
+
+def unreadable(headers: Mapping[str, Any]) -> str:
+    """Return why a message's properties could not be decoded; nothing where they could."""
+    if UNREADABLE not in headers:
+        return ""
+    found = headers[UNREADABLE]
+    plain = isinstance(found, str) and found.isprintable() and len(found) <= BRIEF_LENGTH
+    return f"properties cannot be decoded: {found if plain else brief(found)}"
 
 
 def _unpacked(compression: Any, body: bytes) -> bytes:

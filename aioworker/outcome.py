@@ -199,7 +199,7 @@ def _portable(value: Any) -> Any:
     """Return what AMQP can carry: some of what it can bring, it cannot take back."""
     try:
         encode_table_value(value)
-    except (TypeError, ValueError, OverflowError, struct.error):
+    except (TypeError, ValueError, OverflowError, RecursionError, struct.error):
         return reprlib.repr(value)
     return value
 

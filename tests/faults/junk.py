@@ -12,6 +12,7 @@ import hypothesis
 from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
+from pamqp.commands import Basic
 
 from tests.conftest import TASK
 
@@ -56,6 +57,41 @@ class Latin(str):
         """Return it as an old producer would write it."""
         return super().encode("latin-1")
 
+
+class Properties(Basic.Properties):
+    """Properties that go out as they are given, in bytes."""
+
+    def __init__(self, encoded: bytes) -> None:
+        super().__init__()
+        self._encoded = encoded
+
+    def marshal(self) -> bytes:
+        """Return them."""
+        return self._encoded
+
+
+def _table(name: bytes, value: bytes) -> bytes:
+    """Encode a table of one entry."""
+    entry = bytes([len(name)]) + name + value
+    return len(entry).to_bytes(4) + entry
+
+
+def _deep(levels: int) -> bytes:
+    table = _table(b"", b"V")
+    for _ in range(levels):
+        table = _table(b"", b"F" + table)
+    return table
+
+
+_HEADERS, _TIMESTAMP, _MESSAGE_ID = b"\x20\x00", b"\x00\x40", b"\x00\x80"
+# What RabbitMQ passes on and pamqp cannot decode, by what its error begins with.
+UNDECODABLE = {
+    "UnicodeDecodeError: 'utf-8' codec can't decode byte 0xe9": _HEADERS
+    + _table("\xe9t\xe9".encode("latin-1"), b"V"),
+    "UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff": _MESSAGE_ID + b"\x01\xff",
+    "ValueError: year 52671 is out of range": _TIMESTAMP + (1_600_000_000_000_000).to_bytes(8),
+    "RecursionError: maximum recursion": _HEADERS + _deep(2000),
+}
 
 # Values, in headers and in bodies.
 

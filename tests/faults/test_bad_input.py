@@ -6,6 +6,7 @@ They are drawn at random; JUNK_SEED sets the seed, which is printed.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import re
@@ -191,19 +192,42 @@ async def send(place: Place, headers: dict[str, Any]) -> None:
         await publish(channel, random.Random(SEED), [good_message(0)], [QUEUES.bulk])
 
 
-def test_a_message_that_no_client_can_decode_stops_nobody(place: Place) -> None:
-    """Such as one with the name of a header in Latin-1: it ends every connection it comes over.
+@pytest.mark.parametrize("queue", [QUEUES.bulk, QUEUES.dead])
+def test_properties_that_cannot_be_decoded(place: Place, queue: str) -> None:
+    """They end no connection: the message is a dead letter like any other, with its body.
 
-    RabbitMQ alone can set it aside, after as many deliveries as the lane allows: fewer here.
+    In the dead letters too, where RabbitMQ itself may put one: the commands can be used.
     """
-    place.limit(QUEUES.bulk, "delivery-limit", 3)
     simple_addons(place.shop, SIZE)
-    asyncio.run(send(place, {junk.Latin("\xe9t\xe9"): "2010"}))
+    asyncio.run(send_undecodable(place, queue))
 
     place.worker("--rate-limit", "100/s")
 
+    count = len(junk.UNDECODABLE)
     eventually(lambda: place.done() == SIZE, "the good chunk is done")
-    assert place.queued() == NOTHING | {QUEUES.dead: (1, 0)}
+    eventually(lambda: place.queued() == NOTHING | {QUEUES.dead: (count, 0)}, "they are set aside")
+    assert place.charged() == 1
+    letters = [*map(json.loads, place.run("dead", "list", "--json").stdout.splitlines())]
+    reasons = sorted(letter["reason"] for letter in letters)
+    for reason, error in zip(reasons, sorted(junk.UNDECODABLE), strict=True):
+        assert reason.startswith(f"properties cannot be decoded: {error}")
+    assert "\nno JSON\n" in place.run("dead", "show", letters[0]["id"]).stdout
+    assert place.run("dead", "requeue").returncode == 0
+    eventually(lambda: place.queued() == NOTHING | {QUEUES.dead: (count, 0)}, "they are again")
+    assert place.run("dead", "drop", "--yes").returncode == 0
+    assert place.queued() == NOTHING
+
+
+async def send_undecodable(place: Place, queue: str) -> None:
+    """Publish messages whose properties pamqp cannot decode, and a good chunk behind them."""
+    async with await aio_pika.connect(place.servers.amqp_url) as connection:
+        channel = await connection.channel()
+        underlay = await channel.get_underlay_channel()
+        for properties in junk.UNDECODABLE.values():
+            await underlay.basic_publish(
+                b"no JSON", routing_key=queue, properties=junk.Properties(properties)
+            )
+        await publish(channel, random.Random(SEED), [good_message(0)], [QUEUES.bulk])
 
 
 def test_a_dead_letter_goes_to_the_dead_letters_alone(place: Place) -> None:

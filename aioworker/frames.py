@@ -1,0 +1,103 @@
+"""What RabbitMQ sends, as far as it can be decoded.
+
+A message's properties come in a frame of their own. aiormq ends the connection at one that it
+cannot decode (a header's name in Latin-1, a time in microseconds), and RabbitMQ sends the same
+message again over the next. Here such properties give way to one header that says what is
+wrong with them, so that the message can be set aside like any other.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING, Any, cast
+
+import aio_pika
+import aiormq
+from aiormq.connection import TCPTransportFactory, TLSTransportFactory
+from pamqp.commands import Basic
+from pamqp.constants import FRAME_END_CHAR, FRAME_HEADER
+from pamqp.header import ContentHeader
+
+from aioworker.message import UNREADABLE
+
+if TYPE_CHECKING:
+    from asyncio import StreamReader, StreamWriter
+
+    from yarl import URL
+
+PROPERTIES = "x-aioworker-properties"
+SHOWN_BYTES = 2_000  # of the properties themselves: their hexadecimal digits are twice as many
+_FIXED_BYTES = 12  # class, weight, size of the body
+_HEADER = bytes([FRAME_HEADER])
+_REST_BYTES = 6  # of a frame's first seven bytes: its type is read before them
+# What decoding raises; a table in a table in a table, without end, the last of them.
+_FAILURES = (ValueError, OverflowError, OSError, struct.error, RecursionError)
+
+
+class Connection(aio_pika.Connection):
+    """A plain connection that no message can end."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.kwargs["transport_factory"] = _Transport()
+
+
+class _Transport(aiormq.TransportFactory):
+    """Connects as aiormq does, and reads by `Frames`."""
+
+    async def create(self, url: URL, **kwargs: Any) -> tuple[StreamReader, StreamWriter]:
+        """Open the connection to *url*; the arguments are aiormq's."""
+        secure = url.scheme == "amqps"
+        own = TLSTransportFactory() if secure else TCPTransportFactory()
+        reader, writer = await own.create(url, **kwargs)
+        return cast("StreamReader", Frames(reader)), writer
+
+
+class Frames:
+    """Reads frames as aiormq asks for them: a byte, six bytes, and what they announce.
+
+    Args:
+        reader: Where they come from.
+    """
+
+    def __init__(self, reader: StreamReader) -> None:
+        self.at_eof = reader.at_eof
+        self.read = reader.read
+        self._read = reader.readexactly
+        self._type = b""
+        self._ahead: bytes | None = None
+
+    async def readexactly(self, count: int) -> bytes:
+        """Return the next part of a frame; of unreadable properties, of the frame in their place.
+
+        Raises:
+            IncompleteReadError: The connection ended before.
+        """
+        if self._ahead is not None:
+            rest, self._ahead = self._ahead, None
+            return rest
+        part = await self._read(count)
+        if count == 1:
+            self._type = part
+        elif count == _REST_BYTES and self._type == _HEADER:
+            channel, size = struct.unpack(">HI", part)
+            payload = readable((await self._read(size + 1))[:-1])
+            self._ahead = payload + FRAME_END_CHAR
+            part = struct.pack(">HI", channel, len(payload))
+        return part
+
+
+def readable(payload: bytes) -> bytes:
+    """Return the payload of a header frame; where it cannot be decoded, one that says why."""
+    try:
+        ContentHeader().unmarshal(payload)
+    except _FAILURES as error:
+        properties = payload[_FIXED_BYTES:]
+        told = Basic.Properties(
+            headers={
+                UNREADABLE: f"{type(error).__name__}: {' '.join(str(error).split())}",
+                PROPERTIES: properties[:SHOWN_BYTES].hex(),
+            }
+        )
+        return payload[:_FIXED_BYTES] + told.marshal()
+    return payload

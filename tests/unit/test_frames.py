@@ -1,0 +1,71 @@
+"""A frame that cannot be decoded gives way to one that can; every other comes through as it was."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pamqp import frame
+from pamqp.body import ContentBody
+from pamqp.commands import Basic
+from pamqp.header import ContentHeader
+from pamqp.heartbeat import Heartbeat
+
+from aioworker.frames import PROPERTIES, SHOWN_BYTES, Frames
+from aioworker.message import UNREADABLE
+from tests.faults.junk import UNDECODABLE, Properties
+
+BODY_SIZE = 7
+FIRST_BYTES, REST_BYTES = 1, 6
+
+
+async def read(sent: bytes) -> list[bytes]:
+    """Read frames as aiormq does, until none is left."""
+    source = asyncio.StreamReader()
+    source.feed_data(sent)
+    source.feed_eof()
+    frames, found = Frames(source), []
+    while not frames.at_eof():
+        head = await frames.readexactly(FIRST_BYTES) + await frames.readexactly(REST_BYTES)
+        size = frame.frame_parts(head)[2]
+        assert size is not None
+        found.append(head + await frames.readexactly(size + 1))
+    return found
+
+
+@given(
+    st.lists(
+        st.just(Heartbeat())
+        | st.binary(min_size=1, max_size=20).map(ContentBody)
+        | st.just(Basic.Ack(3))
+        | st.text(max_size=40).map(
+            lambda text: ContentHeader(
+                body_size=BODY_SIZE, properties=Basic.Properties(message_id=text, headers={"": 1})
+            )
+        )
+    )
+)
+async def test_what_can_be_decoded_is_unchanged(sent: list[frame.FrameTypes]) -> None:
+    """Also where a part is as long as the one that tells a frame's length."""
+    encoded = [frame.marshal(one, 258) for one in sent]
+
+    assert await read(b"".join(encoded)) == encoded
+
+
+@pytest.mark.parametrize("error", UNDECODABLE)
+async def test_properties_that_cannot_be_decoded_say_so(error: str) -> None:
+    properties = UNDECODABLE[error]
+    header = ContentHeader(body_size=BODY_SIZE, properties=Properties(properties))
+    sent = [frame.marshal(one, 258) for one in (header, ContentBody(b"no JSON"))]
+
+    found = await read(b"".join(sent))
+
+    _length, channel, told = frame.unmarshal(found[0])
+    assert isinstance(told, ContentHeader)
+    headers = told.properties.headers or {}
+    assert (channel, told.body_size, found[1:]) == (258, BODY_SIZE, sent[1:])
+    assert headers.keys() == {UNREADABLE, PROPERTIES}
+    assert str(headers[UNREADABLE]).startswith(error)
+    assert headers[PROPERTIES] == properties[:SHOWN_BYTES].hex()
