@@ -31,6 +31,7 @@ RECOVERY_SECONDS = 10
 TOLD_SECONDS = 10
 FROZEN_SECONDS = 25
 WATCHED_SECONDS = 6
+ALARM_LASTS_SECONDS = 60
 SWEPT = 300
 SWEEP = {f"[[[{addon}".encode() for addon in range(1, SWEPT + 1)}
 
@@ -225,17 +226,26 @@ def test_an_alarm_is_nothing_to_a_worker_that_only_takes(
         assert_one_start_each(place, 4 * CHUNKS)
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("resource", ["memory", "disk"])
-def test_an_alarm_during_a_sweep(
+def test_an_alarm_of_a_minute(
     make_place: MakePlace, broker: servers.Broker, proxy: Proxy, resource: str
 ) -> None:
-    """It ends in bounded time, with the command that goes on, and no chunk is missing then."""
-    place = make_place(amqp_port=proxy.port)
-    simple_addons(place.shop, SWEPT)
+    """A sweep ends in bounded time, with the command that goes on, and no chunk is missing then.
+
+    What is to be set aside, or put off, stays in its lane, and goes where it should when the
+    alarm is over. Its copy may be there twice: what was under way arrives after the alarm.
+    """
+    swept, refused, failing = make_place(amqp_port=proxy.port), make_place(), make_place()
+    simple_addons(swept.shop, SWEPT)
+    simple_addons(failing.shop, 1)
+    failing.slow(5)
+    failing.publish(chunk(1))
+    refused.publish(b"no JSON")
     sweep = partial(
-        place.run,
+        swept.run,
         *("publish-all", "--chunk-size", "1"),
-        AIOWORKER_AMQP_URL=place.through.amqp_url,
+        AIOWORKER_AMQP_URL=swept.through.amqp_url,
         AIOWORKER_CONNECT_TIMEOUT="3",
     )
     halfway = proxy.hold_at(b"[[[150]]")
@@ -244,11 +254,27 @@ def test_an_alarm_during_a_sweep(
         sweeping = pool.submit(sweep)
         assert halfway.wait(DEADLINE_SECONDS)
         with alarmed(broker, resource):
+            ends = time.monotonic() + ALARM_LASTS_SECONDS
             proxy.release()
+            for place in (refused, failing):
+                place.worker(*FAST, AIOWORKER_CONNECT_TIMEOUT="2", AIOWORKER_TASK_TIMEOUT="1")
             cut = sweeping.result(2 * RECOVERY_SECONDS)
+            for place in (refused, failing):
+                eventually(partial(says, place, "copy not confirmed"), "it says so")
+            while time.monotonic() < ends:
+                for place in (refused, failing):
+                    assert messages(place) == {QUEUES.bulk: 1}
+                time.sleep(1)
 
-    assert 0 < go_on(place, cut) < 150
-    assert {body.partition(b"]")[0] for body in place.take(QUEUES.bulk)} == SWEEP
+    assert 0 < go_on(swept, cut) < 150
+    assert {body.partition(b"]")[0] for body in swept.take(QUEUES.bulk)} == SWEEP
+    soon = ALARM_SECONDS + RECOVERY_SECONDS
+    within(soon, lambda: refused.queued()[QUEUES.bulk] == (0, 0), "it is set aside")
+    assert set(refused.take(QUEUES.dead)) == {b"no JSON"}
+    within(soon, lambda: QUEUES.retry in messages(failing), "the other one waits for its retry")
+    failing.slow(0)
+    eventually(lambda: failing.done() == 1, "it is done")
+    eventually(lambda: not messages(failing), "all is settled")
 
 
 def go_on(place: Place, cut: CompletedProcess[str]) -> int:
@@ -262,36 +288,6 @@ def go_on(place: Place, cut: CompletedProcess[str]) -> int:
     rest = place.run(*told[2].split())
     assert rest.returncode == 0, rest.stderr
     return int(told[1])
-
-
-@pytest.mark.timeout(180)
-def test_an_alarm_when_a_message_is_to_be_set_aside(
-    make_place: MakePlace, broker: servers.Broker
-) -> None:
-    """Or put off: it stays in its lane, and goes where it should when the alarm is over.
-
-    Its copy may be there twice: what was under way arrives after the alarm.
-    """
-    refused, failing = places = make_place(), make_place()
-    simple_addons(failing.shop, 1)
-    failing.slow(5)
-    failing.publish(chunk(1))
-    refused.publish(b"no JSON")
-
-    with alarmed(broker):
-        for place in places:
-            place.worker(*FAST, AIOWORKER_CONNECT_TIMEOUT="2", AIOWORKER_TASK_TIMEOUT="1")
-        for place in places:
-            eventually(partial(says, place, "copy not confirmed"), "it says so")
-            assert messages(place) == {QUEUES.bulk: 1}
-
-    soon = ALARM_SECONDS + RECOVERY_SECONDS
-    within(soon, lambda: refused.queued()[QUEUES.bulk] == (0, 0), "it is set aside")
-    assert set(refused.take(QUEUES.dead)) == {b"no JSON"}
-    within(soon, lambda: QUEUES.retry in messages(failing), "the other one waits for its retry")
-    failing.slow(0)
-    eventually(lambda: failing.done() == 1, "it is done")
-    eventually(lambda: not messages(failing), "all is settled")
 
 
 # Queues that are gone, different or full.
