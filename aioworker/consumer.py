@@ -22,6 +22,7 @@ from aioworker.errors import (
     MessageRefusedError,
     UsageError,
 )
+from aioworker.gate import Gate
 from aioworker.logs import fields
 from aioworker.message import Call, decode
 from aioworker.outcome import Kind, Outcome
@@ -30,6 +31,8 @@ from aioworker.task import AnyTask
 from aioworker.topology import RETRY_TTL_MS, Queues
 
 if TYPE_CHECKING:
+    from contextlib import AbstractAsyncContextManager
+
     from aio_pika.abc import AbstractIncomingMessage
 
     from aioworker.db import Database
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SUSPECT_RETURNS = 2  # to its lane, and a message runs alone
 MOST_DOOMED = 3  # messages in a row that fail for good, before the task is doubted
 MOST_ROUNDS = 3  # of one message behind the others, before it is set aside all the same
 MOST_RETURNS = 20  # to its lane, before a message goes behind: RabbitMQ sets it aside at a hundred
@@ -93,6 +97,7 @@ class Consumer:
         presence: Told what runs.
         terms: What each may take.
         worker: This worker's name, in dead letters.
+        gate: Shared by all tasks of the process.
 
     Attributes:
         settled: How many deliveries came to each kind of outcome.
@@ -108,6 +113,7 @@ class Consumer:
         presence: Presence,
         terms: Terms,
         worker: str,
+        gate: Gate,
     ) -> None:
         self.settled: Counter[Kind] = Counter()
         self.starts = 0
@@ -119,6 +125,7 @@ class Consumer:
         self._presence = presence
         self._terms = terms
         self._worker = worker
+        self._gate = gate
         self._idle_since = time.monotonic()
         self._doomed: set[str] = set()  # messages in a row that failed for good
         self._put_behind: Counter[str] = Counter()  # how often each went behind the others
@@ -132,6 +139,27 @@ class Consumer:
             BrokerError: It could not be settled: RabbitMQ will deliver it again.
         """
         attempt = self._attempt(delivery)
+        async with self._pass(delivery, attempt):
+            return await self._serve(delivery, attempt, publisher)
+
+    def suspects(self, delivery: AbstractIncomingMessage) -> bool:
+        """Return whether a message may have killed its worker, by how often it came back."""
+        return outcome.deliveries(delivery) >= SUSPECT_RETURNS
+
+    def _pass(
+        self, delivery: AbstractIncomingMessage, attempt: _Attempt
+    ) -> AbstractAsyncContextManager[None]:
+        """Let it run beside what runs in this process; alone, if it may have killed a worker."""
+        if not (self._budget.deaths(attempt.key) or self.suspects(delivery)):
+            return self._gate.through()
+        if self._gate.busy:
+            reason = f"to run {self._task.name} alone: a worker may have died of it"
+            self._presence.tell("waiting", reason, logging.WARNING)
+        return self._gate.alone(self._terms.task_timeout)
+
+    async def _serve(
+        self, delivery: AbstractIncomingMessage, attempt: _Attempt, publisher: broker.Publisher
+    ) -> Outcome:
         result = await self._work(delivery, attempt)
         values = self._told(delivery, attempt)
         result = self._doubt(result, attempt)

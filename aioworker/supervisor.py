@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from aioworker import broker, outcome, topology
+from aioworker import broker, topology
 from aioworker.context import Context
 from aioworker.errors import AioworkerError, BrokerError, DatabaseError, StalledError
 from aioworker.flow import Flow
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 AT_ONCE = 16  # messages of each lane, for a task without a rate limit that needs no database
-SUSPECT_RETURNS = 2  # to its lane, and a message is served alone
 FLOW_SECONDS = 0.2  # without a message, and the lanes are looked at again
 IDLE_SECONDS = 0.9  # between looks at empty lanes: a message is noticed within a second
 HEALED_SECONDS = 30.0  # a connection that stood for so long is no part of an outage before it
@@ -250,7 +249,7 @@ class Supervisor:
             self._took = first is not None
             if first is None:
                 return None
-            if outcome.deliveries(first) < SUSPECT_RETURNS:
+            if not self.consumer.suspects(first):
                 return await self._serve_flow(lanes, publisher, first)
             alone = await self._serve_delivery(first, publisher)
             return alone if alone.failed and alone.kind is Kind.RELEASED else None

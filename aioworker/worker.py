@@ -14,6 +14,7 @@ from aioworker.budget import SharedBudget
 from aioworker.console import count, say
 from aioworker.consumer import Consumer, Terms
 from aioworker.errors import DatabaseError
+from aioworker.gate import Gate
 from aioworker.limits import WorkerBudget
 from aioworker.logs import fields
 from aioworker.outcome import Kind
@@ -84,7 +85,8 @@ async def consume(
         end in time after a stop.
     """
     doing = _Doing(notifier, alone=len(tasks) == 1)
-    served = [_serve(settings, task, burst, doing) for task in tasks]
+    gate = Gate()
+    served = [_serve(settings, task, burst, doing, gate) for task in tasks]
     if settings.budget != "shared":
         log.warning("the rate limit counts this process's starts alone: AIOWORKER_BUDGET=worker")
     notifier.send(READY="1", STATUS="starting")
@@ -105,7 +107,7 @@ async def consume(
     return 0 if complete or not burst else 1
 
 
-def _serve(settings: Settings, task: AnyTask, burst: bool, doing: _Doing) -> _Served:
+def _serve(settings: Settings, task: AnyTask, burst: bool, doing: _Doing, gate: Gate) -> _Served:
     """Make what serves a task."""
     options = task.options
     rate = options.rate_limit if settings.rate_limit is None else settings.rate_limit
@@ -126,7 +128,7 @@ def _serve(settings: Settings, task: AnyTask, burst: bool, doing: _Doing) -> _Se
     )
     budget = SharedBudget(database, task.name, rate, worker) if shared else WorkerBudget(rate)
     terms = Terms(retries, timeout, settings.connect_timeout)
-    consumer = Consumer(task, database, budget, presence, terms, worker)
+    consumer = Consumer(task, database, budget, presence, terms, worker, gate)
     needs_database = shared or task.needs_database
     supervising = Options(
         settings.amqp_url, burst, settings.connect_timeout, worker, needs_database

@@ -20,6 +20,7 @@ from aioworker.addresses import BrokerAddress, DatabaseAddress
 from aioworker.budget import SharedBudget
 from aioworker.consumer import Consumer, Terms
 from aioworker.db import Database
+from aioworker.gate import Gate
 from aioworker.limits import Budget, RateLimit, WorkerBudget
 from aioworker.presence import Presence
 from aioworker.producer import Producer
@@ -153,7 +154,9 @@ def make_worker(
     if rate_limit is not None:
         budget = SharedBudget(database, task.name, RateLimit.parse(rate_limit), "test")
     presence = Presence(task.name, "test", 1, None, lambda _doing: None, None)
-    consumer = Consumer(task, database, budget, presence, Terms(5, task_timeout, 10), "test")
+    consumer = Consumer(
+        task, database, budget, presence, Terms(5, task_timeout, 10), "test", Gate()
+    )
     options = Options(BrokerAddress.parse_all(pair.amqp_url), burst, 10, "test")
     return Supervisor(task, database, budget, consumer, presence, options)
 

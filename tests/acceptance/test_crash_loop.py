@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aioworker import Producer
 from aioworker.crashes import MOST_DEATHS
 from support.servers import ROOT
 from tests.conftest import (
@@ -65,3 +68,53 @@ async def test_a_message_that_kills_its_worker_ends_as_a_dead_letter(
     assert rows(shop, "SELECT running, deaths, starts FROM aioworker_budget") == [
         (None, None, 19 + MOST_DEATHS)
     ]
+
+
+TWO = f"""
+    import asyncio, os
+    from aioworker import task
+
+    running = asyncio.Event()
+
+    def note(text):
+        with open("notes", "a") as notes:
+            print(text, file=notes)
+
+    @task(rate_limit="20/s")
+    async def victim() -> None:
+        note("victim")
+        running.set()
+        await asyncio.sleep(2)
+        running.clear()
+
+    @task(rate_limit="20/s")
+    async def killer() -> None:
+        for _ in range(10):
+            await asyncio.sleep(0.1)
+            if running.is_set():
+                break
+        note(f"killer beside victim: {{running.is_set()}}")
+        os._exit({STATUS})
+"""
+
+
+async def test_a_message_that_ran_beside_the_one_that_killed_its_worker_runs_alone(
+    pair: Servers, run: Run, tmp_path: Path, shop: Connection[Cursor]
+) -> None:
+    """The first death is of both; then it shows that it was not the one, and is done."""
+    (tmp_path / "two.py").write_text(textwrap.dedent(TWO))
+    assert run("init", "--app", "two").returncode == 0
+    async with Producer(pair.amqp_url, timeout=10) as producer:
+        for name in ("victim", "killer"):
+            await producer.publish(name)
+
+    lives = [run("consume", "--app", "two", "--burst") for _ in range(MOST_DEATHS + 1)]
+
+    assert [life.returncode for life in lives] == [STATUS] * MOST_DEATHS + [1]
+    notes = (tmp_path / "notes").read_text().splitlines()
+    assert sorted(notes[:2]) == ["killer beside victim: True", "victim"]
+    assert sorted(notes[2:]) == [*["killer beside victim: False"] * (MOST_DEATHS - 1), "victim"]
+    deaths = "SELECT running, deaths FROM aioworker_budget WHERE task IN ('victim', 'killer')"
+    assert rows(shop, deaths) == [(None, None)] * 2
+    letters = [run("dead", "list", name, "--app", "two", "--json") for name in ("victim", "killer")]
+    assert [len(letter.stdout.splitlines()) for letter in letters] == [0, 1]

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aioworker.consumer import SUSPECT_RETURNS
 from aioworker.flow import Flow
 from aioworker.outcome import Kind
-from aioworker.supervisor import AT_ONCE, SUSPECT_RETURNS, Supervisor
+from aioworker.supervisor import AT_ONCE, Supervisor
 from aioworker.task import Task
 from tests.conftest import QUEUES, TASK, Lanes, make_worker
 
