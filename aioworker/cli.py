@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -16,7 +17,16 @@ from typer.core import TyperCommand
 
 from aioworker import cli_dead
 from aioworker.errors import AioworkerError, UsageError
-from aioworker.running import DEFAULT_TASK, App, TaskName, on_signal, prepare, prepare_all, run
+from aioworker.running import (
+    DEFAULT_TASK,
+    App,
+    TaskName,
+    end_as_first_process,
+    on_signal,
+    prepare,
+    prepare_all,
+    run,
+)
 
 TaskNames = Annotated[
     list[str] | None, typer.Argument(metavar="[TASK]...", help="The tasks' names.")
@@ -119,7 +129,7 @@ def consume(
 
     async def serve() -> tuple[int, bool]:
         stop = asyncio.Event()
-        notifier = Notifier(os.environ.get("NOTIFY_SOCKET"))
+        notifier = Notifier(os.environ)
         reloading = reload.Reload(stop, notifier, environment)
 
         def end(_signal: object) -> None:
@@ -130,12 +140,13 @@ def consume(
         on_signal(end)
         reloading.listen()
         try:
-            while True:
-                status = await worker.consume(
-                    settings, tasks, burst=burst, stop=stop, notifier=notifier
-                )
-                if await reloading.may_end():
-                    break
+            async with notifier.alive():
+                while True:
+                    status = await worker.consume(
+                        settings, tasks, burst=burst, stop=stop, notifier=notifier
+                    )
+                    if await reloading.may_end():
+                        break
         finally:
             await reloading.end()
         return status, reloading.wanted
@@ -335,6 +346,8 @@ def _numbers(words: list[str]) -> list[int]:
 
 def main() -> None:
     """Run the command line and exit with its status."""
+    if os.getpid() == 1:
+        end_as_first_process(signal.SIGTERM)
     try:
         status = app(standalone_mode=False)
     except AioworkerError as error:

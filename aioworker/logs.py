@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from datetime import UTC, datetime
 from typing import Any
@@ -46,6 +47,40 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
+class JournalFormatter(logging.Formatter):
+    """Another formatter's lines, each behind its priority, as systemd's journal reads it.
+
+    Args:
+        lines: The other formatter.
+    """
+
+    def __init__(self, lines: logging.Formatter) -> None:
+        super().__init__()
+        self._lines = lines
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the lines."""
+        mark = f"<{_priority(record.levelno)}>"
+        return mark + self._lines.format(record).replace("\n", f"\n{mark}")
+
+
+def _priority(level: int) -> int:
+    """Return the priority of syslog(3) for a level."""
+    return next(priority for least, priority in _PRIORITIES if level >= least)
+
+
+_PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (logging.NOTSET, 7))
+
+
+def _to_journal() -> bool:
+    """Whether standard error goes to the journal: JOURNAL_STREAM names its device and inode."""
+    try:
+        stream = os.fstat(sys.stderr.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{stream.st_dev}:{stream.st_ino}"
+
+
 def configure(level: str, form: str) -> None:
     """Log to standard error.
 
@@ -54,7 +89,8 @@ def configure(level: str, form: str) -> None:
         form: `console` or `json`.
     """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if form == "json" else ConsoleFormatter())
+    lines = JsonFormatter() if form == "json" else ConsoleFormatter()
+    handler.setFormatter(JournalFormatter(lines) if _to_journal() else lines)
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     # Our lines keep their form and their fields, whatever a user's module does to the root.
     ours = logging.getLogger("aioworker")

@@ -57,8 +57,13 @@ def prepare_all(names: list[str], **options: str | None) -> tuple[Settings, list
     return settings, [find(name) for name in dict.fromkeys(names or theirs or [DEFAULT_TASK])]
 
 
-def _exit(number: int, _frame: object) -> None:
-    os._exit(128 + number)
+def end_as_first_process(number: signal.Signals) -> None:
+    """Let a signal end the process: the kernel drops its default action for a container's first."""
+
+    def end(number: int, _frame: object) -> None:
+        os._exit(128 + number)
+
+    signal.signal(number, end)
 
 
 def on_signal(react: Callable[[signal.Signals], None]) -> None:
@@ -68,8 +73,9 @@ def on_signal(react: Callable[[signal.Signals], None]) -> None:
     def first(received: signal.Signals) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
-            # The kernel drops the default action for the first process of a container.
-            signal.signal(number, _exit if os.getpid() == 1 else signal.SIG_DFL)
+            signal.signal(number, signal.SIG_DFL)
+            if os.getpid() == 1:
+                end_as_first_process(number)
         react(received)
 
     for number in (signal.SIGTERM, signal.SIGINT):

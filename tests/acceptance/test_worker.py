@@ -8,16 +8,21 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import aio_pika
+import psutil
 import pytest
 
 from aioworker.supervisor import IDLE_SECONDS
 from support import servers
 from tests.conftest import (
+    AIOWORKER,
+    COMMAND_SECONDS,
     QUEUES,
     Lanes,
     Run,
@@ -25,6 +30,7 @@ from tests.conftest import (
     current_versions,
     eventually,
     execute,
+    importable,
     rows,
     simple_addons,
 )
@@ -40,7 +46,7 @@ def running_writes(shop: Connection[Cursor]) -> int:
     """Count the worker's writes that the server is running."""
     statement = (
         "SELECT COUNT(*) FROM information_schema.processlist"
-        " WHERE info LIKE 'UPDATE /* aioworker update_current_version */%'"
+        " WHERE info LIKE 'UPDATE /* aioworker update_current_version */ JSON_TABLE(''[[%'"
     )
     return int(rows(shop, statement)[0][0])
 
@@ -234,10 +240,14 @@ class Manager:
         """The name as sockets take it."""
         return "\0" + self.name[1:]
 
+    def receive(self) -> None:
+        """Receive the next states."""
+        self.states += self.socket.recv(4096).decode().splitlines()
+
     def until(self, state: str) -> None:
         """Receive states up to one that begins so."""
         while not any(line.startswith(state) for line in self.states):
-            self.states += self.socket.recv(4096).decode().splitlines()
+            self.receive()
 
 
 @pytest.fixture
@@ -271,6 +281,96 @@ async def test_a_service_manager_is_told_ready_status_and_stopping(
         "STOPPING=1",
         "STATUS=finishing the running chunk",
     ]
+
+
+SLEEPER = """
+    import time
+    from aioworker import task
+
+    @task(rate_limit="100/s")
+    async def block() -> None:
+        time.sleep(2)
+"""
+
+
+async def test_a_watchdog_hears_of_the_event_loop_while_it_runs(
+    start: Start, manager: Manager, shop: Connection[Cursor], lanes: Lanes, tmp_path: Path
+) -> None:
+    """Not while a run blocks it, ten times as long as the watchdog is patient."""
+    (tmp_path / "sleeper.py").write_text(textwrap.dedent(SLEEPER))
+    app = {"AIOWORKER_APP": "sleeper", "PYTHONPATH": importable(tmp_path)}
+    assert start("init", **app).process.wait(20) == 0
+
+    start("consume", **app, NOTIFY_SOCKET=manager.name, WATCHDOG_USEC="200000")
+    while manager.states.count("WATCHDOG=1") < 10:
+        manager.receive()
+    await lanes.send(b"[[], {}, null]", "aioworker.block", headers={"task": "block"})
+    manager.until("STATUS=running: block")
+    while manager.states[-1].startswith(("STATUS=running: block", "WATCHDOG=1")):
+        manager.receive()
+
+    running = manager.states.index("STATUS=running: block")
+    assert manager.states[running:].count("WATCHDOG=1") <= 2
+
+
+def test_another_processs_watchdog_hears_nothing(start: Start, manager: Manager) -> None:
+    watchdog = {"NOTIFY_SOCKET": manager.name, "WATCHDOG_USEC": "1000", "WATCHDOG_PID": "1"}
+
+    worker = start("consume", **watchdog)
+    manager.until("STATUS=waiting: ")
+    worker.process.send_signal(signal.SIGTERM)
+    manager.until("STOPPING=1")
+
+    assert "WATCHDOG=1" not in manager.states
+
+
+def test_lines_in_the_journal_have_their_priority(
+    pair: servers.Servers, tmp_path: Path, shop: Connection[Cursor]
+) -> None:
+    """So that `journalctl -p err` finds what went wrong, each line of a traceback too."""
+    log = tmp_path / "log"
+    with log.open("w") as stream:
+        opened = os.fstat(stream.fileno())
+        done = subprocess.run(
+            [AIOWORKER, "consume", "--burst"],
+            env=pair.environment
+            | {
+                "JOURNAL_STREAM": f"{opened.st_dev}:{opened.st_ino}",
+                "AIOWORKER_BUDGET": "worker",
+            },
+            stderr=stream,
+            stdout=subprocess.DEVNULL,
+            timeout=COMMAND_SECONDS,
+            check=False,
+        )
+    assert done.returncode in (0, 1)
+    found = [line.split(" ")[:2] for line in log.read_text().splitlines() if line[0] == "<"]
+    assert {(mark[:3], level) for mark, level in found} >= {("<6>", "INFO"), ("<4>", "WARNING")}
+
+
+class FirstProcess(Worker):
+    """The first process of a container of its own."""
+
+    contained = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child")
+    command = (*contained, str(AIOWORKER))
+
+
+def test_the_first_process_of_a_container_can_be_stopped_while_it_starts(
+    start: Start, tmp_path: Path
+) -> None:
+    """The kernel drops a signal that such a process has not asked for."""
+    if subprocess.run([*FirstProcess.contained, "true"], check=False).returncode:
+        pytest.skip("no namespaces here")
+    (tmp_path / "large.py").write_text(
+        "import pathlib, time\npathlib.Path('importing').touch()\ntime.sleep(60)\n"
+    )
+    worker = start("consume", "--app", "large", kind=FirstProcess, PYTHONPATH=importable(tmp_path))
+    eventually(lambda: [*tmp_path.glob("*/importing")], "it starts")
+
+    [first] = psutil.Process(worker.process.pid).children()
+    first.send_signal(signal.SIGTERM)
+
+    assert worker.process.wait(20) == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize("kind", ["absent", "full"])

@@ -142,7 +142,7 @@ async def test_a_forked_process_publishes_and_its_parent_goes_on(
                 gc.collect()
                 publish_sync({TASK!r}, [addon])
                 sys.exit(0)
-            print(os.waitpid(child, 0)[1])
+            print(os.waitpid(child, 0)[1], flush=True)
             publish_sync({TASK!r}, [addon + 10])
         """
     )
