@@ -23,7 +23,7 @@ from aio_pika.exceptions import (
 from aiormq.exceptions import ChannelAccessRefused, InvalidFrameError
 
 from aioworker.errors import BrokerError, QueueMissingError
-from aioworker.frames import Connection
+from aioworker.frames import CarefulConnection
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -42,7 +42,7 @@ CONNECT_FAILURES: tuple[type[Exception], ...] = (*FAILURES, *GARBAGE)
 
 
 async def connect(
-    addresses: Sequence[BrokerAddress], timeout: float, name: str
+    addresses: Sequence[BrokerAddress], timeout: float, name: str, *, careful: bool = False
 ) -> AbstractConnection:
     """Connect to the first node that answers.
 
@@ -50,6 +50,7 @@ async def connect(
         addresses: The nodes of one cluster, tried in their order.
         timeout: Seconds for all of them together.
         name: What RabbitMQ lists the connection as.
+        careful: Whether a message that cannot be decoded may arrive without ending it.
 
     Raises:
         BrokerError: None of them could be used; the text is about the last one.
@@ -62,7 +63,7 @@ async def connect(
                     address.url,
                     heartbeat=HEARTBEAT_SECONDS,
                     client_properties={"connection_name": name},
-                    connection_class=Connection,
+                    connection_class=CarefulConnection if careful else aio_pika.Connection,
                 )
         except CONNECT_FAILURES as error:
             away = not isinstance(error, ProbableAuthenticationError | InvalidFrameError)
@@ -94,10 +95,10 @@ def describe(error: BaseException) -> str:
 
 @asynccontextmanager
 async def connection(
-    addresses: Sequence[BrokerAddress], timeout: float, name: str
+    addresses: Sequence[BrokerAddress], timeout: float, name: str, *, careful: bool = False
 ) -> AsyncIterator[AbstractConnection]:
     """Connect, and close at the end without waiting long for a peer that is gone."""
-    opened = await connect(addresses, timeout, name)
+    opened = await connect(addresses, timeout, name, careful=careful)
     try:
         yield opened
     finally:

@@ -226,7 +226,9 @@ async def _open(settings: Settings, task: AnyTask, wanted: Filter) -> AsyncItera
     """Look at the dead letters; those not settled inside go back when the channel closes."""
     queues = topology.Queues.of(task.name)
     timeout = settings.connect_timeout
-    async with broker.connection(settings.amqp_url, timeout, "aioworker dead") as connection:
+    async with broker.connection(
+        settings.amqp_url, timeout, "aioworker dead", careful=True
+    ) as connection:
         waiting = await topology.check(connection, (queues.dead,), timeout)
         box = _Box(settings, queues, [])
         try:

@@ -2,8 +2,9 @@
 
 A message's properties come in a frame of their own. aiormq ends the connection at one that it
 cannot decode (a header's name in Latin-1, a time in microseconds), and RabbitMQ sends the same
-message again over the next. Here such properties give way to one header that says what is
-wrong with them, so that the message can be set aside like any other.
+message again over the next. On a careful connection such properties give way to one header
+that says what is wrong with them, so that the message can be set aside like any other. It
+decodes all properties twice; so a worker is careful only after it was cut off by one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import aio_pika
 import aiormq
 from aiormq.connection import TCPTransportFactory, TLSTransportFactory
+from aiormq.exceptions import InvalidFrameError
 from pamqp.commands import Basic
 from pamqp.constants import FRAME_END_CHAR, FRAME_HEADER
 from pamqp.header import ContentHeader
@@ -34,7 +36,14 @@ _REST_BYTES = 6  # of a frame's first seven bytes: its type is read before them
 _FAILURES = (ValueError, OverflowError, OSError, struct.error, RecursionError)
 
 
-class Connection(aio_pika.Connection):
+def undecodable(error: BaseException | None) -> bool:
+    """Return whether a connection ended for a message that aiormq could not decode."""
+    if isinstance(error, InvalidFrameError | OverflowError | RecursionError):
+        return True
+    return type(error) is OSError  # a time beyond the platform's; the network's are its kinds
+
+
+class CarefulConnection(aio_pika.Connection):
     """A plain connection that no message can end."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from aioworker import broker, topology
+from aioworker import broker, frames, topology
 from aioworker.context import Context
 from aioworker.errors import AioworkerError, BrokerError, DatabaseError, StalledError
 from aioworker.flow import Flow
@@ -97,6 +97,7 @@ class Supervisor:
         self._options = options
         self._trusted = False  # whether the task could read and write since the last failure
         self._took = False  # whether the last look into the lanes found a message
+        self._careful = False  # whether a message that could not be decoded cut this worker off
         self._failed_runs = FailedRuns()
         self._stall = Stall(database.timeout + options.connect_timeout)
         self._stop = asyncio.Event()
@@ -139,7 +140,9 @@ class Supervisor:
         name = f"{options.worker} {self._task.name}"
         outage = Outage("database", LONGEST_DATABASE_SECONDS)
         async with (
-            broker.connection(options.addresses, options.connect_timeout, name) as connection,
+            broker.connection(
+                options.addresses, options.connect_timeout, name, careful=self._careful
+            ) as connection,
             broker.Publisher(options.addresses, options.connect_timeout, name) as publisher,
         ):
             self._watch(connection)
@@ -162,7 +165,12 @@ class Supervisor:
     def _watch(self, connection: AbstractConnection) -> None:
         """Notice a lost connection also while waiting: aio-pika's `closed()` never tells."""
         self._lost = lost = asyncio.Event()
-        connection.close_callbacks.add(lambda *_: lost.set())
+
+        def notice(_connection: object, error: BaseException | None) -> None:
+            self._careful = self._careful or frames.undecodable(error)
+            lost.set()
+
+        connection.close_callbacks.add(notice)
 
     def _notice_loss(self) -> None:
         if self._lost.is_set():

@@ -308,7 +308,7 @@ class Bench:
         """Measure what a message costs that asks for nothing, beside other task queues."""
         servers.connect(self.pair.mysql_url, create=True).close()
         run(
-            [AIOWORKER, "init", "--app", "benchmarks.contenders.ours"],
+            [AIOWORKER, "init", "--app", "benchmarks.contenders.beside"],
             noop.environment(self.pair, self.folder / "seconds"),
         )
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in noop.CONTENDERS}

@@ -31,6 +31,10 @@ _CONTENDER = "benchmarks.contenders."
 CONTENDERS = {
     "aio-pika, bare": (f"{_CONTENDER}bare publish", f"{_CONTENDER}bare"),
     "aioworker": (f"{_CONTENDER}ours", f"aioworker consume --app {_CONTENDER}ours"),
+    "aioworker, beside a task at 1/h": (
+        f"{_CONTENDER}beside",
+        f"aioworker consume --app {_CONTENDER}beside",
+    ),
     "Celery": (
         f"{_CONTENDER}with_celery",
         f"celery -A {_CONTENDER}with_celery worker -c 1 -l error"
@@ -50,7 +54,7 @@ CONTENDERS = {
 
 def python(name: str) -> str:
     """Return the interpreter for a contender: ours is the one that runs this."""
-    return sys.executable if name == "aioworker" else PYTHON
+    return sys.executable if name.startswith("aioworker") else PYTHON
 
 
 def environment(pair: Servers, result: Path) -> dict[str, str]:

@@ -194,7 +194,7 @@ async def send(place: Place, headers: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("queue", [QUEUES.bulk, QUEUES.dead])
 def test_properties_that_cannot_be_decoded(place: Place, queue: str) -> None:
-    """They end no connection: the message is a dead letter like any other, with its body.
+    """The message is a dead letter like any other, with its body, and holds up nobody.
 
     In the dead letters too, where RabbitMQ itself may put one: the commands can be used.
     """
