@@ -189,7 +189,7 @@ class Consumer:
     def _told(self, delivery: AbstractIncomingMessage, attempt: _Attempt) -> dict[str, Any]:
         """Return the fields of the line that tells of an attempt."""
         began, ended = attempt.began or attempt.taken, time.monotonic()
-        waited, self._idle_since = began - self._idle_since, ended
+        waited, self._idle_since = max(began - self._idle_since, 0.0), ended
         return {
             "task": attempt.ctx.task,
             "message_id": attempt.ctx.message_id,

@@ -23,7 +23,8 @@ class Context:
     """What a task gets in its first parameter, where that is annotated `Context`.
 
     Args:
-        database: The database that is being protected.
+        database: The database that is being protected, for coroutines; a `def` has
+            `transaction()`.
         task: The task's name.
         message_id: The message's id.
         attempt: This run's number for this message, counted from 1.

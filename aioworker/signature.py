@@ -12,6 +12,7 @@ from aioworker.context import Context
 from aioworker.errors import TaskError, UsageError
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+TO_PUBLISH = "urgent"  # a keyword of `publish`, which the function would never get
 # A chunk of anything else is one of rows.
 _IDS = frozenset({"", "list", "list[int]", "List[int]", "Sequence[int]", "Iterable[int]"})
 
@@ -45,6 +46,11 @@ class Signature:
             raise TaskError(f"task {task!r}: expected a function that returns, got a generator")
         whole = inspect.signature(function)
         context = cls.wants_context(function)
+        if TO_PUBLISH in whole.parameters:
+            raise TaskError(
+                f"task {task!r}: a parameter cannot be named {TO_PUBLISH!r}: publishing takes that"
+                " for the lane"
+            )
         parameters = list(whole.parameters.values())[1 if context else 0 :]
         return cls(task, context, cls.is_coroutine(function), whole.replace(parameters=parameters))
 
@@ -99,6 +105,20 @@ class Signature:
                 f"task {self.task!r}: expected a parameter for the chunk, since it has {why},"
                 f" got: {self.shown}"
             )
+
+    def expect_reader(self, reader: Callable[..., Any]) -> None:
+        """Refuse a function that cannot be called with a chunk alone, as `needed` is.
+
+        Raises:
+            TaskError: It cannot.
+        """
+        found = Signature.of(self.task, reader)
+        try:
+            found.parameters.bind([])
+        except TypeError as error:
+            raise TaskError(
+                f"task {self.task!r}: expected needed to take a chunk, got {found.shown}: {error}"
+            ) from None
 
     def expect_constants(self, constants: Sequence[Any]) -> None:
         """Refuse constants that the function does not take behind its chunk.

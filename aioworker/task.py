@@ -111,9 +111,10 @@ class Task(Generic[P, R]):
         parameter is one, and the chunk. What needs nothing costs nothing of the rate limit.
 
         Raises:
-            TaskError: The task takes no chunk.
+            TaskError: The task, or this function, takes no chunk.
         """
         self.signature.expect_chunk("needed")
+        self.signature.expect_reader(reader)
         self.reader = reader
         return reader
 

@@ -134,13 +134,24 @@ async def test_a_slow_and_limited_task_holds_up_no_other(
             " got: ()",
         ),
         (
+            "from aioworker import task\n\n@task\ndef f(n: int, urgent: bool) -> None: ...\n",
+            "module 'broken': task 'f': a parameter cannot be named 'urgent': publishing takes that"
+            " for the lane",
+        ),
+        (
+            "from aioworker import task\n\n@task\ndef f(ids: list[int]) -> None: ...\n\n"
+            "@f.needed\ndef g(ids, more): ...\n",
+            "module 'broken': task 'f': expected needed to take a chunk, got (ids, more): missing a"
+            " required argument: 'more'",
+        ),
+        (
             "from aioworker import task\n\n@task(name='update_current_version')\ndef f(): ...\n",
             "module 'broken': task 'update_current_version' is registered twice: by"
             " aioworker.addons.update_current_version and by broken.f; give one of them another"
             " name=",
         ),
     ],
-    ids=["absent", "import", "syntax", "rate", "no chunk", "twice"],
+    ids=["absent", "import", "syntax", "rate", "no chunk", "urgent", "needed", "twice"],
 )
 def test_an_app_that_cannot_work_is_one_line(
     run: Run, tmp_path: Path, content: str | None, line: str

@@ -27,8 +27,24 @@ if TYPE_CHECKING:
 Start = Callable[..., Worker]
 RELOADS = 20
 INTERVAL = 0.1
+TASKS = ("reloaded", "reloaded.flow", "reloaded.thread")
 CODE = """
+    import asyncio, time
     from aioworker import Context, task
+
+    def write(number):
+        with open("written", "a") as file:
+            print(number, {version}, file=file)
+
+    @task(name="reloaded.flow")
+    async def flow(number: int) -> None:
+        await asyncio.sleep(0.02)
+        write(number)
+
+    @task(name="reloaded.thread")
+    def thread(number: int) -> None:
+        time.sleep(0.02)
+        write(number)
 
     @task(name="reloaded", rate_limit="10/s")
     async def note(ctx: Context, number: int) -> None:
@@ -71,6 +87,15 @@ def versions(shop: Connection[Cursor]) -> list[int]:
     return [row[0] for row in rows(shop, "SELECT version FROM notes ORDER BY at")]
 
 
+def written(tmp_path: Path) -> dict[int, int]:
+    """Return the version that ran each message of the tasks that use no database, each once."""
+    file = tmp_path / "0" / "written"
+    lines = file.read_text().splitlines() if file.exists() else []
+    found = {int(number): int(version) for number, version in map(str.split, lines)}
+    assert len(found) == len(lines)
+    return found
+
+
 def children(worker: Worker) -> list[psutil.Process]:
     return psutil.Process(worker.process.pid).children(recursive=True)
 
@@ -87,7 +112,7 @@ async def test_twenty_reloads_lose_nothing_and_run_nothing_by_old_code(
 ) -> None:
     """The same process throughout; its budget holds over every exchange."""
     reloads = RELOADS if kind is Worker else 3
-    numbers = itertools.count()
+    numbers, others = itertools.count(), itertools.count()
     options = {
         "PYTHONPATH": importable(tmp_path),
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -103,14 +128,23 @@ async def test_twenty_reloads_lose_nothing_and_run_nothing_by_old_code(
         for version in range(1, reloads + 1):
             for _ in range(5):
                 await producer.publish("reloaded", next(numbers))
+                for name in ("reloaded.flow", "reloaded.thread"):
+                    await producer.publish(name, next(others))
             code.version(version)
             worker.process.send_signal(signal.SIGHUP)
-            eventually(lambda v=version: worker.log.count("worker started") == v + 1, "it reloads")  # type: ignore[misc]
+            began = len(TASKS) * (version + 1)
+            eventually(lambda b=began: worker.log.count("worker started") == b, "it reloads")  # type: ignore[misc]
             done = len(versions(shop))
+            new = [next(others), next(others)]
             await producer.publish("reloaded", next(numbers))
+            await producer.publish("reloaded.flow", new[0])
+            await producer.publish("reloaded.thread", new[1])
             eventually(lambda d=done: len(versions(shop)) > d, "it goes on")  # type: ignore[misc]
             assert set(versions(shop)[done:]) == {version}
+            eventually(lambda n=new: {*n} <= {*written(tmp_path)}, "the others do too")  # type: ignore[misc]
+            assert {written(tmp_path)[number] for number in new} == {version}
 
+    assert sorted(written(tmp_path)) == list(range(next(others)))
     published = next(numbers)
     eventually(lambda: len(versions(shop)) == published, "all is done")
     found = rows(shop, "SELECT number, UNIX_TIMESTAMP(at) FROM notes ORDER BY at")
