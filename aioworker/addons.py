@@ -45,7 +45,14 @@ async def can_work(ctx: Context) -> None:
     await repo.refresh(ctx.database, [])
 
 
+async def sweep_size(ctx: Context, after: int) -> int:
+    """Count the add-ons of a sweep."""
+    return await repo.count_swept(ctx.database, after)
+
+
 update_current_version.check = can_work
+update_current_version.size = sweep_size
+update_current_version.largest_id = repo.LARGEST_ID
 
 
 def count_missing(ctx: Context, missing: list[int]) -> None:

@@ -19,6 +19,7 @@ def load(modules: Iterable[str]) -> None:
 
     Raises:
         TaskError: One of them does not import; the text says why and where.
+        AioworkerError: Likewise, for a server that is away.
     """
     folder = os.getcwd()
     if folder not in sys.path:
@@ -30,7 +31,9 @@ def load(modules: Iterable[str]) -> None:
         except AioworkerError as error:
             raise TaskError(f"module {module!r}: {error}") from error
         except (Exception, SystemExit) as error:
-            raise TaskError(
+            # A server that is away comes back, and code that is wrong does not mend itself.
+            away = isinstance(error, ConnectionError | TimeoutError)
+            raise (AioworkerError if away else TaskError)(
                 f"module {module!r} does not import: {type(error).__name__}:"
                 f" {' '.join(str(error).split())}{_place(error)}"
             ) from error

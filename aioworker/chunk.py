@@ -9,30 +9,31 @@ from aioworker.errors import UsageError
 from aioworker.message import brief
 
 CHUNK_LIMIT = 1000
-ID_LIMIT = 2**32 - 1
+LARGEST_ID = 2**63 - 1
 
 
-def check_ids(chunk: object) -> list[int]:
+def check_ids(chunk: object, largest: int = LARGEST_ID) -> list[int]:
     """Return the ids of a chunk, each once, in their order.
 
     Args:
         chunk: A list of up to 1000 entries, each an id or a row of one id (`[3615]`).
+        largest: The largest id.
 
     Raises:
         UsageError: It is anything else.
     """
     ids = _check_length(chunk, "ids")
     # What is right is seen at once, by built-ins; what may be wrong, one by one.
-    if set(map(type, ids)) != {int} or min(ids) < 1 or max(ids) > ID_LIMIT:
-        ids = list(map(_check_id, ids))
+    if set(map(type, ids)) != {int} or min(ids) < 1 or max(ids) > largest:
+        ids = [_check_id(entry, largest) for entry in ids]
     return list(dict.fromkeys(ids))
 
 
-def _check_id(entry: object) -> int:
+def _check_id(entry: object, largest: int) -> int:
     value = entry[0] if isinstance(entry, list) and len(entry) == 1 else entry
     # A bool is an int to Python, and True would be add-on 1.
-    if type(value) is not int or not 1 <= value <= ID_LIMIT:
-        raise UsageError(f"expected ids from 1 to {ID_LIMIT}, got: {brief(entry)}")
+    if type(value) is not int or not 1 <= value <= largest:
+        raise UsageError(f"expected ids from 1 to {largest}, got: {brief(entry)}")
     return value
 
 
@@ -52,7 +53,10 @@ def check_rows(chunk: object) -> list[list[Any]]:
 
 def _check_row(row: object) -> list[Any]:
     if not isinstance(row, list | tuple) or not row:
-        raise UsageError(f"expected rows such as [3615, 12.5], got: {brief(row)}")
+        raise UsageError(
+            f"expected rows such as [3615, 12.5], got: {brief(row)}; a chunk of ids is annotated"
+            " list[int]"
+        )
     for value in row:
         if value is not None and not isinstance(value, str | int | float):
             raise UsageError(f"expected rows of plain values, got: {brief(row)}")

@@ -7,6 +7,7 @@ imported when it runs, so that help answers at once.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from typer.core import TyperCommand
 
 from aioworker import cli_dead
 from aioworker.errors import AioworkerError, UsageError
+from aioworker.logs import journal_mark
 from aioworker.running import (
     DEFAULT_TASK,
     App,
@@ -120,6 +122,8 @@ def consume(
     not load, says why and goes on with the old. With --burst exits 0 if all it took is done,
     1 if a message became a dead letter, went to retry or was given back, or if it is paused.
     """
+    # One that comes before the worker listens is heard then: its default action would end it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     environment = dict(os.environ)  # before a module of the app changes it
     settings, tasks = prepare_all(names or [], app=app_names, rate_limit=rate_limit)
     if check:
@@ -375,4 +379,5 @@ def _fail(error: BaseException, line: str) -> None:
         import traceback
 
         traceback.print_exception(error)
-    sys.stderr.write(f"aioworker: {' '.join(line.split())}\n")
+    mark = journal_mark(logging.ERROR)
+    sys.stderr.write(f"{mark}aioworker: {' '.join(line.split())}\n")

@@ -83,12 +83,12 @@ async def _show_again(show: Callable[[], Awaitable[str]], seconds: float) -> Non
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
+def progress(what: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
     """Show how far long work is: a bar on a terminal, a line now and then elsewhere.
 
     Args:
         what: The words before the bar.
-        total: How many there are to do; only the bar needs it.
+        total: How many there are to do, None where that is not known; only the bar needs it.
 
     Yields:
         What to call with the number done and the line that says so.

@@ -31,8 +31,6 @@ from aioworker.task import AnyTask
 from aioworker.topology import RETRY_TTL_MS, Queues
 
 if TYPE_CHECKING:
-    from contextlib import AbstractAsyncContextManager
-
     from aio_pika.abc import AbstractIncomingMessage
 
     from aioworker.db import Database
@@ -97,9 +95,10 @@ class Consumer:
         presence: Told what runs.
         terms: What each may take.
         worker: This worker's name, in dead letters.
-        gate: Shared by all tasks of the process.
+        gate: Lets runs in; shared by all tasks of the process.
 
     Attributes:
+        gate: The same.
         settled: How many deliveries came to each kind of outcome.
         starts: How many runs were begun.
         failures: How many deliveries were not done, but put off, refused or given back.
@@ -115,6 +114,7 @@ class Consumer:
         worker: str,
         gate: Gate,
     ) -> None:
+        self.gate = gate
         self.settled: Counter[Kind] = Counter()
         self.starts = 0
         self.failures = 0
@@ -125,10 +125,14 @@ class Consumer:
         self._presence = presence
         self._terms = terms
         self._worker = worker
-        self._gate = gate
         self._idle_since = time.monotonic()
         self._doomed: set[str] = set()  # messages in a row that failed for good
         self._put_behind: Counter[str] = Counter()  # how often each went behind the others
+
+    @property
+    def longest_run(self) -> float:
+        """Seconds after which a run has not ended in time, twice what it may take."""
+        return 2 * self._terms.task_timeout
 
     async def serve(
         self, delivery: AbstractIncomingMessage, publisher: broker.Publisher
@@ -139,23 +143,25 @@ class Consumer:
             BrokerError: It could not be settled: RabbitMQ will deliver it again.
         """
         attempt = self._attempt(delivery)
-        async with self._pass(delivery, attempt):
+        task, alone = self._task.name, self._runs_alone(delivery, attempt)
+        if not self.gate.enter(task, alone=alone):
+            reason = self.gate.closed_to(task) or "not now"
+            result = await self._settle(delivery, Outcome(Kind.RELEASED, reason), publisher)
+            self.settled[result.kind] += 1
+            self._tell(result, self._told(delivery, attempt))
+            return result
+        try:
             return await self._serve(delivery, attempt, publisher)
+        finally:
+            self.gate.leave(task, alone=alone)
+
+    def _runs_alone(self, delivery: AbstractIncomingMessage, attempt: _Attempt) -> bool:
+        """Whether a message may have killed its worker: no other task is to run beside it."""
+        return self._budget.deaths(attempt.key) > 0 or self.suspects(delivery)
 
     def suspects(self, delivery: AbstractIncomingMessage) -> bool:
         """Return whether a message may have killed its worker, by how often it came back."""
         return outcome.deliveries(delivery) >= SUSPECT_RETURNS
-
-    def _pass(
-        self, delivery: AbstractIncomingMessage, attempt: _Attempt
-    ) -> AbstractAsyncContextManager[None]:
-        """Let it run beside what runs in this process; alone, if it may have killed a worker."""
-        if not (self._budget.deaths(attempt.key) or self.suspects(delivery)):
-            return self._gate.through()
-        if self._gate.busy:
-            reason = f"to run {self._task.name} alone: a worker may have died of it"
-            self._presence.tell("waiting", reason, logging.WARNING)
-        return self._gate.alone(self._terms.task_timeout)
 
     async def _serve(
         self, delivery: AbstractIncomingMessage, attempt: _Attempt, publisher: broker.Publisher

@@ -27,6 +27,7 @@ class Flow:
     Attributes:
         served: How many were served.
         running: How many are being served.
+        moved: When one was begun or ended last, by the event loop's time.
         ended: Set when one was given back after a failure, or could not be settled.
         failure: What that one came to.
     """
@@ -34,6 +35,7 @@ class Flow:
     def __init__(self, serve: Callable[[AbstractIncomingMessage], Awaitable[Outcome]]) -> None:
         self.served = 0
         self.running = 0
+        self.moved = asyncio.get_running_loop().time()
         self.ended = asyncio.Event()
         self.failure: Outcome | None = None
         self._serve = serve
@@ -61,15 +63,19 @@ class Flow:
 
     async def _serve_all(self, arrived: asyncio.Queue[AbstractIncomingMessage | None]) -> None:
         while (delivery := await arrived.get()) is not None and not self.ended.is_set():
-            self.running += 1
+            self._moves(1)
             try:
                 result = await self._serve(delivery)
             except BaseException:
                 self.ended.set()
                 raise
             finally:
-                self.running -= 1
+                self._moves(-1)
             self.served += 1
-            if result.failed and result.kind is Kind.RELEASED:
-                self.failure = result
+            if result.kind is Kind.RELEASED:
+                self.failure = result if result.failed else None
                 self.ended.set()
+
+    def _moves(self, more: int) -> None:
+        self.running += more
+        self.moved = asyncio.get_running_loop().time()

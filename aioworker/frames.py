@@ -17,20 +17,21 @@ import aiormq
 from aiormq.connection import TCPTransportFactory, TLSTransportFactory
 from aiormq.exceptions import InvalidFrameError
 from pamqp.commands import Basic
-from pamqp.constants import FRAME_END_CHAR, FRAME_HEADER
+from pamqp.constants import FRAME_END_CHAR, FRAME_HEADER, FRAME_METHOD
 from pamqp.header import ContentHeader
 
-from aioworker.message import UNREADABLE
+from aioworker.message import PROPERTIES, UNREADABLE
 
 if TYPE_CHECKING:
     from asyncio import StreamReader, StreamWriter
 
     from yarl import URL
 
-PROPERTIES = "x-aioworker-properties"
 SHOWN_BYTES = 2_000  # of the properties themselves: their hexadecimal digits are twice as many
 _FIXED_BYTES = 12  # class, weight, size of the body
-_HEADER = bytes([FRAME_HEADER])
+_METHOD_BYTES = 4
+_TAG_BYTES = 9  # of a delivery, and whether it comes again
+_NO_ASCII = bytes(byte if byte < 128 else ord("?") for byte in range(256))
 _REST_BYTES = 6  # of a frame's first seven bytes: its type is read before them
 # What decoding raises; a table in a table in a table, without end, the last of them.
 _FAILURES = (ValueError, OverflowError, OSError, struct.error, RecursionError)
@@ -88,9 +89,9 @@ class Frames:
         part = await self._read(count)
         if count == 1:
             self._type = part
-        elif count == _REST_BYTES and self._type == _HEADER:
+        elif count == _REST_BYTES and (read := _READ.get(self._type)) is not None:
             channel, size = struct.unpack(">HI", part)
-            payload = readable((await self._read(size + 1))[:-1])
+            payload = read((await self._read(size + 1))[:-1])
             self._ahead = payload + FRAME_END_CHAR
             part = struct.pack(">HI", channel, len(payload))
         return part
@@ -110,3 +111,35 @@ def readable(payload: bytes) -> bytes:
         )
         return payload[:_FIXED_BYTES] + told.marshal()
     return payload
+
+
+def legible(payload: bytes) -> bytes:
+    """Return the payload of a method frame; what is no ASCII in names, as question marks.
+
+    The routing key, and the exchange's name, are a publisher's to choose.
+    """
+    start = _names_at(payload)
+    if start is None:
+        return payload
+    found = bytearray(payload)
+    for _ in range(2):
+        end = start + 1 + found[start]
+        try:
+            found[start + 1 : end].decode()
+        except UnicodeDecodeError:
+            found[start + 1 : end] = found[start + 1 : end].translate(_NO_ASCII)
+        start = end
+    return bytes(found)
+
+
+def _names_at(payload: bytes) -> int | None:
+    """Return where a delivery's exchange and routing key stand; None for another method."""
+    match int.from_bytes(payload[:_METHOD_BYTES]):
+        case Basic.GetOk.index:
+            return _METHOD_BYTES + _TAG_BYTES
+        case Basic.Deliver.index:  # behind the consumer's own name
+            return _METHOD_BYTES + 1 + payload[_METHOD_BYTES] + _TAG_BYTES
+    return None
+
+
+_READ = {bytes([FRAME_HEADER]): readable, bytes([FRAME_METHOD]): legible}

@@ -3,53 +3,65 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING
+from collections import Counter
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+PATIENCE_SECONDS = 60.0
+_WHY = "a message may have killed its worker"
 
 
 class Gate:
-    """Lets runs through: any number at once, or one alone.
+    """Lets the runs of a process's tasks in: any number at once, or one alone.
 
     A message whose worker died while it ran may have killed it, or may have run beside the one
-    that did. Alone, it shows which.
+    that did. Alone, it shows which. Nobody waits in here with a message in hand: whoever is
+    not let in gives it back, and asks `closed_to` before it takes another.
     """
 
     def __init__(self) -> None:
-        self._door = asyncio.Lock()
-        self._empty = asyncio.Event()
-        self._empty.set()
-        self._inside = 0
+        self._inside: Counter[str] = Counter()
+        self._alone: str | None = None  # the task that runs alone, or is to
+        self._until = 0.0
 
-    @property
-    def busy(self) -> bool:
-        """Whether anything runs."""
-        return self._inside > 0 or self._door.locked()
+    def closed_to(self, task: str) -> str | None:
+        """Return why no run of a task is let in now; None where one is."""
+        expired = _now() > self._until
+        if self._alone == task:
+            others = sorted(self._inside.keys() - {task})
+            if others and not expired:
+                return f"to run alone, without {', '.join(others)}: {_WHY}"
+        elif self._alone is not None and (self._inside[self._alone] or not expired):
+            return f"{self._alone} runs alone: {_WHY}"
+        return None
 
-    @asynccontextmanager
-    async def through(self) -> AsyncIterator[None]:
-        """Run beside others, after one that is to run alone."""
-        async with self._door:
-            self._inside += 1
-            self._empty.clear()
-        try:
-            yield
-        finally:
-            self._inside -= 1
-            if not self._inside:
-                self._empty.set()
+    def enter(self, task: str, *, alone: bool) -> bool:
+        """Begin a run, unless the gate is closed to it; return whether it began.
 
-    @asynccontextmanager
-    async def alone(self, patience: float) -> AsyncIterator[None]:
-        """Run alone: no other run begins, and those that run are waited for.
-
-        Args:
-            patience: Seconds to wait for them; one that does not end is run beside.
+        One that is to run alone and cannot closes the gate to other tasks, for a minute at
+        most: what has not ended by then is run beside.
         """
-        async with self._door:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(patience):
-                    await self._empty.wait()
-            yield
+        if self.closed_to(task) is not None:
+            return False
+        if not alone and self._alone == task:
+            self._alone = None  # what was to run alone went elsewhere
+        if alone and self._inside and not self._waited(task):
+            self._alone, self._until = task, _now() + PATIENCE_SECONDS
+            return False
+        if alone:
+            self._alone = task
+        self._inside[task] += 1
+        return True
+
+    def leave(self, task: str, *, alone: bool) -> None:
+        """End a run."""
+        self._inside[task] -= 1
+        if not self._inside[task]:
+            del self._inside[task]
+        if alone:
+            self._alone = None
+
+    def _waited(self, task: str) -> bool:
+        return self._alone == task and _now() < self._until + PATIENCE_SECONDS
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

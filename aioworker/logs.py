@@ -60,16 +60,21 @@ class JournalFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the lines."""
-        mark = f"<{_priority(record.levelno)}>"
+        mark = _mark(record.levelno)
         return mark + self._lines.format(record).replace("\n", f"\n{mark}")
 
 
-def _priority(level: int) -> int:
-    """Return the priority of syslog(3) for a level."""
-    return next(priority for least, priority in _PRIORITIES if level >= least)
-
-
+# Priorities of syslog(3).
 _PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6), (logging.NOTSET, 7))
+
+
+def _mark(level: int) -> str:
+    return f"<{next(priority for least, priority in _PRIORITIES if level >= least)}>"
+
+
+def journal_mark(level: int) -> str:
+    """Return what a line on standard error begins with where that goes to the journal."""
+    return _mark(level) if _to_journal() else ""
 
 
 def _to_journal() -> bool:

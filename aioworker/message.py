@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 UNREADABLE = "x-aioworker-unreadable"  # in place of properties that cannot be decoded: why
+PROPERTIES = "x-aioworker-properties"  # beside it: these, in hexadecimal digits
 RETRIES_LIMIT = 1000
 BODY_LIMIT = 4 * 1024 * 1024  # bytes; a thousand ids are eleven thousand
 BRIEF_LENGTH = 200

@@ -26,7 +26,8 @@ class Notifier:
     def __init__(self, environment: Mapping[str, str]) -> None:
         path = environment.get("NOTIFY_SOCKET")
         mine = environment.get("WATCHDOG_PID") in (None, str(os.getpid()))
-        self._patience = int(environment.get("WATCHDOG_USEC", 0)) / 1e6 if mine else 0.0
+        patience = environment.get("WATCHDOG_USEC", "")
+        self._patience = int(patience) / 1e6 if mine and patience.isdecimal() else 0.0
         self._path = "\0" + path[1:] if path and path.startswith("@") else path
         self._socket: socket.socket | None = None
         if path:

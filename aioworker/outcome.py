@@ -24,14 +24,13 @@ from aioworker.errors import (
     MessageRefusedError,
     RowsRefusedError,
 )
-from aioworker.message import RETRIES_LIMIT
+from aioworker.message import PROPERTIES, RETRIES_LIMIT, UNREADABLE
 from aioworker.trouble import Trouble
 
 if TYPE_CHECKING:
     from aio_pika.abc import AbstractIncomingMessage
 
 TRACEBACK_LINES = 20
-NO_ID = "unknown"
 KEY_LENGTH = 64
 ID_LENGTH = 200  # of what others call their messages
 TEXT_BYTES = 16_000  # of a reason or a traceback: a thousand ids are 11,000
@@ -144,7 +143,9 @@ def revived(delivery: AbstractIncomingMessage) -> aio_pika.Message:
     """Copy a dead letter for its lane: a message as it was published first."""
     copy = _copy(delivery, {"retries": 0})
     copy.headers = {
-        name: value for name, value in copy.headers.items() if not name.startswith("x-aioworker-")
+        name: value
+        for name, value in copy.headers.items()
+        if not name.startswith("x-aioworker-") or name in (UNREADABLE, PROPERTIES)
     }
     return copy
 
@@ -191,7 +192,7 @@ def _copy(delivery: AbstractIncomingMessage, headers: dict[str, Any]) -> aio_pik
         content_type=_portable(delivery.content_type),
         content_encoding=_portable(delivery.content_encoding),
         correlation_id=_portable(delivery.correlation_id),
-        message_id=_portable(delivery.message_id),
+        message_id=_portable(delivery.message_id) or message_id(delivery),
     )
 
 
@@ -227,14 +228,17 @@ def key(delivery: AbstractIncomingMessage) -> str:
     Up to 64 printable characters of ASCII.
     """
     known = message_id(delivery)
-    if known != NO_ID and len(known) <= KEY_LENGTH and known.isascii() and known.isprintable():
+    if len(known) <= KEY_LENGTH and known.isascii() and known.isprintable():
         return known
     return hashlib.sha256(known.encode(errors="replace") + delivery.body).hexdigest()
 
 
 def message_id(delivery: AbstractIncomingMessage) -> str:
-    """Return the message's id, also of one that cannot be decoded."""
-    return str(delivery.headers.get("id") or delivery.message_id or NO_ID)[:ID_LENGTH]
+    """Return the message's id; of one without, a name made of its body."""
+    known = delivery.headers.get("id") or delivery.message_id
+    if not known:
+        return f"unknown-{hashlib.sha256(delivery.body).hexdigest()[:16]}"
+    return str(known)[:ID_LENGTH]
 
 
 def _traceback(error: Exception | None) -> str:

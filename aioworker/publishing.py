@@ -98,7 +98,7 @@ async def publish_all(
                 database.close()  # others need not wait for what is only watched
                 return await _watch_earlier(settings, task, producer, waiting, row)
             counted = console.is_terminal() and not only_needed
-            total = await _count(database, task, after) if counted else 0
+            total = await _size(database, task, after) if counted else None
             try:
                 with console.progress("publishing ids", total) as show:
                     await publish_sweep(
@@ -149,8 +149,12 @@ async def _needed(
             yield await task.read_needed(ctx, chunk)
 
 
-async def _count(database: Database, task: AnyTask, after: int) -> int:
-    return sum([len(page) async for page in _pages(database, task, after)])
+async def _size(database: Database, task: AnyTask, after: int) -> int | None:
+    """Return how many ids there are to publish, None where only reading them all would tell."""
+    if task.size is None:
+        return None
+    with database.explaining():
+        return await task.size(Context(database, task.name), after)
 
 
 async def _be_alone(database: Database, task: AnyTask) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+OURS = "aioworker: "  # how the command line begins to say what is wrong
 COMMAND, CHECK = "consume", "--check"
 CHECK_SECONDS = 30.0
 SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
@@ -82,6 +83,7 @@ class Reload:
             await asyncio.gather(self._checking, return_exceptions=True)
         if not self.wanted:
             return
+        self._notifier.send(WATCHDOG="1")  # nobody else will until the new code listens
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         for _ in range(2):
             await asyncio.sleep(0)  # one that came just before is heard
@@ -146,7 +148,8 @@ async def _problem(environment: dict[str, str]) -> str | None:
     if child.returncode == 0:
         return None
     lines = said.decode(errors="replace").strip().splitlines()
-    return lines[-1] if lines else f"exit status {child.returncode}"
+    ours = [line for line in lines if line.startswith(OURS)]  # others may speak at their exit
+    return (ours or lines or [f"exit status {child.returncode}"])[-1].removeprefix(OURS)
 
 
 def replace(environment: dict[str, str]) -> NoReturn:

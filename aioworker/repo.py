@@ -33,13 +33,15 @@ TASK = "update_current_version"
 PAGE_SIZE = 5000
 TRANSACTION_SIZE = 100
 READS_AGAIN = 3
+LARGEST_ID = 2**32 - 1  # of an INT UNSIGNED
 
 # The comment shows in the server's list of processes.
 _COMMENT = f"/* aioworker {TASK} */"
 
-PAGE = f"""SELECT {_COMMENT} id FROM addons
-WHERE id > %s AND status IN (1, 2, 3, 4, 6, 7) AND inactive = 0 AND addontype_id <> 9
-ORDER BY id LIMIT %s"""
+_SWEPT = """FROM addons
+WHERE id > %s AND status IN (1, 2, 3, 4, 6, 7) AND inactive = 0 AND addontype_id <> 9"""
+PAGE = f"SELECT {_COMMENT} id {_SWEPT} ORDER BY id LIMIT %s"
+SIZE = f"SELECT {_COMMENT} COUNT(*) {_SWEPT}"
 
 # Files are judged by one aggregate: MariaDB answers EXISTS and NOT EXISTS by reading the
 # whole index of files, three times slower. The LIMIT that limits nothing keeps the condition
@@ -107,6 +109,12 @@ async def swept_ids(database: Database, after: int) -> AsyncIterator[list[int]]:
     while page := [row[0] for row in await database.query(PAGE, (after, PAGE_SIZE))]:
         yield page
         after = page[-1]
+
+
+async def count_swept(database: Database, after: int) -> int:
+    """Count the add-ons whose ids `swept_ids` yields."""
+    [[size]] = await database.query(SIZE, (after,))
+    return int(size)
 
 
 async def read_stale(database: Database, ids: Sequence[int]) -> tuple[list[Stale], list[int]]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import collections.abc
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, get_args, get_origin, get_type_hints
 
 from aioworker import chunk
 from aioworker.context import Context
 from aioworker.errors import TaskError, UsageError
 
+_LISTS = (list, tuple, collections.abc.Sequence, collections.abc.Iterable)
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 TO_PUBLISH = "urgent"  # a keyword of `publish`, which the function would never get
-# A chunk of anything else is one of rows.
+# A chunk of anything else is one of rows; for annotations that cannot be resolved, their text.
 _IDS = frozenset({"", "list", "list[int]", "List[int]", "Sequence[int]", "Iterable[int]"})
 
 
@@ -45,22 +49,34 @@ class Signature:
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise TaskError(f"task {task!r}: expected a function that returns, got a generator")
         whole = inspect.signature(function)
-        context = cls.wants_context(function)
         if TO_PUBLISH in whole.parameters:
             raise TaskError(
                 f"task {task!r}: a parameter cannot be named {TO_PUBLISH!r}: publishing takes that"
                 " for the lane"
             )
-        parameters = list(whole.parameters.values())[1 if context else 0 :]
+        hints = _hints(function)
+        parameters = [
+            one.replace(annotation=hints.get(one.name, one.annotation))
+            for one in whole.parameters.values()
+        ]
+        context = cls.wants_context(function)
+        for one in parameters[1 if context else 0 :]:
+            if "Context" in re.findall(r"\w+", _text(one.annotation)):
+                raise TaskError(
+                    f"task {task!r}: expected `Context` as the annotation of its first parameter"
+                    f" alone, got it in: {one}"
+                )
+        parameters = parameters[1 if context else 0 :]
         return cls(task, context, cls.is_coroutine(function), whole.replace(parameters=parameters))
 
     @staticmethod
+    @cache
     def wants_context(function: Callable[..., Any]) -> bool:
         """Whether the first parameter is annotated `Context`."""
         first = next(iter(inspect.signature(function).parameters.values()), None)
         if first is None:
             return False
-        found = first.annotation
+        found = _hints(function).get(first.name, first.annotation)
         return found is Context or (
             isinstance(found, str) and found.strip("'\"").rpartition(".")[2] == Context.__name__
         )
@@ -89,10 +105,13 @@ class Signature:
     def takes_ids(self) -> bool:
         """Whether a chunk of it is one of ids; otherwise of rows."""
         found = inspect.Parameter.empty if self.chunk is None else self.chunk.annotation
-        if found is inspect.Parameter.empty:
+        found = getattr(found, "__value__", found)  # of `type Ids = list[int]`
+        if found in (inspect.Parameter.empty, list):
             return True
-        text = found if isinstance(found, str) else inspect.formatannotation(found)
-        return text.rpartition("typing.")[2].rpartition("collections.abc.")[2] in _IDS
+        if isinstance(found, str):
+            return found.rpartition("typing.")[2].rpartition("collections.abc.")[2] in _IDS
+        entries = [getattr(one, "__supertype__", one) for one in get_args(found) if one is not ...]
+        return get_origin(found) in _LISTS and entries in ([], [int])
 
     def expect_chunk(self, why: str) -> None:
         """Refuse a function that takes no chunk.
@@ -120,26 +139,30 @@ class Signature:
                 f"task {self.task!r}: expected needed to take a chunk, got {found.shown}: {error}"
             ) from None
 
-    def expect_constants(self, constants: Sequence[Any]) -> None:
-        """Refuse constants that the function does not take behind its chunk.
+    def expect_sweep(self, constants: Sequence[Any]) -> None:
+        """Refuse a function that cannot be called as a sweep does: a chunk, then constants.
 
         Raises:
-            TaskError: It does not.
+            TaskError: It cannot.
         """
-        if not constants:
-            return
+        self.expect_chunk("keys")
         try:
             self.parameters.bind([], *constants)
         except TypeError as error:
-            raise TaskError(f"task {self.task!r}: constants: {error}") from None
+            raise TaskError(
+                f"task {self.task!r}: a sweep calls it with a chunk and {len(constants)} constants,"
+                f" got {self.shown}: {error}; a context is annotated `Context`"
+            ) from None
 
-    def checked(self, args: Sequence[Any], kwargs: dict[str, Any], *, chunk: bool) -> list[Any]:
+    def checked(
+        self, args: Sequence[Any], kwargs: dict[str, Any], largest_id: int | None
+    ) -> list[Any]:
         """Return positional arguments as the function gets them.
 
         Args:
             args: Positional arguments, a chunk first where one is taken.
             kwargs: Keyword arguments.
-            chunk: Whether the first argument is a chunk.
+            largest_id: The largest id of a chunk; None where the first argument is none.
 
         Raises:
             UsageError: The function cannot be called with these, or the chunk is none.
@@ -148,11 +171,26 @@ class Signature:
             self.parameters.bind(*args, **kwargs)
         except TypeError as error:
             raise UsageError(f"expected arguments {self.shown}: {error}") from None
-        if not chunk:
+        if largest_id is None:
             return list(args)
         if not args:
             raise UsageError("expected the chunk as the first positional argument, got none")
-        return [self._checked_chunk(args[0]), *args[1:]]
+        return [self._checked_chunk(args[0], largest_id), *args[1:]]
 
-    def _checked_chunk(self, value: object) -> list[Any]:
-        return chunk.check_ids(value) if self.takes_ids else chunk.check_rows(value)
+    def _checked_chunk(self, value: object, largest_id: int) -> list[Any]:
+        return chunk.check_ids(value, largest_id) if self.takes_ids else chunk.check_rows(value)
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return a function's annotations, resolved; none where one of them cannot be."""
+    called = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004
+    try:
+        return get_type_hints(called)
+    except Exception:  # noqa: BLE001 - whatever evaluating somebody's annotations may raise
+        return {}
+
+
+def _text(annotation: Any) -> str:
+    if annotation is inspect.Parameter.empty:
+        return ""
+    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)

@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 
 AT_ONCE = 16  # messages of each lane, for a task without a rate limit that needs no database
 FLOW_SECONDS = 0.2  # without a message, and the lanes are looked at again
+GATE_SECONDS = 0.2  # between looks at a gate that is closed
 IDLE_SECONDS = 0.9  # between looks at empty lanes: a message is noticed within a second
 HEALED_SECONDS = 30.0  # a connection that stood for so long is no part of an outage before it
 
@@ -129,7 +130,8 @@ class Supervisor:
                     self._presence.stall(str(error))
                 else:
                     self._moves()
-                    self._presence.tell("waiting", outage.tell(error), logging.WARNING)
+                    level = logging.WARNING if error.unreachable else logging.ERROR
+                    self._presence.tell("waiting", outage.tell(error), level)
                 await self._keep_presence()
                 await _first_of(outage.seconds(error), stop)
         return not self.consumer.failures
@@ -200,6 +202,9 @@ class Supervisor:
             if burst:
                 raise AioworkerError(wait.reason)
             return await self._wait(wait)
+        closed = self.consumer.gate.closed_to(self._task.name)
+        if closed is not None:
+            return await self._wait(Wait(closed, GATE_SECONDS))
         # Without a limit a message just taken is the sign that there are more.
         if not (self._took and not self._budget.limited) and not await lanes.hold_something():
             return False if burst else await self._wait(Wait("nothing queued", IDLE_SECONDS))
@@ -287,11 +292,21 @@ class Supervisor:
                     break
                 if time.monotonic() < look_at:
                     continue
+                self._look_for_stall(flow)
                 await self._presence.keep()
                 if await self._budget.look() is not None or self._budget.limited:
                     break
                 look_at = time.monotonic() + POLL_SECONDS
         return flow.failure
+
+    def _look_for_stall(self, flow: Flow) -> None:
+        """Say so where nothing in a flow has ended for longer than it may: threads that hang."""
+        seconds = asyncio.get_running_loop().time() - flow.moved
+        if flow.running and seconds > self.consumer.longest_run:
+            self._presence.stall(f"{flow.running} runs do not end, though their time is up")
+        else:
+            self._presence.stalled = False
+            self._presence.tell("running", self._task.name, logging.DEBUG)
 
     async def _serve_one(
         self, lanes: topology.Lanes, publisher: broker.Publisher

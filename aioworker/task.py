@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import inspect
 import re
@@ -11,6 +12,7 @@ from functools import partial, update_wrapper
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, overload
 
 from aioworker import threads
+from aioworker.chunk import LARGEST_ID
 from aioworker.context import Context
 from aioworker.errors import TaskError, TaskExitError, UnknownTaskError, UsageError
 from aioworker.limits import RateLimit
@@ -68,6 +70,8 @@ class Task(Generic[P, R]):
         options: How it is run.
         keys: What yields the ids or rows of a sweep; None for a task without sweeps.
         reader: What `needed` registers.
+        largest_id: The largest id of its chunks.
+        size: Returns how many ids a sweep that begins behind an id has, where that is cheap.
         check: Called before the first message and after failures, to see that the task can
             work at all; what it raises of the database is waited for with no message in hand.
         signature: What the function can be called with.
@@ -79,6 +83,8 @@ class Task(Generic[P, R]):
     keys: Keys | None = None
     check: Callable[[Context], Awaitable[None]] | None = None
     reader: Callable[..., Any] | None = None
+    largest_id: int = LARGEST_ID
+    size: Callable[[Context, int], Awaitable[int]] | None = None
     signature: Signature = field(init=False)
 
     def __post_init__(self) -> None:
@@ -130,7 +136,8 @@ class Task(Generic[P, R]):
         Raises:
             UsageError: The function cannot be called with these.
         """
-        return self.signature.checked(args, kwargs, chunk=self.takes_chunks)
+        largest_id = self.largest_id if self.takes_chunks else None
+        return self.signature.checked(args, kwargs, largest_id)
 
     async def read_needed(self, ctx: Context, chunk: list[Any]) -> list[Any]:
         """Return what of a chunk needs writing: all of it where the task cannot tell."""
@@ -138,28 +145,37 @@ class Task(Generic[P, R]):
             return chunk
         given = [ctx, chunk] if Signature.wants_context(self.reader) else [chunk]
         call = partial(self.reader, *given)
-        return list(await _call(call, Signature.is_coroutine(self.reader), ctx.database))
+        return list(await self._call(call, Signature.is_coroutine(self.reader), ctx.database))
 
     async def run(self, ctx: Context, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Run the function with checked arguments: a coroutine here, anything else in a thread."""
         function: Callable[..., Any] = self.function
         call = partial(function, *([ctx] if self.signature.context else []), *args, **kwargs)
         used = ctx.database if self.needs_database else None
-        await _call(call, self.signature.coroutine, used)
+        await self._call(call, self.signature.coroutine, used)
 
+    async def _call(
+        self, call: Callable[[], Any], coroutine: bool, database: Database | None
+    ) -> Any:
+        """Call a coroutine function here, anything else in a thread; return what it returns.
 
-async def _call(call: Callable[[], Any], coroutine: bool, database: Database | None) -> Any:
-    """Call a coroutine function here, anything else in a thread; return what it returns.
-
-    Raises:
-        TaskExitError: It called `sys.exit()`, which would end the worker.
-    """
-    try:
-        found = call() if coroutine else await threads.run(call, database)
-        # What looked like a plain function may have made something to await.
-        return await found if inspect.isawaitable(found) else found
-    except SystemExit as error:
-        raise TaskExitError(f"the task called sys.exit({error.code!r})") from error
+        Raises:
+            TaskExitError: It raised what would end the worker: `sys.exit()`, a cancellation of
+                something of its own.
+        """
+        try:
+            found = call() if coroutine else await threads.run(call, database, self.name)
+            # What looked like a plain function may have made something to await.
+            return await found if inspect.isawaitable(found) else found
+        except Exception:
+            raise
+        except SystemExit as error:
+            raise TaskExitError(f"the task called sys.exit({error.code!r})") from error
+        except BaseException as error:
+            running = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and running and running.cancelling():
+                raise  # not the task's: its time is up, or the worker ends
+            raise TaskExitError(f"the task let out {type(error).__name__}: {error}") from error
 
 
 AnyTask = Task[..., Any]
@@ -221,14 +237,15 @@ def task(
     """
 
     def register(registered: Callable[P, R]) -> Task[P, R]:
+        if not callable(registered):
+            raise TaskError(f"expected @task, or @task(name=…, …), got: @task({registered!r})")
         called = name if name is not None else getattr(registered, "__name__", "")
-        options = _checked_options(called, rate_limit, max_retries, timeout, tuple(constants))
+        options = _checked_options(called, rate_limit, max_retries, timeout, constants)
         made = Task(called, registered, options, keys)
         if keys is not None:
             if not callable(keys):
                 raise TaskError(f"task {called!r}: expected keys to be a function, got: {keys!r}")
-            made.signature.expect_chunk("keys")
-        made.signature.expect_constants(options.constants)
+            made.signature.expect_sweep(options.constants)
         _register(made)
         return made
 
@@ -240,25 +257,40 @@ def _checked_options(
     rate_limit: str | None,
     max_retries: int | None,
     timeout: float | None,
-    constants: tuple[Any, ...],
+    constants: Sequence[Any],
 ) -> Options:
-    if _NAME.fullmatch(name) is None or name.endswith(_RESERVED):
-        raise TaskError(
-            f"expected a task's name of 1 to {NAME_LENGTH} letters, digits, '_', '-' and '.', not"
-            f" ending in {', '.join(_RESERVED)}, got: {brief(name)}"
-        )
+    check_name(name)
     if max_retries is not None and not (
         type(max_retries) is int and 0 <= max_retries <= RETRIES_LIMIT
     ):
         raise TaskError(
             f"task {name!r}: expected max_retries from 0 to {RETRIES_LIMIT}, got: {max_retries!r}"
         )
-    if timeout is not None and not 1 <= timeout <= LONGEST_SECONDS:
+    if timeout is not None and not (
+        isinstance(timeout, int | float) and 1 <= timeout <= LONGEST_SECONDS
+    ):
         raise TaskError(
             f"task {name!r}: expected timeout from 1 to {LONGEST_SECONDS} seconds, got: {timeout!r}"
         )
+    if not isinstance(constants, list | tuple):
+        raise TaskError(f"task {name!r}: expected constants as a tuple, got: {brief(constants)}")
+    if rate_limit is not None and not isinstance(rate_limit, str):
+        raise TaskError(f"task {name!r}: expected rate_limit such as '2/m', got: {rate_limit!r}")
     rate = None if rate_limit is None else RateLimit.parse(rate_limit)
-    return Options(rate, max_retries, timeout, constants)
+    return Options(rate, max_retries, timeout, tuple(constants))
+
+
+def check_name(name: object) -> None:
+    """Refuse what no task can be called.
+
+    Raises:
+        TaskError: It is that.
+    """
+    if not isinstance(name, str) or _NAME.fullmatch(name) is None or name.endswith(_RESERVED):
+        raise TaskError(
+            f"expected a task's name of 1 to {NAME_LENGTH} letters, digits, '_', '-' and '.', not"
+            f" ending in {', '.join(_RESERVED)}, got: {brief(name)}"
+        )
 
 
 def _register(made: AnyTask) -> None:
@@ -307,7 +339,9 @@ def check_publishable(
     Raises:
         UsageError: The task cannot be called with them.
     """
-    known = _registry.get(made) if isinstance(made, str) else made
+    if not isinstance(made, Task):
+        check_name(made)
+    known = made if isinstance(made, Task) else _registry.get(made)
     if known is None:
         return str(made), list(args)
     try:

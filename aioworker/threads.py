@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 import threading
 from concurrent.futures import Future, InvalidStateError
 from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
+
+from aioworker.errors import TaskExitError
+from aioworker.logs import fields
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,18 +24,26 @@ if TYPE_CHECKING:
     from aioworker.db import Cursor, Database
 
 
-async def run(call: Callable[[], Any], database: Database | None) -> Any:
-    """Call a function in a thread of its own, wait for its end, and return what it returns.
+log = logging.getLogger(__name__)
+
+
+async def run(call: Callable[[], Any], database: Database | None, task: str) -> Any:
+    """Call a function in a thread named after the task, wait for its end, and return what it does.
 
     Cancelled, it closes the connection of *database*, which the thread may use, lets no
     other be opened, and still waits for the thread.
     """
-    ended = _start(call)
+    ended = _start(call, f"aioworker {task}")
     try:
         return await asyncio.shield(ended)
     except asyncio.CancelledError:
         if database is not None and not ended.done():
             await database.cut_off()
+        if not ended.done():
+            log.warning(
+                "its time is up, but a thread cannot be ended: waiting for it to return",
+                extra=fields(task=task),
+            )
         with database.pinned() if database is not None else nullcontext():
             await asyncio.wait({ended})
         if not ended.cancelled():
@@ -39,7 +51,7 @@ async def run(call: Callable[[], Any], database: Database | None) -> Any:
         raise
 
 
-def _start(call: Callable[[], Any]) -> asyncio.Future[Any]:
+def _start(call: Callable[[], Any], name: str) -> asyncio.Future[Any]:
     """Begin a thread; the future has what it returned or raised."""
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[Any] = loop.create_future()
@@ -48,8 +60,9 @@ def _start(call: Callable[[], Any]) -> asyncio.Future[Any]:
     def work() -> None:
         try:
             found = context.run(call)
-        except StopIteration as error:  # no future can carry it
-            tell(ended.set_exception, RuntimeError(f"StopIteration: {error}"))
+        except (StopIteration, GeneratorExit) as error:  # no future can carry these
+            told = f"the task let out {type(error).__name__}: {error}"
+            tell(ended.set_exception, TaskExitError(told))
         except BaseException as error:  # noqa: BLE001 - travels on to whoever waits
             tell(ended.set_exception, error)
         else:
@@ -63,7 +76,7 @@ def _start(call: Callable[[], Any]) -> asyncio.Future[Any]:
             settle(value)
 
     # A daemon: the process may end while it hangs, as after a second signal.
-    threading.Thread(target=work, name="aioworker task", daemon=True).start()
+    threading.Thread(target=work, name=name, daemon=True).start()
     return ended
 
 

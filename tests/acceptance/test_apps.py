@@ -145,13 +145,45 @@ async def test_a_slow_and_limited_task_holds_up_no_other(
             " required argument: 'more'",
         ),
         (
+            "from aioworker import task\n\n@task(keys=lambda: [])\ndef f(ids, mode): ...\n",
+            "module 'broken': task 'f': a sweep calls it with a chunk and 0 constants, got (ids,"
+            " mode): missing a required argument: 'mode'; a context is annotated `Context`",
+        ),
+        (
+            "from aioworker import Context, task\n\n@task\ndef f(n: int, ctx: Context): ...\n",
+            "module 'broken': task 'f': expected `Context` as the annotation of its first parameter"
+            " alone, got it in: ctx: aioworker.context.Context",
+        ),
+        (
+            "from aioworker import task\n\n@task(timeout='30')\ndef f(): ...\n",
+            "module 'broken': task 'f': expected timeout from 1 to 3600 seconds, got: '30'",
+        ),
+        (
+            "from aioworker import task\n\n@task(rate_limit=2)\ndef f(): ...\n",
+            "module 'broken': task 'f': expected rate_limit such as '2/m', got: 2",
+        ),
+        (
+            "from aioworker import task\n\n@task('2/m')\ndef f(): ...\n",
+            "module 'broken': expected @task, or @task(name=…, …), got: @task('2/m')",
+        ),
+        (
             "from aioworker import task\n\n@task(name='update_current_version')\ndef f(): ...\n",
             "module 'broken': task 'update_current_version' is registered twice: by"
             " aioworker.addons.update_current_version and by broken.f; give one of them another"
             " name=",
         ),
     ],
-    ids=["absent", "import", "syntax", "rate", "no chunk", "urgent", "needed", "twice"],
+    ids=[
+        "absent",
+        "import",
+        "syntax",
+        "rate",
+        "no chunk",
+        "urgent",
+        "needed",
+        *("sweep", "context", "timeout", "rate type", "no function"),
+        "twice",
+    ],
 )
 def test_an_app_that_cannot_work_is_one_line(
     run: Run, tmp_path: Path, content: str | None, line: str

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from aioworker import Producer
+from aioworker.consumer import SUSPECT_RETURNS
 from aioworker.crashes import MOST_DEATHS
 from support.servers import ROOT
 from tests.conftest import (
@@ -17,7 +22,10 @@ from tests.conftest import (
     QUEUES,
     Lanes,
     Run,
+    Worker,
     current_versions,
+    eventually,
+    importable,
     rows,
     simple_addons,
 )
@@ -28,6 +36,9 @@ if TYPE_CHECKING:
     from pymysql.cursors import Cursor
 
     from support.servers import Servers
+
+
+Start = Callable[..., Worker]
 
 
 def live(pair: Servers) -> int:
@@ -118,3 +129,63 @@ async def test_a_message_that_ran_beside_the_one_that_killed_its_worker_runs_alo
     assert rows(shop, deaths) == [(None, None)] * 2
     letters = [run("dead", "list", name, "--app", "two", "--json") for name in ("victim", "killer")]
     assert [len(letter.stdout.splitlines()) for letter in letters] == [0, 1]
+
+
+BESIDE = """
+    import time
+    from aioworker import task
+
+    def note(text):
+        with open("notes", "a") as notes:
+            print(text, file=notes)
+
+    @task
+    def slow(number: int) -> None:
+        note(f"slow {number} begins")
+        time.sleep(3)
+        note(f"slow {number} ends")
+
+    @task
+    async def quick() -> None:
+        note("quick")
+"""
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+async def test_a_message_that_came_back_again_and_again_waits_to_run_alone(
+    start: Start,
+    pair: Servers,
+    run: Run,
+    tmp_path: Path,
+    shop: Connection[Cursor],
+    lanes: Lanes,
+    stopped: bool,
+) -> None:
+    """In its lane, saying so; what is told to stop meanwhile begins it no more."""
+    (tmp_path / "beside.py").write_text(textwrap.dedent(BESIDE))
+    assert run("init", "--app", "beside").returncode == 0
+    quick = await lanes.channel.get_queue("aioworker.quick", ensure=False)
+    async with Producer(pair.amqp_url, timeout=10) as producer:
+        await producer.publish("quick")
+        for _ in range(SUSPECT_RETURNS):
+            await (await quick.get(timeout=10)).nack(requeue=True)
+        assert run("pause", "quick", "--app", "beside").returncode == 0
+        worker = start("consume", "--app", "beside", PYTHONPATH=importable(tmp_path))
+        notes = tmp_path / "0" / "notes"
+        await producer.publish("slow", 1)
+        eventually(notes.exists, "the slow one runs")
+        assert run("resume", "quick", "--app", "beside").returncode == 0
+        told = "SELECT 1 FROM aioworker_worker WHERE reason LIKE 'to run alone, without slow: %'"
+        eventually(lambda: rows(shop, told), "the other one says why it waits")
+        assert await lanes.count("aioworker.quick") == 1
+        if stopped:
+            worker.process.send_signal(signal.SIGTERM)
+        else:
+            await producer.publish("slow", 2)
+            eventually(lambda: "slow 2 ends" in notes.read_text(), "all is done")
+            worker.process.send_signal(signal.SIGTERM)
+
+    assert worker.process.wait(20) == 0
+    done = ["slow 1 begins", "slow 1 ends", "quick", "slow 2 begins", "slow 2 ends"]
+    assert notes.read_text().splitlines() == (done[:2] if stopped else done)
+    assert await lanes.count("aioworker.quick") == stopped

@@ -163,8 +163,13 @@ async def test_twenty_reloads_lose_nothing_and_run_nothing_by_old_code(
         ("def f(:\n", "SyntaxError"),
         ("import nothing_like_it\n", "No module named 'nothing_like_it'"),
         ("import os\nos.environ['SHOP_KEY']\n", "KeyError: 'SHOP_KEY'"),
+        (
+            "import atexit\natexit.register(print, 'bye', file=__import__('sys').stderr)\n"
+            "import nothing_like_it\n",
+            "No module named 'nothing_like_it'",
+        ),
     ],
-    ids=["syntax", "import", "setting"],
+    ids=["syntax", "import", "setting", "talkative"],
 )
 async def test_code_that_does_not_load_changes_nothing(
     start: Start,

@@ -6,12 +6,14 @@ import json
 import os
 import re
 import signal
+import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from aioworker import tables
+from aioworker import Producer, tables
 from support import servers
 from tests.conftest import (
     TASK,
@@ -21,6 +23,7 @@ from tests.conftest import (
     current_versions,
     eventually,
     execute,
+    importable,
     make_database,
     rows,
     simple_addons,
@@ -97,6 +100,39 @@ async def test_a_worker_at_work_is_no_stall_for_the_others(
 
     eventually(lambda: current_versions(shop) == {1: 10_001, 2: 10_002}, "both are done")
     assert rows(shop, "SELECT * FROM stalls") == []
+
+
+STUCK = """
+    import os, time
+    from aioworker import task
+
+    @task(timeout=1)
+    def stuck() -> None:
+        while not os.path.exists("go on"):
+            time.sleep(0.1)
+"""
+
+
+async def test_threads_that_do_not_return_are_a_stall(
+    start: Start, run: Run, pair: servers.Servers, shop: Connection[Cursor], tmp_path: Path
+) -> None:
+    """Nothing can end them; it is said, until they do."""
+    (tmp_path / "hanging.py").write_text(textwrap.dedent(STUCK))
+    assert run("init", "--app", "hanging").returncode == 0
+    async with Producer(pair.amqp_url, timeout=10) as producer:
+        for _ in range(20):
+            await producer.publish("stuck")
+    worker = start("consume", "--app", "hanging", PYTHONPATH=importable(tmp_path))
+
+    eventually(lambda: rows(shop, STATE) == [("stalled",)], "it says that it stands still")
+
+    sick = run("health", "stuck", "--app", "hanging")
+    assert (sick.returncode, sick.stdout) == (1, "")
+    assert "stalled: 17 runs do not end, though their time is up" in sick.stderr
+    assert worker.log.count("a thread cannot be ended: waiting for it to return task=stuck") == 17
+    (tmp_path / "0" / "go on").touch()
+    eventually(lambda: rows(shop, STATE) == [("waiting",)], "it goes on")
+    assert run("health", "stuck", "--app", "hanging").returncode == 0
 
 
 def test_health_is_this_machines_workers(run: Run, start: Start, shop: Connection[Cursor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ import aio_pika
 import psutil
 import pytest
 
+from aioworker.logs import ConsoleFormatter, JournalFormatter
 from aioworker.supervisor import IDLE_SECONDS
 from support import servers
 from tests.conftest import (
@@ -327,7 +329,6 @@ def test_another_processs_watchdog_hears_nothing(start: Start, manager: Manager)
 def test_lines_in_the_journal_have_their_priority(
     pair: servers.Servers, tmp_path: Path, shop: Connection[Cursor]
 ) -> None:
-    """So that `journalctl -p err` finds what went wrong, each line of a traceback too."""
     log = tmp_path / "log"
     with log.open("w") as stream:
         opened = os.fstat(stream.fileno())
@@ -343,9 +344,56 @@ def test_lines_in_the_journal_have_their_priority(
             timeout=COMMAND_SECONDS,
             check=False,
         )
-    assert done.returncode in (0, 1)
-    found = [line.split(" ")[:2] for line in log.read_text().splitlines() if line[0] == "<"]
-    assert {(mark[:3], level) for mark, level in found} >= {("<6>", "INFO"), ("<4>", "WARNING")}
+    assert done.returncode == 0
+    marks = [(line[:3], line[3:].split()[1]) for line in log.read_text().splitlines()]
+    assert set(marks) == {("<6>", "INFO"), ("<4>", "WARNING")}
+
+
+def test_an_error_in_the_journal_is_one_in_each_of_its_lines() -> None:
+    """So that `journalctl -p err` shows all of a traceback."""
+    try:
+        int("two")
+    except ValueError:
+        record = logging.makeLogRecord({"levelno": logging.ERROR, "exc_info": sys.exc_info()})
+
+    lines = JournalFormatter(ConsoleFormatter()).format(record).splitlines()
+
+    assert len(lines) > 3
+    assert {line[:3] for line in lines} == {"<3>"}
+
+
+def test_the_line_of_a_command_that_fails_is_an_error_in_the_journal(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with log.open("w") as stream:
+        opened = os.fstat(stream.fileno())
+        journal = {"JOURNAL_STREAM": f"{opened.st_dev}:{opened.st_ino}"}
+        wrong = {"AIOWORKER_RATE_LIMIT": "2/min"}
+        done = subprocess.run(
+            [AIOWORKER, "consume"],
+            env=os.environ | journal | wrong,
+            stderr=stream,
+            timeout=COMMAND_SECONDS,
+            check=False,
+        )
+
+    assert done.returncode == 2
+    assert log.read_text().startswith("<3>aioworker: AIOWORKER_RATE_LIMIT: expected ")
+
+
+def test_a_hangup_while_it_starts_is_heard_when_it_listens(
+    start: Start, tmp_path: Path, shop: Connection[Cursor]
+) -> None:
+    """Its default action would end the worker."""
+    (tmp_path / "slow_start.py").write_text(
+        "import pathlib, time\npathlib.Path('importing').touch()\ntime.sleep(1)\n"
+        "from aioworker import task\n\n@task\ndef f() -> None: ...\n"
+    )
+    worker = start("consume", "--app", "slow_start", PYTHONPATH=importable(tmp_path))
+    eventually(lambda: [*tmp_path.glob("*/importing")], "it starts")
+
+    worker.process.send_signal(signal.SIGHUP)
+
+    eventually(lambda: worker.log.count("worker started") == 2, "it reloads")
 
 
 class FirstProcess(Worker):

@@ -6,6 +6,7 @@ They are drawn at random; JUNK_SEED sets the seed, which is printed.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import aio_pika
 import psutil
 import pytest
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
+from pamqp.commands import Basic
 
 from support import servers
 from tests.conftest import QUEUES, TASK, Worker, eventually, simple_addons
@@ -38,6 +40,7 @@ POLL_SECONDS = 0.5
 LINE = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+Z (INFO |ERROR) .* [a-z_]+=\S")
 GROWTH_BYTES = 10_000_000
 LARGE_GROWTH_BYTES = 30_000_000
+SET_ASIDE = "set aside by RabbitMQ: unknown reason"  # nobody did: it was published there
 HEAVY, HEAVY_BYTES = 32, 4_000_000
 HEAVY_MOST_BYTES = 110_000_000
 
@@ -203,19 +206,29 @@ def test_properties_that_cannot_be_decoded(place: Place, queue: str) -> None:
 
     place.worker("--rate-limit", "100/s")
 
-    count = len(junk.UNDECODABLE)
+    count = len(junk.UNDECODABLE) + 1
     eventually(lambda: place.done() == SIZE, "the good chunk is done")
     eventually(lambda: place.queued() == NOTHING | {QUEUES.dead: (count, 0)}, "they are set aside")
     assert place.charged() == 1
-    letters = [*map(json.loads, place.run("dead", "list", "--json").stdout.splitlines())]
-    reasons = sorted(letter["reason"] for letter in letters)
-    for reason, error in zip(reasons, sorted(junk.UNDECODABLE), strict=True):
-        assert reason.startswith(f"properties cannot be decoded: {error}")
-    assert "\nno JSON\n" in place.run("dead", "show", letters[0]["id"]).stdout
+    assert_told(place)
+    letters = place.run("dead", "show", f"unknown-{hashlib.sha256(b'no JSON').hexdigest()[:16]}")
+    assert letters.stdout.count("\nno JSON\n") == len(junk.UNDECODABLE)
     assert place.run("dead", "requeue").returncode == 0
     eventually(lambda: place.queued() == NOTHING | {QUEUES.dead: (count, 0)}, "they are again")
+    assert_told(place, requeued=True)
     assert place.run("dead", "drop", "--yes").returncode == 0
     assert place.queued() == NOTHING
+
+
+def assert_told(place: Place, *, requeued: bool = False) -> None:
+    """Each letter says what is wrong with it, also after it was tried again."""
+    listed = place.run("dead", "list", "--json").stdout.splitlines()
+    reasons = {json.loads(line)["reason"] for line in listed}
+    expected = [f"properties cannot be decoded: {error}" for error in junk.UNDECODABLE]
+    refused = [reason for reason in reasons if not reason.startswith(tuple(expected))]
+    assert len(reasons) == len(expected) + 1
+    assert refused in ([junk.NO_JSON + "Expecting value: line 1 column 1 (char 0)"], [SET_ASIDE])
+    assert not (requeued and refused == [SET_ASIDE])
 
 
 async def send_undecodable(place: Place, queue: str) -> None:
@@ -227,6 +240,12 @@ async def send_undecodable(place: Place, queue: str) -> None:
             await underlay.basic_publish(
                 b"no JSON", routing_key=queue, properties=junk.Properties(properties)
             )
+        # RabbitMQ puts it where the header says, and passes the key on.
+        await underlay.basic_publish(
+            b"no JSON",
+            routing_key=junk.Latin("caf\xe9"),
+            properties=Basic.Properties(headers={"task": TASK, "CC": [queue]}, message_id="key"),
+        )
         await publish(channel, random.Random(SEED), [good_message(0)], [QUEUES.bulk])
 
 

@@ -91,7 +91,7 @@ async def test_a_plain_function_runs_in_a_thread_of_its_own(serve: Served) -> No
     beating.cancel()
 
     assert settled == {Kind.ACK: 1}
-    assert ran_in == ["aioworker task"]
+    assert ran_in == [f"aioworker {TASK}"]
     assert beats > 10
 
 
@@ -316,6 +316,28 @@ async def test_a_task_that_exits_does_not_end_its_worker(
     assert settled == {Kind.RETRY: 1}
     copy = await lanes.take(QUEUES.retry)
     assert copy.headers["x-aioworker-reason"] == "the task called sys.exit(3)"
+
+
+@pytest.mark.parametrize(
+    "error", [asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, BaseException]
+)
+@pytest.mark.parametrize("coroutine", [False, True])
+async def test_nothing_that_a_task_raises_ends_its_worker(
+    serve: Served, lanes: Lanes, error: type[BaseException], coroutine: bool
+) -> None:
+    """Such as the cancellation of something of its own, which it forgot to catch."""
+
+    def leak() -> None:
+        raise error("its own")
+
+    async def leak_too() -> None:
+        raise error("its own")
+
+    assert await serve(Task(TASK, leak_too if coroutine else leak)) == {Kind.RETRY: 1}
+
+    copy = await lanes.take(QUEUES.retry)
+    told = f"the task let out {error.__name__}: its own"
+    assert copy.headers["x-aioworker-reason"] == told
 
 
 async def test_a_function_that_stops_an_iteration_fails_as_any_other(serve: Served) -> None:

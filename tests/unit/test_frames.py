@@ -13,8 +13,8 @@ from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 from pamqp.heartbeat import Heartbeat
 
-from aioworker.frames import PROPERTIES, SHOWN_BYTES, Frames
-from aioworker.message import UNREADABLE
+from aioworker.frames import SHOWN_BYTES, Frames
+from aioworker.message import PROPERTIES, UNREADABLE
 from tests.faults.junk import UNDECODABLE, Properties
 
 BODY_SIZE = 7
@@ -69,3 +69,23 @@ async def test_properties_that_cannot_be_decoded_say_so(error: str) -> None:
     assert headers.keys() == {UNREADABLE, PROPERTIES}
     assert str(headers[UNREADABLE]).startswith(error)
     assert headers[PROPERTIES] == properties[:SHOWN_BYTES].hex()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Basic.GetOk(2**63 - 1, False, "exchange", "caf\N{LATIN SMALL LETTER E WITH ACUTE}", 200),
+        Basic.Deliver("mine", 255, True, "exchange", "caf\N{LATIN SMALL LETTER E WITH ACUTE}"),
+    ],
+)
+async def test_a_routing_key_that_cannot_be_decoded_has_question_marks(
+    method: Basic.GetOk | Basic.Deliver,
+) -> None:
+    """The rest of the message can be read: it is served as any other."""
+    right = frame.marshal(method, 258)
+    wrong = right.replace("\u00e9".encode(), b"\xe9\xe9")
+
+    [found] = await read(wrong)
+
+    assert await read(right) == [right]
+    assert found == right.replace("\u00e9".encode(), b"??")

@@ -1,73 +1,84 @@
-"""Runs beside each other, and one alone."""
+"""Runs beside each other, and one alone: whoever is not let in asks again."""
 
 from __future__ import annotations
 
-import asyncio
-from contextlib import AbstractAsyncContextManager
-
-from aioworker.gate import Gate
+from aioworker.gate import PATIENCE_SECONDS, Gate
 from tests.fakes import FakeClock
 
-PATIENCE = 30.0
+
+async def test_any_number_runs_beside_each_other() -> None:
+    gate = Gate()
+
+    assert all(gate.enter(task, alone=False) for task in ("a", "a", "b"))
+    assert gate.closed_to("c") is None
 
 
-class Runs:
-    """Runs by name, each of which ends when it is told to."""
+async def test_one_that_finds_nobody_runs_alone_at_once_and_keeps_others_out() -> None:
+    gate = Gate()
 
-    def __init__(self) -> None:
-        self.log: list[str] = []
-        self._ends: dict[str, asyncio.Event] = {}
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+    assert gate.enter("suspect", alone=True)
 
-    async def begin(self, name: str, entry: AbstractAsyncContextManager[None]) -> None:
-        """Let one ask to run."""
-        self._ends[name] = asyncio.Event()
-        self._tasks[name] = asyncio.create_task(self._run(name, entry))
-        await asyncio.sleep(0.01)
-
-    async def _run(self, name: str, entry: AbstractAsyncContextManager[None]) -> None:
-        async with entry:
-            self.log.append(f"{name} runs")
-            await self._ends[name].wait()
-            self.log.append(f"{name} ends")
-
-    async def end(self, name: str) -> None:
-        """Let one end."""
-        self._ends[name].set()
-        await self._tasks[name]
-        await asyncio.sleep(0.01)
+    assert gate.closed_to("a") == "suspect runs alone: a message may have killed its worker"
+    assert not gate.enter("a", alone=False)
+    gate.leave("suspect", alone=True)
+    assert gate.closed_to("a") is None
+    assert gate.enter("a", alone=False)
 
 
-async def test_one_alone_waits_for_those_that_run_and_keeps_others_out() -> None:
-    gate, runs = Gate(), Runs()
-    for name in ("a", "b"):
-        await runs.begin(name, gate.through())
-    await runs.begin("suspect", gate.alone(PATIENCE))
-    await runs.begin("c", gate.through())
+async def test_one_that_finds_others_closes_the_gate_and_comes_again_when_they_ended() -> None:
+    gate = Gate()
+    gate.enter("a", alone=False)
+    gate.enter("a", alone=False)
 
-    for name in ("b", "a", "suspect", "c"):
-        assert gate.busy
-        await runs.end(name)
+    assert not gate.enter("suspect", alone=True)
 
-    assert not gate.busy
-    assert runs.log == [
-        *("a runs", "b runs", "b ends", "a ends"),
-        *("suspect runs", "suspect ends", "c runs", "c ends"),
-    ]
+    told = "to run alone, without a: a message may have killed its worker"
+    assert gate.closed_to("suspect") == told
+    assert not gate.enter("a", alone=False)
+    gate.leave("a", alone=False)
+    assert gate.closed_to("suspect") == told
+    gate.leave("a", alone=False)
+    assert not gate.enter("a", alone=False)
+    assert gate.enter("suspect", alone=True)
 
 
-async def test_one_alone_waits_no_longer_than_it_may(clock: FakeClock) -> None:
+async def test_a_task_that_runs_several_at_once_is_in_its_own_way_too() -> None:
+    gate = Gate()
+    gate.enter("flow", alone=False)
+
+    assert not gate.enter("flow", alone=True)
+
+    assert not gate.enter("a", alone=False)
+    gate.leave("flow", alone=False)
+    assert gate.enter("flow", alone=True)
+
+
+async def test_what_does_not_end_is_run_beside(clock: FakeClock) -> None:
     """A thread that never returns would keep it waiting for ever."""
-    gate, log = Gate(), list[str]()
+    gate = Gate()
+    gate.enter("a", alone=False)
+    gate.enter("suspect", alone=True)
+    await clock.advance(PATIENCE_SECONDS - 1)
+    assert gate.closed_to("suspect")
 
-    async def suspect() -> None:
-        async with gate.alone(PATIENCE):
-            log.append("suspect runs")
+    await clock.advance(2)
 
-    async with gate.through():
-        waiting = asyncio.create_task(suspect())
-        await clock.advance(PATIENCE - 1)
-        assert log == []
-        await clock.advance(2)
-        assert log == ["suspect runs"]
-    await waiting
+    assert gate.closed_to("suspect") is None
+    assert gate.enter("suspect", alone=True)
+
+
+async def test_the_gate_opens_when_what_was_to_run_alone_went_elsewhere(clock: FakeClock) -> None:
+    """To another worker: this one's task takes others, or none."""
+    gate = Gate()
+    gate.enter("a", alone=False)
+    gate.enter("suspect", alone=True)
+    gate.leave("a", alone=False)
+    assert gate.closed_to("a")
+
+    gate.enter("suspect", alone=False)
+    assert gate.closed_to("a") is None
+
+    gate.enter("a", alone=False)
+    gate.enter("late", alone=True)
+    await clock.advance(PATIENCE_SECONDS + 1)
+    assert gate.closed_to("a") is None

@@ -91,7 +91,8 @@ async def test_a_coroutine_is_awaited_as_before() -> None:
         (
             {"keys": pages, "constants": ("up", "down")},
             by_rows,
-            "task 'by_rows': constants: too many positional arguments",
+            "task 'by_rows': a sweep calls it with a chunk and 2 constants, got (rows,"
+            " unit='day'): too many positional arguments; a context is annotated `Context`",
         ),
         ({}, int, "expected a function as a task, got: <class 'int'>"),
         ({}, pages, "task 'pages': expected a function that returns, got a generator"),
@@ -139,7 +140,7 @@ def test_a_module_that_is_loaded_twice_registers_once() -> None:
 
 ARGUMENTS: list[tuple[dict[str, Any], Callable[..., Any], list[Any], dict[str, Any], Any]] = [
     ({"keys": pages}, by_ids, [[[7], 5, 7]], {}, [[7, 5]]),
-    ({"keys": pages}, by_ids, [[0]], {}, "expected ids from 1 to 4294967295, got: 0"),
+    ({"keys": pages}, by_ids, [[0]], {}, "expected ids from 1 to 9223372036854775807, got: 0"),
     ({"keys": pages}, by_ids, [], {}, "expected arguments (ids): missing a required argument"),
     ({"keys": pages}, by_ids, [[1], 2], {}, "expected arguments (ids): too many positional"),
     ({"keys": pages}, by_rows, [[[1, 2.5], (1, 2.5)], "week"], {}, [[[1, 2.5]], "week"]),
