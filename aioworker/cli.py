@@ -105,7 +105,7 @@ def consume(
     app_names: App = None,
     rate_limit: Annotated[
         str | None,
-        typer.Option(metavar="COUNT/UNIT", help="How often the task starts, such as 2/m or 20/h."),
+        typer.Option(metavar="COUNT/UNIT", help="How often each task starts, such as 2/m or 20/h."),
     ] = None,
     burst: Annotated[bool, typer.Option("--burst", help="End once the lanes are empty.")] = False,
     check: Annotated[

@@ -1,7 +1,7 @@
 """Dead letters: what was set aside for a person, with its reason.
 
-They are read by `basic.get` over one channel; what is not settled goes back into the queue
-when that channel closes. Those that aioworker set aside carry its own headers; those that
+RabbitMQ sends all that are there over one channel; what is not settled goes back into the queue
+when its connection closes. Those that aioworker set aside carry its own headers; those that
 RabbitMQ set aside carry `x-death` alone, and both are read.
 """
 
@@ -19,9 +19,9 @@ from aioworker.console import count, say
 from aioworker.errors import AioworkerError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
 
-    from aio_pika.abc import AbstractIncomingMessage
+    from aio_pika.abc import AbstractConnection, AbstractIncomingMessage
 
     from aioworker.settings import Settings
     from aioworker.task import AnyTask
@@ -119,14 +119,32 @@ class Filter:
 
 @dataclass(frozen=True, slots=True)
 class _Box:
-    """The dead letters that a command looks at, and what it settles them over."""
+    """The dead letters of a task, as far as nobody else looks at them."""
 
     settings: Settings
     queues: topology.Queues
-    found: list[tuple[Letter, AbstractIncomingMessage]]
+    connection: AbstractConnection
+    waiting: int
 
-    def __iter__(self) -> Iterator[tuple[Letter, AbstractIncomingMessage]]:
-        return iter(self.found)
+    async def letters(
+        self, wanted: Filter
+    ) -> AsyncIterator[tuple[Letter, AbstractIncomingMessage]]:
+        """Yield those that are meant, as they lie; unsettled ones go back when all is closed."""
+        arrived: asyncio.Queue[AbstractIncomingMessage] = asyncio.Queue()
+        timeout = self.settings.connect_timeout
+        try:
+            async with asyncio.timeout(timeout):
+                channel = await self.connection.channel()
+                queue = await channel.get_queue(self.queues.dead, ensure=False)
+                await queue.consume(arrived.put)
+            for _ in range(self.waiting):
+                async with asyncio.timeout(timeout):
+                    delivery = await arrived.get()
+                letter = Letter.of(delivery)
+                if wanted.matches(letter):
+                    yield letter, delivery
+        except broker.FAILURES as error:
+            raise broker.explain(error, self.queues.dead) from error
 
     async def settle(self, delivery: AbstractIncomingMessage) -> None:
         """Take one out for good."""
@@ -143,11 +161,13 @@ async def show_list(settings: Settings, task: AnyTask, wanted: Filter, *, as_jso
     Raises:
         BrokerError: RabbitMQ cannot be asked.
     """
-    async with _open(settings, task, wanted) as box:
-        for letter, _delivery in box:
+    listed = 0
+    async with _open(settings, task) as box:
+        async for letter, _delivery in box.letters(wanted):
             say(json.dumps(asdict(letter)) if as_json else letter.line)
-        if not as_json:
-            console.tell(f"{count(len(box.found), 'dead letter')} of {task.name}")
+            listed += 1
+    if not as_json:
+        console.tell(f"{count(listed, 'dead letter')} of {task.name}")
 
 
 async def show_one(settings: Settings, task: AnyTask, message_id: str, *, as_json: bool) -> None:
@@ -157,10 +177,10 @@ async def show_one(settings: Settings, task: AnyTask, message_id: str, *, as_jso
         AioworkerError: There is none.
         BrokerError: RabbitMQ cannot be asked.
     """
-    async with _open(settings, task, Filter(ids=frozenset({message_id}))) as box:
-        if not box.found:
-            raise AioworkerError(f"no dead letter of {task.name} has the id {message_id!r}")
-        for letter, delivery in box:
+    found = False
+    async with _open(settings, task) as box:
+        async for letter, delivery in box.letters(Filter(ids=frozenset({message_id}))):
+            found = True
             body = delivery.body.decode("utf-8", "backslashreplace")
             if as_json:
                 headers = {name: _text(value) for name, value in delivery.headers.items()}
@@ -171,6 +191,8 @@ async def show_one(settings: Settings, task: AnyTask, message_id: str, *, as_jso
                 say(f"{name}: {_text(value)}")
             say("")
             say(body)
+    if not found:
+        raise AioworkerError(f"no dead letter of {task.name} has the id {message_id!r}")
 
 
 async def requeue(settings: Settings, task: AnyTask, wanted: Filter) -> None:
@@ -185,10 +207,10 @@ async def requeue(settings: Settings, task: AnyTask, wanted: Filter) -> None:
     done = 0
     name = "aioworker dead requeue"
     async with (
-        _open(settings, task, wanted) as box,
+        _open(settings, task) as box,
         broker.Publisher(settings.amqp_url, settings.connect_timeout, name) as publisher,
     ):
-        for letter, delivery in box:
+        async for letter, delivery in box.letters(wanted):
             lane = box.queues.urgent if letter.lane == "urgent" else box.queues.bulk
             try:
                 await publisher.publish(lane, outcome.revived(delivery))
@@ -207,45 +229,31 @@ async def drop(settings: Settings, task: AnyTask, wanted: Filter, *, yes: bool) 
         AioworkerError: Nobody said yes; nothing was dropped.
         BrokerError: RabbitMQ cannot be asked.
     """
-    async with _open(settings, task, wanted) as box:
-        what = count(len(box.found), "dead letter")
-        if box.found and not yes:
-            for letter, _delivery in box:
+    async with _open(settings, task) as box:
+        found = [one async for one in box.letters(wanted)]
+        what = count(len(found), "dead letter")
+        if found and not yes:
+            for letter, _delivery in found:
                 console.tell(letter.line)
             if not await asyncio.to_thread(
                 console.confirm, f"drop {what} of {task.name} for good?"
             ):
                 raise AioworkerError("dropped nothing; --yes drops without asking")
-        for _letter, delivery in box:
+        for _letter, delivery in found:
             await box.settle(delivery)
     say(f"dropped {what} of {task.name}")
 
 
 @asynccontextmanager
-async def _open(settings: Settings, task: AnyTask, wanted: Filter) -> AsyncIterator[_Box]:
-    """Look at the dead letters; those not settled inside go back when the channel closes."""
+async def _open(settings: Settings, task: AnyTask) -> AsyncIterator[_Box]:
+    """Look at the dead letters that are there now."""
     queues = topology.Queues.of(task.name)
     timeout = settings.connect_timeout
     async with broker.connection(
         settings.amqp_url, timeout, "aioworker dead", careful=True
     ) as connection:
         waiting = await topology.check(connection, (queues.dead,), timeout)
-        box = _Box(settings, queues, [])
-        try:
-            async with asyncio.timeout(timeout):
-                channel = await connection.channel()
-                queue = await channel.get_queue(queues.dead, ensure=False)
-            for _ in range(waiting):
-                async with asyncio.timeout(timeout):
-                    delivery = await queue.get(fail=False, timeout=timeout)
-                if delivery is None:
-                    break
-                letter = Letter.of(delivery)
-                if wanted.matches(letter):
-                    box.found.append((letter, delivery))
-        except broker.FAILURES as error:
-            raise broker.explain(error, queues.dead) from error
-        yield box
+        yield _Box(settings, queues, connection, waiting)
 
 
 def _text(value: Any) -> str | None:

@@ -326,25 +326,27 @@ def test_another_processs_watchdog_hears_nothing(start: Start, manager: Manager)
     assert "WATCHDOG=1" not in manager.states
 
 
-def test_lines_in_the_journal_have_their_priority(
-    pair: servers.Servers, tmp_path: Path, shop: Connection[Cursor]
-) -> None:
-    log = tmp_path / "log"
+def into_journal(log: Path, environment: dict[str, str], *arguments: str) -> int:
+    """Run a command whose standard error is, as it is told, the journal; return its status."""
     with log.open("w") as stream:
         opened = os.fstat(stream.fileno())
-        done = subprocess.run(
-            [AIOWORKER, "consume", "--burst"],
-            env=pair.environment
-            | {
-                "JOURNAL_STREAM": f"{opened.st_dev}:{opened.st_ino}",
-                "AIOWORKER_BUDGET": "worker",
-            },
+        return subprocess.run(
+            [AIOWORKER, *arguments],
+            env=environment | {"JOURNAL_STREAM": f"{opened.st_dev}:{opened.st_ino}"},
             stderr=stream,
             stdout=subprocess.DEVNULL,
             timeout=COMMAND_SECONDS,
             check=False,
-        )
-    assert done.returncode == 0
+        ).returncode
+
+
+async def test_lines_in_the_journal_have_their_priority(
+    pair: servers.Servers, tmp_path: Path, lanes: Lanes
+) -> None:
+    log, scope = tmp_path / "log", {"AIOWORKER_BUDGET": "worker"}
+
+    assert into_journal(log, pair.environment | scope, "consume", "--burst") == 0
+
     marks = [(line[:3], line[3:].split()[1]) for line in log.read_text().splitlines()]
     assert set(marks) == {("<6>", "INFO"), ("<4>", "WARNING")}
 
@@ -362,21 +364,13 @@ def test_an_error_in_the_journal_is_one_in_each_of_its_lines() -> None:
     assert {line[:3] for line in lines} == {"<3>"}
 
 
-def test_the_line_of_a_command_that_fails_is_an_error_in_the_journal(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    with log.open("w") as stream:
-        opened = os.fstat(stream.fileno())
-        journal = {"JOURNAL_STREAM": f"{opened.st_dev}:{opened.st_ino}"}
-        wrong = {"AIOWORKER_RATE_LIMIT": "2/min"}
-        done = subprocess.run(
-            [AIOWORKER, "consume"],
-            env=os.environ | journal | wrong,
-            stderr=stream,
-            timeout=COMMAND_SECONDS,
-            check=False,
-        )
+def test_the_line_of_a_command_that_fails_is_an_error_in_the_journal(
+    pair: servers.Servers, tmp_path: Path
+) -> None:
+    log, wrong = tmp_path / "log", {"AIOWORKER_RATE_LIMIT": "2/min"}
 
-    assert done.returncode == 2
+    assert into_journal(log, pair.environment | wrong, "consume") == 2
+
     assert log.read_text().startswith("<3>aioworker: AIOWORKER_RATE_LIMIT: expected ")
 
 
