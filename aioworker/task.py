@@ -6,7 +6,7 @@ import asyncio
 import difflib
 import inspect
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial, update_wrapper
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, overload
@@ -140,12 +140,19 @@ class Task(Generic[P, R]):
         return self.signature.checked(args, kwargs, largest_id)
 
     async def read_needed(self, ctx: Context, chunk: list[Any]) -> list[Any]:
-        """Return what of a chunk needs writing: all of it where the task cannot tell."""
+        """Return what of a chunk needs writing: all of it where the task cannot tell.
+
+        Raises:
+            TaskError: What `needed` returned is no part of a chunk.
+        """
         if self.reader is None:
             return chunk
         given = [ctx, chunk] if Signature.wants_context(self.reader) else [chunk]
         call = partial(self.reader, *given)
-        return list(await self._call(call, Signature.is_coroutine(self.reader), ctx.database))
+        found = await self._call(call, Signature.is_coroutine(self.reader), ctx.database)
+        if not isinstance(found, Collection) or isinstance(found, str):
+            raise TaskError(f"expected needed to return a list of ids or rows, got: {brief(found)}")
+        return list(found)
 
     async def run(self, ctx: Context, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Run the function with checked arguments: a coroutine here, anything else in a thread."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioworker import Context, DeadLetter, Retry
+from aioworker.errors import TaskError
 from aioworker.outcome import Kind
 from aioworker.task import AnyTask, Task
 from tests.conftest import QUEUES, TASK, Lanes, execute, make_database, make_worker, rows
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from pymysql.connections import Connection
     from pymysql.cursors import Cursor
 
+    from aioworker.db import Database
     from support.servers import Servers
 
 Served = Callable[..., Any]
@@ -265,6 +267,22 @@ async def test_rows_and_constants_arrive_as_published(
 
     assert settled == {Kind.ACK: 1}
     assert written(ratings) == [(1, 20), (3, 40)]
+
+
+async def test_needed_that_returns_nothing_is_named(database: Database) -> None:
+    """A forgotten `return`, before anything is charged."""
+
+    def refresh(ids: list[int]) -> None:
+        pass
+
+    def forgetful(ids: list[int]) -> None:
+        pass
+
+    made = Task(TASK, refresh)
+    made.needed(forgetful)
+
+    with pytest.raises(TaskError, match=r"^expected needed to return a list of ids .* got: None$"):
+        await made.read_needed(Context(database, TASK), [1])
 
 
 def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
