@@ -21,6 +21,8 @@ BASIC_GET = bytes([0, 60, 0, 70])  # class and method of an AMQP frame
 BASIC_ACK = bytes([0, 60, 0, 80])
 RESET = struct.pack("ii", 1, 0)  # lingering for no time
 Side = Literal["client", "server"]
+MOST_PIECES = 64  # under way in one direction
+Pieces = asyncio.Queue[tuple[float, bytes]]  # with the loop's time at which each arrives
 
 
 class Proxy:
@@ -63,7 +65,7 @@ class Proxy:
         self._run(self._listen())
 
     def delay(self, seconds: float) -> None:
-        """Let every piece take so long, in each direction."""
+        """Let each piece arrive so long after it was sent, in each direction."""
         self._delay = seconds
 
     def black_hole(self) -> None:
@@ -141,17 +143,40 @@ class Proxy:
     async def _forward(
         self, reader: StreamReader, writer: StreamWriter, *, watched: bool = False
     ) -> None:
+        under_way = Pieces(MOST_PIECES)
+        sending = asyncio.create_task(self._send(reader, under_way, watched=watched))
+        try:
+            await self._deliver(under_way, writer)
+        finally:
+            sending.cancel()
+
+    async def _send(self, reader: StreamReader, under_way: Pieces, *, watched: bool) -> None:
+        """Put what is read under way, each piece with its delay, and at last the end."""
         before = b""
+        while True:
+            try:
+                piece = await reader.read(PIECE)
+            except OSError:
+                piece = b""
+            end = before[1 - len(self._pattern) :]  # the pattern may arrive in two pieces
+            if watched and self._pattern and self._pattern in end + piece:
+                piece = await self._hold(reader, piece)
+            await under_way.put((self._loop.time() + self._delay, piece))
+            if not piece:
+                return
+            before = piece
+
+    async def _deliver(self, under_way: Pieces, writer: StreamWriter) -> None:
+        """Write each piece when its time has come, as long as the other side takes any."""
         with suppress(OSError, RuntimeError):  # RuntimeError: the direction was closed
-            while piece := await reader.read(PIECE):
-                if watched and self._pattern and self._pattern in before + piece:
-                    piece = await self._hold(reader, piece)
-                before = piece
-                await asyncio.sleep(self._delay)
+            while True:
+                due, piece = await under_way.get()
+                await asyncio.sleep(due - self._loop.time())
                 await self._may_pass()
+                if not piece:
+                    break
                 writer.write(piece)
                 await writer.drain()
-        await self._may_pass()
         _end(writer)
 
     async def _hold(self, reader: StreamReader, piece: bytes) -> bytes:

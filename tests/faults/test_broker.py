@@ -155,8 +155,8 @@ def ends_for_the_broker(proxy: Proxy) -> None:
 
 
 def is_slow(proxy: Proxy) -> None:
-    """A question and its answer take two seconds."""
-    proxy.delay(1)
+    """A question and its answer take a second."""
+    proxy.delay(0.5)
 
 
 NETWORKS = (vanishes, is_half_open, is_reset, ends_for_the_worker, ends_for_the_broker, is_slow)
@@ -168,11 +168,11 @@ def broken(
 ) -> Iterator[dict[str, Future[None]]]:
     """All that happens to networks, at the same time, each in a place of its own."""
     assert private.broker is not None
-    port = private.broker.port
+    port, folder = private.broker.port, tmp_path_factory.mktemp("networks")
 
     def play(what: Callable[[Proxy], None]) -> None:
         with Proxy(port) as proxy:
-            place = Place(private, tmp_path_factory.mktemp(what.__name__), amqp_port=proxy.port)
+            place = Place(private, folder, amqp_port=proxy.port)
             try:
                 break_and_mend(what, place, proxy)
             finally:

@@ -88,6 +88,20 @@ def test_a_delay_is_that_of_each_direction(network: Network) -> None:
     assert time.monotonic() - began >= 2 * MOMENT
 
 
+def test_what_is_sent_while_another_piece_is_under_way_waits_no_longer(network: Network) -> None:
+    client, server = network.pair()
+    network.proxy.delay(5 * MOMENT)
+
+    client.sendall(b"one")
+    time.sleep(MOMENT / 2)  # a piece of its own
+    client.sendall(b"two")
+
+    assert server.recv(99) == b"one"
+    began = time.monotonic()
+    assert server.recv(99) == b"two"
+    assert time.monotonic() - began < 4 * MOMENT
+
+
 def test_a_black_hole_forwards_nothing_until_it_ends(network: Network) -> None:
     """Not on what is open, nor on what is opened in it, nor that a client has gone."""
     client, server = network.pair()
@@ -151,6 +165,17 @@ def test_it_holds_one_client_at_what_it_sends(network: Network, before: bytes) -
     assert silent(server)
     network.proxy.release()
     assert server.recv(99) == b"UPDATE COMMIT".removeprefix(before)
+
+
+def test_what_passed_before_holds_nobody(network: Network) -> None:
+    client, server = network.pair()
+    client.sendall(b"UPDATE")
+    assert server.recv(99) == b"UPDATE"
+
+    network.proxy.hold_at(b"UPDATE")
+    client.sendall(b" COMMIT")
+
+    assert server.recv(99) == b" COMMIT"
 
 
 def test_a_client_that_goes_away_takes_with_it_what_is_held(network: Network) -> None:
