@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
 FIRST_SECONDS = 0.5
 # A start begins again within 10 s of a broker that is back, within 5 s of a database.
-LONGEST_BROKER_SECONDS = 5.0
-LONGEST_DATABASE_SECONDS = 3.0
+LONGEST_AWAY_SECONDS = 3.0
 # A server that answers and refuses, a run that fails: asking often mends nothing.
 LONGEST_REFUSED_SECONDS = 30.0
 LONGEST_RUN_SECONDS = 60.0
@@ -31,12 +30,10 @@ class Outage:
 
     Args:
         what: `broker` or `database`.
-        away: Seconds that a wait never exceeds while the server is away.
     """
 
-    def __init__(self, what: str, away: float) -> None:
+    def __init__(self, what: str) -> None:
         self._what = what
-        self._away = away
         self._failures = 0
         self._since: datetime | None = None
 
@@ -49,7 +46,8 @@ class Outage:
         """Return the next wait: longer each time, at random so that workers come apart."""
         self._failures += 1
         return _backoff(
-            self._failures, self._away if error.unreachable else LONGEST_REFUSED_SECONDS
+            self._failures,
+            LONGEST_AWAY_SECONDS if error.unreachable else LONGEST_REFUSED_SECONDS,
         )
 
     def tell(self, error: BrokerError | DatabaseError) -> str:

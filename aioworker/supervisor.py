@@ -22,13 +22,7 @@ from aioworker.limits import POLL_SECONDS, Wait
 from aioworker.logs import fields
 from aioworker.outcome import Kind, Outcome
 from aioworker.presence import Presence
-from aioworker.recovery import (
-    LONGEST_BROKER_SECONDS,
-    LONGEST_DATABASE_SECONDS,
-    FailedRuns,
-    Outage,
-    Stall,
-)
+from aioworker.recovery import FailedRuns, Outage, Stall
 from aioworker.task import AnyTask
 
 if TYPE_CHECKING:
@@ -115,7 +109,7 @@ class Supervisor:
                 task is paused.
         """
         self._stop = stop
-        outage = Outage("broker", LONGEST_BROKER_SECONDS)
+        outage = Outage("broker")
         while not stop.is_set():
             began = time.monotonic()
             try:
@@ -140,7 +134,7 @@ class Supervisor:
         """Connect to RabbitMQ and serve; ends at a stop or with the first broken step."""
         options = self._options
         name = f"{options.worker} {self._task.name}"
-        outage = Outage("database", LONGEST_DATABASE_SECONDS)
+        outage = Outage("database")
         async with (
             broker.connection(
                 options.addresses, options.connect_timeout, name, careful=self._careful

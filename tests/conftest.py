@@ -38,7 +38,7 @@ AIOWORKER = Path(sys.executable).parent / "aioworker"
 TASK = "update_current_version"
 QUEUES = topology.Queues.of(TASK)
 COMMAND_SECONDS = 60
-DEADLINE_SECONDS = 30
+DEADLINE_SECONDS = 45
 T = TypeVar("T")
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

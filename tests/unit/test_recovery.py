@@ -16,7 +16,7 @@ REFUSED = BrokerError("user or password refused")
 
 def test_a_server_that_is_away_is_asked_again_soon_and_at_random() -> None:
     """It may be back at any moment, and all workers wait for it."""
-    outage = Outage("database", away=3.0)
+    outage = Outage("database")
 
     waits = [outage.seconds(AWAY) for _ in range(200)]
 
@@ -27,13 +27,13 @@ def test_a_server_that_is_away_is_asked_again_soon_and_at_random() -> None:
 
 def test_a_server_that_refuses_is_asked_less_and_less_often() -> None:
     """A wrong password is not mended by asking."""
-    outage = Outage("broker", away=3.0)
+    outage = Outage("broker")
 
     assert 20 < max(outage.seconds(REFUSED) for _ in range(200)) <= 30
 
 
 def test_an_outage_that_ended_begins_with_short_waits_again() -> None:
-    outage = Outage("database", away=3.0)
+    outage = Outage("database")
     for _ in range(10):
         outage.seconds(AWAY)
 
