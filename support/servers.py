@@ -137,7 +137,16 @@ class Broker:
         if not self._epmd.running():
             self._epmd.start()
         self._node.start()
-        self.control("await_startup")
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                self.control("await_startup")
+            except subprocess.CalledProcessError:  # the node does not answer rabbitmqctl yet
+                if time.monotonic() > deadline or not self._node.running():
+                    raise
+                time.sleep(1)
+            else:
+                return
 
     def stop(self) -> None:
         """Stop the node and its epmd."""
@@ -149,15 +158,23 @@ class Broker:
         _kill(self._node)
 
     def control(self, *arguments: str) -> str:
-        """Run rabbitmqctl and return what it prints."""
-        return subprocess.run(
-            [self._scripts / "rabbitmqctl", "--quiet", *arguments],
-            env=self._environment,
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        ).stdout
+        """Run rabbitmqctl and return what it prints.
+
+        Raises:
+            CalledProcessError: It failed; a note has what it said.
+        """
+        try:
+            return subprocess.run(
+                [self._scripts / "rabbitmqctl", "--quiet", *arguments],
+                env=self._environment,
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=60,
+            ).stdout
+        except subprocess.CalledProcessError as error:
+            error.add_note(error.stderr)
+            raise
 
 
 class Maria:
