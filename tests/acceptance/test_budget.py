@@ -71,7 +71,8 @@ def terminated(place: Place) -> None:
 
     def live_and_stop() -> None:
         pair = [place.worker(*RATE), place.worker(*RATE)]
-        time.sleep(2.2)
+        eventually(lambda: len(place.reasons()) == 2, "both are at work")
+        time.sleep(1.5)
         for worker in pair:
             worker.process.send_signal(signal.SIGTERM)
         assert [worker.process.wait(20) for worker in pair] == [0, 0]

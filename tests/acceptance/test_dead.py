@@ -97,7 +97,7 @@ async def test_requeued_ones_begin_anew_in_their_lane(run: Run, three: Lanes) ->
     for lane, message_id in ((QUEUES.bulk, "a"), (QUEUES.urgent, "c")):
         message = await three.take(lane)
         assert message.body == BODY
-        message.headers.pop("x-delivery-count")  # RabbitMQ's own
+        message.headers.pop("x-delivery-count", None)  # RabbitMQ's own
         assert message.headers == {"task": TASK, "id": message_id, "retries": 0}
 
 

@@ -83,9 +83,11 @@ async def test_beside_a_write_others_change_files_and_insert_versions(
         shop,
         "UPDATE files SET status = 1 WHERE version_id = 10001",
         "UPDATE files SET status = 4",
-        "INSERT INTO versions (addon_id, version, created, modified)"
-        " SELECT id, '0.1', '2001-01-01', '2001-01-01' FROM addons WHERE id > 100",
-        "UPDATE addons SET average_daily_users = 1 WHERE id > 100",
+        # By id: for a range of them the server may choose to read, and lock, all the others too.
+        "INSERT INTO versions (addon_id, version, created, modified) VALUES"
+        " (101, '0.1', '2001-01-01', '2001-01-01'), (1000, '0.1', '2001-01-01', '2001-01-01')",
+        "UPDATE addons SET average_daily_users = 1 WHERE id = 101",
+        "UPDATE addons SET average_daily_users = 1 WHERE id = 1000",
     )
     assert write_runs(shop)
 

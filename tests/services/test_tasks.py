@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import re
 import sys
 import threading
 import time
@@ -220,9 +221,10 @@ async def test_arguments_that_do_not_fit_are_a_dead_letter_unrun(
     settled = await serve(Task(TASK, rate), 7, star=3)
 
     assert (settled, ran) == ({Kind.DEAD_LETTER: 1}, [])
-    assert str((await lanes.take(QUEUES.dead)).headers["x-aioworker-reason"]) == (
-        "expected arguments (shop, *, stars): missing a required argument: 'stars'"
-    )
+    reason = str((await lanes.take(QUEUES.dead)).headers["x-aioworker-reason"])
+    assert re.fullmatch(
+        r"expected arguments \(shop, \*, stars\): missing a required .*argument: 'stars'", reason
+    ), reason
 
 
 @pytest.mark.parametrize(
