@@ -179,6 +179,7 @@ class Consumer:
         self.settled[result.kind] += 1
         self.failures += result.failed
         self._tell(result, values)
+        outcome.let_go(result.error)
         return result
 
     def _attempt(self, delivery: AbstractIncomingMessage) -> _Attempt:
@@ -235,8 +236,6 @@ class Consumer:
         except _NotStartedError as error:
             return Outcome(Kind.RELEASED, str(error))
         except Exception as error:  # noqa: BLE001 - whatever a task raises is an outcome
-            # Not kept in this frame, which the error's traceback holds: the body would stay in
-            # memory until Python looks for cycles.
             return self._judge(error, ctx.attempt)
         return Outcome(Kind.ACK)
 

@@ -120,6 +120,20 @@ def judge(error: Exception) -> Outcome:
     return Outcome(Kind.RETRY, reason, error)
 
 
+def let_go(error: BaseException | None) -> None:
+    """Drop the tracebacks of an error that is told, and of what it came from.
+
+    Their frames hold the message: its body would stay in memory until Python looks for cycles.
+    """
+    rest, seen = [error], set()
+    while rest:
+        one = rest.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            one.__traceback__ = None
+            rest += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
+
+
 _OF_TROUBLE: dict[Trouble | None, Kind] = {
     Trouble.DATA: Kind.DEAD_LETTER,
     Trouble.UNAVAILABLE: Kind.RELEASED,
