@@ -13,7 +13,7 @@ from pymysql.err import MySQLError
 from aioworker.chunk import id_of
 from aioworker.errors import AioworkerError, TaskError, UsageError
 from aioworker.message import brief
-from aioworker.signature import Signature
+from aioworker.signature import Signature, read
 
 if TYPE_CHECKING:
     from aioworker.context import Context
@@ -38,7 +38,7 @@ async def pages(task: AnyTask, ctx: Context, after: int) -> AsyncIterator[list[A
     """
     if task.keys is None:
         raise UsageError(f"task {task.name!r} has no keys: there is nothing to sweep")
-    skips = _AFTER in inspect.signature(task.keys).parameters
+    skips = _AFTER in read(task.keys).parameters
     call = partial(
         task.keys,
         *([ctx] if Signature.wants_context(task.keys) else []),

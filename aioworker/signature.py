@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections.abc
 import inspect
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -48,7 +49,7 @@ class Signature:
             raise TaskError(f"expected a function as a task, got: {function!r}")
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise TaskError(f"task {task!r}: expected a function that returns, got a generator")
-        whole = inspect.signature(function)
+        whole = read(function)
         if TO_PUBLISH in whole.parameters:
             raise TaskError(
                 f"task {task!r}: a parameter cannot be named {TO_PUBLISH!r}: publishing takes that"
@@ -73,7 +74,7 @@ class Signature:
     @cache
     def wants_context(function: Callable[..., Any]) -> bool:
         """Whether the first parameter is annotated `Context`."""
-        first = next(iter(inspect.signature(function).parameters.values()), None)
+        first = next(iter(read(function).parameters.values()), None)
         if first is None:
             return False
         found = _hints(function).get(first.name, first.annotation)
@@ -179,6 +180,15 @@ class Signature:
 
     def _checked_chunk(self, value: object, largest_id: int) -> list[Any]:
         return chunk.check_ids(value, largest_id) if self.takes_ids else chunk.check_rows(value)
+
+
+def read(function: Callable[..., Any]) -> inspect.Signature:
+    """Return a function's signature, whether or not its annotations can be resolved."""
+    if sys.version_info >= (3, 14):  # which does not read them before
+        from annotationlib import Format
+
+        return inspect.signature(function, annotation_format=Format.STRING)
+    return inspect.signature(function)
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:

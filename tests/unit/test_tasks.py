@@ -45,6 +45,21 @@ def test_a_decorated_function_is_still_itself() -> None:
     assert registered() == ["double"]
 
 
+# As of 3.14 annotations are evaluated where somebody reads them, if ever.
+FUTURE = "" if sys.version_info >= (3, 14) else "from __future__ import annotations\n"
+
+
+def test_annotations_that_cannot_be_resolved_are_known_by_their_text() -> None:
+    """What a module imports for its type checker alone."""
+    module: dict[str, Any] = {}
+    exec(FUTURE + "def stale(ctx: Context, ids: list[int], since: Moment): ...", module)
+
+    signature = decorator(module["stale"]).signature
+
+    assert (signature.context, signature.takes_ids) == (True, True)
+    assert signature.shown == "(ids, since)"
+
+
 async def test_a_coroutine_is_awaited_as_before() -> None:
     @task(name="shop.answer", rate_limit="2/m")
     async def answer() -> int:
