@@ -89,7 +89,7 @@ UNDECODABLE = {
     "UnicodeDecodeError: 'utf-8' codec can't decode byte 0xe9": _HEADERS
     + _table("\xe9t\xe9".encode("latin-1"), b"V"),
     "UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff": _MESSAGE_ID + b"\x01\xff",
-    "ValueError: year 52671 is out of range": _TIMESTAMP + (1_600_000_000_000_000).to_bytes(8),
+    "ValueError: year": _TIMESTAMP + (1_600_000_000_000_000).to_bytes(8),
     "RecursionError: maximum recursion": _HEADERS + _deep(2000),
 }
 
