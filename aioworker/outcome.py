@@ -38,6 +38,7 @@ FOREIGN_HEADER_BYTES = 64 * 1024
 _BROKERS = frozenset(
     {
         "x-delivery-count",
+        "x-acquired-count",
         "x-death",
         "x-first-death-exchange",
         "x-first-death-queue",
@@ -231,7 +232,10 @@ def lane(delivery: AbstractIncomingMessage) -> str:
 
 
 def deliveries(delivery: AbstractIncomingMessage) -> int:
-    """Return how often a message was delivered before, as quorum queues count it."""
+    """Return how often a message was delivered before, as quorum queues count it.
+
+    As of RabbitMQ 4.3 what a worker gives back is not counted, only what it held when it died.
+    """
     count = delivery.headers.get("x-delivery-count")
     return count if type(count) is int else 0
 

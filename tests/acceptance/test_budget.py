@@ -75,7 +75,7 @@ def terminated(place: Place) -> None:
         time.sleep(1.5)
         for worker in pair:
             worker.process.send_signal(signal.SIGTERM)
-        assert [worker.process.wait(20) for worker in pair] == [0, 0]
+        assert [worker.process.wait(30) for worker in pair] == [0, 0]
 
     until_done(place, live_and_stop)
 

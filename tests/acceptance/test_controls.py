@@ -47,7 +47,7 @@ def status(run: Run) -> Any:
 def stop(workers: list[Worker]) -> None:
     for worker in workers:
         worker.process.send_signal(signal.SIGTERM)
-    assert [worker.process.wait(20) for worker in workers] == [0, 0]
+    assert [worker.process.wait(30) for worker in workers] == [0, 0]
 
 
 async def test_a_rate_acts_on_all_workers_and_outlives_them(

@@ -168,7 +168,7 @@ async def test_a_message_that_came_back_again_and_again_waits_to_run_alone(
     async with Producer(pair.amqp_url, timeout=10) as producer:
         await producer.publish("quick")
         for _ in range(SUSPECT_RETURNS):
-            await (await quick.get(timeout=10)).nack(requeue=True)
+            await (await quick.get(timeout=10)).reject(requeue=True)
         assert run("pause", "quick", "--app", "beside").returncode == 0
         worker = start("consume", "--app", "beside", PYTHONPATH=importable(tmp_path))
         notes = tmp_path / "0" / "notes"
@@ -185,7 +185,7 @@ async def test_a_message_that_came_back_again_and_again_waits_to_run_alone(
             eventually(lambda: "slow 2 ends" in notes.read_text(), "all is done")
             worker.process.send_signal(signal.SIGTERM)
 
-    assert worker.process.wait(20) == 0
+    assert worker.process.wait(30) == 0
     done = ["slow 1 begins", "slow 1 ends", "quick", "slow 2 begins", "slow 2 ends"]
     assert notes.read_text().splitlines() == (done[:2] if stopped else done)
     assert await lanes.count("aioworker.quick") == stopped

@@ -183,7 +183,7 @@ async def test_an_interrupted_sweep_says_how_to_go_on(
 
     sweep.process.send_signal(number)
 
-    assert sweep.process.wait(10) == 1
+    assert sweep.process.wait(30) == 1
     last = re.search(
         rf"aioworker: stopped by {number.name}; confirmed \d+ chunks, (\d+) ids, last confirmed id"
         r" \1; go on with: aioworker publish-all update_current_version --chunk-size 500 --after"
@@ -210,7 +210,7 @@ async def test_a_sweep_that_loses_its_broker_goes_on_where_it_says(
 
     private.broker.control("close_all_connections", "test")
 
-    assert sweep.process.wait(20) == 1
+    assert sweep.process.wait(30) == 1
     assert "aioworker: connection to RabbitMQ lost" in sweep.log
     command = re.search(r"go on with: aioworker (.*)\n$", sweep.log)
     assert command is not None, sweep.log

@@ -154,7 +154,7 @@ async def test_twenty_reloads_lose_nothing_and_run_nothing_by_old_code(
     assert children(worker) == []
     assert process.num_fds() <= files + 1
     worker.process.send_signal(signal.SIGTERM)
-    assert worker.process.wait(10) == 0
+    assert worker.process.wait(30) == 0
 
 
 @pytest.mark.parametrize(

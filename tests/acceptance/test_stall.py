@@ -160,7 +160,7 @@ def test_health_is_this_machines_workers(run: Run, start: Start, shop: Connectio
     assert (well.returncode, well.stderr) == (0, "")
     assert re.match(rf"\S+:{worker.process.pid} waiting: ", well.stdout)
     worker.process.send_signal(signal.SIGTERM)
-    assert worker.process.wait(10) == 0
+    assert worker.process.wait(30) == 0
 
 
 @pytest.mark.parametrize(

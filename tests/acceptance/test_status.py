@@ -190,5 +190,5 @@ def test_watching_shows_it_again_until_a_signal(start: Start, lanes: Lanes, shop
 
     watcher.process.send_signal(signal.SIGINT)
 
-    assert watcher.process.wait(10) == 0
+    assert watcher.process.wait(30) == 0
     assert all(json.loads(line)["waits"] for line in watcher.log.splitlines())

@@ -76,7 +76,7 @@ async def test_a_signal_lets_the_running_chunk_finish(
 
     worker.process.send_signal(number)
 
-    assert worker.process.wait(10) == 0
+    assert worker.process.wait(30) == 0
     assert current_versions(shop) == {1: 10_001, 2: None}
     assert await lanes.count(QUEUES.bulk) == 1
     assert "Traceback" not in worker.log
@@ -110,7 +110,7 @@ async def test_a_chunk_that_outlasts_the_shutdown_timeout_is_given_back(
 
     worker.process.send_signal(signal.SIGTERM)
 
-    assert worker.process.wait(10) == 1
+    assert worker.process.wait(30) == 1
     assert running_writes(shop) == 0
     assert await lanes.count(QUEUES.bulk) == 2
     assert current_versions(shop) == {1: None, 2: None}
@@ -159,7 +159,7 @@ async def test_a_rate_of_nothing_pauses_it_and_a_signal_still_ends_it(
     burst = run("consume", "--burst", "--rate-limit", "0/m")
     worker.process.send_signal(signal.SIGTERM)
 
-    assert worker.process.wait(10) == 0
+    assert worker.process.wait(30) == 0
     assert (burst.returncode, burst.stdout) == (1, "")
     assert burst.stderr.endswith("aioworker: paused: rate limit 0/m\n")
     assert await lanes.count(QUEUES.bulk) == 1
@@ -174,7 +174,7 @@ async def test_it_waits_for_servers_that_are_not_there_and_says_so(start: Start)
     assert no_broker.process.poll() is None
     no_broker.process.send_signal(signal.SIGTERM)
 
-    assert no_broker.process.wait(10) == 0
+    assert no_broker.process.wait(30) == 0
 
 
 async def test_it_waits_for_its_queues_and_goes_on_when_they_are_declared(
@@ -193,7 +193,7 @@ async def test_it_waits_for_its_queues_and_goes_on_when_they_are_declared(
 
         eventually(lambda: current_versions(shop)[1], "the change is made")
         worker.process.send_signal(signal.SIGTERM)
-        assert worker.process.wait(10) == 0
+        assert worker.process.wait(30) == 0
     finally:
         private.broker.control("delete_vhost", "later")
 
@@ -273,7 +273,7 @@ async def test_a_service_manager_is_told_ready_status_and_stopping(
     worker.process.send_signal(signal.SIGTERM)
     manager.until("STOPPING=1")
 
-    assert worker.process.wait(10) == 0
+    assert worker.process.wait(30) == 0
     kinds = [line.partition(" at ")[0] for line in manager.states]
     assert kinds == [
         "READY=1",
@@ -301,7 +301,7 @@ async def test_a_watchdog_hears_of_the_event_loop_while_it_runs(
     """Not while a run blocks it, ten times as long as the watchdog is patient."""
     (tmp_path / "sleeper.py").write_text(textwrap.dedent(SLEEPER))
     app = {"AIOWORKER_APP": "sleeper", "PYTHONPATH": importable(tmp_path)}
-    assert start("init", **app).process.wait(20) == 0
+    assert start("init", **app).process.wait(30) == 0
 
     start("consume", **app, NOTIFY_SOCKET=manager.name, WATCHDOG_USEC="200000")
     while manager.states.count("WATCHDOG=1") < 10:
@@ -412,7 +412,7 @@ def test_the_first_process_of_a_container_can_be_stopped_while_it_starts(
     [first] = psutil.Process(worker.process.pid).children()
     first.send_signal(signal.SIGTERM)
 
-    assert worker.process.wait(20) == 128 + signal.SIGTERM
+    assert worker.process.wait(30) == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize("kind", ["absent", "full"])

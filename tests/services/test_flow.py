@@ -186,7 +186,7 @@ async def test_what_comes_back_again_and_again_is_served_alone(
     for _ in range(SUSPECT_RETURNS):
         held = [await queue.get(timeout=10) for _ in range(5)]
         for delivery in held:
-            await delivery.nack(requeue=True)
+            await delivery.reject(requeue=True)
 
     assert await make(note, burst=True).run(stop)
 

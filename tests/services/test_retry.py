@@ -257,7 +257,7 @@ async def test_what_is_given_back_too_often_goes_behind_and_is_counted_anew(
     await lanes.send(chunk([1]), headers=headers(2))
     queue = await lanes.channel.get_queue(QUEUES.bulk, ensure=False)
     for _ in range(MOST_RETURNS):
-        await (await queue.get(timeout=10)).nack(requeue=True)
+        await (await queue.get(timeout=10)).reject(requeue=True)
     away = OperationalError(1114, "The table 'addons' is full")
     worker = make_worker(pair, database, task=failing(away))
 
