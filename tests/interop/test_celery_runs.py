@@ -138,6 +138,8 @@ async def test_a_worker_that_does_not_know_the_queues_kind_runs_nothing_on_rabbi
     eventually(lambda: worker.calls or refused in worker.log, "it runs it, or is refused")
 
     assert len(worker.calls) == runs
+    if runs:
+        assert worker.stop() == 0
     worker.end()
     assert await lanes.count(QUEUES.bulk) == (not runs)
 
