@@ -169,17 +169,18 @@ class Consumer:
         result = await self._work(delivery, attempt)
         values = self._told(delivery, attempt)
         result = self._doubt(result, attempt)
+        told = result.error
         try:
             result = await self._settle(delivery, result, publisher)
         except BrokerError as error:
             log.warning("not settled", extra=fields(**values, reason=str(error)))
             raise
         finally:
+            outcome.let_go(told)
             await self._budget.ended(attempt.key)
         self.settled[result.kind] += 1
         self.failures += result.failed
         self._tell(result, values)
-        outcome.let_go(result.error)
         return result
 
     def _attempt(self, delivery: AbstractIncomingMessage) -> _Attempt:

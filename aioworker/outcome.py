@@ -126,13 +126,15 @@ def let_go(error: BaseException | None) -> None:
 
     Their frames hold the message: its body would stay in memory until Python looks for cycles.
     """
-    rest, seen = [error], set()
+    rest: list[BaseException | None] = [error]
+    seen = set()
     while rest:
         one = rest.pop()
         if one is not None and id(one) not in seen:
             seen.add(id(one))
-            one.__traceback__ = None
-            rest += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
+            one.with_traceback(None)  # which a frozen dataclass allows too
+            rest += [one.__cause__, one.__context__]
+            rest += one.exceptions if isinstance(one, BaseExceptionGroup) else ()
 
 
 _OF_TROUBLE: dict[Trouble | None, Kind] = {
@@ -234,7 +236,8 @@ def lane(delivery: AbstractIncomingMessage) -> str:
 def deliveries(delivery: AbstractIncomingMessage) -> int:
     """Return how often a message was delivered before, as quorum queues count it.
 
-    As of RabbitMQ 4.3 what a worker gives back is not counted, only what it held when it died.
+    As of RabbitMQ 4.3 what a worker gives back is not counted, only what it held when
+    it died or lost its connection.
     """
     count = delivery.headers.get("x-delivery-count")
     return count if type(count) is int else 0

@@ -184,11 +184,14 @@ class Signature:
 
 def read(function: Callable[..., Any]) -> inspect.Signature:
     """Return a function's signature, whether or not its annotations can be resolved."""
-    if sys.version_info >= (3, 14):  # which does not read them before
-        from annotationlib import Format
+    try:
+        return inspect.signature(function)
+    except Exception:
+        if sys.version_info >= (3, 14):  # which evaluates them here: that may raise anything
+            from annotationlib import Format
 
-        return inspect.signature(function, annotation_format=Format.STRING)
-    return inspect.signature(function)
+            return inspect.signature(function, annotation_format=Format.STRING)
+        raise
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:

@@ -141,7 +141,7 @@ class Broker:
         while True:
             try:
                 self.control("await_startup")
-            except subprocess.CalledProcessError:  # the node does not answer rabbitmqctl yet
+            except subprocess.SubprocessError:  # the node does not answer rabbitmqctl yet
                 if time.monotonic() > deadline or not self._node.running():
                     raise
                 time.sleep(1)
@@ -161,7 +161,7 @@ class Broker:
         """Run rabbitmqctl and return what it prints.
 
         Raises:
-            CalledProcessError: It failed; a note has what it said.
+            SubprocessError: It failed, or did not end; a note has what it said.
         """
         try:
             return subprocess.run(
@@ -172,8 +172,8 @@ class Broker:
                 text=True,
                 timeout=60,
             ).stdout
-        except subprocess.CalledProcessError as error:
-            error.add_note(error.stderr)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            error.add_note(str(error.stderr))
             raise
 
 

@@ -21,7 +21,7 @@ BASIC_GET = bytes([0, 60, 0, 70])  # class and method of an AMQP frame
 BASIC_ACK = bytes([0, 60, 0, 80])
 RESET = struct.pack("ii", 1, 0)  # lingering for no time
 Side = Literal["client", "server"]
-MOST_PIECES = 64  # under way in one direction
+MOST_PIECES = 16  # under way in one direction
 Pieces = asyncio.Queue[tuple[float, bytes]]  # with the loop's time at which each arrives
 
 
@@ -156,11 +156,12 @@ class Proxy:
         while True:
             try:
                 piece = await reader.read(PIECE)
+                pattern = self._pattern if watched else b""
+                end = before[max(len(before) - len(pattern) + 1, 0) :]  # it may come in two pieces
+                if pattern and pattern in end + piece:
+                    piece = await self._hold(reader, piece)
             except OSError:
                 piece = b""
-            end = before[1 - len(self._pattern) :]  # the pattern may arrive in two pieces
-            if watched and self._pattern and self._pattern in end + piece:
-                piece = await self._hold(reader, piece)
             await under_way.put((self._loop.time() + self._delay, piece))
             if not piece:
                 return

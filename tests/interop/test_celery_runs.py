@@ -126,7 +126,10 @@ async def test_a_retry_of_celerys_comes_back_to_the_lane(
 async def test_a_worker_that_does_not_know_the_queues_kind_runs_nothing_on_rabbitmq_3(
     plain: Servers, lanes: Lanes, celery_worker: Start, private: Servers
 ) -> None:
-    """What the queue's arguments are for, although they are not declared; RabbitMQ 4 takes all."""
+    """What the queue's arguments are for, although they are not declared.
+
+    Of RabbitMQ 4 kombu does not ask what it refuses.
+    """
     assert private.broker is not None
     runs = int(private.broker.control("version").partition(".")[0]) >= 4
     code = CELERY.replace('{"x-queue-type": "quorum"}', "None")

@@ -52,7 +52,8 @@ FUTURE = "" if sys.version_info >= (3, 14) else "from __future__ import annotati
 def test_annotations_that_cannot_be_resolved_are_known_by_their_text() -> None:
     """What a module imports for its type checker alone."""
     module: dict[str, Any] = {}
-    exec(FUTURE + "def stale(ctx: Context, ids: list[int], since: Moment): ...", module)
+    source = FUTURE + "def stale(ctx: Context, ids: list[int], since: Moment): ..."
+    exec(compile(source, "stale.py", "exec", dont_inherit=True), module)
 
     signature = decorator(module["stale"]).signature
 
