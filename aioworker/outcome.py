@@ -9,7 +9,7 @@ import traceback
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import aio_pika
 from pamqp.encode import encode_table_value
@@ -32,9 +32,10 @@ if TYPE_CHECKING:
 
 TRACEBACK_LINES = 20
 KEY_LENGTH = 64
-ID_LENGTH = 200  # of what others call their messages
+ID_BYTES = 200  # of what others call their messages: AMQP has room for 255
 TEXT_BYTES = 16_000  # of a reason or a traceback: a thousand ids are 11,000
 FOREIGN_HEADER_BYTES = 64 * 1024
+TIME_LENGTH = 64  # of a moment in ISO 8601
 _BROKERS = frozenset(
     {
         "x-delivery-count",
@@ -190,8 +191,14 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _first_failed_at(delivery: AbstractIncomingMessage) -> Any:
-    return _portable(delivery.headers.get("x-aioworker-first-failed-at", _now()))
+def _first_failed_at(delivery: AbstractIncomingMessage) -> str:
+    noted = delivery.headers.get("x-aioworker-first-failed-at")
+    return noted if _is_time(noted) else _now()
+
+
+def _is_time(value: Any) -> TypeGuard[str]:
+    """Whether a header that anybody may send can be one of ours."""
+    return isinstance(value, str) and len(value) <= TIME_LENGTH and value.isascii()
 
 
 def _copy(delivery: AbstractIncomingMessage, headers: dict[str, Any]) -> aio_pika.Message:
@@ -259,7 +266,7 @@ def message_id(delivery: AbstractIncomingMessage) -> str:
     known = delivery.headers.get("id") or delivery.message_id
     if not known:
         return f"unknown-{hashlib.sha256(delivery.body).hexdigest()[:16]}"
-    return str(known)[:ID_LENGTH]
+    return _text(str(known).encode(errors="replace")[:ID_BYTES])
 
 
 def _traceback(error: Exception | None) -> str:

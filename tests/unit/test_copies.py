@@ -1,0 +1,90 @@
+"""The copies for the retry queue and the dead letters can be sent, whatever a message brought."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import aio_pika
+from aiormq.abc import DeliveredMessage
+from hypothesis import example, given
+from hypothesis import strategies as st
+from pamqp.commands import Basic
+from pamqp.header import ContentHeader
+
+from aioworker import outcome
+from aioworker.outcome import Kind, Outcome
+
+FRAME_BYTES = 131_072 - 8  # what RabbitMQ takes, less a frame's own
+SHORT_BYTES = 255  # of a property
+MOST_HEADERS_BYTES = 130_900  # of those that fit into a frame themselves
+NO_ASCII = "\u6ce8"  # three bytes
+
+
+def delivered(**properties: Any) -> aio_pika.IncomingMessage:
+    """Return a message as it comes out of its header frame."""
+    header = ContentHeader()
+    sent = Basic.Properties(**properties)
+    header.unmarshal(ContentHeader(body_size=4, properties=sent).marshal())
+    method = Basic.GetOk(delivery_tag=1, exchange="", routing_key="aioworker.shop")
+    return aio_pika.IncomingMessage(
+        DeliveredMessage(delivery=method, header=header, body=b"body", channel=None)  # type: ignore[arg-type]
+    )
+
+
+def short(text: str) -> str:
+    """Cut a text to what a property has room for."""
+    return text.encode()[:SHORT_BYTES].decode(errors="ignore")
+
+
+_texts = st.text(st.sampled_from(["x", NO_ASCII, "\U0001f600"]), max_size=SHORT_BYTES)
+_properties = st.none() | _texts.map(short)
+_headers = st.dictionaries(
+    st.sampled_from(["id", "task", "x-aioworker-first-failed-at", "x-aioworker-reason", "other"]),
+    st.none()
+    | _texts
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.sampled_from([40_000, 65_000, MOST_HEADERS_BYTES]).map(lambda size: "x" * size),
+    max_size=3,
+).filter(lambda drawn: len(str(drawn)) <= MOST_HEADERS_BYTES)
+
+
+@given(headers=_headers, message_id=_properties, correlation_id=_properties, kind=_properties)
+@example({"id": NO_ASCII * 100}, None, None, None)
+@example({"x-aioworker-first-failed-at": "x" * MOST_HEADERS_BYTES}, None, None, None)
+def test_a_copy_fits_into_its_frame(
+    headers: dict[str, Any],
+    message_id: str | None,
+    correlation_id: str | None,
+    kind: str | None,
+) -> None:
+    """One that cannot be sent would keep its message, and its worker from any other."""
+    delivery = delivered(
+        headers=headers,
+        message_id=message_id,
+        correlation_id=correlation_id,
+        content_type=kind,
+        content_encoding=kind,
+    )
+    why = Outcome(Kind.DEAD_LETTER, NO_ASCII * 20_000, ValueError("x" * 100_000))
+
+    for copy in (
+        outcome.retry(delivery, why),
+        outcome.dead_letter(delivery, why, "here:1"),
+        outcome.revived(delivery),
+    ):
+        sent = ContentHeader(body_size=4, properties=copy.properties).marshal()
+        assert len(sent) <= FRAME_BYTES
+        assert copy.message_id
+
+
+def test_an_id_is_cut_between_two_characters() -> None:
+    assert outcome.message_id(delivered(headers={"id": NO_ASCII * 100})) == NO_ASCII * 66
+
+
+def test_when_it_failed_first_is_kept() -> None:
+    moment = "2026-11-25T01:02:03+00:00"
+    delivery = delivered(headers={"x-aioworker-first-failed-at": moment})
+
+    copy = outcome.retry(delivery, Outcome(Kind.RETRY, "why"))
+
+    assert copy.headers["x-aioworker-first-failed-at"] == moment
