@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+import aio_pika
 import hypothesis
 from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
@@ -40,12 +41,14 @@ class Bad:
         body: Its body.
         headers: Its headers.
         content_type: Its content type.
+        nameless: Whether it comes without a property `message_id`, which aiormq always adds.
     """
 
     reason: tuple[str, ...]
     body: bytes = RIGHT
     headers: dict[str, Any] = field(default_factory=lambda: {"task": TASK})
     content_type: str | None = None
+    nameless: bool = False
 
 
 class Latin(str):
@@ -68,6 +71,27 @@ class Properties(Basic.Properties):
     def marshal(self) -> bytes:
         """Return them."""
         return self._encoded
+
+
+class NamelessProperties(Basic.Properties):
+    """Properties that go out without a `message_id`."""
+
+    def marshal(self) -> bytes:
+        """Return the others."""
+        self.message_id = None
+        return super().marshal()
+
+
+class Nameless(aio_pika.Message):
+    """A message as other clients send it: aiormq names each of its own."""
+
+    @property
+    def properties(self) -> Basic.Properties:
+        """What goes out."""
+        found = NamelessProperties()
+        for name in Basic.Properties.__slots__:
+            setattr(found, name, getattr(super().properties, name))
+        return found
 
 
 def _table(name: bytes, value: bytes) -> bytes:
@@ -247,7 +271,7 @@ def _bad(
     content_types: SearchStrategy[str | None] = _usual,
 ) -> SearchStrategy[Bad]:
     all_headers = st.builds(lambda one, other: {"task": TASK} | one | other, _beside, headers)
-    return st.builds(Bad, st.just(reasons), bodies, all_headers, content_types)
+    return st.builds(Bad, st.just(reasons), bodies, all_headers, content_types, st.booleans())
 
 
 _messages = st.one_of(
@@ -309,6 +333,11 @@ def wide() -> list[Bad]:
         {"many": {f"{n:04}": n for n in range(TABLE_BYTES // 10)}},
         {f"{n:04}": n for n in range(TABLE_BYTES // 10)},
         {"id": "x" * TABLE_BYTES},
-        {"x-aioworker-first-failed-at": "x" * 130_000},
+        {"id": "\u6ce8" * 100},
+        {"x-aioworker-first-failed-at": "x" * 130_900},
     ]
-    return [Bad((NO_JSON,), b"no JSON", {"task": TASK} | table) for table in tables]
+    return [
+        Bad((NO_JSON,), b"no JSON", {"task": TASK} | table, nameless=nameless)
+        for table in tables
+        for nameless in (False, True)
+    ]

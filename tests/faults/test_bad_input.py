@@ -100,7 +100,8 @@ async def meet_all(place: Place, worker: Worker) -> Aftermath:
 
 def bad_message(index: int, bad: Bad) -> aio_pika.Message:
     """Make a bad message that its dead letter can be told by."""
-    return aio_pika.Message(
+    kind = junk.Nameless if bad.nameless else aio_pika.Message
+    return kind(
         bad.body,
         headers=bad.headers,
         content_type=bad.content_type,
