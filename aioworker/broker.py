@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import aio_pika
 from aio_pika.exceptions import (
     CONNECTION_EXCEPTIONS,
+    ChannelInvalidStateError,
     ChannelNotFoundEntity,
     DeliveryError,
     ProbableAuthenticationError,
@@ -215,6 +216,8 @@ def explain(error: Exception, queue: str) -> BrokerError:
                 f"no permission for queue {queue}: {describe(error)};"
                 " `aioworker init --print` shows what the user needs"
             )
+        case ChannelInvalidStateError():  # whose words are an object's address
+            return BrokerError("connection or channel to RabbitMQ closed", unreachable=True)
         case TimeoutError():
             return BrokerError(
                 f"RabbitMQ did not answer in time about queue {queue}, out of memory or disk"

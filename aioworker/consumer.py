@@ -39,12 +39,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SUSPECT_RETURNS = 2  # to its lane, and a message runs alone
+MOST_NOTED = 1000  # messages whose returns are known
 MOST_DOOMED = 3  # messages in a row that fail for good, before the task is doubted
 MOST_ROUNDS = 3  # of one message behind the others, before it is set aside all the same
 MOST_RETURNS = 20  # to its lane, before a message goes behind: RabbitMQ sets it aside at a hundred
 CONFIGURATION_SECONDS = 60.0  # until the next message is tried then
 ALARM_SECONDS = 30.0  # until the next, where RabbitMQ confirms nothing
 
+_FIELDS = frozenset(
+    {
+        *("task", "message_id", "lane", "attempt", "of", "outcome", "reason"),
+        *("wait_seconds", "run_seconds", "retry_seconds"),
+    }
+)
 _LEVELS = {Kind.ACK: logging.INFO, Kind.DEAD_LETTER: logging.ERROR}
 _PHRASES = {Kind.ACK: "chunk done", Kind.DEAD_LETTER: "message refused"}
 
@@ -83,6 +90,11 @@ class _Attempt:
     ctx: Context
     taken: float
     began: float = 0.0
+
+
+def _counted(name: object) -> str:
+    """Return what a task's count is called in the log line: it may not take a name of ours."""
+    return f"counts.{name}" if name in _FIELDS else str(name)
 
 
 class Consumer:
@@ -128,6 +140,7 @@ class Consumer:
         self._idle_since = time.monotonic()
         self._doomed: set[str] = set()  # messages in a row that failed for good
         self._put_behind: Counter[str] = Counter()  # how often each went behind the others
+        self._returned: Counter[str] = Counter()  # how often each was given back, the last ones
 
     @property
     def longest_run(self) -> float:
@@ -160,8 +173,21 @@ class Consumer:
         return self._budget.deaths(attempt.key) > 0 or self.suspects(delivery)
 
     def suspects(self, delivery: AbstractIncomingMessage) -> bool:
-        """Return whether a message may have killed its worker, by how often it came back."""
-        return outcome.deliveries(delivery) >= SUSPECT_RETURNS
+        """Return whether a message may have killed its worker, by how often it came back.
+
+        What this worker gave back itself is no sign of that.
+        """
+        returns = outcome.deliveries(delivery)
+        if returns and outcome.counts_releases(delivery):
+            returns -= self._returned[outcome.key(delivery)]
+        return returns >= SUSPECT_RETURNS
+
+    def note_return(self, delivery: AbstractIncomingMessage) -> None:
+        """Note that this worker gave a message back."""
+        key = outcome.key(delivery)
+        self._returned[key] = self._returned.pop(key, 0) + 1
+        while len(self._returned) > MOST_NOTED:
+            del self._returned[next(iter(self._returned))]
 
     async def _serve(
         self, delivery: AbstractIncomingMessage, attempt: _Attempt, publisher: broker.Publisher
@@ -203,7 +229,7 @@ class Consumer:
             "message_id": attempt.ctx.message_id,
             "lane": outcome.lane(delivery),
             "attempt": attempt.ctx.attempt,
-            **attempt.ctx.counts,
+            **{_counted(name): value for name, value in attempt.ctx.counts.items()},
             "wait_seconds": waited,
             "run_seconds": ended - began,
         }
@@ -232,8 +258,7 @@ class Consumer:
             if call.expired:
                 ctx.counts["expired"] = 1
                 return Outcome(Kind.ACK, f"expired at {call.expires}")
-            async with asyncio.timeout(self._time_for(call)):
-                await self._run(attempt, args, call.kwargs)
+            await self._run_in_time(attempt, args, call)
         except _NotStartedError as error:
             return Outcome(Kind.RELEASED, str(error))
         except Exception as error:  # noqa: BLE001 - whatever a task raises is an outcome
@@ -245,7 +270,7 @@ class Consumer:
         result = outcome.judge(self._database.blamed(error))
         if result.kind is Kind.RETRY and attempt > self._terms.max_retries:
             reason = f"{result.reason}; attempt {attempt} of {self._terms.max_retries + 1}"
-            return Outcome(Kind.DEAD_LETTER, reason, error)
+            return Outcome(Kind.DEAD_LETTER, reason, result.error)
         return result
 
     def _refuse_killer(self, key: str) -> None:
@@ -263,6 +288,23 @@ class Consumer:
         if call.time_limit is None or not self._task.signature.coroutine:
             return self._terms.task_timeout
         return min(call.time_limit, self._terms.task_timeout)
+
+    async def _run_in_time(self, attempt: _Attempt, args: list[Any], call: Call) -> None:
+        """Run the task, and cut it off when its time is up.
+
+        Raises:
+            TimeoutError: It was; one without words is the task's own.
+        """
+        limit = asyncio.timeout(self._time_for(call))
+        try:
+            async with limit:
+                await self._run(attempt, args, call.kwargs)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise TimeoutError(
+                f"the run took longer than {self._time_for(call):g} s and was cut off"
+            ) from error
 
     async def _run(self, attempt: _Attempt, args: list[Any], kwargs: dict[str, Any]) -> None:
         """Run the task for what needs it; what needs nothing is free of charge."""
@@ -341,4 +383,8 @@ class Consumer:
                     await delivery.nack(requeue=True)
         except broker.FAILURES as error:
             raise broker.explain(error, self._queues.bulk) from error
+        if copied:
+            self._returned.pop(outcome.key(delivery), None)
+        else:
+            self.note_return(delivery)
         return result

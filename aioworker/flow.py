@@ -44,7 +44,7 @@ class Flow:
     async def serving(
         self, arrived: asyncio.Queue[AbstractIncomingMessage | None], at_once: int
     ) -> AsyncIterator[None]:
-        """Serve what arrives while inside; at the end wait for what runs.
+        """Serve what arrives while inside; at the end wait for what runs, and leave the rest.
 
         Raises:
             BrokerError: One could not be settled: RabbitMQ will deliver it again.
@@ -62,7 +62,10 @@ class Flow:
                 raise end
 
     async def _serve_all(self, arrived: asyncio.Queue[AbstractIncomingMessage | None]) -> None:
-        while (delivery := await arrived.get()) is not None and not self.ended.is_set():
+        while (delivery := await arrived.get()) is not None:
+            if self.ended.is_set():
+                arrived.put_nowait(delivery)
+                return
             self._moves(1)
             try:
                 result = await self._serve(delivery)

@@ -29,7 +29,7 @@ class Gate:
             others = sorted(self._inside.keys() - {task})
             if others and not expired:
                 return f"to run alone, without {', '.join(others)}: {_WHY}"
-        elif self._alone is not None and (self._inside[self._alone] or not expired):
+        elif self._alone is not None and not expired:
             return f"{self._alone} runs alone: {_WHY}"
         return None
 
@@ -37,7 +37,7 @@ class Gate:
         """Begin a run, unless the gate is closed to it; return whether it began.
 
         One that is to run alone and cannot closes the gate to other tasks, for a minute at
-        most: what has not ended by then is run beside.
+        most: what has not ended by then is run beside. Its own run keeps others out no longer.
         """
         if self.closed_to(task) is not None:
             return False
@@ -47,7 +47,7 @@ class Gate:
             self._alone, self._until = task, _now() + PATIENCE_SECONDS
             return False
         if alone:
-            self._alone = task
+            self._alone, self._until = task, _now() + PATIENCE_SECONDS
         self._inside[task] += 1
         return True
 

@@ -24,7 +24,8 @@ class ConsoleFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
         values = "".join(
-            f" {name}={_plain(value)}" for name, value in getattr(record, "fields", {}).items()
+            f" {_plain(name)}={_plain(value)}"
+            for name, value in getattr(record, "fields", {}).items()
         )
         head = f"{_time(record)} {record.levelname:<7} {record.name} {record.getMessage()}"
         return head + values + _traceback(self, record)

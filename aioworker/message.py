@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 UNREADABLE = "x-aioworker-unreadable"  # in place of properties that cannot be decoded: why
 PROPERTIES = "x-aioworker-properties"  # beside it: these, in hexadecimal digits
+LONGEST_RUN_SECONDS = 1500  # RabbitMQ takes back what is not settled within half an hour
 RETRIES_LIMIT = 1000
 BODY_LIMIT = 4 * 1024 * 1024  # bytes; a thousand ids are eleven thousand
 BRIEF_LENGTH = 200

@@ -102,7 +102,8 @@ def judge(error: Exception) -> Outcome:
 
     What no other attempt could mend is a dead letter: a message that cannot be read, rows
     that the data refuses. What is no fault of the message is given back: a database that is
-    away, a wrong table or privilege. Everything else is tried again later.
+    away, a wrong table or privilege. Everything else is tried again later. A group of errors
+    comes to what is gentlest for the message.
     """
     match error:
         case MessageRefusedError() | RowsRefusedError() | CrashLoopError() | DeadLetter():
@@ -115,10 +116,14 @@ def judge(error: Exception) -> Outcome:
             sort = trouble.sort(error)
             reason = f"database, {sort or 'unknown error'}: {trouble.describe(error)}"
             return Outcome(_OF_TROUBLE.get(sort, Kind.RETRY), reason, error)
-        case TimeoutError() if not error.args:
-            reason = "the run took longer than the task timeout and was cut off"
+        case ExceptionGroup():
+            parts = [judge(one) for one in error.exceptions]
+            kind = next(kind for kind in _GENTLEST if any(part.kind is kind for part in parts))
+            reason = "; ".join(part.reason for part in parts)
+            return Outcome(kind, reason, parts[0].error if len(parts) == 1 else error)
         case _:
-            reason = f"{type(error).__name__}: {broker.describe(error)}"
+            name, words = type(error).__name__, broker.describe(error)
+            reason = name if words == name else f"{name}: {words}"
     return Outcome(Kind.RETRY, reason, error)
 
 
@@ -138,6 +143,7 @@ def let_go(error: BaseException | None) -> None:
             rest += one.exceptions if isinstance(one, BaseExceptionGroup) else ()
 
 
+_GENTLEST = (Kind.RELEASED, Kind.RETRY, Kind.DEAD_LETTER)
 _OF_TROUBLE: dict[Trouble | None, Kind] = {
     Trouble.DATA: Kind.DEAD_LETTER,
     Trouble.UNAVAILABLE: Kind.RELEASED,
@@ -244,10 +250,15 @@ def deliveries(delivery: AbstractIncomingMessage) -> int:
     """Return how often a message was delivered before, as quorum queues count it.
 
     As of RabbitMQ 4.3 what a worker gives back is not counted, only what it held when
-    it died or lost its connection.
+    it died or lost its connection; see `counts_releases`.
     """
     count = delivery.headers.get("x-delivery-count")
     return count if type(count) is int else 0
+
+
+def counts_releases(delivery: AbstractIncomingMessage) -> bool:
+    """Whether `deliveries` counts what a worker gave back; RabbitMQ 4.3 has another header."""
+    return "x-acquired-count" not in delivery.headers
 
 
 def key(delivery: AbstractIncomingMessage) -> str:

@@ -21,7 +21,7 @@ from aioworker.addresses import BrokerAddress, DatabaseAddress
 from aioworker.chunk import CHUNK_LIMIT
 from aioworker.errors import UsageError
 from aioworker.limits import RateLimit
-from aioworker.message import RETRIES_LIMIT
+from aioworker.message import LONGEST_RUN_SECONDS, RETRIES_LIMIT
 
 if TYPE_CHECKING:
     from aioworker.db import Database
@@ -116,8 +116,9 @@ class Settings(BaseSettings):
     max_retries: Annotated[int, _whole(0, RETRIES_LIMIT)] = Field(
         5, description=f"Attempts after the first before a dead letter, 0 to {RETRIES_LIMIT}."
     )
-    task_timeout: Annotated[float, _seconds(1, 3600)] = Field(
-        30.0, description="Seconds a run may take before it is cut off, 1 to 3600."
+    task_timeout: Annotated[float, _seconds(1, LONGEST_RUN_SECONDS)] = Field(
+        30.0,
+        description=f"Seconds a run may take before it is cut off, 1 to {LONGEST_RUN_SECONDS}.",
     )
     shutdown_timeout: Annotated[float, _seconds(1, 3600)] = Field(
         40.0, description="Seconds to finish the running chunk after SIGTERM, 1 to 3600."

@@ -149,7 +149,8 @@ class Supervisor:
                 self._notice_loss()
                 try:
                     await self._look_at_database()
-                    serving = await self._serve(lanes, publisher)
+                    with lanes.explaining():
+                        serving = await self._serve(lanes, publisher)
                     outage.end()
                 except DatabaseError as error:
                     if options.burst:
@@ -275,7 +276,10 @@ class Supervisor:
     ) -> Outcome | None:
         """Serve messages as RabbitMQ sends them, several at once, until none comes any more."""
         flow = Flow(partial(self._serve_delivery, publisher=publisher))
-        async with lanes.flow(AT_ONCE) as arrived, flow.serving(arrived, 2 * AT_ONCE):
+        async with (
+            lanes.flow(AT_ONCE, flow.ended.set) as arrived,
+            flow.serving(arrived, 2 * AT_ONCE),
+        ):
             arrived.put_nowait(first)
             look_at = time.monotonic() + POLL_SECONDS
             while not (self._stop.is_set() or self._lost.is_set() or flow.ended.is_set()):
@@ -291,6 +295,9 @@ class Supervisor:
                 if await self._budget.look() is not None or self._budget.limited:
                     break
                 look_at = time.monotonic() + POLL_SECONDS
+        while not arrived.empty():
+            if (left := arrived.get_nowait()) is not None:
+                self.consumer.note_return(left)
         return flow.failure
 
     def _look_for_stall(self, flow: Flow) -> None:

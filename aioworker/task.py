@@ -16,7 +16,7 @@ from aioworker.chunk import LARGEST_ID
 from aioworker.context import Context
 from aioworker.errors import TaskError, TaskExitError, UnknownTaskError, UsageError
 from aioworker.limits import RateLimit
-from aioworker.message import RETRIES_LIMIT, brief
+from aioworker.message import LONGEST_RUN_SECONDS, RETRIES_LIMIT, brief
 from aioworker.signature import Signature
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ Pages = AsyncIterator[list[Any]] | Iterable[list[Any]] | Awaitable[Iterable[list
 Keys = Callable[..., Pages]
 
 NAME_LENGTH = 100
-LONGEST_SECONDS = 3600
 _NAME = re.compile(rf"[A-Za-z0-9_.-]{{1,{NAME_LENGTH}}}")
 _RESERVED = (".urgent", ".retry", ".dead")
 
@@ -236,7 +235,7 @@ def task(
         constants: Arguments that a sweep passes behind each chunk.
         max_retries: Attempts after the first before a dead letter, 0 to 1000; None is the
             worker's setting.
-        timeout: Seconds a run may take, 1 to 3600; None is the worker's setting.
+        timeout: Seconds a run may take, 1 to 1500; None is the worker's setting.
 
     Raises:
         TaskError: It cannot be registered like that.
@@ -274,10 +273,11 @@ def _checked_options(
             f"task {name!r}: expected max_retries from 0 to {RETRIES_LIMIT}, got: {max_retries!r}"
         )
     if timeout is not None and not (
-        isinstance(timeout, int | float) and 1 <= timeout <= LONGEST_SECONDS
+        isinstance(timeout, int | float) and 1 <= timeout <= LONGEST_RUN_SECONDS
     ):
         raise TaskError(
-            f"task {name!r}: expected timeout from 1 to {LONGEST_SECONDS} seconds, got: {timeout!r}"
+            f"task {name!r}: expected timeout from 1 to {LONGEST_RUN_SECONDS} seconds,"
+            f" got: {timeout!r}"
         )
     if not isinstance(constants, list | tuple):
         raise TaskError(f"task {name!r}: expected constants as a tuple, got: {brief(constants)}")

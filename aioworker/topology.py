@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from aio_pika.exceptions import ChannelNotFoundEntity, ChannelPreconditionFailed
 
 from aioworker import broker
-from aioworker.errors import QueueDiffersError
+from aioworker.errors import BrokerError, QueueDiffersError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 
     from aio_pika.abc import (
         AbstractChannel,
@@ -199,6 +199,8 @@ class Lanes:
         self._connection = connection
         self._queues = (urgent, bulk)
         self._timeout = timeout
+        self._refusal: ChannelPreconditionFailed | None = None
+        channel.close_callbacks.add(self._closed)
 
     @classmethod
     async def open(cls, connection: AbstractConnection, queues: Queues, timeout: float) -> Lanes:
@@ -218,6 +220,25 @@ class Lanes:
             return cls(connection, channel, urgent, bulk, timeout)
 
         return await _bounded(call, queues.bulk, timeout)
+
+    def _closed(self, _channel: object, error: BaseException | None) -> None:
+        if isinstance(error, ChannelPreconditionFailed):
+            self._refusal = error
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Say why RabbitMQ itself closed a channel, where a step failed for that.
+
+        Raises:
+            BrokerError: A run took longer than RabbitMQ's `consumer_timeout`.
+        """
+        try:
+            yield
+        except BrokerError as error:
+            if self._refusal is None:
+                raise
+            why = broker.describe(self._refusal)
+            raise BrokerError(f"RabbitMQ closed the channel: {why}") from error
 
     async def hold_something(self) -> bool:
         """Return whether a message waits in either lane; nothing is taken.
@@ -250,27 +271,39 @@ class Lanes:
         return None
 
     @asynccontextmanager
-    async def flow(self, at_once: int) -> AsyncIterator[Arrived]:
+    async def flow(self, at_once: int, end: Callable[[], None]) -> AsyncIterator[Arrived]:
         """Have RabbitMQ send what is in the lanes, each message as soon as there is room for it.
 
         What was not settled inside goes back into its lane.
 
         Args:
             at_once: Messages of each lane that may be unsettled at once.
+            end: Called when RabbitMQ sends no more: a lane was deleted, or a run took longer
+                than its `consumer_timeout`.
 
         Raises:
             BrokerError: A lane is gone, or the connection is lost.
         """
+
+        def ended(*_: object) -> None:
+            end()
+
         arrived: Arrived = asyncio.Queue()
         bulk = self._queues[-1].name
         channel = await _bounded(self._connection.channel, bulk, self._timeout)
         try:
+            channel.close_callbacks.add(self._closed)
+            channel.close_callbacks.add(ended)
+            self._channel.close_callbacks.add(ended)
             await _bounded(partial(channel.set_qos, at_once), bulk, self._timeout)
+            sender = await channel.get_underlay_channel()
+            sender.on_consumer_cancel_callbacks.add(ended)
             for lane in self._queues:
                 queue = await channel.get_queue(lane.name, ensure=False)
                 await _bounded(partial(queue.consume, arrived.put), lane.name, self._timeout)
             yield arrived
         finally:
+            self._channel.close_callbacks.discard(ended)
             with suppress(*broker.FAILURES):
                 async with asyncio.timeout(self._timeout):
                     await channel.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -142,6 +142,99 @@ async def test_connections_that_are_closed_lose_nothing(
     await until(lambda: worker.consumer.settled[Kind.ACK] == 40)
     stop.set()
     assert await serving
+
+
+async def test_a_lane_that_is_deleted_is_told_in_a_flow_and_heard_once_it_is_there_again(
+    make: Make, lanes: Lanes, stop: asyncio.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    """RabbitMQ tells a consumer of that once, and sends nothing more."""
+    urgent: list[int] = []
+
+    async def slow(number: int) -> None:
+        if number < 0:
+            urgent.append(await lanes.count(QUEUES.bulk))
+        await asyncio.sleep(0.1)
+
+    await send(lanes, *range(1000))
+    worker = make(slow)
+    serving = asyncio.create_task(worker.run(stop))
+    await until(lambda: worker.consumer.starts > SLOTS)
+
+    queue = await lanes.channel.get_queue(QUEUES.urgent, ensure=False)
+    await queue.delete(if_unused=False, if_empty=False)
+    told = f"queue {QUEUES.urgent} does not exist: run `aioworker init`"
+    await until(lambda: told in [wait["reason"] for wait in waits(caplog)])
+    arguments = QUEUES.arguments("quorum")[QUEUES.urgent]
+    await lanes.channel.declare_queue(QUEUES.urgent, durable=True, arguments=arguments)
+    await send(lanes, -1, lane=QUEUES.urgent)
+
+    await until(lambda: bool(urgent))
+    assert urgent[0] > 0, "it ran once the other lane was empty"
+    stop.set()
+    assert await serving
+
+
+@pytest.fixture
+def impatient(private: Servers) -> Iterator[None]:
+    """The broker takes back what is not settled within a second, on channels opened by now."""
+    assert private.broker is not None
+    setting = "application:set_env(rabbit, consumer_timeout, {}),"
+    setting += "application:set_env(rabbit, channel_tick_interval, {})."
+    private.broker.control("eval", setting.format(1_000, 500))
+    yield
+    private.broker.control("eval", setting.format(1_800_000, 60_000))
+
+
+async def test_what_rabbitmq_takes_back_does_not_run_twice_at_once(
+    make: Make,
+    lanes: Lanes,
+    private: Servers,
+    impatient: None,
+    stop: asyncio.Event,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A run that takes longer than its acknowledgement timeout is delivered again meanwhile."""
+    running: list[int] = []
+    most = 0
+    release = asyncio.Event()
+
+    async def slow(number: int) -> None:
+        nonlocal most
+        running.append(number)
+        most = max(most, len(running))
+        await release.wait()
+        running.remove(number)
+
+    broker = private.broker
+    assert broker is not None
+
+    def channels() -> int:
+        return len(broker.control("list_channels", "pid").split())
+
+    await send(lanes, 1)
+    worker = make(slow)
+    serving = asyncio.create_task(worker.run(stop))
+    await until(lambda: len(running) == 1)
+    opened = await asyncio.to_thread(channels)
+    async with asyncio.timeout(SECONDS):
+        while await asyncio.to_thread(channels) >= opened:
+            pass
+    assert (worker.consumer.starts, most) == (1, 1)
+    release.set()
+
+    await until(lambda: worker.consumer.settled[Kind.ACK] == 1)
+    stop.set()
+    assert await serving
+
+    assert (worker.consumer.starts, most) == (2, 1)
+    told = [fields["reason"] for fields in waits(caplog) if "closed" in fields["reason"]]
+    assert len(told) == 1
+    assert told[0].startswith("RabbitMQ closed the channel: PRECONDITION_FAILED - delivery ack")
+
+
+def waits(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    """Return what was told of each wait."""
+    return [one.__dict__["fields"] for one in caplog.records if one.message == "waiting"]
 
 
 async def test_one_that_cannot_be_settled_ends_the_flow_after_the_others() -> None:

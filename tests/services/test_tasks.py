@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import logging
 import re
 import sys
 import threading
@@ -14,9 +15,11 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from pymysql.err import OperationalError
 
 from aioworker import Context, DeadLetter, Retry
 from aioworker.errors import TaskError
+from aioworker.logs import ConsoleFormatter
 from aioworker.outcome import Kind
 from aioworker.task import AnyTask, Task
 from tests.conftest import QUEUES, TASK, Lanes, execute, make_database, make_worker, rows
@@ -194,6 +197,64 @@ async def test_a_task_can_ask_for_another_attempt(
     copy = await lanes.take(QUEUES.retry if kind is Kind.RETRY else QUEUES.dead)
     reason = str(copy.headers["x-aioworker-reason"])
     assert reason == "the other site is down" + ("; attempt 6 of 6" if retries else "")
+
+
+@pytest.mark.parametrize("its_own", [True, False])
+async def test_only_a_run_whose_time_is_up_is_said_to_be_cut_off(
+    serve: Served, lanes: Lanes, *, its_own: bool
+) -> None:
+    async def wait() -> None:
+        async with asyncio.timeout(0.05 if its_own else 60):
+            await asyncio.sleep(60)
+
+    await serve(Task(TASK, wait), timeout=30 if its_own else 1)
+
+    copy = await lanes.take(QUEUES.retry)
+    told = "TimeoutError"
+    told += "" if its_own else ": the run took longer than 1 s and was cut off"
+    assert copy.headers["x-aioworker-reason"] == told
+
+
+async def test_whatever_a_task_counts_its_line_is_ours(
+    serve: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "aioworker")
+
+    async def count(ctx: Context) -> None:
+        counts: dict[Any, Any] = ctx.counts
+        counts.update({"outcome": 1, "lane": 2, 5: 3, ("a", 1): 4, "b\nc": 5, "plain": 6})
+
+    assert await serve(Task(TASK, count)) == {Kind.ACK: 1}
+
+    [told] = [record for record in caplog.records if record.message == "chunk done"]
+    line = ConsoleFormatter().format(told)
+    ours = "lane=bulk attempt=1 counts.outcome=1 counts.lane=2 5=3"
+    assert f'{ours} "(\'a\', 1)"=4 "b\\nc"=5 plain=6 wait_seconds=' in line
+    assert line.endswith(" outcome=ack")
+
+
+async def test_what_was_given_back_is_no_suspect(
+    pair: Servers, lanes: Lanes, database: Database, stop: asyncio.Event
+) -> None:
+    """A quorum queue counts that as it counts deaths, and other tasks would have to wait."""
+    left = 2
+    closed: list[str | None] = []
+
+    async def fail() -> None:
+        nonlocal left
+        closed.append(worker.consumer.gate.closed_to("another task"))
+        left -= 1
+        if left >= 0:
+            raise OperationalError(2006, "gone away")
+
+    worker = make_worker(pair, database, task=Task(TASK, fail))
+    await lanes.send(json.dumps([[], {}, None]).encode(), headers={"task": TASK, "id": "one"})
+
+    for _ in range(3):
+        await worker.run(stop)
+
+    assert worker.consumer.settled == {Kind.RELEASED: 2, Kind.ACK: 1}
+    assert closed == [None] * 3
 
 
 async def test_a_task_can_set_its_message_aside(serve: Served, lanes: Lanes) -> None:

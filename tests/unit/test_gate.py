@@ -82,3 +82,16 @@ async def test_the_gate_opens_when_what_was_to_run_alone_went_elsewhere(clock: F
     gate.enter("late", alone=True)
     await clock.advance(PATIENCE_SECONDS + 1)
     assert gate.closed_to("a") is None
+
+
+async def test_one_that_runs_alone_holds_up_others_for_a_minute_at_most(clock: FakeClock) -> None:
+    """A task may take many minutes, and it may be the wrong suspect."""
+    gate = Gate()
+    gate.enter("suspect", alone=True)
+
+    await clock.advance(PATIENCE_SECONDS + 1)
+
+    assert gate.closed_to("a") is None
+    assert gate.enter("a", alone=False)
+    gate.leave("suspect", alone=True)
+    assert gate.enter("b", alone=False)

@@ -6,9 +6,10 @@ import weakref
 from dataclasses import dataclass
 
 import pytest
+from pymysql.err import DataError, OperationalError
 
-from aioworker.errors import MessageRefusedError
-from aioworker.outcome import judge, let_go
+from aioworker.errors import DeadLetter, MessageRefusedError
+from aioworker.outcome import Kind, judge, let_go
 
 
 @dataclass(frozen=True)
@@ -55,3 +56,36 @@ def test_an_error_that_is_told_keeps_no_body(
     del body, error
 
     assert (left() is None) == told
+
+
+@pytest.mark.parametrize(
+    ("errors", "kind", "reason"),
+    [
+        ([DeadLetter("no shop")], Kind.DEAD_LETTER, "no shop"),
+        ([ValueError("a"), KeyError()], Kind.RETRY, "ValueError: a; KeyError"),
+        ([DeadLetter("no shop"), ValueError("a")], Kind.RETRY, "no shop; ValueError: a"),
+        (
+            [ValueError("a"), OperationalError(2006, "gone")],
+            Kind.RELEASED,
+            "ValueError: a; database, unavailable: gone (2006)",
+        ),
+        ([ExceptionGroup("in", [DeadLetter("no shop")])], Kind.DEAD_LETTER, "no shop"),
+    ],
+)
+def test_a_group_comes_to_what_is_gentlest(
+    errors: list[Exception], kind: Kind, reason: str
+) -> None:
+    """A task group raises one whatever was raised in it."""
+    result = judge(ExceptionGroup("all", errors))
+
+    assert (result.kind, result.reason) == (kind, reason)
+
+
+@pytest.mark.parametrize("code", [1265, 1300, 1364, 1366])
+def test_what_a_row_cannot_hold_is_not_tried_again(code: int) -> None:
+    assert judge(DataError(code, "no")).kind is Kind.DEAD_LETTER
+
+
+@pytest.mark.parametrize("code", [1037, 1041, 1135, 1159, 2055])
+def test_a_server_in_need_counts_no_attempt(code: int) -> None:
+    assert judge(OperationalError(code, "no")).kind is Kind.RELEASED

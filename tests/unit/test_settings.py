@@ -79,7 +79,7 @@ BAD = [
     ),
     ("AIOWORKER_CHUNK_SIZE", "5000", "expected a whole number from 1 to 1000, got: '5000'"),
     ("AIOWORKER_CHUNK_SIZE", "1e2", "expected a whole number from 1 to 1000, got: '1e2'"),
-    ("AIOWORKER_TASK_TIMEOUT", "nan", "expected seconds from 1 to 3600, got: 'nan'"),
+    ("AIOWORKER_TASK_TIMEOUT", "nan", "expected seconds from 1 to 1500, got: 'nan'"),
     ("AIOWORKER_CONNECT_TIMEOUT", "0", "expected seconds from 0.1 to 3600, got: '0'"),
     ("AIOWORKER_QUEUE_TYPE", "stream", "expected one of quorum, classic, got: 'stream'"),
     (

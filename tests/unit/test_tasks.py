@@ -103,7 +103,7 @@ async def test_a_coroutine_is_awaited_as_before() -> None:
             by_ids,
             "task 'by_ids': expected max_retries from 0 to 1000, got: -1",
         ),
-        ({"timeout": 0}, by_ids, "task 'by_ids': expected timeout from 1 to 3600 seconds, got: 0"),
+        ({"timeout": 0}, by_ids, "task 'by_ids': expected timeout from 1 to 1500 seconds, got: 0"),
         (
             {"keys": pages, "constants": ("up", "down")},
             by_rows,
