@@ -9,6 +9,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial, update_wrapper
+from types import CodeType
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, overload
 
 from aioworker import threads
@@ -186,6 +187,7 @@ class Task(Generic[P, R]):
 
 AnyTask = Task[..., Any]
 _registry: dict[str, AnyTask] = {}
+_places: dict[str, _Place] = {}
 
 
 @overload
@@ -301,23 +303,55 @@ def check_name(name: object) -> None:
 
 
 def _register(made: AnyTask) -> None:
+    place = _module_under_way()
     before = _registry.get(made.name)
-    if before is not None and _origin(before) != _origin(made):
+    if before is not None and not place.executes_again(_places.get(made.name)):
         raise TaskError(
-            f"task {made.name!r} is registered twice: by {_place(before)} and by {_place(made)};"
+            f"task {made.name!r} is registered twice: by {_shown(before)} and by {_shown(made)};"
             " give one of them another name="
         )
     _registry[made.name] = made
+    _places[made.name] = place
 
 
-def _place(made: AnyTask) -> str:
-    return f"{made.function.__module__}.{getattr(made.function, '__qualname__', '?')}"
+def _shown(made: AnyTask) -> str:
+    function: Any = made.function
+    return f"{function.__module__}.{getattr(function, '__qualname__', type(function).__name__)}"
 
 
-def _origin(made: AnyTask) -> tuple[object, ...]:
-    """Return what tells a function from another one of the same name: where it begins, too."""
-    code = getattr(inspect.unwrap(made.function), "__code__", None)
-    return _place(made), getattr(code, "co_filename", ""), getattr(code, "co_firstlineno", 0)
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a task is registered: one execution of one module.
+
+    Args:
+        module: The module's file, or its name where it has none; None outside of any.
+        execution: Its code, an object of its own each time that the module is executed.
+    """
+
+    module: str | None = None
+    execution: CodeType | None = None
+
+    def executes_again(self, before: _Place | None) -> bool:
+        """Whether the module that registered before does so anew: its newest task is meant.
+
+        It is reloaded, or is a script that is imported as well.
+        """
+        return (
+            before is not None
+            and self.module == before.module is not None
+            and self.execution is not before.execution
+        )
+
+
+def _module_under_way() -> _Place:
+    """Return the module that is being executed, whoever registers for it."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "<module>":
+        frame = frame.f_back
+    if frame is None:
+        return _Place()
+    found = frame.f_globals
+    return _Place(found.get("__file__") or found.get("__name__"), frame.f_code)
 
 
 def registered() -> list[str]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import runpy
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -145,13 +149,85 @@ def test_two_tasks_of_one_name_are_one_too_many() -> None:
     )
 
 
-def test_a_module_that_is_loaded_twice_registers_once() -> None:
-    """A reloaded module makes its functions anew: the newest is meant."""
-    task(name="rating")(by_ids)
+class Rates:
+    """A task with a state of its own."""
 
-    again = task(name="rating")(by_ids)
+    def __init__(self, region: str) -> None:
+        self.region = region
 
-    assert find("rating") is again
+    def __call__(self, shop: int) -> None:
+        """Do nothing."""
+
+
+def in_a_loop(region: str) -> None:
+    @task
+    def sync(shop: int) -> str:
+        return region
+
+
+SAME = [
+    ("by_rows", lambda region: task(name="by_rows")(functools.partial(by_rows, [(1, 0.5)]))),
+    ("rates", lambda region: task(name="rates")(Rates(region))),
+    ("sync", in_a_loop),
+    ("by_ids", lambda region: task(by_ids)),
+]
+
+
+@pytest.mark.parametrize(("name", "register"), SAME, ids=["partial", "object", "loop", "function"])
+def test_what_looks_the_same_is_one_too_many_too(name: str, register: Callable[[str], Any]) -> None:
+    """Else the last one would run in silence for all of them."""
+    register("eu")
+    first = find(name)
+
+    with pytest.raises(TaskError, match=f"^task '{name}' is registered twice: by "):
+        register("us")
+
+    assert find(name) is first
+
+
+MODULE = """
+from aioworker import task
+
+@task
+def note(text: str) -> None: ...
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module that can be imported as `notes`."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "notes", raising=False)
+    path = tmp_path / "notes.py"
+    path.write_text(MODULE)
+    return path
+
+
+def test_a_module_that_is_loaded_again_means_its_newest_function(module: Path) -> None:
+    """Wherever its lines have moved to."""
+    notes = importlib.import_module("notes")
+    module.write_text("# A longer one.\n" + MODULE)
+
+    importlib.reload(notes)
+
+    assert find("note") is notes.note
+
+
+def test_a_module_that_is_loaded_again_cannot_register_twice(module: Path) -> None:
+    notes = importlib.import_module("notes")
+    module.write_text(MODULE + MODULE)
+
+    with pytest.raises(TaskError, match=r"by notes\.note and by notes\.note; give one of them"):
+        importlib.reload(notes)
+
+
+def test_a_script_that_is_imported_as_well_registers_once(module: Path) -> None:
+    """Its own import, or that of a module beside it: one function under two modules' names."""
+    module.write_text(MODULE + "\nif __name__ == '__main__':\n    import notes\n")
+
+    runpy.run_path(str(module), run_name="__main__")
+
+    assert find("note") is sys.modules["notes"].note
 
 
 ARGUMENTS: list[tuple[dict[str, Any], Callable[..., Any], list[Any], dict[str, Any], Any]] = [
