@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import collections.abc
 import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, get_args, get_origin, get_type_hints
+from functools import partial
+from typing import Any, get_type_hints
 
-from aioworker import chunk
+from aioworker import chunk, hints
 from aioworker.context import Context
 from aioworker.errors import TaskError, UsageError
 
-_LISTS = (list, tuple, collections.abc.Sequence, collections.abc.Iterable)
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 TO_PUBLISH = "urgent"  # a keyword of `publish`, which the function would never get
-# A chunk of anything else is one of rows; for annotations that cannot be resolved, their text.
-_IDS = frozenset({"", "list", "list[int]", "List[int]", "Sequence[int]", "Iterable[int]"})
+AFTER = "after"  # the parameter of `keys` that gets the id behind which to begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +28,14 @@ class Signature:
         context: Whether its first parameter receives a `Context`.
         coroutine: Whether it is an `async def`.
         parameters: The parameters behind that.
+        takes: What the first of them takes a chunk of, as `hints.chunk_of` has it.
     """
 
     task: str
     context: bool
     coroutine: bool
     parameters: inspect.Signature
+    takes: str | None
 
     @classmethod
     def of(cls, task: str, function: Callable[..., Any]) -> Signature:
@@ -49,35 +48,45 @@ class Signature:
             raise TaskError(f"expected a function as a task, got: {function!r}")
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise TaskError(f"task {task!r}: expected a function that returns, got a generator")
-        whole = read(function)
+        try:
+            whole = read(function)
+        except ValueError as error:  # a built-in one, perhaps
+            raise TaskError(f"task {task!r}: expected a function in Python: {error}") from None
         if TO_PUBLISH in whole.parameters:
             raise TaskError(
                 f"task {task!r}: a parameter cannot be named {TO_PUBLISH!r}: publishing takes that"
                 " for the lane"
             )
-        hints = _hints(function)
+        resolved = _hints(function)
         parameters = [
-            one.replace(annotation=hints.get(one.name, one.annotation))
+            one.replace(annotation=resolved.get(one.name, one.annotation))
             for one in whole.parameters.values()
         ]
         context = cls.wants_context(function)
-        for one in parameters[1 if context else 0 :]:
-            if "Context" in re.findall(r"\w+", _text(one.annotation)):
+        if context:
+            del parameters[0]
+        elif parameters and parameters[0].name in ("self", "cls"):
+            raise TaskError(
+                f"task {task!r}: nothing is passed as {parameters[0].name!r}: register a function,"
+                " or the method of an object, as in `task(shop.refresh)`"
+            )
+        for one in parameters:
+            if _mentions_context(one.annotation):
                 raise TaskError(
-                    f"task {task!r}: expected `Context` as the annotation of its first parameter"
-                    f" alone, got it in: {one}"
+                    f"task {task!r}: expected `Context` itself as an annotation, of the first"
+                    f" positional parameter alone, got: {one}"
                 )
-        parameters = parameters[1 if context else 0 :]
-        return cls(task, context, cls.is_coroutine(function), whole.replace(parameters=parameters))
+        taken = hints.chunk_of(parameters[0].annotation) if parameters else None
+        whole = whole.replace(parameters=parameters)
+        return cls(task, context, cls.is_coroutine(function), whole, taken)
 
     @staticmethod
-    @cache
     def wants_context(function: Callable[..., Any]) -> bool:
-        """Whether the first parameter is annotated `Context`."""
+        """Whether the first parameter is a positional one annotated `Context`."""
         first = next(iter(read(function).parameters.values()), None)
-        if first is None:
+        if first is None or first.kind not in _POSITIONAL:
             return False
-        found = _hints(function).get(first.name, first.annotation)
+        found = hints.behind(_hints(function).get(first.name, first.annotation))
         return found is Context or (
             isinstance(found, str) and found.strip("'\"").rpartition(".")[2] == Context.__name__
         )
@@ -105,17 +114,10 @@ class Signature:
     @property
     def takes_ids(self) -> bool:
         """Whether a chunk of it is one of ids; otherwise of rows."""
-        found = inspect.Parameter.empty if self.chunk is None else self.chunk.annotation
-        found = getattr(found, "__value__", found)  # of `type Ids = list[int]`
-        if found in (inspect.Parameter.empty, list):
-            return True
-        if isinstance(found, str):
-            return found.rpartition("typing.")[2].rpartition("collections.abc.")[2] in _IDS
-        entries = [getattr(one, "__supertype__", one) for one in get_args(found) if one is not ...]
-        return get_origin(found) in _LISTS and entries in ([], [int])
+        return self.takes == hints.IDS
 
     def expect_chunk(self, why: str) -> None:
-        """Refuse a function that takes no chunk.
+        """Refuse a function that takes no chunk of ids or rows.
 
         Raises:
             TaskError: It is one.
@@ -125,9 +127,30 @@ class Signature:
                 f"task {self.task!r}: expected a parameter for the chunk, since it has {why},"
                 f" got: {self.shown}"
             )
+        if self.takes is None:
+            raise TaskError(
+                f"task {self.task!r}: expected its chunk annotated as ids, list[int], or as rows,"
+                f" such as list[tuple[int, str]], got: {self.chunk}"
+            )
 
-    def expect_reader(self, reader: Callable[..., Any]) -> None:
-        """Refuse a function that cannot be called with a chunk alone, as `needed` is.
+    def expect_keys(self, keys: Callable[..., Any]) -> None:
+        """Refuse a function that cannot be called as `keys` is.
+
+        Raises:
+            TaskError: It cannot.
+        """
+        try:
+            found = read(keys)
+            given = [None] if Signature.wants_context(keys) else []
+            found.bind(*given, **({AFTER: 0} if AFTER in found.parameters else {}))
+        except (TypeError, ValueError) as error:
+            raise TaskError(
+                f"task {self.task!r}: keys are called with a first parameter annotated `Context`"
+                f" and with {AFTER!r}, where they have them: {error}"
+            ) from None
+
+    def expect_reader(self, reader: Callable[..., Any]) -> Signature:
+        """Return what `needed` can be called with, unless that is not a chunk alone.
 
         Raises:
             TaskError: It cannot.
@@ -139,6 +162,7 @@ class Signature:
             raise TaskError(
                 f"task {self.task!r}: expected needed to take a chunk, got {found.shown}: {error}"
             ) from None
+        return found
 
     def expect_sweep(self, constants: Sequence[Any]) -> None:
         """Refuse a function that cannot be called as a sweep does: a chunk, then constants.
@@ -196,11 +220,20 @@ def read(function: Callable[..., Any]) -> inspect.Signature:
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     """Return a function's annotations, resolved; none where one of them cannot be."""
-    called = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004
     try:
+        while isinstance(function, partial):
+            function = function.func
+        written = inspect.unwrap(function)
+        called = written if inspect.isroutine(written) else getattr(written, "__call__", written)  # noqa: B004
         return get_type_hints(called)
     except Exception:  # noqa: BLE001 - whatever evaluating somebody's annotations may raise
         return {}
+
+
+def _mentions_context(annotation: Any) -> bool:
+    found = hints.behind(annotation)
+    inherits = isinstance(found, type) and issubclass(found, Context)
+    return inherits or Context.__name__ in re.findall(r"\w+", _text(found))
 
 
 def _text(annotation: Any) -> str:

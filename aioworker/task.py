@@ -60,7 +60,7 @@ class Options:
     constants: tuple[Any, ...] = ()
 
 
-@dataclass
+@dataclass(eq=False)
 class Task(Generic[P, R]):
     """A function that can be published to, made by `task`; called, it is the function itself.
 
@@ -69,12 +69,13 @@ class Task(Generic[P, R]):
         function: The function, as written.
         options: How it is run.
         keys: What yields the ids or rows of a sweep; None for a task without sweeps.
-        reader: What `needed` registers.
         largest_id: The largest id of its chunks.
         size: Returns how many ids a sweep that begins behind an id has, where that is cheap.
         check: Called before the first message and after failures, to see that the task can
             work at all; what it raises of the database is waited for with no message in hand.
         signature: What the function can be called with.
+        reader: What `needed` registers.
+        reads: What that can be called with.
     """
 
     name: str
@@ -82,14 +83,17 @@ class Task(Generic[P, R]):
     options: Options = field(default_factory=Options)
     keys: Keys | None = None
     check: Callable[[Context], Awaitable[None]] | None = None
-    reader: Callable[..., Any] | None = None
     largest_id: int = LARGEST_ID
     size: Callable[[Context, int], Awaitable[int]] | None = None
     signature: Signature = field(init=False)
+    reader: Callable[..., Any] | None = field(init=False, default=None)
+    reads: Signature | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.signature = Signature.of(self.name, self.function)
-        update_wrapper(self, self.function)
+        update_wrapper(self, self.function, updated=())
+        # An object's attributes, or a decorator's, are its task's, but for the task's own.
+        self.__dict__ = getattr(self.function, "__dict__", {}) | self.__dict__
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function itself."""
@@ -120,7 +124,7 @@ class Task(Generic[P, R]):
             TaskError: The task, or this function, takes no chunk.
         """
         self.signature.expect_chunk("needed")
-        self.signature.expect_reader(reader)
+        self.reads = self.signature.expect_reader(reader)
         self.reader = reader
         return reader
 
@@ -145,13 +149,15 @@ class Task(Generic[P, R]):
         Raises:
             TaskError: What `needed` returned is no part of a chunk.
         """
-        if self.reader is None:
+        if self.reader is None or self.reads is None:
             return chunk
-        given = [ctx, chunk] if Signature.wants_context(self.reader) else [chunk]
-        call = partial(self.reader, *given)
-        found = await self._call(call, Signature.is_coroutine(self.reader), ctx.database)
+        call = partial(self.reader, *([ctx] if self.reads.context else []), chunk)
+        found = await self._call(call, self.reads.coroutine, ctx.database)
         if not isinstance(found, Collection) or isinstance(found, str):
-            raise TaskError(f"expected needed to return a list of ids or rows, got: {brief(found)}")
+            raise TaskError(
+                f"task {self.name!r}: expected needed to return a list of ids or rows,"
+                f" got: {brief(found)}"
+            )
         return list(found)
 
     async def run(self, ctx: Context, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
@@ -249,10 +255,13 @@ def task(
             raise TaskError(f"expected @task, or @task(name=…, …), got: @task({registered!r})")
         called = name if name is not None else getattr(registered, "__name__", "")
         options = _checked_options(called, rate_limit, max_retries, timeout, constants)
-        made = Task(called, registered, options, keys)
+        # Under a second name it is the same function.
+        function = registered.function if isinstance(registered, Task) else registered
+        made = Task(called, function, options, keys)
         if keys is not None:
             if not callable(keys):
                 raise TaskError(f"task {called!r}: expected keys to be a function, got: {keys!r}")
+            made.signature.expect_keys(keys)
             made.signature.expect_sweep(options.constants)
         _register(made)
         return made

@@ -151,8 +151,8 @@ async def test_a_slow_and_limited_task_holds_up_no_other(
         ),
         (
             "from aioworker import Context, task\n\n@task\ndef f(n: int, ctx: Context): ...\n",
-            "module 'broken': task 'f': expected `Context` as the annotation of its first parameter"
-            " alone, got it in: ctx: aioworker.context.Context",
+            "module 'broken': task 'f': expected `Context` itself as an annotation, of the first"
+            " positional parameter alone, got: ctx: aioworker.context.Context",
         ),
         (
             "from aioworker import task\n\n@task(timeout='30')\ndef f(): ...\n",

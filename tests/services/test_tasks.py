@@ -344,7 +344,7 @@ async def test_needed_that_returns_nothing_is_named(database: Database) -> None:
     made = Task(TASK, refresh)
     made.needed(forgetful)
 
-    with pytest.raises(TaskError, match=r"^expected needed to return a list of ids .* got: None$"):
+    with pytest.raises(TaskError, match=rf"^task '{TASK}': expected needed to return .* None$"):
         await made.read_needed(Context(database, TASK), [1])
 
 

@@ -7,6 +7,7 @@ import importlib
 import runpy
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,26 @@ def by_rows(rows: list[tuple[int, float]], unit: str = "day") -> None: ...
 
 
 async def with_anything(name: str, *, times: int = 1) -> None: ...
+
+
+class Own(Context):
+    """Which nobody makes."""
+
+
+def context_by_name(*, ctx: Context) -> None: ...
+
+
+def own_context(ctx: Own) -> None: ...
+
+
+def by_set(ids: set[int]) -> None: ...
+
+
+class Shop:
+    """A class with a method."""
+
+    def refresh(self, shop: int) -> None:
+        """Do nothing."""
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +135,38 @@ async def test_a_coroutine_is_awaited_as_before() -> None:
             "task 'by_rows': a sweep calls it with a chunk and 2 constants, got (rows,"
             " unit='day'): too many positional arguments; a context is annotated `Context`",
         ),
+        (
+            {},
+            context_by_name,
+            "task 'context_by_name': expected `Context` itself as an annotation, of the first"
+            " positional parameter alone, got: ctx: aioworker.context.Context",
+        ),
+        (
+            {},
+            own_context,
+            "task 'own_context': expected `Context` itself as an annotation, of the first"
+            f" positional parameter alone, got: ctx: {__name__}.Own",
+        ),
+        (
+            {},
+            Shop.refresh,
+            "task 'refresh': nothing is passed as 'self': register a function, or the method of an"
+            " object, as in `task(shop.refresh)`",
+        ),
+        (
+            {"keys": pages},
+            by_set,
+            "task 'by_set': expected its chunk annotated as ids, list[int], or as rows, such as"
+            " list[tuple[int, str]], got: ids: set[int]",
+        ),
+        (
+            {"keys": lambda region: []},
+            by_ids,
+            "task 'by_ids': keys are called with a first parameter annotated `Context` and with"
+            " 'after', where they have them: missing a required argument: 'region'",
+        ),
+        ({"keys": lambda ctx, after: []}, by_ids, None),
+        ({}, max, None),
         ({}, int, "expected a function as a task, got: <class 'int'>"),
         ({}, pages, "task 'pages': expected a function that returns, got a generator"),
     ],
@@ -130,6 +183,48 @@ def test_what_cannot_work_is_refused_at_once(
     if line is not None:
         assert str(refusal.value) == line
     assert registered() == []
+
+
+def test_a_method_of_an_object_is_a_function() -> None:
+    assert task(Shop().refresh).signature.shown == "(shop)"
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="the statement `type` came with it")
+def test_a_context_behind_another_name_is_one() -> None:
+    module: dict[str, Any] = {"Context": Context}
+    exec("type Ctx = Context\ndef note(ctx: Ctx, text: str) -> None: ...", module)
+
+    assert task(module["note"]).signature.context
+
+
+def test_a_task_can_be_a_key_and_be_registered_under_a_second_name() -> None:
+    first = task(by_ids)
+
+    second = task(name="urgent_ids")(first)
+
+    assert {first: 1, second: 2}[second] == 2
+    assert second.signature.context
+    assert registered() == ["by_ids", "urgent_ids"]
+
+
+@dataclass
+class Refresh:
+    """A task with settings of its own, which cannot be hashed."""
+
+    name: str
+
+    def __call__(self, ctx: Context, ids: list[int]) -> None:
+        """Do nothing."""
+
+
+def test_an_object_that_cannot_be_hashed_can_be_a_task() -> None:
+    made = task(name="refresh")(Refresh("eu"))
+
+    made.needed(Refresh("us"))
+
+    assert (made.name, made.signature.context) == ("refresh", True)
+    assert made.reads is not None
+    assert made.reads.context
 
 
 def test_a_rate_that_is_none_is_refused_at_once() -> None:
