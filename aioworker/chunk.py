@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aioworker.errors import UsageError
 from aioworker.message import brief
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 CHUNK_LIMIT = 1000
 LARGEST_ID = 2**63 - 1
@@ -69,6 +72,32 @@ def _check_length(chunk: object, what: str) -> list[Any]:
     if len(chunk) > CHUNK_LIMIT:
         raise UsageError(f"expected at most {CHUNK_LIMIT} {what}, got: {len(chunk)}")
     return list(chunk)
+
+
+def part_of(chunk: list[Any], found: Iterable[Any]) -> list[Any]:
+    """Return the entries of a chunk that were found, each once, in the chunk's order.
+
+    Args:
+        chunk: Ids or rows.
+        found: Some of them; a row may be a tuple.
+
+    Raises:
+        UsageError: Something else was found.
+    """
+    known = {_key(entry): entry for entry in chunk}
+    kept = set()
+    for entry in found:
+        try:
+            key = _key(entry)
+            known[key]
+        except (KeyError, TypeError):  # the latter of what cannot be a key
+            raise UsageError(f"expected a part of the chunk, got: {brief(entry)}") from None
+        kept.add(key)
+    return [entry for key, entry in known.items() if key in kept]
+
+
+def _key(entry: Any) -> Any:
+    return tuple(entry) if isinstance(entry, list) else entry
 
 
 def id_of(entry: Any) -> Any:

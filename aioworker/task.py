@@ -13,7 +13,7 @@ from types import CodeType
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, overload
 
 from aioworker import threads
-from aioworker.chunk import LARGEST_ID
+from aioworker.chunk import LARGEST_ID, part_of
 from aioworker.context import Context
 from aioworker.errors import TaskError, TaskExitError, UnknownTaskError, UsageError
 from aioworker.limits import RateLimit
@@ -119,6 +119,7 @@ class Task(Generic[P, R]):
 
         It only reads, and is called as the task is: with a `Context`, where its first
         parameter is one, and the chunk. What needs nothing costs nothing of the rate limit.
+        What it returns that is not of the chunk fails the message.
 
         Raises:
             TaskError: The task, or this function, takes no chunk.
@@ -158,7 +159,10 @@ class Task(Generic[P, R]):
                 f"task {self.name!r}: expected needed to return a list of ids or rows,"
                 f" got: {brief(found)}"
             )
-        return list(found)
+        try:
+            return part_of(chunk, found)
+        except UsageError as error:
+            raise TaskError(f"task {self.name!r}: needed: {error}") from None
 
     async def run(self, ctx: Context, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Run the function with checked arguments: a coroutine here, anything else in a thread."""

@@ -348,6 +348,35 @@ async def test_needed_that_returns_nothing_is_named(database: Database) -> None:
         await made.read_needed(Context(database, TASK), [1])
 
 
+@pytest.mark.parametrize(
+    ("given", "returned", "kept"),
+    [
+        ([3, 5, 7], [7, 3, 7], [3, 7]),
+        ([3, 5, 7], {5}, [5]),
+        ([3, 5], [], []),
+        ([[3, "a"], [5, "b"]], [(5, "b")], [[5, "b"]]),
+        ([1], {99: "x", 1: "y"}, "got: 99"),
+        ([1], [[1]], "got: [1]"),
+        ([1], [{"id": 1}], "got: {'id': 1}"),
+        ([[3, "a"]], [3], "got: 3"),
+    ],
+    ids=str,
+)
+async def test_needed_tells_a_part_of_its_chunk_or_is_refused(
+    database: Database, given: list[Any], returned: Any, kept: list[Any] | str
+) -> None:
+    """An id that nobody published is not to be written, least of all with the wrong arguments."""
+    made = Task(TASK, lambda ids: None)
+    made.needed(lambda ids: returned)
+
+    if isinstance(kept, list):
+        assert await made.read_needed(Context(database, TASK), given) == kept
+        return
+    with pytest.raises(TaskError) as refusal:
+        await made.read_needed(Context(database, TASK), given)
+    assert str(refusal.value) == (f"task '{TASK}': needed: expected a part of the chunk, {kept}")
+
+
 def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
     """A decorator as anybody writes one."""
 
