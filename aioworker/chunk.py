@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+from itertools import chain
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from aioworker.errors import UsageError
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 CHUNK_LIMIT = 1000
 LARGEST_ID = 2**63 - 1
+_PLAIN = {str, int, float, bool, NoneType}
 
 
 def check_ids(chunk: object, largest: int = LARGEST_ID) -> list[int]:
@@ -50,8 +52,18 @@ def check_rows(chunk: object) -> list[list[Any]]:
     Raises:
         UsageError: It is anything else.
     """
-    rows = [_check_row(row) for row in _check_length(chunk, "rows")]
-    return list({json.dumps(row): row for row in rows}.values())
+    found = _check_length(chunk, "rows")
+    # As for ids: what is right is seen at once.
+    if not (
+        all(found)
+        and set(map(type, found)) <= {list, tuple}
+        and set(map(type, chain.from_iterable(found))) <= _PLAIN
+    ):
+        found = [_check_row(row) for row in found]
+    if len({row[0] for row in found}) < len(found):
+        # By their types too: 1, 1.0 and True are equal.
+        found = list({(*row, *map(type, row)): row for row in found}.values())
+    return list(map(list, found))
 
 
 def _check_row(row: object) -> list[Any]:

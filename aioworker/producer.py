@@ -94,10 +94,11 @@ class Producer:
         return await self._send(name, checked, kwargs, urgent=urgent)
 
     async def publish_swept(self, task: AnyTask, chunk: list[Any]) -> str:
-        """Publish a chunk of a sweep to the bulk lane; otherwise as `publish`.
+        """Publish a chunk of a sweep to the bulk lane.
 
-        The ids are not looked at: they come from a table, a thousand at a time, and the
-        consumer refuses what is none.
+        Args:
+            task: The task.
+            chunk: What the task can take, checked.
         """
         return await self._send(task.name, [chunk, *task.options.constants], {}, urgent=False)
 

@@ -11,7 +11,7 @@ from aioworker import console, keys, tables
 from aioworker.chunk import CHUNK_LIMIT
 from aioworker.console import count, say, tell
 from aioworker.context import Context
-from aioworker.errors import AioworkerError, DatabaseError, UsageError
+from aioworker.errors import AioworkerError, DatabaseError, TaskError, UsageError
 from aioworker.producer import Producer, Sweep, chunked, publish_sweep
 from aioworker.tables import Row, peek
 
@@ -74,6 +74,7 @@ async def publish_all(
     Raises:
         BrokerError: Not all is confirmed; a note says how far it is, and how to go on.
         DatabaseError: The ids cannot be read; the same note.
+        TaskError: They are none that the task can take; the same note.
     """
     if only_needed and task.reader is None:
         raise UsageError(f"task {task.name!r} has no needed: it cannot tell what needs writing")
@@ -83,8 +84,8 @@ async def publish_all(
     try:
         pages = _pages(database, task, after)
         if only_needed:
-            pages = _needed(database, task, pages)
-        chunks = chunked(pages, settings.chunk_size)
+            pages = _needed(database, task, _checked(task, chunked(pages, CHUNK_LIMIT)))
+        chunks = _checked(task, chunked(pages, settings.chunk_size))
         if dry_run:
             async for chunk in chunks:
                 sweep.add(chunk)
@@ -140,13 +141,26 @@ async def _pages(database: Database, task: AnyTask, after: int) -> AsyncIterator
 
 
 async def _needed(
-    database: Database, task: AnyTask, pages: AsyncIterator[list[Any]]
+    database: Database, task: AnyTask, chunks: AsyncIterator[list[Any]]
 ) -> AsyncIterator[list[Any]]:
-    """Leave out what needs no writing, a thousand at a time."""
+    """Leave out what needs no writing."""
     ctx = Context(database, task.name)
     with database.explaining():
-        async for chunk in chunked(pages, CHUNK_LIMIT):
+        async for chunk in chunks:
             yield await task.read_needed(ctx, chunk)
+
+
+async def _checked(task: AnyTask, chunks: AsyncIterator[list[Any]]) -> AsyncIterator[list[Any]]:
+    """Pass on what the task can take, as its worker will check it.
+
+    Raises:
+        TaskError: Its keys yielded something else.
+    """
+    async for chunk in chunks:
+        try:
+            yield task.checked([chunk, *task.options.constants], {})[0]
+        except UsageError as error:
+            raise TaskError(f"task {task.name!r}: its keys: {error}") from None
 
 
 async def _size(database: Database, task: AnyTask, after: int) -> int | None:

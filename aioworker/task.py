@@ -13,7 +13,7 @@ from types import CodeType
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, overload
 
 from aioworker import threads
-from aioworker.chunk import LARGEST_ID, part_of
+from aioworker.chunk import CHUNK_LIMIT, LARGEST_ID, part_of
 from aioworker.context import Context
 from aioworker.errors import TaskError, TaskExitError, UnknownTaskError, UsageError
 from aioworker.limits import RateLimit
@@ -399,6 +399,11 @@ def check_publishable(
     if known is None:
         return str(made), list(args)
     try:
-        return known.name, known.checked(args, kwargs)
+        checked = known.checked(args, kwargs)
     except UsageError as error:
         raise UsageError(f"task {known.name!r}: {error}") from None
+    if known.takes_chunks and not checked[0]:
+        raise UsageError(
+            f"task {known.name!r}: expected a chunk of 1 to {CHUNK_LIMIT} ids or rows, got: []"
+        )
+    return known.name, checked

@@ -82,6 +82,41 @@ def test_a_sweep_of_a_users_task(run: Run, app: str, shop: Connection[Cursor]) -
     ]
 
 
+WRONG_KEYS = """
+    from aioworker import task
+
+    def texts():
+        return [[1, 2], ["3", 4]]
+
+    @task(keys=texts)
+    def refresh(ids: list[int]) -> None: ...
+
+    @refresh.needed
+    def needed(ids: list[int]) -> list[int]:
+        return ids
+"""
+
+
+@pytest.mark.parametrize("option", ["--append", "--dry-run", "--only-needed"])
+def test_a_sweep_of_what_its_task_cannot_take_publishes_nothing(
+    run: Run, app: str, tmp_path: Path, option: str
+) -> None:
+    """Its ids as text, perhaps: each chunk would be one more dead letter."""
+    (tmp_path / "wrong.py").write_text(textwrap.dedent(WRONG_KEYS))
+    assert run("init", "--app", "wrong").returncode == 0
+
+    swept = run("publish-all", "refresh", "--app", "wrong", option)
+    left = run("consume", "refresh", "--app", "wrong", "--burst")
+
+    assert (swept.returncode, swept.stdout, swept.stderr) == (
+        2,
+        "",
+        "aioworker: task 'refresh': its keys: expected ids from 1 to 9223372036854775807,"
+        " got: '3'\n",
+    )
+    assert left.stdout.startswith("done 0 messages ")
+
+
 def test_a_single_change_of_a_users_task(run: Run, app: str, shop: Connection[Cursor]) -> None:
     assert run("publish", "5", "--task", "shop.rate", AIOWORKER_APP=app).returncode == 0
     assert run("consume", "shop.rate", "--burst", AIOWORKER_APP=app).returncode == 0

@@ -332,6 +332,9 @@ ARGUMENTS: list[tuple[dict[str, Any], Callable[..., Any], list[Any], dict[str, A
     ({"keys": pages}, by_ids, [[1], 2], {}, "expected arguments (ids): too many positional"),
     ({"keys": pages}, by_rows, [[[1, 2.5], (1, 2.5)], "week"], {}, [[[1, 2.5]], "week"]),
     ({"keys": pages}, by_rows, [[[1, None, "x", True]]], {}, [[[1, None, "x", True]]]),
+    ({"keys": pages}, by_rows, [[[1], [True], [1.0]]], {}, [[[1], [True], [1.0]]]),
+    ({"keys": pages}, by_rows, [[[1, "a"], [1, "b"], [1, "a"]]], {}, [[[1, "a"], [1, "b"]]]),
+    ({"keys": pages}, by_rows, [[[]]], {}, "expected rows such as [3615, 12.5], got: []"),
     ({"keys": pages}, by_rows, [[7]], {}, "expected rows such as [3615, 12.5], got: 7"),
     ({"keys": pages}, by_rows, [[[1, [2]]]], {}, "expected rows of plain values, got: [1, [2]]"),
     ({"keys": pages}, by_rows, [[[1]] * 1001], {}, "expected at most 1000 rows, got: 1001"),
@@ -368,6 +371,15 @@ def test_arguments_are_held_against_the_function(
     assert expected in str(refusal.value)
     with pytest.raises(UsageError, match=f"^task '{made.name}': "):
         check_publishable(made, args, kwargs)
+
+
+def test_an_empty_chunk_is_not_published() -> None:
+    """It would cost its way through RabbitMQ, and do nothing; one that comes is no mistake."""
+    made = task(keys=pages)(by_ids)
+
+    with pytest.raises(UsageError, match=r"^task 'by_ids': expected a chunk of 1 to 1000 ids or"):
+        check_publishable(made, [[]], {})
+    assert made.checked([[]], {}) == [[]]
 
 
 def test_a_task_that_this_process_does_not_know_is_published_as_it_is() -> None:
