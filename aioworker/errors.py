@@ -22,19 +22,25 @@ class TaskError(UsageError):
     """A task is registered in a way that cannot work, or its module does not import."""
 
 
-class Retry(AioworkerError):  # noqa: N818 - what a task says, not what went wrong with it
+class _SaidError(AioworkerError):
+    def __init__(self, reason: str = "") -> None:
+        super().__init__(str(reason).strip() or "no reason given")
+
+
+class Retry(_SaidError):  # noqa: N818 - what a task says, not what went wrong with it
     """Raise it in a task: try this message again later, at most `max_retries` times.
 
     Args:
-        reason: Why, in one line; for the log, and for the dead letter at the end.
+        reason: Why, in one line; for the log, and for the dead letter at the end. Without
+            it they say that none was given.
     """
 
 
-class DeadLetter(AioworkerError):  # noqa: N818 - likewise
+class DeadLetter(_SaidError):  # noqa: N818 - likewise
     """Raise it in a task: set this message aside at once, no other attempt would do.
 
     Args:
-        reason: Why, in one line.
+        reason: Why, in one line, as for `Retry`.
     """
 
 

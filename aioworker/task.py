@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, ov
 from aioworker import threads
 from aioworker.chunk import CHUNK_LIMIT, LARGEST_ID, part_of
 from aioworker.context import Context
-from aioworker.errors import TaskError, TaskExitError, UnknownTaskError, UsageError
+from aioworker.errors import RateLimitError, TaskError, TaskExitError, UnknownTaskError, UsageError
 from aioworker.limits import RateLimit
 from aioworker.message import LONGEST_RUN_SECONDS, RETRIES_LIMIT, brief
 from aioworker.signature import Signature
@@ -298,7 +298,10 @@ def _checked_options(
         raise TaskError(f"task {name!r}: expected constants as a tuple, got: {brief(constants)}")
     if rate_limit is not None and not isinstance(rate_limit, str):
         raise TaskError(f"task {name!r}: expected rate_limit such as '2/m', got: {rate_limit!r}")
-    rate = None if rate_limit is None else RateLimit.parse(rate_limit)
+    try:
+        rate = None if rate_limit is None else RateLimit.parse(rate_limit)
+    except RateLimitError as error:
+        raise RateLimitError(f"task {name!r}: {error}") from None
     return Options(rate, max_retries, timeout, tuple(constants))
 
 

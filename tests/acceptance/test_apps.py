@@ -160,8 +160,8 @@ async def test_a_slow_and_limited_task_holds_up_no_other(
         ("def f(:\n", "module 'broken' does not import: SyntaxError: invalid syntax"),
         (
             "from aioworker import task\n\n@task(rate_limit='2/min')\ndef f(): ...\n",
-            "module 'broken': expected rate limit as COUNT/UNIT, such as '2/m', got: '2/min';"
-            " write '2/m'",
+            "module 'broken': task 'f': expected rate limit as COUNT/UNIT, such as '2/m', got:"
+            " '2/min'; write '2/m'",
         ),
         (
             "from aioworker import task\n\n@task(keys=lambda: [])\ndef f(): ...\n",

@@ -67,6 +67,18 @@ def test_help_tells_what_an_error_of_a_task_is_made_with(one: Callable[..., Any]
     assert section(one, "Args") == ["reason"]
 
 
+@pytest.mark.parametrize("one", [aioworker.Retry, aioworker.DeadLetter])
+def test_what_a_task_raises_without_a_reason_says_so(one: type[aioworker.Retry]) -> None:
+    """An empty `reason=` looks like a fault of the log's."""
+    with pytest.raises(one, match=r"^no reason given$"):
+        raise one
+
+    assert [str(one("")), str(one("  ")), str(one("closed"))] == [
+        *2 * ["no reason given"],
+        "closed",
+    ]
+
+
 @pytest.mark.parametrize("one", RAISES, ids=lambda one: one.__qualname__)
 def test_help_tells_what_is_raised_by_names_that_exist(one: Callable[..., Any]) -> None:
     raised = section(one, "Raises")

@@ -228,7 +228,7 @@ def test_an_object_that_cannot_be_hashed_can_be_a_task() -> None:
 
 
 def test_a_rate_that_is_none_is_refused_at_once() -> None:
-    with pytest.raises(RateLimitError, match="write '2/m'"):
+    with pytest.raises(RateLimitError, match=r"^task 'by_ids': .* write '2/m'$"):
         task(rate_limit="2/min")(by_ids)
 
 
