@@ -31,6 +31,7 @@ _REPR = reprlib.Repr()
 _REPR.maxstring = 80
 CONTENT_TYPE = "application/json"
 CONTENT_ENCODING = "utf-8"
+_ENCODINGS = (CONTENT_ENCODING, "utf8", "us-ascii", "ascii", "binary")  # JSON's, by kombu's names
 _KOMBU_TYPE = b'"__type__"'  # how kombu writes a date, a Decimal, a UUID, bytes
 _GZIP = "application/x-gzip"  # kombu's name for what is zlib's format
 ORIGIN = f"{os.getpid()}@{socket.gethostname()}"
@@ -107,7 +108,13 @@ def encode(task: str, args: Sequence[Any], kwargs: Mapping[str, Any] | None = No
     return Encoded(message_id, headers, body)
 
 
-def decode(task: str, headers: Mapping[str, Any], content_type: str | None, body: bytes) -> Call:
+def decode(
+    task: str,
+    headers: Mapping[str, Any],
+    content_type: str | None,
+    body: bytes,
+    content_encoding: str | None = None,
+) -> Call:
     """Read a message whole, or refuse it whole.
 
     Args:
@@ -115,6 +122,7 @@ def decode(task: str, headers: Mapping[str, Any], content_type: str | None, body
         headers: The message's headers.
         content_type: The message's content type; None counts as JSON.
         body: `[args, kwargs, embed]`.
+        content_encoding: The message's content encoding; None counts as UTF-8.
 
     Raises:
         MessageRefusedError: Anything in it is not what aioworker can run.
@@ -128,6 +136,10 @@ def decode(task: str, headers: Mapping[str, Any], content_type: str | None, body
     if content_type not in (None, CONTENT_TYPE):
         raise MessageRefusedError(
             f"expected content type {CONTENT_TYPE}, got: {brief(content_type)}"
+        )
+    if content_encoding and content_encoding.lower() not in _ENCODINGS:
+        raise MessageRefusedError(
+            f"expected content encoding {CONTENT_ENCODING}, got: {brief(content_encoding)}"
         )
     retries = headers.get("retries") or 0
     if type(retries) is not int or not 0 <= retries <= RETRIES_LIMIT:
@@ -183,9 +195,13 @@ def _read_body(body: bytes) -> tuple[list[Any], dict[str, Any]]:
         case _:
             raise MessageRefusedError(f"expected body [args, kwargs, embed], got: {brief(content)}")
     for name, value in (embed or {}).items():
-        if value:
+        if value and name in _AFTERWARDS:
             raise MessageRefusedError(
                 f"expected no {brief(name)}: aioworker keeps no results to pass on"
+            )
+        if value:
+            raise MessageRefusedError(
+                f"expected nothing in embed but {', '.join(_AFTERWARDS)}, got: {brief(name)}"
             )
     return args, kwargs
 
@@ -212,17 +228,17 @@ def _expires(headers: Mapping[str, Any]) -> datetime | None:
 
 
 def _time_limit(headers: Mapping[str, Any]) -> float | None:
-    """Return the shorter of the hard and the soft limit."""
+    """Return the shorter of the hard and the soft limit; to Celery, 0 is none."""
     limits = headers.get("timelimit")
     if limits is None:
         return None
     if not isinstance(limits, list | tuple) or not all(
-        limit is None or (type(limit) in (int, float) and limit > 0) for limit in limits
+        limit is None or (type(limit) in (int, float) and limit >= 0) for limit in limits
     ):
         raise MessageRefusedError(
             f"expected header timelimit as [seconds, seconds], got: {brief(limits)}"
         )
-    return min((float(limit) for limit in limits if limit is not None), default=None)
+    return min((float(limit) for limit in limits if limit), default=None)
 
 
 def brief(value: object) -> str:

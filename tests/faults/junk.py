@@ -213,7 +213,7 @@ _bodies: dict[tuple[str, ...], SearchStrategy[bytes]] = {
         _but(_in_bodies, lambda v: isinstance(v, dict | None)),
     ),
     (NO_ARGUMENTS,): st.builds(_encode, st.just([ADDONS]), _some, st.none()),
-    ("expected no ",): st.builds(
+    ("expected no ", "expected nothing in embed but "): st.builds(
         _encode,
         st.just([ADDONS]),
         st.just({}),

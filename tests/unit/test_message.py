@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from aioworker.addons import update_current_version
 from aioworker.chunk import check_ids
-from aioworker.errors import AioworkerError, UsageError
+from aioworker.errors import AioworkerError, MessageRefusedError, UsageError
 from aioworker.message import decode, encode
 
 TASK = "update_current_version"
@@ -62,6 +62,32 @@ def test_a_message_is_one_of_celerys_protocol_2() -> None:
         "origin": "",
     }
     assert encoded.headers["id"] == encoded.headers["root_id"] == encoded.message_id
+
+
+@pytest.mark.parametrize("encoding", [None, "", "utf-8", "UTF-8", "us-ascii", "binary"])
+def test_json_by_any_of_its_encodings_is_read(encoding: str | None) -> None:
+    call = decode(TASK, HEADERS, None, body([3615]), encoding)
+
+    assert call.args == [[3615]]
+
+
+def test_text_in_another_encoding_is_refused() -> None:
+    """It may be UTF-8 by chance, and another text then."""
+    content = '[["Ã©"], {}, null]'.encode("latin-1")
+
+    with pytest.raises(MessageRefusedError) as refusal:
+        decode(TASK, HEADERS, None, content, "iso-8859-1")
+
+    assert str(refusal.value) == "expected content encoding utf-8, got: 'iso-8859-1'"
+
+
+@pytest.mark.parametrize(
+    ("limits", "seconds"), [([0, None], None), ([0, 0], None), ([0, 2.5], 2.5), ([9, 4], 4)]
+)
+def test_a_time_limit_of_0_is_none_as_to_celery(limits: list[Any], seconds: float | None) -> None:
+    call = decode(TASK, HEADERS | {"timelimit": limits}, None, body([1]))
+
+    assert call.time_limit == seconds
 
 
 def test_rows_of_one_id_are_the_ids() -> None:
@@ -169,6 +195,12 @@ REFUSED: list[tuple[str, dict[str, Any], str | None, bytes]] = [
         HEADERS,
         None,
         b'[[[1]], {}, {"chain": [{"task": "next"}]}]',
+    ),
+    (
+        "expected nothing in embed but callbacks, errbacks, chain, chord, got: 'canvas'",
+        HEADERS,
+        None,
+        b'[[[1]], {}, {"chain": null, "canvas": 1}]',
     ),
     ("expected a list of ids, got: 'all'", HEADERS, None, b'[["all"], {}, null]'),
 ]
