@@ -22,26 +22,36 @@ if TYPE_CHECKING:
 
 # Publishes under way at once: enough to hide the round trip, few enough for a small memory.
 WINDOW = 64
+SHORTEST_SECONDS, LONGEST_SECONDS = 0.1, 3600
 
 
 class Producer:
     """Publishes messages to the lanes of tasks, many over one connection.
 
     Use as `async with Producer() as producer`. It connects at the first publish, and again
-    after the connection was lost. Several publishes may be under way at once.
+    after the connection was lost. Several publishes may be under way at once. It belongs to
+    the event loop of its first publish until it is left: each `asyncio.run()` has one of its
+    own.
 
     Args:
         amqp_url: RabbitMQ, `amqp://user:password@host:5672/vhost`; several, separated by
             commas, are the nodes of one cluster. Without it `AIOWORKER_AMQP_URL` is read.
-        timeout: Seconds to connect, and seconds to wait for each confirm, more than 0;
+        timeout: Seconds to connect, and seconds to wait for each confirm, 0.1 to 3600;
             without it `AIOWORKER_CONNECT_TIMEOUT` is read.
 
     Raises:
-        UsageError: The URL is none, or a setting is wrong.
+        UsageError: The URL or the timeout is none, or a setting is wrong.
     """
 
     def __init__(self, amqp_url: str | None = None, *, timeout: float | None = None) -> None:
         addresses: Sequence[BrokerAddress] = ()
+        if timeout is not None and not (
+            type(timeout) in (int, float) and SHORTEST_SECONDS <= timeout <= LONGEST_SECONDS
+        ):
+            raise UsageError(
+                f"expected timeout from {SHORTEST_SECONDS} to {LONGEST_SECONDS} seconds,"
+                f" got: {timeout!r}"
+            )
         if amqp_url is None or timeout is None:
             settings = Settings.load()
             addresses = settings.amqp_url
@@ -63,12 +73,14 @@ class Producer:
     def _use(self, addresses: Sequence[BrokerAddress], timeout: float) -> None:
         self._timeout = timeout
         self._publisher = broker.Publisher(addresses, timeout, "aioworker publish")
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def __aenter__(self) -> Producer:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self._publisher.close()
+        self._loop = None
 
     async def publish(
         self, task: AnyTask | str, /, *args: Any, urgent: bool = False, **kwargs: Any
@@ -84,8 +96,8 @@ class Producer:
             kwargs: The function's keyword arguments.
 
         Raises:
-            UsageError: The task cannot be called with these arguments; nothing was
-                published.
+            UsageError: The task cannot be called with these arguments, or the producer
+                belongs to another event loop; nothing was published.
             QueueMissingError: The task's lanes are not declared; nothing was published.
             BrokerError: RabbitMQ did not confirm it; it may have been published all the
                 same.
@@ -106,6 +118,13 @@ class Producer:
         self, task: str, args: Sequence[Any], kwargs: Mapping[str, Any], *, urgent: bool
     ) -> str:
         outgoing = outgoing_message(task, args, kwargs)
+        running = asyncio.get_running_loop()
+        if self._loop not in (None, running):
+            raise UsageError(
+                "expected a Producer of this event loop, got another's: make one in each"
+                " asyncio.run(), or use publish_sync"
+            )
+        self._loop = running
         queues = Queues.of(task)
         await self._publisher.publish(queues.urgent if urgent else queues.bulk, outgoing)
         return outgoing.message_id or ""

@@ -135,6 +135,12 @@ class Task(Generic[P, R]):
         """Publish one message with *producer*; see `Producer.publish`."""
         return await producer.publish(self, *args, urgent=urgent, **kwargs)
 
+    def publish_sync(self, /, *args: Any, urgent: bool = False, **kwargs: Any) -> str:
+        """Publish one message where no event loop is; see the function `publish_sync`."""
+        from aioworker import publish_sync  # which imports a client of RabbitMQ
+
+        return publish_sync(self, *args, urgent=urgent, **kwargs)
+
     def checked(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
         """Return the positional arguments as the function gets them, chunk first.
 

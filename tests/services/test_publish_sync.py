@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from aioworker import publish_sync, sync
+from aioworker import Task, publish_sync, sync
 from aioworker.errors import BrokerError, QueueMissingError, UsageError
 from support import servers
 from tests.conftest import QUEUES, TASK, Lanes
@@ -73,6 +73,18 @@ async def test_a_thread_publishes_to_the_lane_it_means(lanes: Lanes) -> None:
     taken = [await lanes.take(name) for name in (QUEUES.bulk, QUEUES.urgent)]
     assert [one.message_id for one in taken] == [bulk, urgent]
     assert [json.loads(one.body)[0] for one in taken] == [[[7]], [[8]]]
+
+
+async def test_a_task_publishes_itself(lanes: Lanes) -> None:
+    """Checked against its function first."""
+    refresh = Task(TASK, lambda shop, up=False: None)
+
+    message_id = refresh.publish_sync(7, urgent=True, up=True)
+
+    taken = await lanes.take(QUEUES.urgent)
+    assert (taken.message_id, json.loads(taken.body)[:2]) == (message_id, [[7], {"up": True}])
+    with pytest.raises(UsageError, match=rf"^task '{TASK}': expected arguments \(shop, up=False\)"):
+        refresh.publish_sync()
 
 
 async def test_a_thread_whose_event_loop_runs_publishes_too(lanes: Lanes) -> None:

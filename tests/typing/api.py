@@ -170,7 +170,9 @@ async def publish(by_name: str, any_task: Task[..., Any]) -> str:
 def publish_without_a_loop() -> None:
     assert_type(publish_sync(greet, "x", times=2), str)
     assert_type(publish_sync("shop.note", "x", urgent=True), str)
+    assert_type(note.publish_sync("x", urgent=True), str)
     publish_sync(1)  # type: ignore[arg-type]
+    note.publish_sync("x", urgent="yes")  # type: ignore[arg-type]
 
 
 # What a task may raise, and what it all is.
