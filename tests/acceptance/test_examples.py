@@ -127,6 +127,8 @@ def test_what_the_readme_shows_of_a_task_is_run_by_a_test() -> None:
     texts = [path.read_text() for path in sources]
     assert blocks
     assert [block for block in blocks if not any(block in text for text in texts)] == []
+    for block in blocks:
+        compile(block, "README.md", "exec")  # whole, not cut off in its middle
 
 
 def test_a_shops_rating(example: Example, shell: Shell, site: Connection[Cursor]) -> None:
