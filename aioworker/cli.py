@@ -23,12 +23,11 @@ from aioworker.running import (
     DEFAULT_TASK,
     App,
     TaskName,
-    end_as_first_process,
-    on_signal,
     prepare,
     prepare_all,
     run,
 )
+from aioworker.signals import end_as_first_process, on_stop
 
 TaskNames = Annotated[
     list[str] | None, typer.Argument(metavar="[TASK]...", help="The tasks' names.")
@@ -141,7 +140,7 @@ def consume(
             reloading.forget()
             stop.set()
 
-        on_signal(end)
+        on_stop(end)
         reloading.listen()
         try:
             async with notifier.alive():
@@ -258,7 +257,7 @@ def status(
 
     async def watch() -> None:
         stop = asyncio.Event()
-        on_signal(lambda _signal: stop.set())
+        on_stop(lambda _signal: stop.set())
         await console.watch(show, WATCH_SECONDS, stop)
 
     if watching:

@@ -16,6 +16,7 @@ import time
 from typing import TYPE_CHECKING, NoReturn
 
 from aioworker.logs import fields
+from aioworker.signals import on_signal
 
 if TYPE_CHECKING:
     from aioworker.notify import Notifier
@@ -52,7 +53,7 @@ class Reload:
 
     def listen(self) -> None:
         """Take SIGHUP from now on, one that came during the exchange too."""
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._begin)
+        on_signal(signal.SIGHUP, self._begin)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def forget(self) -> None:

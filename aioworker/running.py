@@ -1,19 +1,19 @@
-"""How a command runs: its settings and task, its signals, its end by one of them."""
+"""How a command runs: its settings and tasks, and its end by a signal."""
 
 from __future__ import annotations
 
 import asyncio
 import importlib
-import os
-import signal
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from aioworker.errors import AioworkerError, UsageError
+from aioworker.signals import on_stop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    import signal
+    from collections.abc import Coroutine
 
     from aioworker.settings import Settings
     from aioworker.task import AnyTask
@@ -57,31 +57,6 @@ def prepare_all(names: list[str], **options: str | None) -> tuple[Settings, list
     return settings, [find(name) for name in dict.fromkeys(names or theirs or [DEFAULT_TASK])]
 
 
-def end_as_first_process(number: signal.Signals) -> None:
-    """Let a signal end the process: the kernel drops its default action for a container's first."""
-
-    def end(number: int, _frame: object) -> None:
-        os._exit(128 + number)
-
-    signal.signal(number, end)
-
-
-def on_signal(react: Callable[[signal.Signals], None]) -> None:
-    """Call *react* at the first SIGTERM or SIGINT; a second one ends the process at once."""
-    loop = asyncio.get_running_loop()
-
-    def first(received: signal.Signals) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
-            signal.signal(number, signal.SIG_DFL)
-            if os.getpid() == 1:
-                end_as_first_process(number)
-        react(received)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, first, number)
-
-
 def run(work: Coroutine[Any, Any, _Result]) -> _Result:
     """Run a command that a signal cuts short."""
 
@@ -94,7 +69,7 @@ def run(work: Coroutine[Any, Any, _Result]) -> _Result:
             if working is not None:
                 working.cancel()
 
-        on_signal(react)
+        on_stop(react)
         try:
             return await work
         except asyncio.CancelledError as error:
