@@ -121,19 +121,21 @@ def consume(
     not load, says why and goes on with the old. With --burst exits 0 if all it took is done,
     1 if a message became a dead letter, went to retry or was given back, or if it is paused.
     """
+    from aioworker import reload
+
     # One that comes before the worker listens is heard then: its default action would end it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
-    environment = dict(os.environ)  # before a module of the app changes it
+    origin = reload.Origin.of_this_process()
     settings, tasks = prepare_all(names or [], app=app_names, rate_limit=rate_limit)
     if check:
-        return
-    from aioworker import reload, worker
+        reload.end_check([task.name for task in tasks])
+    from aioworker import worker
     from aioworker.notify import Notifier
 
     async def serve() -> tuple[int, bool]:
         stop = asyncio.Event()
         notifier = Notifier(os.environ)
-        reloading = reload.Reload(stop, notifier, environment)
+        reloading = reload.Reload(stop, notifier, origin)
 
         def end(_signal: object) -> None:
             notifier.send(STOPPING="1", STATUS="finishing the running chunk")
@@ -156,7 +158,7 @@ def consume(
 
     status, again = asyncio.run(serve())
     if again:
-        reload.replace(environment)
+        origin.replace()
     raise typer.Exit(status)
 
 

@@ -13,7 +13,10 @@ import os
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING, NoReturn
+from contextlib import suppress
+from dataclasses import dataclass
+from tempfile import TemporaryFile
+from typing import IO, TYPE_CHECKING, NoReturn
 
 from aioworker.logs import fields
 from aioworker.signals import on_signal
@@ -24,9 +27,88 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 OURS = "aioworker: "  # how the command line begins to say what is wrong
+LOADED = f"{OURS}loaded "  # how a check says that all is loaded: modules may end it with status 0
 COMMAND, CHECK = "consume", "--check"
-CHECK_SECONDS = 30.0
+CHECK_SECONDS = 120.0
 SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What the process was started with: its new code begins with the same.
+
+    Attributes:
+        environment: The environment.
+        folder: The current folder by the name that it was entered by, which may be a link.
+    """
+
+    environment: dict[str, str]
+    folder: str
+
+    @classmethod
+    def of_this_process(cls) -> Origin:
+        """Return it, as long as no module of the app has changed it."""
+        environment = dict(os.environ)
+        folder = environment.get("PWD", "")
+        # os.getcwd() is where a link leads to now: the old release once it leads to the next.
+        entered = os.path.isabs(folder) and os.path.isdir(folder) and os.path.samefile(folder, ".")
+        return cls(environment, folder if entered else os.getcwd())
+
+    async def problem(self) -> str | None:
+        """Load code and settings in a child; return why they do not load, None if they do."""
+        command = sys.orig_argv[1:]
+        command.insert(command.index(COMMAND) + 1, CHECK)
+        # Files: a process that a module starts would keep pipes open.
+        with TemporaryFile() as out, TemporaryFile() as err:
+            try:
+                child = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    *command,
+                    env=self.environment,
+                    cwd=self.folder,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=err,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                if error.filename == self.folder:
+                    return f"cannot enter {self.folder}, where it was started: {error.strerror}"
+                return f"cannot start {sys.executable}: {error}"
+            try:
+                async with asyncio.timeout(CHECK_SECONDS):
+                    await child.wait()
+            except TimeoutError:
+                return f"not loaded within {CHECK_SECONDS:g} s"
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)  # what its modules started, too
+                await child.wait()
+            if any(line.startswith(LOADED) for line in _lines(out)):
+                return None
+            lines = _lines(err)
+        if child.returncode == 0:
+            return "a module ended the process, with status 0"
+        ours = [line for line in lines if line.startswith(OURS)]  # others may speak at their exit
+        return (ours or lines or [f"exit status {child.returncode}"])[-1].removeprefix(OURS)
+
+    def replace(self) -> NoReturn:
+        """Go on as the same command by the code that is there now; the process keeps its id."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.chdir(self.folder)
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], self.environment)
+
+
+def _lines(file: IO[bytes]) -> list[str]:
+    file.seek(0)
+    return file.read().decode(errors="replace").strip().splitlines()
+
+
+def end_check(tasks: list[str]) -> NoReturn:
+    """Say that all is loaded, and end, whatever threads and exit handlers the modules have."""
+    print(f"{LOADED}{', '.join(tasks)}", file=sys.__stdout__, flush=True)
+    os._exit(0)
 
 
 class Reload:
@@ -35,19 +117,17 @@ class Reload:
     Args:
         stop: Set when the process is to be replaced: what runs is finished then.
         notifier: Told that a reload begins, and that it came to nothing.
-        environment: What the process was started with: its new code begins with the same.
+        origin: What the process was started with.
 
     Attributes:
         wanted: Whether the process is to be replaced once it has stopped.
     """
 
-    def __init__(
-        self, stop: asyncio.Event, notifier: Notifier, environment: dict[str, str]
-    ) -> None:
+    def __init__(self, stop: asyncio.Event, notifier: Notifier, origin: Origin) -> None:
         self.wanted = False
         self._stop = stop
         self._notifier = notifier
-        self._environment = environment
+        self._origin = origin
         self._checking: asyncio.Task[None] | None = None
         self._again = False
 
@@ -69,7 +149,7 @@ class Reload:
         """
         if not self.wanted:
             return True
-        problem = await _problem(self._environment)
+        problem = await self._origin.problem()
         if problem is None or not self.wanted:
             return True
         self.wanted = False
@@ -106,7 +186,7 @@ class Reload:
         while True:
             self._again = False
             self._notifier.send(RELOADING="1", MONOTONIC_USEC=str(time.monotonic_ns() // 1000))
-            problem = await _problem(self._environment)
+            problem = await self._origin.problem()
             if not self._again:
                 break
         if problem is not None:
@@ -120,41 +200,3 @@ class Reload:
     def _tell(self, problem: str) -> None:
         log.error("reload failed, the old code goes on", extra=fields(reason=problem))
         self._notifier.send(READY="1", STATUS=f"reload failed, the old code goes on: {problem}")
-
-
-async def _problem(environment: dict[str, str]) -> str | None:
-    """Load code and settings in a child process; return why they do not load, None if they do."""
-    command = sys.orig_argv[1:]
-    command.insert(command.index(COMMAND) + 1, CHECK)
-    try:
-        child = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *command,
-            env=environment,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
-        )
-    except OSError as error:
-        return f"cannot start {sys.executable}: {error}"
-    try:
-        async with asyncio.timeout(CHECK_SECONDS):
-            _out, said = await child.communicate()
-    except TimeoutError:
-        return f"not loaded within {CHECK_SECONDS:g} s"
-    finally:
-        if child.returncode is None:
-            child.kill()
-            await child.wait()
-    if child.returncode == 0:
-        return None
-    lines = said.decode(errors="replace").strip().splitlines()
-    ours = [line for line in lines if line.startswith(OURS)]  # others may speak at their exit
-    return (ours or lines or [f"exit status {child.returncode}"])[-1].removeprefix(OURS)
-
-
-def replace(environment: dict[str, str]) -> NoReturn:
-    """Go on as the same command by the code that is there now; the process keeps its id."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import signal
 import textwrap
 import time
@@ -16,7 +17,16 @@ import psutil
 import pytest
 
 from aioworker import Producer
-from tests.conftest import ModuleWorker, Run, Worker, eventually, execute, importable, rows
+from tests.conftest import (
+    AIOWORKER,
+    ModuleWorker,
+    Run,
+    Worker,
+    eventually,
+    execute,
+    importable,
+    rows,
+)
 
 if TYPE_CHECKING:
     from pymysql.connections import Connection
@@ -168,8 +178,9 @@ async def test_twenty_reloads_lose_nothing_and_run_nothing_by_old_code(
             "import nothing_like_it\n",
             "No module named 'nothing_like_it'",
         ),
+        ("import os\nos._exit(0)\n", "a module ended the process, with status 0"),
     ],
-    ids=["syntax", "import", "setting", "talkative"],
+    ids=["syntax", "import", "setting", "talkative", "end"],
 )
 async def test_code_that_does_not_load_changes_nothing(
     start: Start,
@@ -220,3 +231,119 @@ async def test_a_stop_beside_a_reload_is_a_stop(
         os.kill(pid, signal.SIGTERM)
 
         assert worker.process.wait(15) == 0, (pause, worker.log)
+
+
+RELEASE = """
+    import pathlib
+    from aioworker import task
+
+    @task(name="released")
+    async def tell() -> None:
+        pathlib.Path({file!r}).touch()
+"""
+
+
+class Releases:
+    """Folders of releases, and the link to the current one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.current = folder / "current"
+
+    def make(self, name: str) -> None:
+        """Make a release whose task touches a file of its name."""
+        release = self.folder / name
+        release.mkdir()
+        code = RELEASE.format(file=str(self.folder / f"ran-{name}"))
+        (release / "released_tasks.py").write_text(textwrap.dedent(code))
+
+    def change(self, name: str) -> None:
+        """Let the link lead to a release, at once."""
+        new = self.folder / "new"
+        new.symlink_to(name)
+        new.replace(self.current)
+
+    def ran(self, name: str) -> bool:
+        """Return whether a release's task ran."""
+        return (self.folder / f"ran-{name}").exists()
+
+
+class LinkWorker(Worker):
+    """A worker that a shell started in the folder of the current release."""
+
+    command = ("sh", "-c", f'cd ../current && exec {AIOWORKER} "$@"', "sh")
+
+
+async def test_a_reload_follows_the_link_that_it_was_started_in(
+    start: Start, run: Run, pair: Servers, tmp_path: Path, shop: Connection[Cursor]
+) -> None:
+    """A deploy makes a release, changes the link, and removes the one before."""
+    releases = Releases(tmp_path)
+    releases.make("v1")
+    releases.change("v1")
+    assert run("init", "--app", "released_tasks", PYTHONPATH=str(releases.current)).returncode == 0
+    worker = start("consume", "--app", "released_tasks", kind=LinkWorker)
+    async with Producer(pair.amqp_url, timeout=10) as producer:
+        await producer.publish("released")
+        eventually(lambda: releases.ran("v1"), "the first release runs")
+        for number, name in enumerate(("v2", "v3"), start=2):
+            releases.make(name)
+            releases.change(name)
+            if name == "v3":
+                shutil.rmtree(tmp_path / "v2")
+            worker.process.send_signal(signal.SIGHUP)
+            eventually(lambda n=number: worker.log.count("worker started") == n, "it reloads")  # type: ignore[misc]
+            await producer.publish("released")
+            eventually(lambda n=name: releases.ran(n), "the new release runs")  # type: ignore[misc]
+
+
+async def test_a_folder_that_is_gone_is_said_in_a_line(
+    start: Start, run: Run, tmp_path: Path, shop: Connection[Cursor]
+) -> None:
+    releases = Releases(tmp_path)
+    releases.make("v1")
+    releases.change("v1")
+    assert run("init", "--app", "released_tasks", PYTHONPATH=str(releases.current)).returncode == 0
+    worker = start("consume", "--app", "released_tasks", kind=LinkWorker)
+    eventually(lambda: "nothing queued" in worker.log, "it waits")
+    releases.current.unlink()
+
+    worker.process.send_signal(signal.SIGHUP)
+
+    eventually(lambda: "reload failed" in worker.log, "it says so")
+    [line] = [line for line in worker.log.splitlines() if "reload failed" in line]
+    reason = f"cannot enter {releases.current}, where it was started: No such file or directory"
+    assert line.endswith(f'reason="{reason}"')
+
+
+BEGINS = {
+    "thread": "import threading, time\nthreading.Thread(target=time.sleep, args=(3600,)).start()\n",
+    "process": "import subprocess\nsubprocess.Popen(['sleep', '3600'])\n",
+}
+
+
+@pytest.mark.parametrize("begins", BEGINS.values(), ids=BEGINS)
+async def test_what_a_module_begins_holds_up_no_reload(
+    start: Start, tmp_path: Path, shop: Connection[Cursor], code: Code, begins: str
+) -> None:
+    """A thread that would keep a process alive, a process that keeps its output open."""
+    worker = start("consume", "--app", "reloaded_tasks", PYTHONPATH=importable(tmp_path))
+    eventually(lambda: "nothing queued" in worker.log, "it waits")
+    code.write(textwrap.dedent(CODE.format(version=1)) + begins)
+
+    worker.process.send_signal(signal.SIGHUP)
+
+    eventually(lambda: worker.log.count("worker started") == 2 * len(TASKS), "it reloads")
+    running = children(worker)  # the check left none behind
+    assert len(running) == (begins == BEGINS["process"])
+    for process in running:
+        process.kill()
+
+
+def test_a_check_says_what_it_loaded_and_ends(run: Run, code: Code) -> None:
+    code.write(textwrap.dedent(CODE.format(version=1)) + BEGINS["thread"])
+
+    done = run("consume", "--app", "reloaded_tasks", "--check")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "aioworker: loaded reloaded.flow, reloaded.thread, reloaded\n"
