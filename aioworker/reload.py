@@ -30,6 +30,7 @@ OURS = "aioworker: "  # how the command line begins to say what is wrong
 LOADED = f"{OURS}loaded "  # how a check says that all is loaded: modules may end it with status 0
 COMMAND, CHECK = "consume", "--check"
 CHECK_SECONDS = 120.0
+FRESH_SECONDS = 1.0  # a check that is no older holds for the exchange
 SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
 
 
@@ -128,7 +129,8 @@ class Reload:
         self._stop = stop
         self._notifier = notifier
         self._origin = origin
-        self._checking: asyncio.Task[None] | None = None
+        self._checking: asyncio.Task[None] | asyncio.Task[str | None] | None = None
+        self._checked_at = 0.0
         self._again = False
 
     def listen(self) -> None:
@@ -145,12 +147,14 @@ class Reload:
     async def may_end(self) -> bool:
         """Whether the process, which has stopped, is to end; if not, it goes on as it was.
 
-        The code may have changed while what ran was finished: it is loaded once more.
+        The code may have changed while what ran was finished: if that took a while, it is
+        loaded once more.
         """
-        if not self.wanted:
+        if not self.wanted or time.monotonic() - self._checked_at < FRESH_SECONDS:
             return True
-        problem = await self._origin.problem()
-        if problem is None or not self.wanted:
+        checking = self._checking = asyncio.create_task(self._origin.problem())
+        await asyncio.wait({checking})
+        if not self._is_wanted() or (problem := checking.result()) is None:
             return True
         self.wanted = False
         self._stop.clear()
@@ -176,6 +180,7 @@ class Reload:
 
     def _begin(self) -> None:
         if self._stop.is_set():
+            self._checked_at = 0.0  # the code may have changed since
             return
         if self._checking is None or self._checking.done():
             self._checking = asyncio.create_task(self._check())
@@ -195,6 +200,7 @@ class Reload:
         log.info("reload: finishing what runs, then the new code begins")
         self._notifier.send(STATUS="reload: finishing what runs")
         self.wanted = True
+        self._checked_at = time.monotonic()
         self._stop.set()
 
     def _tell(self, problem: str) -> None:

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from aioworker import Producer
+from aioworker.reload import FRESH_SECONDS
 from tests.conftest import (
     AIOWORKER,
     ModuleWorker,
@@ -347,3 +348,60 @@ def test_a_check_says_what_it_loaded_and_ends(run: Run, code: Code) -> None:
 
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "aioworker: loaded reloaded.flow, reloaded.thread, reloaded\n"
+
+
+HELD = """
+    import asyncio, pathlib, time
+    from aioworker import task
+
+    here = pathlib.Path({folder!r})
+    with (here / "imports").open("a") as file:
+        file.write("x")
+    if (here / "slow").exists():
+        (here / "importing").touch()
+        time.sleep(100)
+
+    @task(name="held")
+    async def hold() -> None:
+        (here / "running").touch()
+        while not (here / "let").exists():
+            await asyncio.sleep(0.02)
+"""
+
+
+@pytest.fixture
+def held(tmp_path: Path, run: Run, shop: Connection[Cursor]) -> Path:
+    """A folder with a module that counts its imports, and with what holds up its task."""
+    (tmp_path / "held_tasks.py").write_text(textwrap.dedent(HELD.format(folder=str(tmp_path))))
+    assert run("init", "--app", "held_tasks").returncode == 0
+    (tmp_path / "imports").unlink()
+    return tmp_path
+
+
+async def test_an_idle_worker_loads_its_code_twice_for_a_reload(start: Start, held: Path) -> None:
+    """Once in the check and once for good: nothing is consumed while it loads."""
+    worker = start("consume", "--app", "held_tasks", PYTHONPATH=importable(held))
+    eventually(lambda: "nothing queued" in worker.log, "it waits")
+
+    worker.process.send_signal(signal.SIGHUP)
+    eventually(lambda: worker.log.count("worker started") == 2, "it reloads")
+
+    assert (held / "imports").read_text() == "x" * 3
+
+
+async def test_a_stop_cuts_short_the_second_check(start: Start, pair: Servers, held: Path) -> None:
+    """What ran took a while: the code is loaded again, and a stop does not wait for that."""
+    worker = start("consume", "--app", "held_tasks", PYTHONPATH=importable(held))
+    async with Producer(pair.amqp_url, timeout=10) as producer:
+        await producer.publish("held")
+    eventually((held / "running").exists, "it runs")
+    worker.process.send_signal(signal.SIGHUP)
+    eventually(lambda: "draining" in worker.log, "it finishes what runs")
+    (held / "slow").touch()
+    time.sleep(FRESH_SECONDS)  # noqa: ASYNC251 - the age of the first check is what is tested
+    (held / "let").touch()
+    eventually((held / "importing").exists, "it checks once more")
+
+    worker.process.send_signal(signal.SIGTERM)
+
+    assert worker.process.wait(15) == 0, worker.log
