@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import inspect
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,8 @@ from aioworker.message import brief
 from aioworker.signature import Signature, read
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aioworker.context import Context
     from aioworker.task import AnyTask
 
@@ -45,14 +49,14 @@ async def pages(task: AnyTask, ctx: Context, after: int) -> AsyncIterator[list[A
         **({_AFTER: after} if skips else {}),
     )
     try:
-        # In a thread: a query of Django that blocks would hold up the confirms.
-        found = call() if _is_async(task.keys) else await asyncio.to_thread(call)
-        if inspect.isawaitable(found):
-            found = await found
-        async for page in _each(task.name, found):
-            kept = page if skips or not after else [one for one in page if id_of(one) > after]
-            if kept:
-                yield kept
+        with _Thread() as thread:
+            found = call() if _is_async(task.keys) else await thread.call(call)
+            if inspect.isawaitable(found):
+                found = await found
+            async for page in _each(task.name, found, thread):
+                kept = page if skips or not after else [one for one in page if id_of(one) > after]
+                if kept:
+                    yield kept
     except (AioworkerError, MySQLError, TimeoutError):
         raise
     except Exception as error:
@@ -65,14 +69,40 @@ def _is_async(function: Any) -> bool:
     return Signature.is_coroutine(function) or inspect.isasyncgenfunction(function)
 
 
-async def _each(task: str, found: object) -> AsyncIterator[list[Any]]:
+class _Thread:
+    """The one thread that a sweep's blocking calls are made in, so that they hold up no confirm.
+
+    One, since a connection of sqlite3 or of Django is of use only in the thread that made it.
+    """
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(1, "aioworker keys")
+        self._context = contextvars.copy_context()
+
+    def __enter__(self) -> _Thread:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._executor.shutdown(wait=False)
+
+    async def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function there and return what it returns."""
+        call = partial(self._context.run, function, *args)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+
+
+async def _each(task: str, found: object, thread: _Thread) -> AsyncIterator[list[Any]]:
     if isinstance(found, AsyncIterator):
         async for page in found:
             yield _checked(task, page)
     elif isinstance(found, Iterable):
-        iterator = iter(found)
-        while (page := await asyncio.to_thread(next, iterator, None)) is not None:
-            yield _checked(task, page)
+        iterator = await thread.call(iter, found)
+        try:
+            while (page := await thread.call(next, iterator, None)) is not None:
+                yield _checked(task, page)
+        finally:
+            if isinstance(iterator, Generator):
+                await thread.call(iterator.close)
     else:
         raise TaskError(f"task {task!r}: expected keys to yield pages, got: {brief(found)}")
 

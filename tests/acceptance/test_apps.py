@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import textwrap
 import time
 from collections.abc import Callable
@@ -115,6 +116,44 @@ def test_a_sweep_of_what_its_task_cannot_take_publishes_nothing(
         " got: '3'\n",
     )
     assert left.stdout.startswith("done 0 messages ")
+
+
+LITE = """
+    import sqlite3
+    from aioworker import task
+
+    def found():
+        connection = sqlite3.connect("shops.sqlite")  # refuses every other thread
+        return pages(connection)
+
+    def pages(connection):
+        try:
+            for last in range(0, 200, 4):
+                found = connection.execute("SELECT id FROM shops WHERE id > ? LIMIT 4", (last,))
+                yield [row[0] for row in found]
+        finally:
+            connection.close()
+            print("closed")
+
+    @task(name="shop.lite", keys=found)
+    def rate(ids: list[int]) -> None: ...
+"""
+
+
+def test_keys_are_read_in_one_thread(run: Run, tmp_path: Path, shop: Connection[Cursor]) -> None:
+    """A connection of sqlite3, or of Django, is of use only where it was made."""
+    (tmp_path / "lite_tasks.py").write_text(textwrap.dedent(LITE))
+    connection = sqlite3.connect(tmp_path / "shops.sqlite")
+    connection.execute("CREATE TABLE shops (id INTEGER PRIMARY KEY)")
+    connection.executemany("INSERT INTO shops VALUES (?)", [(n,) for n in range(1, 201)])
+    connection.commit()
+    connection.close()
+    assert run("init", "--app", "lite_tasks").returncode == 0
+
+    swept = run("publish-all", "shop.lite", "--app", "lite_tasks", "--chunk-size", "4")
+
+    assert swept.stderr == ""
+    assert swept.stdout == "closed\npublished 50 chunks, 200 ids, last confirmed id 200\n"
 
 
 def test_a_single_change_of_a_users_task(run: Run, app: str, shop: Connection[Cursor]) -> None:
