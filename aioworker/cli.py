@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from aioworker import cli_dead
+from aioworker import cli_dead, signals
 from aioworker.errors import AioworkerError, UsageError
 from aioworker.logs import journal_mark
 from aioworker.running import (
@@ -27,7 +27,6 @@ from aioworker.running import (
     prepare_all,
     run,
 )
-from aioworker.signals import end_as_first_process, on_stop
 
 TaskNames = Annotated[
     list[str] | None, typer.Argument(metavar="[TASK]...", help="The tasks' names.")
@@ -123,8 +122,7 @@ def consume(
     """
     from aioworker import reload
 
-    # One that comes before the worker listens is heard then: its default action would end it.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    raise_early = signals.keep_early()
     origin = reload.Origin.of_this_process()
     settings, tasks = prepare_all(names or [], app=app_names, rate_limit=rate_limit)
     if check:
@@ -132,7 +130,7 @@ def consume(
     from aioworker import worker
     from aioworker.notify import Notifier
 
-    async def serve() -> tuple[int, bool]:
+    async def serve() -> int:
         stop = asyncio.Event()
         notifier = Notifier(os.environ)
         reloading = reload.Reload(stop, notifier, origin)
@@ -142,8 +140,9 @@ def consume(
             reloading.forget()
             stop.set()
 
-        on_stop(end)
+        signals.on_stop(end)
         reloading.listen()
+        raise_early()
         try:
             async with notifier.alive():
                 while True:
@@ -154,12 +153,10 @@ def consume(
                         break
         finally:
             await reloading.end()
-        return status, reloading.wanted
+        await reloading.replace()
+        return status
 
-    status, again = asyncio.run(serve())
-    if again:
-        origin.replace()
-    raise typer.Exit(status)
+    raise typer.Exit(asyncio.run(serve()))
 
 
 @app.command("publish-all")
@@ -259,7 +256,7 @@ def status(
 
     async def watch() -> None:
         stop = asyncio.Event()
-        on_stop(lambda _signal: stop.set())
+        signals.on_stop(lambda _signal: stop.set())
         await console.watch(show, WATCH_SECONDS, stop)
 
     if watching:
@@ -352,7 +349,7 @@ def _numbers(words: list[str]) -> list[int]:
 def main() -> None:
     """Run the command line and exit with its status."""
     if os.getpid() == 1:
-        end_as_first_process(signal.SIGTERM)
+        signals.end_as_first_process(signal.SIGTERM)
     try:
         status = app(standalone_mode=False)
     except AioworkerError as error:

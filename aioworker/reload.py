@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from tempfile import TemporaryFile
 from typing import IO, TYPE_CHECKING, NoReturn
 
+from aioworker import signals
 from aioworker.logs import fields
-from aioworker.signals import on_signal
 
 if TYPE_CHECKING:
     from aioworker.notify import Notifier
@@ -31,7 +31,6 @@ LOADED = f"{OURS}loaded "  # how a check says that all is loaded: modules may en
 COMMAND, CHECK = "consume", "--check"
 CHECK_SECONDS = 120.0
 FRESH_SECONDS = 1.0  # a check that is no older holds for the exchange
-SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +133,8 @@ class Reload:
         self._again = False
 
     def listen(self) -> None:
-        """Take SIGHUP from now on, one that came during the exchange too."""
-        on_signal(signal.SIGHUP, self._begin)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        """Take SIGHUP from now on."""
+        signals.on_signal(signal.SIGHUP, self._begin)
 
     def forget(self) -> None:
         """The process ends for good."""
@@ -162,18 +160,23 @@ class Reload:
         return False
 
     async def end(self) -> None:
-        """Leave no child behind; block signals where the process is to be replaced."""
+        """Leave no child behind."""
         if self._checking is not None:
             self._checking.cancel()
             await asyncio.gather(self._checking, return_exceptions=True)
+
+    async def replace(self) -> None:
+        """Go on by the new code; return where that is not wanted, or no longer."""
         if not self.wanted:
             return
         self._notifier.send(WATCHDOG="1")  # nobody else will until the new code listens
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        await _end_asyncio_tasks()
+        signals.block()
         for _ in range(2):
             await asyncio.sleep(0)  # one that came just before is heard
-        if not self._is_wanted():
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        if self._is_wanted():
+            self._origin.replace()
+        signals.unblock()
 
     def _is_wanted(self) -> bool:
         return self.wanted
@@ -206,3 +209,17 @@ class Reload:
     def _tell(self, problem: str) -> None:
         log.error("reload failed, the old code goes on", extra=fields(reason=problem))
         self._notifier.send(READY="1", STATUS=f"reload failed, the old code goes on: {problem}")
+
+
+async def _end_asyncio_tasks() -> None:
+    """Do what `asyncio.run` does at its end, but close the loop.
+
+    That would let go of the signals, which a thread of a module may still receive.
+    """
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for one in left:
+        one.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
+    loop = asyncio.get_running_loop()
+    await loop.shutdown_asyncgens()
+    await loop.shutdown_default_executor()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
+ALL = (signal.SIGHUP, *STOPS)
 _heard: set[signal.Signals] = set()
 _forking = threading.local()  # the mask of a thread that forks
 
@@ -46,6 +47,36 @@ def end_as_first_process(number: signal.Signals) -> None:
         os._exit(128 + number)
 
     signal.signal(number, end)
+
+
+def block() -> None:
+    """Let signals wait; the code that this process goes on with has them by `keep_early`."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, ALL)
+
+
+def unblock() -> None:
+    """Let signals come again."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ALL)
+
+
+def keep_early() -> Callable[[], None]:
+    """Keep what comes while modules are imported; return what raises it again once all listen.
+
+    SIGHUP is kept, whose default action would end the process; SIGTERM and SIGINT too where
+    they waited for this code. They are not blocked: what a module starts would inherit that.
+    """
+    waited = signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    came: set[int] = set()
+    for number in ALL if waited else (signal.SIGHUP,):
+        signal.signal(number, lambda received, _frame: came.add(received))
+        _heard.add(number)
+    unblock()
+
+    def raise_again() -> None:
+        for number in came:
+            signal.raise_signal(number)
+
+    return raise_again
 
 
 # A forked child, such as one of multiprocessing, has its parent's handlers, which end nothing, and

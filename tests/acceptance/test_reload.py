@@ -321,6 +321,10 @@ BEGINS = {
     "thread": "import threading, time\nthreading.Thread(target=time.sleep, args=(3600,)).start()\n",
     "process": "import subprocess\nsubprocess.Popen(['sleep', '3600'])\n",
 }
+THREADS = (
+    "import threading, time\nfor _ in range(4):\n"
+    "    threading.Thread(target=time.sleep, args=(3600,), daemon=True).start()\n"
+)
 
 
 @pytest.mark.parametrize("begins", BEGINS.values(), ids=BEGINS)
@@ -338,7 +342,8 @@ async def test_what_a_module_begins_holds_up_no_reload(
     running = children(worker)  # the check left none behind
     assert len(running) == (begins == BEGINS["process"])
     for process in running:
-        process.kill()
+        process.terminate()
+        eventually(lambda p=process: p.status() == psutil.STATUS_ZOMBIE, "a signal ends it")  # type: ignore[misc]
 
 
 def test_a_check_says_what_it_loaded_and_ends(run: Run, code: Code) -> None:
@@ -351,15 +356,16 @@ def test_a_check_says_what_it_loaded_and_ends(run: Run, code: Code) -> None:
 
 
 HELD = """
-    import asyncio, pathlib, time
+    import asyncio, pathlib, sys, time
     from aioworker import task
 
     here = pathlib.Path({folder!r})
     with (here / "imports").open("a") as file:
         file.write("x")
-    if (here / "slow").exists():
+    if (here / ("slow-check" if "--check" in sys.argv else "slow")).exists():
         (here / "importing").touch()
-        time.sleep(100)
+        while (here / "importing").exists():
+            time.sleep(0.02)
 
     @task(name="held")
     async def hold() -> None:
@@ -397,7 +403,7 @@ async def test_a_stop_cuts_short_the_second_check(start: Start, pair: Servers, h
     eventually((held / "running").exists, "it runs")
     worker.process.send_signal(signal.SIGHUP)
     eventually(lambda: "draining" in worker.log, "it finishes what runs")
-    (held / "slow").touch()
+    (held / "slow-check").touch()
     time.sleep(FRESH_SECONDS)  # noqa: ASYNC251 - the age of the first check is what is tested
     (held / "let").touch()
     eventually((held / "importing").exists, "it checks once more")
@@ -405,3 +411,39 @@ async def test_a_stop_cuts_short_the_second_check(start: Start, pair: Servers, h
     worker.process.send_signal(signal.SIGTERM)
 
     assert worker.process.wait(15) == 0, worker.log
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+async def test_a_signal_while_the_new_code_is_imported_is_heard_when_it_listens(
+    start: Start, held: Path, number: signal.Signals
+) -> None:
+    worker = start("consume", "--app", "held_tasks", PYTHONPATH=importable(held))
+    eventually(lambda: "nothing queued" in worker.log, "it waits")
+    (held / "slow").touch()
+    worker.process.send_signal(signal.SIGHUP)
+    eventually((held / "importing").exists, "the new code is imported")
+
+    worker.process.send_signal(number)
+    (held / "slow").unlink()
+    (held / "importing").unlink()
+
+    if number == signal.SIGTERM:
+        assert worker.process.wait(30) == 0
+    else:
+        eventually(lambda: worker.log.count("worker started") == 3, "it reloads again")
+
+
+async def test_hangups_at_any_moment_end_no_worker(
+    start: Start, tmp_path: Path, shop: Connection[Cursor], code: Code
+) -> None:
+    """Nor where a module has threads: the kernel gives a signal to any that does not block it."""
+    code.write(textwrap.dedent(CODE.format(version=1)) + THREADS)
+    worker = start("consume", "--app", "reloaded_tasks", PYTHONPATH=importable(tmp_path))
+    eventually(lambda: "nothing queued" in worker.log, "it waits")
+
+    for number in range(1, 9):
+        worker.process.send_signal(signal.SIGHUP)
+        eventually(lambda n=number: worker.log.count("code begins") >= n, "it is replaced")  # type: ignore[misc]
+        while worker.log.count("worker started") < (number + 1) * len(TASKS):
+            assert worker.process.poll() is None, worker.log
+            worker.process.send_signal(signal.SIGHUP)
