@@ -23,6 +23,7 @@ from aioworker.running import (
     DEFAULT_TASK,
     App,
     TaskName,
+    end,
     prepare,
     prepare_all,
     run,
@@ -361,7 +362,7 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001 - a fault of ours, still one line
         status = 1
         _fail(error, f"unexpected {type(error).__name__}: {error}; --debug shows where")
-    sys.exit(status or 0)
+    end(status or 0)
 
 
 # typer carries its own copy of click, whose errors have no public name.

@@ -1,13 +1,19 @@
-"""How a command runs: its settings and tasks, and its end by a signal."""
+"""How a command runs: its settings and tasks, a signal that cuts it short, and its end."""
 
 from __future__ import annotations
 
 import asyncio
 import importlib
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+import os
+import sys
+import threading
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
+from aioworker import console
 from aioworker.errors import AioworkerError, UsageError
 from aioworker.signals import on_stop
 
@@ -21,6 +27,7 @@ if TYPE_CHECKING:
 _Result = TypeVar("_Result")
 
 MAIN_JOB = "aioworker.addons"
+EXIT_SECONDS = 2.0
 DEFAULT_TASK = "update_current_version"
 TaskName = Annotated[str, typer.Argument(metavar="TASK", help="The task's name.")]
 App = Annotated[
@@ -79,3 +86,19 @@ def run(work: Coroutine[Any, Any, _Result]) -> _Result:
             raise stopped from error
 
     return asyncio.run(cut_short())
+
+
+def end(status: int) -> NoReturn:
+    """End the process; threads and exit handlers of modules may take EXIT_SECONDS for theirs."""
+
+    def cut_off() -> None:
+        time.sleep(EXIT_SECONDS)
+        left = [one.name for one in threading.enumerate() if not one.daemon and one.is_alive()]
+        others = ", ".join(name for name in left if name != threading.main_thread().name)
+        console.tell(f"aioworker: ended without waiting for {others or 'an exit handler'}")
+        with suppress(Exception):
+            sys.stdout.flush()
+        os._exit(status)
+
+    threading.Thread(target=cut_off, name="aioworker exit", daemon=True).start()
+    sys.exit(status)

@@ -74,3 +74,27 @@ async def test_a_task_that_ends_its_children_ends_them_alone(
     assert "draining" not in worker.log
     worker.process.send_signal(signal.SIGTERM)
     assert worker.process.wait(30) == 0
+
+
+LINGERS = """
+    import threading, time
+    from aioworker import task
+
+    threading.Thread(target=time.sleep, args=(3600,), name="lingers").start()
+
+    @task(name="lingers")
+    def linger() -> None: ...
+"""
+
+
+def test_a_thread_of_a_module_keeps_no_command_alive(
+    run: Run, tmp_path: Path, shop: Connection[Cursor]
+) -> None:
+    """It is named, and the status is that of what was done."""
+    (tmp_path / "lingers.py").write_text(textwrap.dedent(LINGERS))
+
+    for command in (("init",), ("consume", "--burst")):
+        done = run(*command, "--app", "lingers")
+
+        assert done.returncode == 0
+        assert done.stderr.splitlines()[-1] == "aioworker: ended without waiting for lingers"
