@@ -253,7 +253,13 @@ class Consumer:
         ctx = attempt.ctx
         try:
             self._refuse_killer(attempt.key)
-            call = decode(ctx.task, delivery.headers, delivery.content_type, delivery.body)
+            call = decode(
+                ctx.task,
+                delivery.headers,
+                delivery.content_type,
+                delivery.body,
+                delivery.content_encoding,
+            )
             args = self._arguments(call)
             if call.expired:
                 ctx.counts["expired"] = 1

@@ -234,7 +234,7 @@ async def test_whatever_a_task_counts_its_line_is_ours(
 
 
 async def test_what_was_given_back_is_no_suspect(
-    pair: Servers, lanes: Lanes, database: Database, stop: asyncio.Event
+    pair: Servers, lanes: Lanes, database: Database, shop: object, stop: asyncio.Event
 ) -> None:
     """A quorum queue counts that as it counts deaths, and other tasks would have to wait."""
     left = 2
@@ -286,6 +286,25 @@ async def test_arguments_that_do_not_fit_are_a_dead_letter_unrun(
     assert re.fullmatch(
         r"expected arguments \(shop, \*, stars\): missing a required .*argument: 'stars'", reason
     ), reason
+
+
+async def test_a_body_in_another_encoding_is_not_read_as_another_text(
+    pair: Servers, lanes: Lanes, database: Database, shop: object, stop: asyncio.Event
+) -> None:
+    got: list[str] = []
+
+    async def note(name: str) -> None:
+        got.append(name)
+
+    body = '[["\u00c3\u00a9"], {}, null]'.encode("latin-1")
+    await lanes.send(body, headers={"task": TASK}, content_encoding="iso-8859-1")
+
+    await make_worker(pair, database, task=Task(TASK, note)).run(stop)
+
+    assert got == []
+    letter = await lanes.take(QUEUES.dead)
+    told = "expected content encoding utf-8, got: 'iso-8859-1'"
+    assert letter.headers["x-aioworker-reason"] == told
 
 
 @pytest.mark.parametrize(
