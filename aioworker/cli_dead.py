@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+import signal
 from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aioworker.errors import UsageError
-from aioworker.running import DEFAULT_TASK, App, TaskName, prepare, run
+from aioworker import console
+from aioworker.errors import AioworkerError, UsageError
+from aioworker.running import DEFAULT_TASK, App, TaskName, prepare_all, run
 
 if TYPE_CHECKING:
-    from aioworker.dead import Filter
+    from aioworker.letters import Filter
+    from aioworker.settings import Settings
 
 app = typer.Typer(
     name="dead",
@@ -24,7 +27,8 @@ Ids = Annotated[
     list[str] | None, typer.Option("--id", metavar="ID", help="Only this message; repeatable.")
 ]
 Reason = Annotated[
-    str, typer.Option("--reason", metavar="TEXT", help="Only those whose reason contains this.")
+    str | None,
+    typer.Option("--reason", metavar="TEXT", help="Only those whose reason contains this."),
 ]
 OlderThan = Annotated[
     str | None,
@@ -45,16 +49,16 @@ def show_list(
     name: TaskName = DEFAULT_TASK,
     app_names: App = None,
     ids: Ids = None,
-    reason: Reason = "",
+    reason: Reason = None,
     older_than: OlderThan = None,
     as_json: AsJson = False,
 ) -> None:
     """List the dead letters of a task: id, when, lane, attempts, reason."""
     wanted = _filter(ids, reason, older_than)
-    settings, task = prepare(name, app=app_names)
+    settings = _prepare(name, app_names)
     from aioworker import dead
 
-    run(dead.show_list(settings, task, wanted, as_json=as_json))
+    run(dead.show_list(settings, name, wanted, as_json=as_json))
 
 
 @app.command("show")
@@ -67,10 +71,10 @@ def show_one(
     as_json: AsJson = False,
 ) -> None:
     """Show one dead letter whole: its headers and its body."""
-    settings, task = prepare(name, app=app_names)
+    settings = _prepare(name, app_names)
     from aioworker import dead
 
-    run(dead.show_one(settings, task, message_id, as_json=as_json))
+    run(dead.show_one(settings, name, message_id, as_json=as_json))
 
 
 @app.command()
@@ -78,7 +82,7 @@ def requeue(
     name: TaskName = DEFAULT_TASK,
     app_names: App = None,
     ids: Ids = None,
-    reason: Reason = "",
+    reason: Reason = None,
     older_than: OlderThan = None,
 ) -> None:
     """Put dead letters back into their lanes; their attempts are counted anew.
@@ -87,10 +91,10 @@ def requeue(
     dead letters.
     """
     wanted = _filter(ids, reason, older_than)
-    settings, task = prepare(name, app=app_names)
+    settings = _prepare(name, app_names)
     from aioworker import dead
 
-    run(dead.requeue(settings, task, wanted))
+    run(dead.requeue(settings, name, wanted))
 
 
 @app.command()
@@ -98,25 +102,61 @@ def drop(
     name: TaskName = DEFAULT_TASK,
     app_names: App = None,
     ids: Ids = None,
-    reason: Reason = "",
+    reason: Reason = None,
     older_than: OlderThan = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Take dead letters away for good, after asking. Without a filter, all of the task."""
     wanted = _filter(ids, reason, older_than)
-    settings, task = prepare(name, app=app_names)
+    settings = _prepare(name, app_names)
     from aioworker import dead
 
-    run(dead.drop(settings, task, wanted, yes=yes))
+    shown = None
+    if not yes:
+        # Nothing is held, and no event loop runs, while a person thinks.
+        shown = run(dead.look(settings, name, wanted))
+        what = console.count(shown.total(), "dead letter")
+        if shown and not _ask(f"drop {what} of {name} for good?"):
+            raise AioworkerError("dropped nothing; --yes drops without asking")
+    run(dead.drop(settings, name, wanted, shown))
 
 
-def _filter(ids: list[str] | None, reason: str, older_than: str | None) -> Filter:
-    from aioworker.dead import Filter
+def _prepare(name: str, app_names: str | None) -> Settings:
+    """Read the settings; the task may be one that is not registered any more."""
+    settings, _tasks = prepare_all([], app=app_names)
+    from aioworker.task import check_name
 
+    check_name(name)
+    return settings
+
+
+def _ask(question: str) -> bool:
+    """Ask a person, until a signal."""
+
+    def end(number: int, _frame: Any) -> None:
+        stopped = AioworkerError(f"stopped by {signal.Signals(number).name}")
+        stopped.add_note("dropped nothing")
+        raise stopped
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return console.confirm(question)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _filter(ids: list[str] | None, reason: str | None, older_than: str | None) -> Filter:
+    from aioworker.letters import Filter
+
+    # An empty variable of the shell would mean all.
+    for option, values in (("--id", ids or []), ("--reason", [] if reason is None else [reason])):
+        if not all(value.strip() for value in values):
+            raise UsageError(f"expected {option} with a text, got: ''; without it, all are meant")
     age = None
     if older_than is not None:
         match = re.fullmatch(r"([0-9]{1,6})([smhd])", older_than)
         if match is None:
             raise UsageError(f"expected an age such as 30m, 2h or 7d, got: {older_than!r}")
         age = timedelta(**{_UNITS[match[2]]: int(match[1])})
-    return Filter(frozenset(ids or ()), reason, age)
+    return Filter(frozenset(ids or ()), reason or "", age)

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import pty
+import select
+import signal
+from contextlib import suppress
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.conftest import QUEUES, TASK, Lanes, Run
+from aioworker import topology
+from tests.conftest import AIOWORKER, COMMAND_SECONDS, QUEUES, TASK, Lanes, Run
 
 if TYPE_CHECKING:
     import subprocess
+    from collections.abc import Callable, Iterator
+
+    from support import servers
+    from tests.conftest import Worker
+
+    Start = Callable[..., Worker]
 
 BODY = json.dumps([[[7]], {}, None]).encode()
 
@@ -116,6 +130,173 @@ async def test_dropping_asks_first(run: Run, three: Lanes) -> None:
     assert await three.count(QUEUES.dead) == 0
 
 
+async def test_more_than_a_consumer_may_hold_are_all_seen(run: Run, lanes: Lanes) -> None:
+    """A quorum queue sends 2,000 at most to a consumer that settles none."""
+    await asyncio.gather(*[letter(lanes, f"m{number}", "refused") for number in range(2500)])
+    last = "m2499"
+
+    assert sorted(ids(run("dead", "list"))) == sorted(f"m{number}" for number in range(2500))
+    assert run("dead", "show", last).stdout.startswith(f"{last} ")
+    assert run("dead", "requeue", "--id", last).stdout == f"requeued 1 dead letter of {TASK}\n"
+    assert (await lanes.take(QUEUES.bulk)).headers["id"] == last
+    assert run("dead", "drop", "--yes").stdout == f"dropped 2499 dead letters of {TASK}\n"
+    assert await lanes.count(QUEUES.dead) == 0
+
+
+async def test_large_ones_that_take_long_to_arrive_are_all_seen(run: Run, lanes: Lanes) -> None:
+    """RabbitMQ says that none is ready while most of them are on their way."""
+    for number in range(60):
+        await lanes.send(b" " * 2_000_000, QUEUES.dead, headers={"task": TASK, "id": f"m{number}"})
+
+    assert len(ids(run("dead", "list"))) == 60
+
+
+@pytest.fixture
+def asking(pair: servers.Servers) -> Iterator[Callable[..., Asking]]:
+    """Make drops that ask."""
+    made: list[Asking] = []
+
+    def make(*arguments: str) -> Asking:
+        made.append(Asking(pair, *arguments))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.end()
+
+
+class Asking:
+    """A `drop` on a terminal of its own, at its question."""
+
+    def __init__(self, pair: servers.Servers, *arguments: str) -> None:
+        command = [str(AIOWORKER), "dead", "drop", *arguments]
+        self.pid, self._terminal = pty.fork()
+        if not self.pid:
+            os.execve(command[0], command, pair.environment)
+        self._status: int | None = None
+        self.said = ""
+        self._read_until("[y/N]")
+
+    def _read_until(self, text: str) -> None:
+        while text not in self.said:
+            assert select.select([self._terminal], [], [], COMMAND_SECONDS)[0], self.said
+            self.said += os.read(self._terminal, 4096).decode()
+
+    def type(self, text: str) -> None:
+        """Type something."""
+        os.write(self._terminal, text.encode())
+
+    def ends(self) -> int:
+        """Return the exit status, once it ends."""
+        with suppress(OSError):  # how Linux tells the end of a terminal
+            self._read_until("\0")
+        _pid, status = os.waitpid(self.pid, 0)
+        self._status = os.waitstatus_to_exitcode(status)
+        return self._status
+
+    def end(self) -> None:
+        """End it, whatever state it is in."""
+        if self._status is None:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        os.close(self._terminal)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_a_signal_at_the_question_drops_nothing(
+    asking: Callable[..., Asking], three: Lanes, number: signal.Signals
+) -> None:
+    command = asking()
+
+    if number is signal.SIGINT:
+        command.type("\x03")
+    else:
+        os.kill(command.pid, number)
+
+    assert command.ends() == 1
+    last = command.said.splitlines()[-1].removeprefix("^C")  # what a terminal shows of the key
+    assert last == f"aioworker: stopped by {number.name}; dropped nothing"
+    assert await three.count(QUEUES.dead) == 3
+
+
+async def test_nothing_is_hidden_while_a_drop_asks(
+    run: Run, asking: Callable[..., Asking], three: Lanes
+) -> None:
+    command = asking()
+
+    assert await three.count(QUEUES.dead) == 3
+    assert ids(run("dead", "list")) == ["a", "b", "c"]
+    assert run("dead", "requeue", "--id", "b").returncode == 0
+    await letter(three, "d", "came while it asked")
+    command.type("y\n")
+
+    assert command.ends() == 0
+    assert command.said.splitlines()[-2:] == [
+        f"dropped 2 dead letters of {TASK}",
+        "1 dead letter of those shown did not lie there any more",
+    ]
+    assert ids(run("dead", "list")) == ["d"]
+
+
+async def test_what_somebody_else_holds_is_said(run: Run, three: Lanes) -> None:
+    """Else an empty list would read as if there were none."""
+    arrived: asyncio.Queue[object] = asyncio.Queue()
+    queue = await three.channel.get_queue(QUEUES.dead, ensure=False)
+    await queue.consume(arrived.put)
+    for _ in range(3):
+        await arrived.get()
+
+    listed = run("dead", "list")
+
+    assert (listed.returncode, listed.stdout) == (0, "")
+    assert listed.stderr.splitlines() == [
+        f"another command looks at the dead letters of {TASK} too: what it holds is not seen here",
+        f"0 dead letters of {TASK}",
+    ]
+
+
+async def test_two_requeues_at_once_share_them(start: Start, run: Run, lanes: Lanes) -> None:
+    await asyncio.gather(*[letter(lanes, f"m{number}", "refused") for number in range(2500)])
+
+    both = [start("dead", "requeue") for _ in range(2)]
+
+    assert [one.process.wait(COMMAND_SECONDS) for one in both] == [0, 0]
+    parts = [int(one.log.partition("requeued ")[2].split()[0]) for one in both]
+    assert sum(parts) == await lanes.count(QUEUES.bulk) == 2500
+    assert await lanes.count(QUEUES.dead) == 0
+
+
+@pytest.mark.parametrize("option", ["--reason", "--id"])
+async def test_an_empty_filter_is_refused(run: Run, three: Lanes, option: str) -> None:
+    """An empty variable of the shell would drop them all."""
+    done = run("dead", "drop", option, "", "--yes")
+
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"aioworker: expected {option} with a text, got: ''; without it, all are meant\n",
+    )
+    assert await three.count(QUEUES.dead) == 3
+
+
+async def test_those_of_a_task_that_is_gone_are_reached(run: Run, lanes: Lanes) -> None:
+    """Whoever renames a task finds what the old one left."""
+    gone = topology.Queues.of("renamed")
+    await topology.declare(lanes.connection, gone, "quorum", 10)
+    await lanes.send(BODY, gone.dead, headers={"task": "renamed", "id": "left"})
+
+    assert ids(run("dead", "list", "renamed")) == ["left"]
+    assert run("dead", "show", "left", "--task", "renamed").returncode == 0
+    assert run("dead", "requeue", "renamed").stdout == "requeued 1 dead letter of renamed\n"
+    assert (await lanes.take(gone.bulk)).body == BODY
+    assert run("dead", "drop", "renamed", "--yes").stdout == "dropped 0 dead letters of renamed\n"
+    unknown = run("dead", "list", "update_curent_version")
+    assert (unknown.returncode, unknown.stderr) == (
+        2,
+        "aioworker: queue aioworker.update_curent_version.dead does not exist: unknown task"
+        f" 'update_curent_version', did you mean {TASK}?\n",
+    )
+
+
 async def test_those_that_rabbitmq_set_aside_are_read_too(run: Run, lanes: Lanes) -> None:
     """They carry x-death and nothing of ours."""
     await lanes.send(BODY, headers={"task": TASK, "id": "poison"})
@@ -136,3 +317,29 @@ async def test_those_that_rabbitmq_set_aside_are_read_too(run: Run, lanes: Lanes
     assert found[0]["failed_at"] is not None
     assert run("dead", "requeue").returncode == 0
     assert "x-death" not in (await lanes.take(QUEUES.bulk)).headers
+
+
+async def test_those_that_rabbitmq_set_aside_after_a_retry_say_both(run: Run, lanes: Lanes) -> None:
+    """A copy for the retry queue carries the reason of that retry."""
+    retried = {
+        "x-aioworker-reason": "Lock wait timeout exceeded",
+        "x-aioworker-first-failed-at": "2026-01-02T03:04:05+00:00",
+    }
+    await lanes.send(BODY, headers={"task": TASK, "id": "poison", "retries": 1, **retried})
+    queue = await lanes.channel.get_queue(QUEUES.bulk, ensure=False)
+    await (await queue.get(timeout=10)).reject(requeue=False)
+
+    found: list[str] = []
+    while not found:
+        found = run("dead", "list", "--json").stdout.splitlines()
+
+    told = json.loads(found[0])
+    assert told["reason"] == (
+        "set aside by RabbitMQ: rejected; the last retry was for: Lock wait timeout exceeded"
+    )
+    assert told["first_failed_at"] == "2026-01-02T03:04:05+00:00"
+    assert datetime.fromisoformat(told["failed_at"])
+    seconds = 0
+    while not ids(run("dead", "list", "--older-than", "1s")):
+        seconds += 1
+        assert seconds < COMMAND_SECONDS
