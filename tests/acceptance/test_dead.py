@@ -145,10 +145,10 @@ async def test_more_than_a_consumer_may_hold_are_all_seen(run: Run, lanes: Lanes
 
 async def test_large_ones_that_take_long_to_arrive_are_all_seen(run: Run, lanes: Lanes) -> None:
     """RabbitMQ says that none is ready while most of them are on their way."""
-    for number in range(60):
-        await lanes.send(b" " * 2_000_000, QUEUES.dead, headers={"task": TASK, "id": f"m{number}"})
+    for number in range(120):
+        await lanes.send(b" " * 3_000_000, QUEUES.dead, headers={"task": TASK, "id": f"m{number}"})
 
-    assert len(ids(run("dead", "list"))) == 60
+    assert len(ids(run("dead", "list"))) == 120
 
 
 @pytest.fixture
