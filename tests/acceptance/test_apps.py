@@ -230,7 +230,7 @@ async def test_a_slow_and_limited_task_holds_up_no_other(
         ),
         (
             "from aioworker import task\n\n@task(timeout='30')\ndef f(): ...\n",
-            "module 'broken': task 'f': expected timeout from 1 to 3600 seconds, got: '30'",
+            "module 'broken': task 'f': expected timeout from 1 to 1500 seconds, got: '30'",
         ),
         (
             "from aioworker import task\n\n@task(rate_limit=2)\ndef f(): ...\n",
