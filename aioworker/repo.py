@@ -47,8 +47,8 @@ SIZE = f"SELECT {_COMMENT} COUNT(*) {_SWEPT}"
 # whole index of files, three times slower. The LIMIT that limits nothing keeps the condition
 # out of the inner query, where each stale row's answer would be worked out a second time. The
 # answer is one row of JSON: aiomysql takes a dozen milliseconds for a thousand rows.
-STALE = f"""SELECT {_COMMENT} JSON_ARRAYAGG(JSON_ARRAY(id, missing, stored, answer)) FROM (
-SELECT chunk.id, addon.id IS NULL AS missing, addon.current_version AS stored,
+STALE = f"""SELECT {_COMMENT} JSON_ARRAYAGG(JSON_ARRAY(id, missing, held, answer)) FROM (
+SELECT chunk.id, addon.id IS NULL AS missing, addon.current_version AS held,
     (SELECT version.id FROM versions AS version
         WHERE version.addon_id = addon.id AND addon.addontype_id <> 9 AND (addon.status = 6 OR (
             SELECT COALESCE(MIN(IF(addon.status = 4, file.status = 4,
@@ -58,12 +58,12 @@ SELECT chunk.id, addon.id IS NULL AS missing, addon.current_version AS stored,
 FROM JSON_TABLE(%s, '$[*]' COLUMNS (id INT UNSIGNED PATH '$')) AS chunk
 LEFT JOIN addons AS addon ON addon.id = chunk.id
 LIMIT 18446744073709551615) AS answers
-WHERE missing OR NOT (stored <=> answer)"""
+WHERE missing OR NOT (held <=> answer)"""
 
 WRITE = f"""UPDATE {_COMMENT} JSON_TABLE(%s, '$[*]' COLUMNS (id INT UNSIGNED PATH '$[0]',
-    stored INT UNSIGNED PATH '$[1]', answer INT UNSIGNED PATH '$[2]')) AS stale
+    held INT UNSIGNED PATH '$[1]', answer INT UNSIGNED PATH '$[2]')) AS stale
 STRAIGHT_JOIN addons AS addon ON addon.id = stale.id
-SET addon.current_version = stale.answer WHERE addon.current_version <=> stale.stored"""
+SET addon.current_version = stale.answer WHERE addon.current_version <=> stale.held"""
 
 # The least that a user needs for these statements: privilege, table.
 PRIVILEGES = (
