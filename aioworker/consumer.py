@@ -68,11 +68,13 @@ class Terms:
         max_retries: Attempts after the first, before a message becomes a dead letter.
         task_timeout: Seconds a run may take.
         settle_timeout: Seconds for RabbitMQ to take each answer.
+        queue_prefix: What the names of its queues begin with.
     """
 
     max_retries: int
     task_timeout: float
     settle_timeout: float
+    queue_prefix: str
 
 
 @dataclass(slots=True)
@@ -111,6 +113,7 @@ class Consumer:
 
     Attributes:
         gate: The same.
+        queues: The task's.
         settled: How many deliveries came to each kind of outcome.
         starts: How many runs were begun.
         failures: How many deliveries were not done, but put off, refused or given back.
@@ -131,7 +134,7 @@ class Consumer:
         self.starts = 0
         self.failures = 0
         self._task = task
-        self._queues = Queues.of(task.name)
+        self.queues = Queues.of(task.name, terms.queue_prefix)
         self._database = database
         self._budget = budget
         self._presence = presence
@@ -371,9 +374,9 @@ class Consumer:
         try:
             if result.kind is Kind.DEAD_LETTER:
                 letter = outcome.dead_letter(delivery, result, self._worker)
-                await publisher.publish(self._queues.dead, letter)
+                await publisher.publish(self.queues.dead, letter)
             elif result.kind is Kind.RETRY or result.behind:
-                await publisher.publish(self._queues.retry, outcome.retry(delivery, result))
+                await publisher.publish(self.queues.retry, outcome.retry(delivery, result))
             else:
                 copied = result.kind is Kind.ACK
         except BrokerError as error:
@@ -388,7 +391,7 @@ class Consumer:
                 else:
                     await delivery.nack(requeue=True)
         except broker.FAILURES as error:
-            raise broker.explain(error, self._queues.bulk) from error
+            raise broker.explain(error, self.queues.bulk) from error
         if copied:
             self._returned.pop(outcome.key(delivery), None)
         else:

@@ -42,6 +42,7 @@ class _Box:
     Args:
         connection: Where they are read.
         name: The task's.
+        prefix: What its queues' names begin with.
         timeout: Seconds for each step.
 
     Attributes:
@@ -52,9 +53,11 @@ class _Box:
         unsure: How many more were acknowledged.
     """
 
-    def __init__(self, connection: AbstractConnection, name: str, timeout: float) -> None:
+    def __init__(
+        self, connection: AbstractConnection, name: str, prefix: str, timeout: float
+    ) -> None:
         self.name = name
-        self.queues = topology.Queues.of(name)
+        self.queues = topology.Queues.of(name, prefix)
         self.ready = self.read = self.settled = self.unsure = 0
         self.shared = False
         self._connection = connection
@@ -320,7 +323,7 @@ async def _open(settings: Settings, name: str) -> AsyncIterator[_Box]:
     async with broker.connection(
         settings.amqp_url, timeout, "aioworker dead", careful=True
     ) as connection:
-        box = _Box(connection, name, timeout)
+        box = _Box(connection, name, settings.queue_prefix, timeout)
         try:
             await box.open()
         except QueueMissingError:

@@ -13,7 +13,7 @@ from aioworker import broker, message, topology
 from aioworker.addresses import BrokerAddress
 from aioworker.chunk import id_of
 from aioworker.errors import UsageError
-from aioworker.settings import Settings
+from aioworker.settings import Settings, checked_prefix
 from aioworker.task import AnyTask, check_publishable
 from aioworker.topology import Queues
 
@@ -38,12 +38,20 @@ class Producer:
             commas, are the nodes of one cluster. Without it `AIOWORKER_AMQP_URL` is read.
         timeout: Seconds to connect, and seconds to wait for each confirm, 0.1 to 3600;
             without it `AIOWORKER_CONNECT_TIMEOUT` is read.
+        queue_prefix: What the queues' names begin with, 1 to 50 letters, digits, `_` or `-`;
+            without it `AIOWORKER_QUEUE_PREFIX` is read.
 
     Raises:
-        UsageError: The URL or the timeout is none, or a setting is wrong.
+        UsageError: The URL, the timeout or the prefix is none, or a setting is wrong.
     """
 
-    def __init__(self, amqp_url: str | None = None, *, timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        amqp_url: str | None = None,
+        *,
+        timeout: float | None = None,
+        queue_prefix: str | None = None,
+    ) -> None:
         addresses: Sequence[BrokerAddress] = ()
         if timeout is not None and not (
             type(timeout) in (int, float) and SHORTEST_SECONDS <= timeout <= LONGEST_SECONDS
@@ -52,26 +60,31 @@ class Producer:
                 f"expected timeout from {SHORTEST_SECONDS} to {LONGEST_SECONDS} seconds,"
                 f" got: {timeout!r}"
             )
-        if amqp_url is None or timeout is None:
+        if amqp_url is None or timeout is None or queue_prefix is None:
             settings = Settings.load()
             addresses = settings.amqp_url
             timeout = settings.connect_timeout if timeout is None else timeout
-        if amqp_url is not None:
-            try:
+            queue_prefix = settings.queue_prefix if queue_prefix is None else queue_prefix
+        try:
+            checked_prefix(queue_prefix)
+            if amqp_url is not None:
                 addresses = BrokerAddress.parse_all(amqp_url)
-            except ValueError as error:
-                raise UsageError(str(error)) from None
-        self._use(addresses, timeout)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        self._use(addresses, timeout, queue_prefix)
 
     @classmethod
-    def over(cls, addresses: Sequence[BrokerAddress], timeout: float) -> Producer:
-        """Make one for addresses that are parsed already."""
+    def over(
+        cls, addresses: Sequence[BrokerAddress], timeout: float, queue_prefix: str
+    ) -> Producer:
+        """Make one of what is checked already."""
         made = cls.__new__(cls)
-        made._use(addresses, timeout)
+        made._use(addresses, timeout, queue_prefix)
         return made
 
-    def _use(self, addresses: Sequence[BrokerAddress], timeout: float) -> None:
+    def _use(self, addresses: Sequence[BrokerAddress], timeout: float, queue_prefix: str) -> None:
         self._timeout = timeout
+        self._prefix = queue_prefix
         self._publisher = broker.Publisher(addresses, timeout, "aioworker publish")
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -125,7 +138,7 @@ class Producer:
                 " asyncio.run(), or use publish_sync"
             )
         self._loop = running
-        queues = Queues.of(task)
+        queues = Queues.of(task, self._prefix)
         await self._publisher.publish(queues.urgent if urgent else queues.bulk, outgoing)
         return outgoing.message_id or ""
 
@@ -136,7 +149,7 @@ class Producer:
             QueueMissingError: The lane is not declared.
             BrokerError: RabbitMQ refuses, or the connection is lost.
         """
-        bulk = Queues.of(task).bulk
+        bulk = Queues.of(task, self._prefix).bulk
         waiting = await topology.count(await self._publisher.connection(), bulk, self._timeout)
         if waiting is None:
             raise broker.missing(bulk)

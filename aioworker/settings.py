@@ -30,6 +30,7 @@ PREFIX = "AIOWORKER_"
 ENV_FILE = ".env"
 SECRETS_DIR = f"{PREFIX}SECRETS_DIR"
 Nodes = tuple[BrokerAddress, ...]
+_QUEUE_PREFIX = re.compile(r"[A-Za-z0-9_-]{1,50}")
 # What Kubernetes sets for a service that is called aioworker.
 _KUBERNETES = re.compile(rf"{PREFIX}(PORT|SERVICE)(_|$)")
 
@@ -68,6 +69,19 @@ def _one_of(*values: str) -> BeforeValidator:
 
 def _parsed(parse: Callable[[str], object]) -> BeforeValidator:
     return BeforeValidator(lambda value: parse(value) if isinstance(value, str) else value)
+
+
+def checked_prefix(text: object) -> str:
+    """Return a prefix of queues: without a dot, so that no other prefix and task are the same.
+
+    Raises:
+        ValueError: It cannot be one.
+    """
+    if not (isinstance(text, str) and _QUEUE_PREFIX.fullmatch(text)):
+        raise ValueError(f"expected 1 to 50 letters, digits, _ or -, got: {text!r}")
+    if text == "amq":
+        raise ValueError("expected another prefix: queues called amq.… are RabbitMQ's own")
+    return text
 
 
 def _modules(text: str) -> tuple[str, ...]:
@@ -109,6 +123,10 @@ class Settings(BaseSettings):
     )
     queue_type: Annotated[str, _one_of("quorum", "classic")] = Field(
         "quorum", description="Kind of the queues that init declares: quorum or classic."
+    )
+    queue_prefix: Annotated[str, _parsed(checked_prefix)] = Field(
+        "aioworker",
+        description="What its queues' names begin with, so that projects can share a virtual host.",
     )
     chunk_size: Annotated[int, _whole(1, CHUNK_LIMIT)] = Field(
         CHUNK_LIMIT, description=f"Ids in one message of a sweep, 1 to {CHUNK_LIMIT}."

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aioworker import broker, repo, tables, topology
-from aioworker.console import say, tell
+from aioworker.console import count, say, tell
+from aioworker.errors import BrokerError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+
+    from aio_pika.abc import AbstractConnection
 
     from aioworker.settings import Settings
     from aioworker.task import AnyTask
@@ -24,6 +28,7 @@ async def init(settings: Settings, tasks: Sequence[AnyTask]) -> None:
         BrokerError: RabbitMQ cannot be used, or a queue differs.
     """
     timeout = settings.connect_timeout
+    queues = _arguments(settings, tasks)
     async with AsyncExitStack() as stack:
         database = None
         if settings.budget == "shared":
@@ -31,30 +36,55 @@ async def init(settings: Settings, tasks: Sequence[AnyTask]) -> None:
         connection = await stack.enter_async_context(
             broker.connection(settings.amqp_url, timeout, "aioworker init")
         )
-        for task in tasks:
-            queues = topology.Queues.of(task.name)
-            declared = await topology.declare(connection, queues, settings.queue_type, timeout)
-            for name in queues.arguments(settings.queue_type):
-                say(f"queue {name}: {'declared' if name in declared else 'was there'}")
+        await _declare(connection, queues, timeout)
         if database is not None:
             made = await tables.create(database, [task.name for task in tasks])
             for name in tables.NAMES:
                 say(f"table {name}: {'made' if name in made else 'was there'}")
         # Also when they were there: another init may have made them a moment ago.
         tell(f"waiting {topology.SAFE_AFTER_SECONDS:g} s until the queues are safe")
-        await topology.wait_until_safe(
-            connection, [topology.Queues.of(task.name) for task in tasks], timeout
-        )
+        await topology.wait_until_safe(connection, queues, timeout)
+
+
+def _arguments(settings: Settings, tasks: Sequence[AnyTask]) -> dict[str, dict[str, Any]]:
+    """Return the arguments of each queue of all tasks."""
+    found: dict[str, dict[str, Any]] = {}
+    for task in tasks:
+        queues = topology.Queues.of(task.name, settings.queue_prefix)
+        found |= queues.arguments(settings.queue_type)
+    return found
+
+
+async def _declare(
+    connection: AbstractConnection, queues: Mapping[str, dict[str, Any]], timeout: float
+) -> None:
+    """Declare the queues that are not there, and say what became of each.
+
+    All that are there are compared first: where one differs, nothing is changed.
+
+    Raises:
+        BrokerError: A queue differs, or cannot be declared; a note names those that were.
+    """
+    declared: list[str] = []
+    try:
+        for name, waiting in (await topology.compare(connection, queues, timeout)).items():
+            if waiting is not None:
+                say(f"queue {name}: was there, {count(waiting, 'message')}")
+                continue
+            await topology.declare(connection, name, queues[name], timeout)
+            declared.append(name)
+            say(f"queue {name}: declared")
+    except (BrokerError, asyncio.CancelledError) as error:
+        if declared:
+            error.add_note(f"declared before that: {', '.join(declared)}")
+        raise
 
 
 def setup_text(settings: Settings, tasks: Sequence[AnyTask]) -> str:
     """Return what `init` declares, and the least that the worker's users need, as commands."""
     amqp, mysql = settings.amqp_url[0], settings.mysql_url
-    queues = {
-        name: arguments
-        for task in tasks
-        for name, arguments in topology.Queues.of(task.name).arguments(settings.queue_type).items()
-    }
+    queues = _arguments(settings, tasks)
+    ours = rf"{settings.queue_prefix}\."
     main_job = any(task.name == repo.TASK for task in tasks)
     permit = f"rabbitmqctl set_permissions -p '{amqp.vhost}' '{amqp.user}'"
     needed = [*repo.PRIVILEGES] if main_job else []
@@ -77,10 +107,10 @@ def setup_text(settings: Settings, tasks: Sequence[AnyTask]) -> str:
         *(f"queue {name} {json.dumps(arguments)}" for name, arguments in queues.items()),
         "",
         "# RabbitMQ: the least that the user of init needs",
-        rf"{permit} '^aioworker\.' '^(aioworker\.|amq\.default$)' '^aioworker\.'",
+        rf"{permit} '^{ours}' '^({ours}|amq\.default$)' '^{ours}'",
         "",
         "# RabbitMQ: the least that the user of consume, publish-all and publish needs",
-        rf"{permit} '' '^amq\.default$' '^aioworker\.'",
+        rf"{permit} '' '^amq\.default$' '^{ours}'",
         "",
         "# MySQL: the least that the user of consume and publish-all needs",
         *grants,

@@ -161,13 +161,14 @@ class Status:
 
 async def look(settings: Settings, task: AnyTask) -> Status:
     """Ask both servers about a task."""
+    queues = topology.Queues.of(task.name, settings.queue_prefix)
     (queued, broker_error), (row, turn, workers, database_error) = await asyncio.gather(
-        _ask_broker(settings, task), _ask_database(settings, task)
+        _ask_broker(settings, queues), _ask_database(settings, task)
     )
     limit = None
     if database_error is None:
         limit = _limit(settings, task, row, turn, workers or [])
-    waits = _why(task, queued, broker_error, limit, row, workers, database_error)
+    waits = _why(queues, queued, broker_error, limit, row, workers, database_error)
     backlog = (queued.urgent or 0) + (queued.bulk or 0) if queued else None
     interval = limit.interval_seconds if limit and not limit.paused else None
     return Status(
@@ -184,9 +185,8 @@ async def look(settings: Settings, task: AnyTask) -> Status:
 
 
 async def _ask_broker(
-    settings: Settings, task: AnyTask
+    settings: Settings, queues: topology.Queues
 ) -> tuple[Queued | None, BrokerError | None]:
-    queues = topology.Queues.of(task.name)
     timeout = settings.connect_timeout
     try:
         async with broker.connection(settings.amqp_url, timeout, "aioworker status") as connection:
@@ -262,7 +262,7 @@ def _interval(rate: str, gap_us: int | None) -> float | None:
 
 
 def _why(
-    task: AnyTask,
+    queues: topology.Queues,
     queued: Queued | None,
     broker_error: BrokerError | None,
     limit: Limit | None,
@@ -282,7 +282,7 @@ def _why(
         return str(database_error)
     for name, messages in asdict(queued).items():
         if messages is None:
-            return str(broker.missing(getattr(topology.Queues.of(task.name), name)))
+            return str(broker.missing(getattr(queues, name)))
     if limit.paused:
         return row.pause if row is not None and row.paused else f"paused: rate limit {limit.rate}"
     if not queued.urgent and not queued.bulk:

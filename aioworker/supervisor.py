@@ -142,8 +142,9 @@ class Supervisor:
             broker.Publisher(options.addresses, options.connect_timeout, name) as publisher,
         ):
             self._watch(connection)
-            queues = topology.Queues.of(self._task.name)
-            lanes = await topology.Lanes.open(connection, queues, options.connect_timeout)
+            lanes = await topology.Lanes.open(
+                connection, self.consumer.queues, options.connect_timeout
+            )
             serving = True
             while serving and not self._stop.is_set():
                 self._notice_loss()

@@ -19,7 +19,14 @@ from aioworker import broker
 from aioworker.errors import BrokerError, QueueDiffersError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+    from collections.abc import (
+        AsyncIterator,
+        Awaitable,
+        Callable,
+        Iterable,
+        Iterator,
+        Mapping,
+    )
 
     from aio_pika.abc import (
         AbstractChannel,
@@ -60,9 +67,9 @@ class Queues:
     dead: str
 
     @classmethod
-    def of(cls, task: str) -> Queues:
+    def of(cls, task: str, prefix: str) -> Queues:
         """Name the queues of the task of this name."""
-        bulk = f"aioworker.{task}"
+        bulk = f"{prefix}.{task}"
         return cls(bulk, f"{bulk}.urgent", f"{bulk}.retry", f"{bulk}.dead")
 
     def arguments(self, queue_type: str) -> dict[str, dict[str, Any]]:
@@ -90,32 +97,35 @@ class Queues:
         }
 
 
-async def declare(
-    connection: AbstractConnection,
-    queues: Queues,
-    queue_type: str,
-    timeout: float,
-) -> list[str]:
-    """Declare a task's queues and return those that were not there.
+async def compare(
+    connection: AbstractConnection, arguments: Mapping[str, dict[str, Any]], timeout: float
+) -> dict[str, int | None]:
+    """Compare the queues that are there with what `declare` would make; nothing is changed.
 
-    Queues that are there are compared first: where one differs, nothing is changed. New
-    ones are not safe yet: see `wait_until_safe`.
+    Returns:
+        How many messages wait in each queue, None for one that is not there.
 
     Raises:
         QueueDiffersError: A queue is there with another argument.
         BrokerError: RabbitMQ refuses, or the connection is lost.
     """
-    arguments = queues.arguments(queue_type)
-    absent = [name for name in arguments if await count(connection, name, timeout) is None]
-    present = [name for name in arguments if name not in absent]
-    for name in present + absent:
-        await _declare_one(connection, name, arguments[name], timeout)
-    return absent
+    waiting = {name: await count(connection, name, timeout) for name in arguments}
+    for name in waiting:
+        if waiting[name] is not None:
+            await declare(connection, name, arguments[name], timeout)
+    return waiting
 
 
-async def _declare_one(
+async def declare(
     connection: AbstractConnection, name: str, arguments: dict[str, Any], timeout: float
 ) -> None:
+    """Declare a queue; a new one is not safe yet: see `wait_until_safe`.
+
+    Raises:
+        QueueDiffersError: It is there with another argument.
+        BrokerError: RabbitMQ refuses, or the connection is lost.
+    """
+
     async def call() -> None:
         # A channel of its own: a refusal closes it.
         channel = await connection.channel()
@@ -126,7 +136,7 @@ async def _declare_one(
 
 
 async def wait_until_safe(
-    connection: AbstractConnection, queues: Iterable[Queues], timeout: float
+    connection: AbstractConnection, names: Iterable[str], timeout: float
 ) -> None:
     """Wait until new queues outlive a broker that is killed, and see that they are there.
 
@@ -134,11 +144,10 @@ async def wait_until_safe(
         BrokerError: One of them is gone, or the connection is lost.
     """
     await asyncio.sleep(SAFE_AFTER_SECONDS)
-    for one in queues:
-        await check(connection, (one.dead, one.bulk, one.urgent, one.retry), timeout)
+    await check(connection, names, timeout)
 
 
-async def check(connection: AbstractConnection, names: tuple[str, ...], timeout: float) -> int:
+async def check(connection: AbstractConnection, names: Iterable[str], timeout: float) -> int:
     """See that queues are there; needs no privilege to configure.
 
     Returns:

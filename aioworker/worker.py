@@ -127,7 +127,7 @@ def _serve(settings: Settings, task: AnyTask, burst: bool, doing: _Doing, gate: 
         timeout,
     )
     budget = SharedBudget(database, task.name, rate, worker) if shared else WorkerBudget(rate)
-    terms = Terms(retries, timeout, settings.connect_timeout)
+    terms = Terms(retries, timeout, settings.connect_timeout, settings.queue_prefix)
     consumer = Consumer(task, database, budget, presence, terms, worker, gate)
     needs_database = shared or task.needs_database
     supervising = Options(

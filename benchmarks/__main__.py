@@ -261,7 +261,7 @@ class Bench:
         """Empty the lanes."""
         connection = await aio_pika.connect(self.pair.amqp_url)
         channel = await connection.channel()
-        queues = topology.Queues.of(TASK)
+        queues = topology.Queues.of(TASK, "aioworker")
         for name in (queues.bulk, queues.urgent):
             await (await channel.get_queue(name, ensure=False)).purge()
         await connection.close()

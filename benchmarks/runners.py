@@ -37,7 +37,8 @@ async def consume() -> None:
     database = settings.database()
     budget = SharedBudget(database, task.name, None, "bench")
     presence = Presence(task.name, "bench", os.getpid(), None, lambda _doing: None, database)
-    consumer = Consumer(task, database, budget, presence, Terms(5, 30, 10), "bench", Gate())
+    terms = Terms(5, 30, 10, settings.queue_prefix)
+    consumer = Consumer(task, database, budget, presence, terms, "bench", Gate())
     options = Options(settings.amqp_url, burst=True, connect_timeout=10, worker="bench")
     if not await Supervisor(task, database, budget, consumer, presence, options).run(
         asyncio.Event()
@@ -55,7 +56,7 @@ async def pages() -> AsyncIterator[list[int]]:
 async def publish() -> None:
     """A sweep of generated ids."""
     settings = Settings.load()
-    async with Producer.over(settings.amqp_url, 10) as producer:
+    async with Producer.over(settings.amqp_url, 10, settings.queue_prefix) as producer:
         await publish_sweep(
             producer, update_current_version, chunked(pages(), 1000), Sweep(), lambda: None
         )
@@ -66,7 +67,7 @@ async def publish_bare() -> None:
     settings = Settings.load()
     connection = await aio_pika.connect(settings.amqp_url[0].url)
     channel = await connection.channel(publisher_confirms=True)
-    queue = Queues.of(update_current_version.name).bulk
+    queue = Queues.of(update_current_version.name, settings.queue_prefix).bulk
     under_way: deque[asyncio.Task[object]] = deque()
     async for ids in chunked(pages(), 1000):
         message = outgoing_message(update_current_version.name, [ids])

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 AIOWORKER = Path(sys.executable).parent / "aioworker"
 TASK = "update_current_version"
-QUEUES = topology.Queues.of(TASK)
+PREFIX = "aioworker"
+QUEUES = topology.Queues.of(TASK, PREFIX)
 COMMAND_SECONDS = 60
 DEADLINE_SECONDS = 45
 T = TypeVar("T")
@@ -81,11 +82,21 @@ def shop(pair: servers.Servers) -> Iterator[Connection[Cursor]]:
 async def lanes(pair: servers.Servers) -> AsyncIterator[Lanes]:
     """The main job's queues, declared and empty."""
     connection = await aio_pika.connect(pair.amqp_url, timeout=10)
-    await topology.declare(connection, QUEUES, "quorum", 10)
+    await declare(connection)
     found = Lanes(connection, await connection.channel())
     await found.purge()
     yield found
     await connection.close()
+
+
+async def declare(
+    connection: aio_pika.abc.AbstractConnection,
+    queues: topology.Queues = QUEUES,
+    queue_type: str = "quorum",
+) -> None:
+    """Declare a task's queues, as `init` does but for its wait."""
+    for name, arguments in queues.arguments(queue_type).items():
+        await topology.declare(connection, name, arguments, 10)
 
 
 class Lanes:
@@ -155,7 +166,7 @@ def make_worker(
         budget = SharedBudget(database, task.name, RateLimit.parse(rate_limit), "test")
     presence = Presence(task.name, "test", 1, None, lambda _doing: None, None)
     consumer = Consumer(
-        task, database, budget, presence, Terms(5, task_timeout, 10), "test", Gate()
+        task, database, budget, presence, Terms(5, task_timeout, 10, PREFIX), "test", Gate()
     )
     options = Options(BrokerAddress.parse_all(pair.amqp_url), burst, 10, "test")
     return Supervisor(task, database, budget, consumer, presence, options)

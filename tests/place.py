@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import aio_pika
 
-from aioworker import tables, topology
+from aioworker import tables
 from aioworker.addresses import DatabaseAddress
 from aioworker.db import Database
 from support import servers, site
@@ -27,6 +27,7 @@ from tests.conftest import (
     QUEUES,
     TASK,
     Worker,
+    declare,
     execute,
     rows,
     simple_addons,
@@ -150,7 +151,7 @@ class Place:
         async with Database(address, connect_timeout=SECONDS, timeout=SECONDS) as database:
             await tables.create(database, [TASK])
         async with await self._connect() as connection:
-            await topology.declare(connection, QUEUES, "quorum", SECONDS)
+            await declare(connection)
 
     async def _connect(self) -> aio_pika.abc.AbstractConnection:
         return await aio_pika.connect(self.servers.amqp_url, timeout=SECONDS)

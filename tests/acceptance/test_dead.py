@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioworker import topology
-from tests.conftest import AIOWORKER, COMMAND_SECONDS, QUEUES, TASK, Lanes, Run
+from tests.conftest import AIOWORKER, COMMAND_SECONDS, PREFIX, QUEUES, TASK, Lanes, Run, declare
 
 if TYPE_CHECKING:
     import subprocess
@@ -280,8 +280,8 @@ async def test_an_empty_filter_is_refused(run: Run, three: Lanes, option: str) -
 
 async def test_those_of_a_task_that_is_gone_are_reached(run: Run, lanes: Lanes) -> None:
     """Whoever renames a task finds what the old one left."""
-    gone = topology.Queues.of("renamed")
-    await topology.declare(lanes.connection, gone, "quorum", 10)
+    gone = topology.Queues.of("renamed", PREFIX)
+    await declare(lanes.connection, gone)
     await lanes.send(BODY, gone.dead, headers={"task": "renamed", "id": "left"})
 
     assert ids(run("dead", "list", "renamed")) == ["left"]

@@ -20,7 +20,7 @@ import pytest
 
 from aioworker import topology
 from support import servers
-from tests.conftest import AIOWORKER, COMMAND_SECONDS, eventually, execute, rows
+from tests.conftest import AIOWORKER, COMMAND_SECONDS, PREFIX, eventually, execute, rows
 
 if TYPE_CHECKING:
     from pymysql.connections import Connection
@@ -42,7 +42,8 @@ async def site(pair: servers.Servers) -> AsyncIterator[Connection[Cursor]]:
     """A connection to an empty database, and none of the queues: the examples make theirs."""
     broker = await aio_pika.connect(pair.amqp_url, timeout=10)
     async with broker, broker.channel() as channel:
-        for queues in map(topology.Queues.of, TASKS):
+        for task in TASKS:
+            queues = topology.Queues.of(task, PREFIX)
             for queue in queues.arguments("quorum"):
                 await channel.queue_delete(queue)
     connection = servers.connect(pair.mysql_url, create=True)

@@ -16,6 +16,7 @@ from tests.conftest import (
     Lanes,
     Run,
     current_versions,
+    declare,
     execute,
     rows,
     simple_addons,
@@ -78,7 +79,7 @@ def test_the_queues_are_declared_once_and_again(
         + [f"table {name}: made\n" for name in tables.NAMES]
     )
     assert first.stderr == second.stderr == "waiting 3 s until the queues are safe\n"
-    assert second.stdout == first.stdout.replace("declared", "was there").replace(
+    assert second.stdout == first.stdout.replace("declared", "was there, 0 messages").replace(
         "made", "was there"
     )
     assert arguments_of(private) == QUEUES.arguments(queue_type)
@@ -130,7 +131,7 @@ async def test_a_queue_of_another_type_is_named_with_both(
     run: Run, vhost: str, shop: Connection[Cursor]
 ) -> None:
     connection = await aio_pika.connect(vhost)
-    await topology.declare(connection, QUEUES, "classic", 10)
+    await declare(connection, queue_type="classic")
     await connection.close()
 
     done = run("init", AIOWORKER_AMQP_URL=vhost)

@@ -55,7 +55,7 @@ async def test_a_rate_of_nothing_is_paused_and_not_unlimited() -> None:
 
 def test_a_task_has_four_queues_named_after_it() -> None:
     """The names are what an operator types, and a contract with other producers."""
-    assert Queues.of("update_current_version") == Queues(
+    assert Queues.of("update_current_version", "aioworker") == Queues(
         bulk="aioworker.update_current_version",
         urgent="aioworker.update_current_version.urgent",
         retry="aioworker.update_current_version.retry",

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from aioworker import Producer
 from aioworker.errors import UsageError
 from aioworker.limits import RateLimit
 from aioworker.settings import Settings
+from aioworker.topology import Queues
 
 
 @pytest.fixture(autouse=True)
@@ -136,3 +138,27 @@ def test_what_kubernetes_sets_for_a_service_is_not_ours(monkeypatch: pytest.Monk
         monkeypatch.setenv(f"AIOWORKER_{name}", "tcp://10.0.0.1:80")
 
     assert Settings.load().chunk_size == 1000
+
+
+@pytest.mark.parametrize("prefix", ["a.b", "shöp", "a b", "x" * 51, "^", "amq"])
+def test_a_prefix_that_could_name_the_queues_of_others_is_refused(
+    prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`a.b` and task `c` would be prefix `a` and task `b.c`; RabbitMQ keeps `amq.` for itself."""
+    monkeypatch.setenv("AIOWORKER_QUEUE_PREFIX", prefix)
+
+    with pytest.raises(UsageError, match=r"^AIOWORKER_QUEUE_PREFIX: expected "):
+        Settings.load()
+    with pytest.raises(UsageError, match=r"^expected "):
+        Producer("amqp://127.0.0.1/", timeout=1, queue_prefix=prefix)
+
+
+@pytest.mark.parametrize("prefix", ["shop", "Shop-2_b", "amq-", "x" * 50])
+def test_a_prefix_begins_every_queue_of_a_task(
+    prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AIOWORKER_QUEUE_PREFIX", prefix)
+
+    names = Queues.of("a.task", Settings.load().queue_prefix).arguments("quorum")
+
+    assert sorted(names) == [f"{prefix}.a.task{end}" for end in ("", ".dead", ".retry", ".urgent")]
