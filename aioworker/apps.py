@@ -35,7 +35,7 @@ def load(modules: Iterable[str]) -> None:
             away = isinstance(error, ConnectionError | TimeoutError)
             raise (AioworkerError if away else TaskError)(
                 f"module {module!r} does not import: {type(error).__name__}:"
-                f" {' '.join(str(error).split())}{_place(error)}"
+                f" {' '.join(str(error).split())}{place(error)}"
             ) from error
 
 
@@ -52,8 +52,8 @@ def _without_bytecode() -> Iterator[None]:
         sys.dont_write_bytecode = before
 
 
-def _place(error: BaseException) -> str:
-    """Return the line of the user's code that raised, the last one that is a file."""
+def place(error: BaseException) -> str:
+    """Return the file and line of a user's code that raised, in brackets; nothing if none did."""
     if isinstance(error, SyntaxError):
         return ""  # its text has it
     found = ""

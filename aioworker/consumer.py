@@ -27,8 +27,9 @@ from aioworker.logs import fields
 from aioworker.message import Call, decode
 from aioworker.outcome import Kind, Outcome
 from aioworker.presence import Presence
+from aioworker.report import Report
 from aioworker.task import AnyTask
-from aioworker.topology import RETRY_TTL_MS, Queues
+from aioworker.topology import Queues
 
 if TYPE_CHECKING:
     from aio_pika.abc import AbstractIncomingMessage
@@ -45,15 +46,6 @@ MOST_ROUNDS = 3  # of one message behind the others, before it is set aside all 
 MOST_RETURNS = 20  # to its lane, before a message goes behind: RabbitMQ sets it aside at a hundred
 CONFIGURATION_SECONDS = 60.0  # until the next message is tried then
 ALARM_SECONDS = 30.0  # until the next, where RabbitMQ confirms nothing
-
-_FIELDS = frozenset(
-    {
-        *("task", "message_id", "lane", "attempt", "of", "outcome", "reason"),
-        *("wait_seconds", "run_seconds", "retry_seconds"),
-    }
-)
-_LEVELS = {Kind.ACK: logging.INFO, Kind.DEAD_LETTER: logging.ERROR}
-_PHRASES = {Kind.ACK: "chunk done", Kind.DEAD_LETTER: "message refused"}
 
 
 class _NotStartedError(AioworkerError):
@@ -92,11 +84,6 @@ class _Attempt:
     ctx: Context
     taken: float
     began: float = 0.0
-
-
-def _counted(name: object) -> str:
-    """Return what a task's count is called in the log line: it may not take a name of ours."""
-    return f"counts.{name}" if name in _FIELDS else str(name)
 
 
 class Consumer:
@@ -140,7 +127,7 @@ class Consumer:
         self._presence = presence
         self._terms = terms
         self._worker = worker
-        self._idle_since = time.monotonic()
+        self._report = Report(terms.max_retries)
         self._doomed: set[str] = set()  # messages in a row that failed for good
         self._put_behind: Counter[str] = Counter()  # how often each went behind the others
         self._returned: Counter[str] = Counter()  # how often each was given back, the last ones
@@ -164,7 +151,7 @@ class Consumer:
             reason = self.gate.closed_to(task) or "not now"
             result = await self._settle(delivery, Outcome(Kind.RELEASED, reason), publisher)
             self.settled[result.kind] += 1
-            self._tell(result, self._told(delivery, attempt))
+            self._report.settled(result, self._told(delivery, attempt))
             return result
         try:
             return await self._serve(delivery, attempt, publisher)
@@ -198,18 +185,18 @@ class Consumer:
         result = await self._work(delivery, attempt)
         values = self._told(delivery, attempt)
         result = self._doubt(result, attempt)
-        told = result.error
+        failure = result.error
         try:
             result = await self._settle(delivery, result, publisher)
+            self._report.settled(result, values, failure)
         except BrokerError as error:
             log.warning("not settled", extra=fields(**values, reason=str(error)))
             raise
         finally:
-            outcome.let_go(told)
+            outcome.let_go(failure)
             await self._budget.ended(attempt.key)
         self.settled[result.kind] += 1
         self.failures += result.failed
-        self._tell(result, values)
         return result
 
     def _attempt(self, delivery: AbstractIncomingMessage) -> _Attempt:
@@ -224,30 +211,7 @@ class Consumer:
         return _Attempt(outcome.key(delivery), ctx, time.monotonic())
 
     def _told(self, delivery: AbstractIncomingMessage, attempt: _Attempt) -> dict[str, Any]:
-        """Return the fields of the line that tells of an attempt."""
-        began, ended = attempt.began or attempt.taken, time.monotonic()
-        waited, self._idle_since = max(began - self._idle_since, 0.0), ended
-        return {
-            "task": attempt.ctx.task,
-            "message_id": attempt.ctx.message_id,
-            "lane": outcome.lane(delivery),
-            "attempt": attempt.ctx.attempt,
-            **{_counted(name): value for name, value in attempt.ctx.counts.items()},
-            "wait_seconds": waited,
-            "run_seconds": ended - began,
-        }
-
-    def _tell(self, result: Outcome, values: dict[str, Any]) -> None:
-        """Log the one line of a settled delivery."""
-        if result.reason:
-            values["reason"] = result.reason
-        if result.kind is Kind.RETRY:
-            values |= {"of": self._terms.max_retries + 1, "retry_seconds": RETRY_TTL_MS / 1000}
-        phrase = _PHRASES.get(result.kind, "chunk failed")
-        level = _LEVELS.get(result.kind, logging.WARNING)
-        if result.kind is Kind.RELEASED and not result.failed:
-            phrase, level = "chunk given back", logging.INFO
-        log.log(level, phrase, extra=fields(**values, outcome=str(result.kind)))
+        return self._report.values(delivery, attempt.ctx, attempt.taken, attempt.began)
 
     # 3 to 6. Decode, ask what is needed, charge and run.
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pymysql.err import MySQLError
 
+from aioworker.apps import place
 from aioworker.chunk import id_of
 from aioworker.errors import AioworkerError, TaskError, UsageError
 from aioworker.message import brief
@@ -61,7 +62,7 @@ async def pages(task: AnyTask, ctx: Context, after: int) -> AsyncIterator[list[A
         raise
     except Exception as error:
         raise TaskError(
-            f"task {task.name!r}: its keys failed: {type(error).__name__}: {error}"
+            f"task {task.name!r}: its keys failed: {type(error).__name__}: {error}{place(error)}"
         ) from error
 
 

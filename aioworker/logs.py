@@ -7,10 +7,17 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
+import time
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+
+SELDOM_SECONDS = 60.0
 
 
 def fields(**values: Any) -> dict[str, dict[str, Any]]:
@@ -18,8 +25,40 @@ def fields(**values: Any) -> dict[str, dict[str, Any]]:
     return {"fields": values}
 
 
-class ConsoleFormatter(logging.Formatter):
-    """Time, level, logger, phrase, then `name=value`."""
+class Seldom:
+    """Says whether the same thing may be said again: once a minute.
+
+    Args:
+        clock: Returns seconds that only ever grow.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._said: dict[Hashable, float] = {}
+
+    def allows(self, what: Hashable) -> bool:
+        """Return whether this was not said within a minute; from now on it was."""
+        now = self._clock()
+        if now - self._said.get(what, -math.inf) < SELDOM_SECONDS:
+            return False
+        lately = {one: at for one, at in self._said.items() if now - at < SELDOM_SECONDS}
+        self._said = lately | {what: now}
+        return True
+
+
+class _Formatter(logging.Formatter):
+    """What both forms share."""
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
+        """Return a traceback, even if the error itself fails to be shown."""
+        try:
+            return super().formatException(ei)
+        except Exception as error:  # noqa: BLE001 - it is code of a user's
+            return f"{ei[0].__name__}, which cannot be shown: {type(error).__name__}"
+
+
+class ConsoleFormatter(_Formatter):
+    """Time, level, logger, phrase, then `name=value`; a traceback in lines of its own behind."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
@@ -28,10 +67,11 @@ class ConsoleFormatter(logging.Formatter):
             for name, value in getattr(record, "fields", {}).items()
         )
         head = f"{_time(record)} {record.levelname:<7} {record.name} {record.getMessage()}"
-        return head + values + _traceback(self, record)
+        traceback = self.formatException(record.exc_info) if record.exc_info else ""
+        return "\n".join([head + values, *map(_indented, traceback.splitlines())])
 
 
-class JsonFormatter(logging.Formatter):
+class JsonFormatter(_Formatter):
     """One JSON object a line: time, level, logger, event and the fields."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -123,5 +163,7 @@ def _plain(value: object) -> str:
     return json.dumps(text, ensure_ascii=False) if not text or set(text) & set(' ="') else text
 
 
-def _traceback(formatter: logging.Formatter, record: logging.LogRecord) -> str:
-    return "\n" + formatter.formatException(record.exc_info) if record.exc_info else ""
+def _indented(line: str) -> str:
+    """Return a line that cannot be taken for one of the log's, nor move a terminal's cursor."""
+    shown = (one if one.isprintable() else repr(one)[1:-1] for one in line)
+    return f"    {''.join(shown)}"

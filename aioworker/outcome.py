@@ -23,11 +23,14 @@ from aioworker.errors import (
     DeadLetter,
     MessageRefusedError,
     RowsRefusedError,
+    TaskExitError,
 )
 from aioworker.message import PROPERTIES, RETRIES_LIMIT, UNREADABLE
 from aioworker.trouble import Trouble
 
 if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterator
+
     from aio_pika.abc import AbstractIncomingMessage
 
 TRACEBACK_LINES = 20
@@ -127,18 +130,53 @@ def judge(error: Exception) -> Outcome:
     return Outcome(Kind.RETRY, reason, error)
 
 
+def explained(error: BaseException) -> bool:
+    """Whether an error's words say all there is to know: no traceback would add to them.
+
+    So do ours, which name the cure, and those of a database that is away.
+    """
+    match error:
+        case TaskExitError():
+            return False
+        case AioworkerError():
+            return True
+        case MySQLError():
+            return trouble.sort(error) is Trouble.UNAVAILABLE
+        case BaseExceptionGroup():
+            return all(map(explained, error.exceptions))
+    return False
+
+
+def kind_of(error: BaseException) -> Hashable:
+    """Return what two errors share that are of one kind: types, and the lines that raised them."""
+    return frozenset((type(one).__qualname__, *_line_of(one)) for one in _family(error))
+
+
+def _line_of(error: BaseException) -> tuple[str, int]:
+    found = ("", 0)
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        found = (frame.f_code.co_filename, line)
+    return found
+
+
 def let_go(error: BaseException | None) -> None:
     """Drop the tracebacks of an error that is told, and of what it came from.
 
     Their frames hold the message: its body would stay in memory until Python looks for cycles.
     """
+    for one in _family(error):
+        one.with_traceback(None)  # which a frozen dataclass allows too
+
+
+def _family(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, what it came from and what it is a group of, each once."""
     rest: list[BaseException | None] = [error]
     seen = set()
     while rest:
         one = rest.pop()
         if one is not None and id(one) not in seen:
             seen.add(id(one))
-            one.with_traceback(None)  # which a frozen dataclass allows too
+            yield one
             rest += [one.__cause__, one.__context__]
             rest += one.exceptions if isinstance(one, BaseExceptionGroup) else ()
 
@@ -281,8 +319,8 @@ def message_id(delivery: AbstractIncomingMessage) -> str:
 
 
 def _traceback(error: Exception | None) -> str:
-    """Return the last lines of a traceback; nothing where the reason alone says it all."""
-    if error is None or isinstance(error, AioworkerError):
+    """Return the last lines of a traceback; nothing if the reason alone says it all."""
+    if error is None or explained(error):
         return ""
     lines = "".join(traceback.format_exception(error)).splitlines()
     return _text("\n".join(lines[-TRACEBACK_LINES:]).encode(errors="replace")[-TEXT_BYTES:])

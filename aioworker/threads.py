@@ -61,8 +61,9 @@ def _start(call: Callable[[], Any], name: str) -> asyncio.Future[Any]:
         try:
             found = context.run(call)
         except (StopIteration, GeneratorExit) as error:  # no future can carry these
-            told = f"the task let out {type(error).__name__}: {error}"
-            tell(ended.set_exception, TaskExitError(told))
+            exited = TaskExitError(f"the task let out {type(error).__name__}: {error}")
+            exited.__cause__ = error
+            tell(ended.set_exception, exited)
         except BaseException as error:  # noqa: BLE001 - travels on to whoever waits
             tell(ended.set_exception, error)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any, cast
@@ -47,6 +48,9 @@ def of_ids() -> Iterator[int]:
     yield 1
 
 
+HERE = os.path.relpath(__file__)
+
+
 async def swept(keys: Callable[..., Any] | None, after: int = 0) -> list[list[Any]]:
     async def function(ids: list[int]) -> None: ...
 
@@ -81,13 +85,16 @@ async def test_plain_keys_are_called_beside_the_event_loop() -> None:
     assert called_in != [threading.current_thread()]
 
 
-async def test_keys_that_fail_name_their_task() -> None:
+async def test_keys_that_fail_name_their_task_and_line() -> None:
     def broken() -> list[list[int]]:
         raise KeyError("x")
 
+    line = broken.__code__.co_firstlineno + 1
+
     with pytest.raises(TaskError) as refusal:
         await swept(broken)
-    assert str(refusal.value) == "task 'sweep': its keys failed: KeyError: 'x'"
+    where = f"({HERE}, line {line})"
+    assert str(refusal.value) == f"task 'sweep': its keys failed: KeyError: 'x' {where}"
 
 
 async def test_ids_that_are_no_pages_are_refused() -> None:

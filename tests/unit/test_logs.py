@@ -1,0 +1,136 @@
+"""Log lines: their tracebacks, and what is not said again and again."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+
+import pytest
+
+from aioworker.logs import ConsoleFormatter, JournalFormatter, JsonFormatter, Seldom
+from aioworker.outcome import kind_of
+
+UNSHOWABLE = SyntaxError("no")
+UNSHOWABLE.filename, UNSHOWABLE.lineno = "shop.py", 1
+UNSHOWABLE.text = 7  # type: ignore[assignment]  # which is why it cannot be shown
+
+
+def fail(error: BaseException) -> None:
+    password = "hidden"  # noqa: F841 - a local that no traceback may show
+    raise error
+
+
+def failed(error: BaseException) -> logging.LogRecord:
+    """Return the record of a run that failed, as the worker logs it."""
+    with pytest.raises(type(error)):
+        fail(error)
+    info = (type(error), error, error.__traceback__)
+    return logging.LogRecord("aioworker", logging.WARNING, "", 0, "chunk failed", None, info)
+
+
+def test_a_traceback_stands_behind_its_line() -> None:
+    first, *rest = ConsoleFormatter().format(failed(ValueError("no shop"))).split("\n")
+
+    assert first.endswith(" WARNING aioworker chunk failed")
+    assert rest[0] == "    Traceback (most recent call last):"
+    assert rest[-1] == "    ValueError: no shop"
+    assert "hidden" not in "".join(rest)
+
+
+def test_no_line_of_a_traceback_passes_for_one_of_the_logs() -> None:
+    """What a message brings is often an error's text."""
+    forged = "x\n2026-01-01T00:00:00Z INFO aioworker chunk done\r\x1b[2J\u2028\u202e"
+
+    lines = ConsoleFormatter().format(failed(ValueError(forged))).split("\n")
+
+    assert [line for line in lines[1:] if not line.startswith("    ")] == []
+    assert [line for line in lines if not line.isprintable()] == []
+    assert lines[-2:] == ["    \\x1b[2J", "    \\u202e"]
+
+
+def test_a_traceback_is_a_field_of_a_json_line() -> None:
+    line = JsonFormatter().format(failed(ValueError("no\nshop")))
+
+    assert "\n" not in line
+    assert json.loads(line)["traceback"].startswith("Traceback (most recent call last):\n")
+    assert json.loads(line)["traceback"].endswith("ValueError: no\nshop")
+
+
+@pytest.mark.parametrize("formatter", [ConsoleFormatter(), JsonFormatter()], ids=["text", "json"])
+def test_an_error_that_cannot_be_shown_loses_no_line(formatter: logging.Formatter) -> None:
+    line = formatter.format(failed(UNSHOWABLE))
+
+    assert "chunk failed" in line
+    assert "SyntaxError, which cannot be shown: AttributeError" in line
+
+
+def test_every_line_of_a_traceback_has_its_priority_in_the_journal() -> None:
+    lines = JournalFormatter(ConsoleFormatter()).format(failed(ValueError("no"))).split("\n")
+
+    assert [line for line in lines if not line.startswith("<4>")] == []
+
+
+def test_the_same_is_said_once_a_minute() -> None:
+    now = 0.0
+    seldom = Seldom(lambda: now)
+    said = []
+
+    for now in (0.0, 1.0, 59.0, 60.0, 61.0, 125.0):
+        said.append((seldom.allows("one"), seldom.allows(("another", now))))
+
+    assert said == [
+        (True, True),
+        (False, True),
+        (False, True),
+        (True, True),
+        (False, True),
+        (True, True),
+    ]
+
+
+def test_what_was_said_long_ago_is_forgotten() -> None:
+    """A worker lives for months, and each outage has words of its own."""
+    now = 0.0
+    seldom = Seldom(lambda: now)
+
+    for minute in range(100):
+        now = 61.0 * minute
+        seldom.allows(minute)
+
+    assert len(vars(seldom)["_said"]) == 1
+
+
+def lookup(at: int) -> None:
+    if at == 1:
+        [][0]
+    elif at == 2:
+        [][1]
+    {0: None}[at]
+
+
+def cut_off(at: int) -> None:
+    try:
+        lookup(at)
+    except LookupError as error:
+        raise TimeoutError("cut off") from error
+
+
+def grouped(at: int) -> None:
+    try:
+        lookup(at)
+    except LookupError as error:
+        raise ExceptionGroup("all", [error]) from None
+
+
+@pytest.mark.parametrize("work", [lookup, cut_off, grouped])
+def test_errors_are_of_one_kind_if_the_same_lines_raised_them(work: Callable[[int], None]) -> None:
+    """Behind what wraps them, too: a task group, the end of a run's time."""
+    kinds = []
+    for at in (1, 1, 2, 3):
+        with pytest.raises(Exception) as raised:  # noqa: PT011 - whatever it is
+            work(at)
+        kinds.append(kind_of(raised.value))
+
+    assert kinds[0] == kinds[1]
+    assert len(set(kinds)) == 3
