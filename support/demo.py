@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from aioworker.limits import RateLimit
-from support import servers, site
+from support import servers, site, versions
 
 ADDONS = 12_000
 RATE = "60/m"
@@ -22,7 +22,8 @@ AIOWORKER = Path(sys.executable).parent / "aioworker"
 def main() -> int:
     """Run the demo; return 0 when no row is stale at its end."""
     began = time.monotonic()
-    print("Starting private RabbitMQ and MariaDB on loopback …", flush=True)
+    versions.main()
+    print("Starting those that are private, on loopback …", flush=True)
     with servers.servers() as pair:
         connection = servers.connect(pair.mysql_url, create=True)
         print(f"Filling a site: {ADDONS:,} add-ons to sweep, beside personas …", flush=True)

@@ -1,7 +1,8 @@
 """Private RabbitMQ and MariaDB servers on loopback, in a folder of the checkout.
 
-Servers that run already are never touched: ports are free ones, data is new, and what was
-started here is ended here. `python -m support.servers` keeps a pair up for a developer.
+One that `AIOWORKER_AMQP_URL` or `AIOWORKER_MYSQL_URL` names is used instead. Other servers are
+never touched: ports are free ones, data is new, and what was started here is ended here.
+`python -m support.servers` keeps a pair up for a developer.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from typing import TYPE_CHECKING, NoReturn
 import psutil
 import pymysql
 from mirakuru import TCPExecutor
+
+from aioworker.addresses import DatabaseAddress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -62,11 +65,23 @@ def free_port() -> int:
             return port
 
 
-def _program(*names: str) -> str:
+def named(server: str) -> str:
+    """Return the URL of a server (`AMQP`, `MYSQL`) that the environment names, or nothing."""
+    return os.environ.get(f"AIOWORKER_{server}_URL", "")
+
+
+def program(*names: str) -> str:
+    """Return the path of the first program that is installed."""
     for name in names:
         if found := shutil.which(name, path=PROGRAM_PATH):
             return found
     raise FileNotFoundError(f"expected one of {', '.join(names)} to be installed")
+
+
+def rabbitmq_scripts() -> Path:
+    """Return the folder of RabbitMQ's commands."""
+    known = (Path(path) for path in RABBITMQ_FOLDERS)
+    return next((p for p in known if p.is_dir()), Path(program("rabbitmq-server")).parent)
 
 
 def _user() -> str:
@@ -80,10 +95,7 @@ class Broker:
         self.port = free_port()
         self._folder = folder
         self._epmd_port = free_port()
-        self._scripts = next(
-            (Path(path) for path in RABBITMQ_FOLDERS if Path(path).is_dir()),
-            Path(_program("rabbitmq-server")).parent,
-        )
+        self._scripts = rabbitmq_scripts()
         folder.mkdir(parents=True)
         (folder / "home").mkdir()
         (folder / "enabled_plugins").write_text("[].")
@@ -111,7 +123,7 @@ class Broker:
         }
         # The node would start one that outlives it.
         self._epmd = self._executor(
-            [_program("epmd"), "-address", HOST, "-port", str(self._epmd_port)], self._epmd_port
+            [program("epmd"), "-address", HOST, "-port", str(self._epmd_port)], self._epmd_port
         )
         self._node = self._executor([str(self._scripts / "rabbitmq-server")], self.port)
 
@@ -155,7 +167,7 @@ class Broker:
 
     def kill(self) -> None:
         """End the node as a crash does; its queues stay on the disk."""
-        _kill(self._node)
+        _end(self._node, crash=True)
 
     def control(self, *arguments: str) -> str:
         """Run rabbitmqctl and return what it prints.
@@ -186,7 +198,7 @@ class Maria:
         (folder / "tmp").mkdir(parents=True)
         subprocess.run(
             [
-                _program("mariadb-install-db", "mysql_install_db"),
+                program("mariadb-install-db", "mysql_install_db"),
                 "--no-defaults",
                 f"--datadir={data}",  # no --user: with it, a folder with a space is refused
                 "--auth-root-authentication-method=normal",
@@ -198,7 +210,7 @@ class Maria:
             env=os.environ | {"TMPDIR": str(folder / "tmp")},
         )
         command = [
-            _program("mariadbd"),
+            program("mariadbd"),
             "--no-defaults",
             f"--user={_user()}",
             f"--datadir={data}",
@@ -238,11 +250,11 @@ class Maria:
 
     def kill(self) -> None:
         """End the server as a crash does."""
-        _kill(self._server)
+        _end(self._server, crash=True)
 
 
-def _end(executor: TCPExecutor) -> None:
-    """End a server and whatever it started, by their process ids."""
+def _end(executor: TCPExecutor, *, crash: bool = False) -> None:
+    """End a server and whatever it started, by their process ids; with *crash*, at once."""
     process = executor.process
     if process is None:
         return
@@ -250,23 +262,10 @@ def _end(executor: TCPExecutor) -> None:
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(True)]
         for member in family:
             with suppress(psutil.NoSuchProcess):
-                member.terminate()
+                member.kill() if crash else member.terminate()
         _gone, left = psutil.wait_procs(family, timeout=STOP_SECONDS)
         for member in left:
             member.kill()
-    executor.kill(wait=True)
-
-
-def _kill(executor: TCPExecutor) -> None:
-    """Kill a server and whatever it started, by their process ids."""
-    process = executor.process
-    if process is None:
-        return
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(True)]
-    for member in family:
-        with suppress(psutil.NoSuchProcess):
-            member.kill()
-    psutil.wait_procs(family, timeout=STOP_SECONDS)
     executor.kill(wait=True)
 
 
@@ -298,48 +297,52 @@ class Servers:
 
 @contextmanager
 def servers(*maria_options: str) -> Iterator[Servers]:
-    """Start private servers and end them; with both URLs set, use those instead."""
-    amqp, mysql = (os.environ.get(f"AIOWORKER_{name}_URL") for name in ("AMQP", "MYSQL"))
-    if amqp and mysql:
-        yield Servers(amqp, mysql)
-        return
+    """Start a private server for each that the environment does not name, and end it."""
+    amqp_url, mysql_url = named("AMQP"), named("MYSQL")
     folder = ROOT / ".private" / str(os.getpid())
     # Whoever ends this run, or closes its terminal, ends the servers too.
     before = {
         number: signal.signal(number, signal.default_int_handler)
         for number in (signal.SIGTERM, signal.SIGHUP)
     }
-    started: list[Broker | Maria] = []
+    broker = maria = None
     try:
         with ThreadPoolExecutor() as pool:
-            broker = Broker(folder / "rabbitmq")
-            started.append(broker)
-            ready = pool.submit(broker.start)
-            maria = Maria(folder / "mariadb", *maria_options)
-            started.append(maria)
-            maria.start()
-            ready.result()
-        yield Servers(broker.url(), maria.url("aioworker"), broker, maria)
+            if not amqp_url:
+                broker = Broker(folder / "rabbitmq")
+                amqp_url = broker.url()
+                ready = pool.submit(broker.start)
+            if not mysql_url:
+                maria = Maria(folder / "mariadb", *maria_options)
+                mysql_url = maria.url("aioworker")
+                maria.start()
+            if broker:
+                ready.result()
+        yield Servers(amqp_url, mysql_url, broker, maria)
     finally:
-        for server in started:
-            server.stop()
+        for server in (broker, maria):
+            if server:
+                server.stop()
         shutil.rmtree(folder, ignore_errors=True)
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def connect(mysql_url: str, *, create: bool = False) -> Connection[Cursor]:
-    """Connect to a database by its URL; with *create*, make it anew and empty."""
-    from aioworker.addresses import DatabaseAddress
-
-    address = DatabaseAddress.parse(mysql_url)
-    connection = pymysql.connect(
+def login(address: DatabaseAddress) -> Connection[Cursor]:
+    """Connect to a database server, and to none of its databases."""
+    return pymysql.connect(
         host=address.host,
         port=address.port,
         user=address.user,
         password=address.password,
         charset="utf8mb4",
     )
+
+
+def connect(mysql_url: str, *, create: bool = False) -> Connection[Cursor]:
+    """Connect to a database by its URL; with *create*, make it anew and empty."""
+    address = DatabaseAddress.parse(mysql_url)
+    connection = login(address)
     with connection.cursor() as cursor:
         if create:
             _refuse_foreign(cursor, address.database)

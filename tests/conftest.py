@@ -39,6 +39,7 @@ TASK = "update_current_version"
 PREFIX = "aioworker"
 QUEUES = topology.Queues.of(TASK, PREFIX)
 COMMAND_SECONDS = 60
+COMMANDS = "must command"  # why a test is not run on a server that runs already
 DEADLINE_SECONDS = 45
 T = TypeVar("T")
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -52,11 +53,40 @@ def pair() -> Iterator[servers.Servers]:
 
 
 @pytest.fixture(scope="session")
-def private(pair: servers.Servers) -> servers.Servers:
-    """The run's servers, where the test may command them."""
-    if pair.broker is None or pair.maria is None:
-        pytest.skip("commands the servers: only with private ones")
+def broker(pair: servers.Servers) -> servers.Broker:
+    """The run's RabbitMQ, which the test may command."""
+    if pair.broker is None:
+        pytest.skip(f"{COMMANDS} RabbitMQ, and AIOWORKER_AMQP_URL names one that runs already")
+    return pair.broker
+
+
+@pytest.fixture(scope="session")
+def maria(pair: servers.Servers) -> servers.Maria:
+    """The run's MariaDB, which the test may command."""
+    if pair.maria is None:
+        pytest.skip(f"{COMMANDS} MariaDB, and AIOWORKER_MYSQL_URL names a server that runs already")
+    return pair.maria
+
+
+@pytest.fixture(scope="session")
+def private(pair: servers.Servers, broker: servers.Broker, maria: servers.Maria) -> servers.Servers:
+    """The run's servers, where the test may command both."""
     return pair
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """List what was not run, since it must command a server that was not started for it."""
+    left = {
+        report.nodeid: report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", [])
+        if isinstance(report.longrepr, tuple) and COMMANDS in report.longrepr[2]
+    }
+    if left:
+        terminalreporter.section(f"not run: {len(left)}")
+    for reason in sorted(set(left.values())):
+        terminalreporter.line(f"{reason}:")
+        for test in sorted(test for test in left if left[test] == reason):
+            terminalreporter.line(f"  {test}")
 
 
 @pytest.fixture

@@ -43,28 +43,25 @@ def test_a_broker_that_is_not_there(command: tuple[str, ...], run: Run, shop: ob
 
 @pytest.mark.parametrize("command", BROKER_COMMANDS)
 def test_a_wrong_password_of_the_broker(
-    command: tuple[str, ...], run: Run, shop: object, private: servers.Servers
+    command: tuple[str, ...], run: Run, shop: object, broker: servers.Broker
 ) -> None:
-    assert private.broker is not None
-    url = private.broker.url(password="s3cret")
+    url = broker.url(password="s3cret")
 
     done = run(*command, AIOWORKER_AMQP_URL=url)
 
     assert (done.returncode, last_line(done)) == (
         1,
-        f"cannot connect to RabbitMQ at amqp://guest@127.0.0.1:{private.broker.port}/: user or"
+        f"cannot connect to RabbitMQ at amqp://guest@127.0.0.1:{broker.port}/: user or"
         " password refused, check AIOWORKER_AMQP_URL",
     )
 
 
-def test_a_virtual_host_that_is_not_there(run: Run, private: servers.Servers) -> None:
-    assert private.broker is not None
-
-    done = run("publish", "1", AIOWORKER_AMQP_URL=private.broker.url("nowhere"))
+def test_a_virtual_host_that_is_not_there(run: Run, broker: servers.Broker) -> None:
+    done = run("publish", "1", AIOWORKER_AMQP_URL=broker.url("nowhere"))
 
     assert (done.returncode, last_line(done)) == (
         1,
-        f"cannot connect to RabbitMQ at amqp://guest@127.0.0.1:{private.broker.port}/nowhere:"
+        f"cannot connect to RabbitMQ at amqp://guest@127.0.0.1:{broker.port}/nowhere:"
         " virtual host 'nowhere' does not exist or is not open to user 'guest', check"
         " AIOWORKER_AMQP_URL",
     )
@@ -72,17 +69,16 @@ def test_a_virtual_host_that_is_not_there(run: Run, private: servers.Servers) ->
 
 @pytest.mark.parametrize("command", BROKER_COMMANDS[:3])
 def test_a_queue_that_is_not_there(
-    command: tuple[str, ...], run: Run, shop: object, private: servers.Servers
+    command: tuple[str, ...], run: Run, shop: object, broker: servers.Broker
 ) -> None:
     """Nothing but init declares; the others say so."""
-    assert private.broker is not None
-    private.broker.control("add_vhost", "empty")
-    private.broker.control("set_permissions", "-p", "empty", "guest", ".*", ".*", ".*")
+    broker.control("add_vhost", "empty")
+    broker.control("set_permissions", "-p", "empty", "guest", ".*", ".*", ".*")
     try:
-        done = run(*command, AIOWORKER_AMQP_URL=private.broker.url("empty"))
-        assert private.broker.control("list_queues", "-p", "empty", "name").split() == []
+        done = run(*command, AIOWORKER_AMQP_URL=broker.url("empty"))
+        assert broker.control("list_queues", "-p", "empty", "name").split() == []
     finally:
-        private.broker.control("delete_vhost", "empty")
+        broker.control("delete_vhost", "empty")
 
     lane = QUEUES.bulk if command == ("publish-all",) else QUEUES.urgent
     assert (done.returncode, last_line(done)) == (
@@ -93,15 +89,13 @@ def test_a_queue_that_is_not_there(
 
 @pytest.mark.parametrize("command", DATABASE_COMMANDS)
 def test_a_database_that_is_not_there(
-    command: tuple[str, ...], run: Run, lanes: Lanes, private: servers.Servers
+    command: tuple[str, ...], run: Run, lanes: Lanes, maria: servers.Maria
 ) -> None:
-    assert private.maria is not None
-
-    done = run(*command, AIOWORKER_MYSQL_URL=private.maria.url("nowhere"))
+    done = run(*command, AIOWORKER_MYSQL_URL=maria.url("nowhere"))
 
     assert (done.returncode, last_line(done)) == (
         1,
-        f"cannot use MySQL at mysql://root@127.0.0.1:{private.maria.port}/nowhere: Unknown"
+        f"cannot use MySQL at mysql://root@127.0.0.1:{maria.port}/nowhere: Unknown"
         " database 'nowhere' (1049); create it, or correct AIOWORKER_MYSQL_URL",
     )
 
@@ -121,15 +115,13 @@ def test_a_database_server_that_is_not_there(
 
 @pytest.mark.parametrize("command", DATABASE_COMMANDS)
 def test_a_wrong_password_of_the_database(
-    command: tuple[str, ...], run: Run, lanes: Lanes, private: servers.Servers
+    command: tuple[str, ...], run: Run, lanes: Lanes, maria: servers.Maria
 ) -> None:
-    assert private.maria is not None
-
-    done = run(*command, AIOWORKER_MYSQL_URL=private.maria.url("aioworker", "nobody", "s3cret"))
+    done = run(*command, AIOWORKER_MYSQL_URL=maria.url("aioworker", "nobody", "s3cret"))
 
     assert (done.returncode, last_line(done)) == (
         1,
-        f"cannot use MySQL at mysql://nobody@127.0.0.1:{private.maria.port}/aioworker: Access"
+        f"cannot use MySQL at mysql://nobody@127.0.0.1:{maria.port}/aioworker: Access"
         " denied for user 'nobody'@'127.0.0.1' (using password: YES) (1045); check user and"
         " password in AIOWORKER_MYSQL_URL",
     )
@@ -164,15 +156,14 @@ def test_a_table_that_is_not_there(
     )
 
 
-def test_no_permission_in_the_broker(run: Run, lanes: Lanes, private: servers.Servers) -> None:
-    assert private.broker is not None
-    private.broker.control("add_user", "reader", "s3cret")
-    private.broker.control("set_permissions", "reader", "", "", ".*")
+def test_no_permission_in_the_broker(run: Run, lanes: Lanes, broker: servers.Broker) -> None:
+    broker.control("add_user", "reader", "s3cret")
+    broker.control("set_permissions", "reader", "", "", ".*")
     try:
-        publish = run("publish", "1", AIOWORKER_AMQP_URL=private.broker.url("", "reader", "s3cret"))
-        init = run("init", AIOWORKER_AMQP_URL=private.broker.url("", "reader", "s3cret"))
+        publish = run("publish", "1", AIOWORKER_AMQP_URL=broker.url("", "reader", "s3cret"))
+        init = run("init", AIOWORKER_AMQP_URL=broker.url("", "reader", "s3cret"))
     finally:
-        private.broker.control("delete_user", "reader")
+        broker.control("delete_user", "reader")
 
     assert (publish.returncode, init.returncode) == (1, 1)
     cure = "`aioworker init --print` shows what the user needs"
@@ -183,12 +174,11 @@ def test_no_permission_in_the_broker(run: Run, lanes: Lanes, private: servers.Se
 
 
 def test_no_permission_in_the_database(
-    run: Run, lanes: Lanes, shop: Connection[Cursor], private: servers.Servers
+    run: Run, lanes: Lanes, shop: Connection[Cursor], maria: servers.Maria
 ) -> None:
-    assert private.maria is not None
     execute(shop, "CREATE OR REPLACE USER reader", "GRANT SELECT ON aioworker.addons TO reader")
 
-    done = run("consume", "--burst", AIOWORKER_MYSQL_URL=private.maria.url("aioworker", "reader"))
+    done = run("consume", "--burst", AIOWORKER_MYSQL_URL=maria.url("aioworker", "reader"))
 
     assert done.returncode == 1
     assert "SELECT command denied to user" in last_line(done)
@@ -314,13 +304,12 @@ def test_a_database_that_is_silent_is_given_up_in_time(
 
 
 def test_no_permission_to_write_is_said_before_a_message_is_taken(
-    run: Run, lanes: Lanes, shop: Connection[Cursor], private: servers.Servers
+    run: Run, lanes: Lanes, shop: Connection[Cursor], maria: servers.Maria
 ) -> None:
     """The queue is not drained into the dead letters."""
-    assert private.maria is not None
     execute(shop, "CREATE OR REPLACE USER reader", "GRANT SELECT ON aioworker.* TO reader")
 
-    done = run("consume", "--burst", AIOWORKER_MYSQL_URL=private.maria.url("aioworker", "reader"))
+    done = run("consume", "--burst", AIOWORKER_MYSQL_URL=maria.url("aioworker", "reader"))
 
     assert done.returncode == 1
     assert "UPDATE command denied to user" in last_line(done)

@@ -33,19 +33,17 @@ ALL = (QUEUES.dead, QUEUES.bulk, QUEUES.urgent, QUEUES.retry)
 
 
 @pytest.fixture
-def vhost(private: servers.Servers) -> Iterator[str]:
+def vhost(broker: servers.Broker) -> Iterator[str]:
     """A virtual host of the test's own, and its address."""
-    assert private.broker is not None
-    private.broker.control("add_vhost", "fresh")
-    private.broker.control("set_permissions", "-p", "fresh", "guest", ".*", ".*", ".*")
-    yield private.broker.url("fresh")
-    private.broker.control("delete_vhost", "fresh")
+    broker.control("add_vhost", "fresh")
+    broker.control("set_permissions", "-p", "fresh", "guest", ".*", ".*", ".*")
+    yield broker.url("fresh")
+    broker.control("delete_vhost", "fresh")
 
 
-def arguments_of(private: servers.Servers) -> dict[str, dict[str, object]]:
+def arguments_of(broker: servers.Broker) -> dict[str, dict[str, object]]:
     """Return the arguments of each queue of the fresh virtual host."""
-    assert private.broker is not None
-    listed = private.broker.control(
+    listed = broker.control(
         "list_queues", "-p", "fresh", "--formatter", "json", "name", "durable", "arguments"
     )
     queues = json.loads(listed)
@@ -62,7 +60,7 @@ def arguments_of(private: servers.Servers) -> dict[str, dict[str, object]]:
 def test_the_queues_are_declared_once_and_again(
     run: Run,
     vhost: str,
-    private: servers.Servers,
+    broker: servers.Broker,
     shop: Connection[Cursor],
     queue_type: str,
 ) -> None:
@@ -82,11 +80,11 @@ def test_the_queues_are_declared_once_and_again(
     assert second.stdout == first.stdout.replace("declared", "was there, 0 messages").replace(
         "made", "was there"
     )
-    assert arguments_of(private) == QUEUES.arguments(queue_type)
+    assert arguments_of(broker) == QUEUES.arguments(queue_type)
 
 
 async def test_a_queue_that_differs_is_named_with_both_values_and_nothing_is_changed(
-    run: Run, vhost: str, private: servers.Servers, shop: Connection[Cursor]
+    run: Run, vhost: str, broker: servers.Broker, shop: Connection[Cursor]
 ) -> None:
     wanted = QUEUES.arguments("quorum")
     connection = await aio_pika.connect(vhost)
@@ -102,7 +100,7 @@ async def test_a_queue_that_differs_is_named_with_both_values_and_nothing_is_cha
         f"aioworker: queue {QUEUES.urgent} differs: expected x-max-length '1000000', got: '5';"
         " nothing was changed. Empty and delete the queue, then run `aioworker init` again\n"
     )
-    assert arguments_of(private) == {QUEUES.urgent: theirs}
+    assert arguments_of(broker) == {QUEUES.urgent: theirs}
 
 
 def test_a_table_of_another_shape_is_named_and_left(
@@ -150,19 +148,17 @@ def printed(text: str, start: str) -> list[str]:
 async def test_with_exactly_the_printed_privileges_everything_works(
     run: Run,
     vhost: str,
-    private: servers.Servers,
+    broker: servers.Broker,
+    maria: servers.Maria,
     shop: Connection[Cursor],
 ) -> None:
     """Two users who may do what is printed and nothing else, in the broker and the database."""
-    assert private.broker is not None
-    assert private.maria is not None
-    broker = private.broker
     simple_addons(shop, 2000)
     execute(shop, "CREATE OR REPLACE USER worker IDENTIFIED BY 's3cret'")
     broker.control("add_user", "zamboni", "s3cret")
     variables = {
         "AIOWORKER_AMQP_URL": broker.url("fresh", "zamboni", "s3cret"),
-        "AIOWORKER_MYSQL_URL": private.maria.url("aioworker", "worker", "s3cret"),
+        "AIOWORKER_MYSQL_URL": maria.url("aioworker", "worker", "s3cret"),
     }
     text = run("init", "--print", **variables).stdout
     assert "s3cret" not in text

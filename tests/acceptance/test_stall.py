@@ -43,13 +43,16 @@ def connections(broker: servers.Broker) -> set[str]:
 
 
 async def test_a_turn_that_nobody_gives_back_is_a_stall(
-    start: Start, run: Run, shop: Connection[Cursor], lanes: Lanes, private: servers.Servers
+    start: Start,
+    run: Run,
+    shop: Connection[Cursor],
+    lanes: Lanes,
+    pair: servers.Servers,
+    broker: servers.Broker,
 ) -> None:
     """Somebody's session holds the lock: messages wait, the budget is free, nothing starts."""
-    broker = private.broker
-    assert broker is not None
     simple_addons(shop, 1)
-    lock = tables.lock_name(make_database(private), TASK)
+    lock = tables.lock_name(make_database(pair), TASK)
     execute(shop, f"SELECT GET_LOCK('{lock}', 0)")
     before = connections(broker)
     worker = start("consume", "--rate-limit", "100/s")

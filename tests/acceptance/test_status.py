@@ -142,14 +142,13 @@ def test_no_table(status: Any, lanes: Lanes, shop: Connection[Cursor]) -> None:
     assert found["waits"].endswith("run `aioworker init`, or set AIOWORKER_BUDGET=worker")
 
 
-def test_no_queue(status: Any, private: servers.Servers, shop: Connection[Cursor]) -> None:
-    assert private.broker is not None
-    private.broker.control("add_vhost", "bare")
-    private.broker.control("set_permissions", "-p", "bare", "guest", ".*", ".*", ".*")
+def test_no_queue(status: Any, broker: servers.Broker, shop: Connection[Cursor]) -> None:
+    broker.control("add_vhost", "bare")
+    broker.control("set_permissions", "-p", "bare", "guest", ".*", ".*", ".*")
     try:
-        found = status(AIOWORKER_AMQP_URL=private.broker.url("bare"))
+        found = status(AIOWORKER_AMQP_URL=broker.url("bare"))
     finally:
-        private.broker.control("delete_vhost", "bare")
+        broker.control("delete_vhost", "bare")
 
     assert found["queued"] == {"urgent": None, "bulk": None, "retry": None, "dead": None}
     assert found["waits"] == (

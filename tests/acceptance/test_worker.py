@@ -178,13 +178,12 @@ async def test_it_waits_for_servers_that_are_not_there_and_says_so(start: Start)
 
 
 async def test_it_waits_for_its_queues_and_goes_on_when_they_are_declared(
-    start: Start, run: Run, private: servers.Servers, shop: Connection[Cursor]
+    start: Start, run: Run, broker: servers.Broker, shop: Connection[Cursor]
 ) -> None:
-    assert private.broker is not None
     simple_addons(shop, 1)
-    private.broker.control("add_vhost", "later")
-    private.broker.control("set_permissions", "-p", "later", "guest", ".*", ".*", ".*")
-    url = private.broker.url("later")
+    broker.control("add_vhost", "later")
+    broker.control("set_permissions", "-p", "later", "guest", ".*", ".*", ".*")
+    url = broker.url("later")
     try:
         worker = start("consume", AIOWORKER_AMQP_URL=url)
         eventually(lambda: "run `aioworker init`" in worker.log, "it says what is missing")
@@ -195,25 +194,28 @@ async def test_it_waits_for_its_queues_and_goes_on_when_they_are_declared(
         worker.process.send_signal(signal.SIGTERM)
         assert worker.process.wait(30) == 0
     finally:
-        private.broker.control("delete_vhost", "later")
+        broker.control("delete_vhost", "later")
 
 
 async def test_it_survives_its_connections_being_closed(
-    start: Start, private: servers.Servers, shop: Connection[Cursor], lanes: Lanes
+    start: Start,
+    pair: servers.Servers,
+    broker: servers.Broker,
+    shop: Connection[Cursor],
+    lanes: Lanes,
 ) -> None:
     """The broker's and the database's: it says so, connects again and goes on."""
-    assert private.broker is not None
     simple_addons(shop, 1)
     worker = start("consume", "--rate-limit", "100/s")
     eventually(lambda: "nothing queued" in worker.log, "it is idle")
 
-    private.broker.control("close_all_connections", "test")
+    broker.control("close_all_connections", "test")
     for [thread] in rows(
         shop, "SELECT id FROM information_schema.processlist WHERE id <> CONNECTION_ID()"
     ):
         execute(shop, f"KILL {thread}")
     eventually(lambda: "connection to RabbitMQ lost" in worker.log, "it says so")
-    worker_publish = await _again(private)
+    worker_publish = await _again(pair)
     await worker_publish.send(json.dumps([[[1]], {}, None]).encode())
 
     eventually(lambda: current_versions(shop)[1], "the change is made")
@@ -453,11 +455,9 @@ def test_as_a_module_it_is_the_same_command(pair: servers.Servers) -> None:
 
 
 async def test_waiting_for_the_budget_it_holds_nothing(
-    start: Start, lanes: Lanes, shop: Connection[Cursor], private: servers.Servers
+    start: Start, lanes: Lanes, shop: Connection[Cursor], broker: servers.Broker
 ) -> None:
     """RabbitMQ keeps what waits: no delivery is unacknowledged, no row locked."""
-    broker = private.broker
-    assert broker is not None
     simple_addons(shop, 3)
     for addon in (1, 2, 3):
         await lanes.send(json.dumps([[[addon]], {}, None]).encode())

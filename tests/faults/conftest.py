@@ -47,13 +47,6 @@ def place(make_place: MakePlace) -> Place:
     return make_place()
 
 
-@pytest.fixture
-def broker(private: servers.Servers) -> servers.Broker:
-    """The run's RabbitMQ."""
-    assert private.broker is not None
-    return private.broker
-
-
 def within(seconds: float, holds: Callable[[], object], what: str) -> float:
     """Wait until something holds, and return how long it took; fail after *seconds*."""
     began = time.monotonic()

@@ -56,13 +56,6 @@ UNREACHABLE = "STATUS=waiting: database unreachable since"
 
 
 @pytest.fixture
-def maria(private: servers.Servers) -> servers.Maria:
-    """The run's database server."""
-    assert private.maria is not None
-    return private.maria
-
-
-@pytest.fixture
 def network(maria: servers.Maria) -> Iterator[Proxy]:
     """What lies between a worker and the database."""
     with Proxy(maria.port) as made:

@@ -15,7 +15,7 @@ import pytest
 from celery import Celery
 from kombu import Queue, pools
 
-from support.servers import Servers
+from support.servers import Broker, Servers
 from tests.conftest import QUEUES, TASK
 
 USER = "plain"
@@ -25,12 +25,11 @@ URGENT = Queue(QUEUES.urgent, no_declare=True)
 
 
 @pytest.fixture(scope="session")
-def plain(private: Servers) -> Servers:
+def plain(pair: Servers, broker: Broker) -> Servers:
     """The run's servers, RabbitMQ as a user with no permission to configure."""
-    assert private.broker is not None
-    private.broker.control("add_user", USER, USER)
-    private.broker.control("set_permissions", "-p", "/", USER, "", ".*", ".*")
-    return replace(private, amqp_url=private.broker.url(user=USER, password=USER))
+    broker.control("add_user", USER, USER)
+    broker.control("set_permissions", "-p", "/", USER, "", ".*", ".*")
+    return replace(pair, amqp_url=broker.url(user=USER, password=USER))
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from tests.conftest import QUEUES, TASK, Lanes, Run, eventually
 from tests.interop.conftest import CeleryWorker
 
 if TYPE_CHECKING:
-    from support.servers import Servers
+    from support.servers import Broker, Servers
 
 Start = Callable[..., CeleryWorker]
 OPTIONS = ("--pool", "solo", "--without-gossip", "--without-mingle")
@@ -124,14 +124,13 @@ async def test_a_retry_of_celerys_comes_back_to_the_lane(
 
 
 async def test_a_worker_that_does_not_know_the_queues_kind_runs_nothing_on_rabbitmq_3(
-    plain: Servers, lanes: Lanes, celery_worker: Start, private: Servers
+    plain: Servers, lanes: Lanes, celery_worker: Start, broker: Broker
 ) -> None:
     """What the queue's arguments are for, although they are not declared.
 
     Of RabbitMQ 4 kombu does not ask what it refuses.
     """
-    assert private.broker is not None
-    runs = int(private.broker.control("version").partition(".")[0]) >= 4
+    runs = int(broker.control("version").partition(".")[0]) >= 4
     code = CELERY.replace('{"x-queue-type": "quorum"}', "None")
     worker = celery_worker(code, *OPTIONS)
     async with Producer(plain.amqp_url, timeout=10) as producer:
@@ -167,11 +166,11 @@ def test_a_worker_that_declares_what_it_may_not_ends(
 
 
 def test_a_worker_that_may_declare_finds_another_queue(
-    private: Servers, lanes: Lanes, celery_worker: Start
+    pair: Servers, lanes: Lanes, celery_worker: Start
 ) -> None:
     """It does not know of the dead letters: nothing is declared anew."""
     code = CELERY.replace("no_declare=True, ", "")
 
-    worker = celery_worker(code, *OPTIONS, pair=private)
+    worker = celery_worker(code, *OPTIONS, pair=pair)
 
     eventually(lambda: "PRECONDITION_FAILED - inequivalent arg" in worker.log, "it is refused")

@@ -18,7 +18,7 @@ from tests.conftest import QUEUES, TASK, Lanes, make_worker
 
 if TYPE_CHECKING:
     from aioworker.db import Database
-    from support.servers import Servers
+    from support.servers import Broker, Servers
 
 Make = Callable[..., Supervisor]
 SECONDS = 20
@@ -119,10 +119,9 @@ async def test_what_fails_is_put_off_and_stops_nobody(
 
 
 async def test_connections_that_are_closed_lose_nothing(
-    make: Make, lanes: Lanes, private: Servers, stop: asyncio.Event
+    make: Make, lanes: Lanes, broker: Broker, stop: asyncio.Event
 ) -> None:
     """What ran is delivered again: at least once."""
-    assert private.broker is not None
     done: set[int] = set()
     release = asyncio.Event()
 
@@ -135,7 +134,7 @@ async def test_connections_that_are_closed_lose_nothing(
     serving = asyncio.create_task(worker.run(stop))
     await until(lambda: worker.consumer.starts == SLOTS)
 
-    await asyncio.to_thread(private.broker.control, "close_all_connections", "maintenance")
+    await asyncio.to_thread(broker.control, "close_all_connections", "maintenance")
     release.set()
 
     await until(lambda: done == set(range(40)))
@@ -175,20 +174,19 @@ async def test_a_lane_that_is_deleted_is_told_in_a_flow_and_heard_once_it_is_the
 
 
 @pytest.fixture
-def impatient(private: Servers) -> Iterator[None]:
+def impatient(broker: Broker) -> Iterator[None]:
     """The broker takes back what is not settled within a second, on channels opened by now."""
-    assert private.broker is not None
     setting = "application:set_env(rabbit, consumer_timeout, {}),"
     setting += "application:set_env(rabbit, channel_tick_interval, {})."
-    private.broker.control("eval", setting.format(1_000, 500))
+    broker.control("eval", setting.format(1_000, 500))
     yield
-    private.broker.control("eval", setting.format(1_800_000, 60_000))
+    broker.control("eval", setting.format(1_800_000, 60_000))
 
 
 async def test_what_rabbitmq_takes_back_does_not_run_twice_at_once(
     make: Make,
     lanes: Lanes,
-    private: Servers,
+    broker: Broker,
     impatient: None,
     stop: asyncio.Event,
     caplog: pytest.LogCaptureFixture,
@@ -204,9 +202,6 @@ async def test_what_rabbitmq_takes_back_does_not_run_twice_at_once(
         most = max(most, len(running))
         await release.wait()
         running.remove(number)
-
-    broker = private.broker
-    assert broker is not None
 
     def channels() -> int:
         return len(broker.control("list_channels", "pid").split())

@@ -58,10 +58,9 @@ def program(pair: servers.Servers, tmp_path: Path) -> Program:
     return run
 
 
-def connections(private: servers.Servers) -> int:
+def connections(broker: servers.Broker) -> int:
     """Return how many connections RabbitMQ counts that publish."""
-    assert private.broker is not None
-    listed = private.broker.control("list_connections", "client_properties")
+    listed = broker.control("list_connections", "client_properties")
     return listed.count('"aioworker publish"')
 
 
@@ -121,7 +120,7 @@ def web() -> Iterator[str]:
 
 
 async def test_all_requests_of_a_web_server_share_one_connection(
-    private: servers.Servers, lanes: Lanes, web: str
+    broker: servers.Broker, lanes: Lanes, web: str
 ) -> None:
     """Several at once, the first ones too, which find no connection."""
 
@@ -133,7 +132,7 @@ async def test_all_requests_of_a_web_server_share_one_connection(
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(post, range(1, REQUESTS + 1)))
 
-    assert connections(private) == 1
+    assert connections(broker) == 1
     taken = [await lanes.take(QUEUES.urgent) for _ in range(REQUESTS)]
     assert sorted(str(one.message_id) for one in taken) == sorted(answers)
 
@@ -226,30 +225,28 @@ def test_a_process_that_never_published_opens_nothing(program: Program) -> None:
 
 
 async def test_a_connection_that_an_operator_closed_is_opened_anew(
-    private: servers.Servers, pair: servers.Servers
+    broker: servers.Broker, pair: servers.Servers
 ) -> None:
-    assert private.broker is not None
     publish_sync(TASK, [1])
 
-    private.broker.control("close_all_connections", "maintenance")
+    broker.control("close_all_connections", "maintenance")
 
     publish_sync(TASK, [2])
     publish_sync(TASK, [3])
-    assert connections(private) == 1
+    assert connections(broker) == 1
 
 
 async def test_a_broker_that_went_away_is_told_at_once_and_found_again(
-    private: servers.Servers,
+    broker: servers.Broker,
 ) -> None:
-    assert private.broker is not None
     publish_sync(TASK, [1])
 
-    private.broker.control("stop_app")
+    broker.control("stop_app")
     began = time.monotonic()
     with pytest.raises(BrokerError, match="RabbitMQ"):
         publish_sync(TASK, [2])
     told = time.monotonic() - began
-    private.broker.control("start_app")
+    broker.control("start_app")
 
     assert told < 1
     assert publish_sync(TASK, [3])
