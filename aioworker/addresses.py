@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
-AMQP_SCHEMES = ("amqp", "amqps")
-TLS_MODES = ("disabled", "required", "verify_ca", "verify_identity")
-MYSQL_PARAMETERS = ("ssl_mode", "ssl_ca", "ssl_cert", "ssl_key", "unix_socket")
+from pydantic import SecretStr
+
+from aioworker import tls
+from aioworker.tls import Tls
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+# What other clients' addresses begin with works as it is: Celery's, and SQLAlchemy's with a driver.
+_AMQP_SCHEMES = {"amqp": "amqp", "amqps": "amqps", "pyamqp": "amqp", "librabbitmq": "amqp"}
+_MYSQL_SCHEMES = {"mysql": "mysql", "mariadb": "mysql"}
+_AMQP_EXAMPLE = "amqp://user:password@host:5672/vhost"
+_MYSQL_EXAMPLE = "mysql://user:password@host:3306/database"
+_TLS_WORDS = {word: word for word in tls.WORDS}
+_MYSQL_PARAMETERS = _TLS_WORDS | {"unix_socket": "unix_socket"}
+_AMQP_PARAMETERS = (
+    _TLS_WORDS
+    | {"cafile": "ssl_ca", "certfile": "ssl_cert", "keyfile": "ssl_key"}
+    | {word: word for word in (*tls.AMQP_WORDS, "auth", "heartbeat", "name", "timeout")}
+)
+_AUTH = ("plain", "external")
+LONGEST_SECONDS = 3600
+_QUOTES = "\"'`\u2018\u2019\u201c\u201d\xab\xbb"  # a word processor's too
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+_NEXT_NODE = re.compile(r"\s*,\s*(?=[a-z+]+://)", re.IGNORECASE)
+_SEMICOLON = re.compile(r";\s*[a-z+]+://", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,29 +44,62 @@ class BrokerAddress:
         shown: The address without its password, for logs and errors.
         user: The user's name.
         vhost: The virtual host.
+        tls: What it asks of TLS; None for plain text.
+        name: What RabbitMQ lists the connection as; None leaves it to the command.
+        heartbeat: Seconds between two heartbeats, 1 to 3600; None leaves it to the worker.
+        timeout: Seconds to connect to this node at most, 1 to 3600; None for no other bound
+            than the setting's.
     """
 
-    url: str = field(repr=False)
+    url: SecretStr
     shown: str
     user: str
     vhost: str
+    tls: Tls | None = None
+    name: str | None = None
+    heartbeat: int | None = None
+    timeout: int | None = None
 
     @classmethod
     def parse_all(cls, text: str) -> tuple[BrokerAddress, ...]:
         """Parse comma-separated URLs, the nodes of one cluster.
 
         Raises:
-            ValueError: A URL is not `amqp[s]://user:password@host:port/vhost`.
+            ValueError: A URL is not `amqp[s]://user:password@host:port/vhost`, or a query
+                parameter is unknown or contradicts another.
         """
-        return tuple(cls._parse(part.strip()) for part in text.split(","))
+        if _SEMICOLON.search(text):
+            raise ValueError("expected ',' between the URLs of nodes, got ';'")
+        return tuple(cls._parse(part) for part in _NEXT_NODE.split(text))
 
     @classmethod
     def _parse(cls, text: str) -> BrokerAddress:
-        example = "amqp://user:password@host:5672/vhost"
-        parts = _split(text, AMQP_SCHEMES, example)
-        vhost = unquote(parts.path[1:]) or "/"
-        user = unquote(parts.username or "guest")
-        return cls(url=text, shown=_without_password(parts), user=user, vhost=vhost)
+        parts = _split(text, _AMQP_SCHEMES, _AMQP_EXAMPLE)
+        if "," in parts.path:
+            raise ValueError(_one_host(","))
+        given = _parameters(parts.query, _AMQP_PARAMETERS)
+        asked = Tls.parse(
+            {word: given[word] for word in (*tls.WORDS, *tls.AMQP_WORDS) if word in given},
+            secure=parts.scheme == "amqps",
+        )
+        scheme, port = ("amqp", 5672) if asked is None else ("amqps", 5671)
+        user = _decoded(parts.username or "guest")
+        vhost = _decoded(parts.path[1:]) or "/"
+        userinfo = ":".join(quote(each, "") for each in (user, _password(parts) or "guest"))
+        auth = given.get("auth", "plain").lower()
+        if auth not in _AUTH:
+            raise ValueError(f"expected auth of {', '.join(_AUTH)}, got: {given['auth']!r}")
+        url = f"{scheme}://{userinfo}@{_host(parts)}:{parts.port or port}/{quote(vhost, '')}"
+        return cls(
+            url=SecretStr(f"{url}?auth={auth}" if "auth" in given else url),
+            shown=_without_password(parts),
+            user=user,
+            vhost=vhost,
+            tls=asked,
+            name=given.get("name"),
+            heartbeat=_seconds("heartbeat", given),
+            timeout=_seconds("timeout", given),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,79 +113,130 @@ class DatabaseAddress:
         password: Never shown.
         database: The schema that holds the tables.
         shown: The address without its password, for logs and errors.
-        options: Query parameters: `ssl_mode`, `ssl_ca`, `ssl_cert`, `ssl_key` (as the mysql
-            client means them) and `unix_socket`.
+        tls: What it asks of TLS; None for plain text.
+        unix_socket: Path of the server's socket, in place of host and port.
     """
 
     host: str
     port: int
     user: str
-    password: str = field(repr=False)
+    password: SecretStr
     database: str
     shown: str
-    options: dict[str, str] = field(default_factory=dict)
+    tls: Tls | None = None
+    unix_socket: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> DatabaseAddress:
         """Parse `mysql://user:password@host:port/database?ssl_mode=…`.
 
         Raises:
-            ValueError: The URL has another form, or a query parameter is unknown.
+            ValueError: The URL has another form, or a query parameter is unknown or
+                contradicts another.
         """
-        example = "mysql://user:password@host:3306/database"
-        parts = _split(text, ("mysql",), example)
-        database = unquote(parts.path[1:])
+        parts = _split(text, _MYSQL_SCHEMES, _MYSQL_EXAMPLE)
+        database = _decoded(parts.path[1:])
         if not database or "/" in database:
-            raise ValueError(f"expected a database, such as {example}, got: {_shown(parts)!r}")
-        options = dict(parse_qsl(parts.query, keep_blank_values=True))
-        for name in options:
-            if name not in MYSQL_PARAMETERS:
-                known = ", ".join(MYSQL_PARAMETERS)
-                raise ValueError(f"expected query parameters of {known}, got: {name!r}")
-        if options.get("ssl_mode", "required") not in TLS_MODES:
-            modes = ", ".join(TLS_MODES)
-            raise ValueError(f"expected ssl_mode of {modes}, got: {options['ssl_mode']!r}")
+            raise ValueError(f"expected a database, such as {_MYSQL_EXAMPLE}, got: {_shown(parts)}")
+        given = _parameters(parts.query, _MYSQL_PARAMETERS)
         return cls(
             host=parts.hostname or "127.0.0.1",
             port=parts.port or 3306,
-            user=unquote(parts.username or "root"),
-            password=unquote(parts.password or ""),
+            user=_decoded(parts.username or "root"),
+            password=SecretStr(_password(parts)),
             database=database,
             shown=_without_password(parts),
-            options=options,
+            tls=Tls.parse({word: given[word] for word in tls.WORDS if word in given}),
+            unix_socket=given.get("unix_socket"),
         )
 
 
-def _split(text: str, schemes: tuple[str, ...], example: str) -> SplitResult:
+def _split(text: str, schemes: Mapping[str, str], example: str) -> SplitResult:
     """Split a URL, and refuse one whose scheme, host or port cannot be used."""
+    expected = f"expected a URL such as {example}, got"
+    text = text.strip()
+    if (quotes := set(text[:1] + text[-1:]) & set(_QUOTES)) and text:
+        raise ValueError(f"{expected} one in quotes ({min(quotes)}): leave them out")
+    if _UNPRINTABLE.search(text):
+        raise ValueError(f"{expected} one with a control character, or not in UTF-8")
+    if "://" not in text:
+        raise ValueError(f"{expected} one without {next(iter(schemes))}:// at its beginning")
+    between = {",", ";"} & set(_host_as_written(text))
+    if between:
+        raise ValueError(_one_host(min(between)))
     try:
         parts = urlsplit(text)
         port = parts.port  # raises when it is not a number up to 65535
+        for each in (parts.username, parts.password, parts.path):
+            unquote(each or "", errors="strict")
     except ValueError:
-        raise ValueError(f"expected a URL such as {example}, got one that cannot be read") from None
+        raise ValueError(f"{expected} one that cannot be read") from None
     if "@" in parts.path + parts.query + parts.fragment:
         # Whatever stands before it may be a part of the password: show none of it.
         raise ValueError(
-            f"expected a URL such as {example}, got one with '@' behind its host: in a user or"
+            f"{expected} one with '@' behind its host: in a user or"
             " password write / as %2F, @ as %40, : as %3A, # as %23, ? as %3F"
         )
-    if parts.scheme not in schemes or not parts.hostname or port == 0:
-        raise ValueError(f"expected a URL such as {example}, got: {_shown(parts)!r}")
-    return parts
+    scheme = schemes.get(parts.scheme.partition("+")[0])
+    if scheme is None or not parts.hostname or port == 0 or " " in parts.hostname:
+        raise ValueError(f"{expected}: {_shown(parts)}")
+    return parts._replace(scheme=scheme)
+
+
+def _host_as_written(text: str) -> str:
+    """Return host and port of a URL, however wrong."""
+    authority = re.split(r"[/?#]", text.partition("://")[2], maxsplit=1)[0]
+    return authority.rpartition("@")[2]
+
+
+def _one_host(between: str) -> str:
+    return f"expected one host in each URL, and ',' between whole URLs of nodes, got {between!r}"
+
+
+def _parameters(query: str, known: Mapping[str, str]) -> dict[str, str]:
+    """Return a query's parameters by their names here, however they are spelt."""
+    found: dict[str, str] = {}
+    for word, value in parse_qsl(query, keep_blank_values=True):
+        name = known.get(word.lower().replace("-", "_"))
+        if name is None:
+            raise ValueError(f"expected query parameters of {', '.join(known)}, got: {word!r}")
+        if name in found:
+            raise ValueError(f"expected {name} once, got it twice")
+        found[name] = value
+    return found
+
+
+def _seconds(name: str, given: Mapping[str, str]) -> int | None:
+    text = given.get(name)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:5]) <= LONGEST_SECONDS):
+        raise ValueError(f"expected {name} of 1 to {LONGEST_SECONDS} seconds, got: {text!r}")
+    return int(text)
+
+
+def _decoded(text: str) -> str:
+    return unquote(text, errors="strict")
+
+
+def _password(parts: SplitResult) -> str:
+    return _decoded(parts.password or "")
 
 
 def _shown(parts: SplitResult) -> str:
-    """Return the URL as given, its password and its query left out."""
-    if not parts.scheme or not parts.hostname:
+    """Return the URL as given and quoted, its password and its query left out."""
+    if not parts.hostname:
         # What was meant as a password may stand anywhere in a URL that is not one.
-        return parts.scheme + "://…" if parts.scheme else "…"
-    return _without_password(parts)
+        return f"'{parts.scheme}://…'"
+    return repr(_without_password(parts))
+
+
+def _host(parts: SplitResult) -> str:
+    host = parts.hostname or ""
+    return f"[{host}]" if ":" in host else host
 
 
 def _without_password(parts: SplitResult) -> str:
     user = f"{parts.username}@" if parts.username else ""
     port = f":{parts.port}" if parts.port else ""
-    host = parts.hostname or ""
-    if ":" in host:
-        host = f"[{host}]"
-    return f"{parts.scheme}://{user}{host}{port}{parts.path}"
+    return f"{parts.scheme}://{user}{_host(parts)}{port}{parts.path}"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import aio_pika
 from aio_pika.exceptions import (
     CONNECTION_EXCEPTIONS,
+    AuthenticationError,
     ChannelInvalidStateError,
     ChannelNotFoundEntity,
     DeliveryError,
@@ -23,7 +24,8 @@ from aio_pika.exceptions import (
 )
 from aiormq.exceptions import ChannelAccessRefused, InvalidFrameError
 
-from aioworker.errors import BrokerError, QueueMissingError
+from aioworker import tls
+from aioworker.errors import BrokerError, QueueMissingError, TlsFileError
 from aioworker.frames import CarefulConnection
 
 if TYPE_CHECKING:
@@ -59,18 +61,29 @@ async def connect(
     failure = BrokerError("expected at least one address of RabbitMQ, got none")
     for address in addresses:
         try:
-            async with asyncio.timeout(timeout / len(addresses)):
+            share = timeout / len(addresses)
+            async with asyncio.timeout(min(share, address.timeout or share)):
                 return await aio_pika.connect(
-                    address.url,
-                    heartbeat=HEARTBEAT_SECONDS,
-                    client_properties={"connection_name": name},
+                    address.url.get_secret_value(),
+                    ssl_context=None if address.tls is None else address.tls.context(),
+                    heartbeat=address.heartbeat or HEARTBEAT_SECONDS,
+                    client_properties={"connection_name": address.name or name},
                     connection_class=CarefulConnection if careful else aio_pika.Connection,
                 )
         except CONNECT_FAILURES as error:
-            away = not isinstance(error, ProbableAuthenticationError | InvalidFrameError)
-            failure = BrokerError(_explain_connect(error, address), unreachable=away)
+            failure = _refused(error, address)
             failure.__cause__ = error
     raise failure
+
+
+def _refused(error: Exception, address: BrokerAddress) -> BrokerError:
+    reason = None if address.tls is None else address.tls.explain(error)
+    if reason is not None:
+        text = f"cannot connect to RabbitMQ at {address.shown}: {reason}; check AIOWORKER_AMQP_URL"
+        return BrokerError(text, unreachable=tls.cut_off(error))
+    # What answers and refuses is not away.
+    away = not isinstance(error, AuthenticationError | InvalidFrameError | TlsFileError)
+    return BrokerError(_explain_connect(error, address), unreachable=away)
 
 
 def _explain_connect(error: Exception, address: BrokerAddress) -> str:
@@ -85,6 +98,14 @@ def _explain_connect(error: Exception, address: BrokerAddress) -> str:
             )
         case TimeoutError():
             return f"{at}: no answer in time, check AIOWORKER_AMQP_URL"
+        case TlsFileError():
+            return f"{at}: {error}; check AIOWORKER_AMQP_URL"
+        case AuthenticationError():
+            return f"{at}: it logs in by {error.args[0]} alone, check auth in AIOWORKER_AMQP_URL"
+        case _ if tls.cut_off(error):
+            return (
+                f"{at}: {describe(error)}; is it running, and without TLS? check AIOWORKER_AMQP_URL"
+            )
         case _:
             return f"{at}: {describe(error)}; is it running? check AIOWORKER_AMQP_URL"
 

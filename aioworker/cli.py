@@ -126,6 +126,9 @@ def consume(
     raise_early = signals.keep_early()
     origin = reload.Origin.of_this_process()
     settings, tasks = prepare_all(names or [], app=app_names, rate_limit=rate_limit)
+    settings.nodes()  # what their files lack is said before anything is done
+    if settings.budget == "shared" or any(task.needs_database for task in tasks):
+        settings.database()
     if check:
         reload.end_check([task.name for task in tasks])
     from aioworker import worker

@@ -8,16 +8,14 @@ statement that is cut off is killed on the server too, which would finish it oth
 from __future__ import annotations
 
 import asyncio
-import ssl
-import struct
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import aiomysql
-from pymysql.constants import CLIENT
+from pymysql.constants import CLIENT, ER
 from pymysql.err import MySQLError
 
-from aioworker import trouble
+from aioworker import login, trouble
 from aioworker.errors import DatabaseError, NestedTransactionError
 from aioworker.trouble import Trouble
 
@@ -29,7 +27,7 @@ if TYPE_CHECKING:
 LOCK_WAIT_SECONDS = 5
 KILL_SECONDS = 3
 _NO_SUCH_THREAD = 1094
-_GARBAGE = (ValueError, LookupError, struct.error)  # what a peer of another kind makes of it
+_LOGIN_REFUSED = (ER.ACCESS_DENIED_ERROR, 3159)  # MySQL's own number, for a server that wants TLS
 IDLE_SECONDS = 30
 AGGREGATE_BYTES = 1_048_576  # MariaDB cuts JSON_ARRAYAGG at this length, without an error
 
@@ -99,8 +97,7 @@ class Database:
                 if self._connection is None:
                     self._connection = await self._connect()
                 self._silent = False
-        except (MySQLError, OSError, RuntimeError, *_GARBAGE) as error:
-            # RuntimeError: PyMySQL misses a package for this server's way to log in.
+        except (MySQLError, OSError) as error:
             self.close()
             raise self.explain(error) from error
 
@@ -218,18 +215,10 @@ class Database:
         return True
 
     async def _connect(self) -> Any:
-        address = self.address
-        connection = await aiomysql.connect(
-            host=address.host,
-            port=address.port,
-            user=address.user,
-            password=address.password,
-            db=address.database,
-            unix_socket=address.options.get("unix_socket"),
-            ssl=_tls(address.options),
+        connection = await login.connect(
+            self.address,
             charset="utf8mb4",
             autocommit=True,
-            connect_timeout=self._connect_timeout,
             client_flag=CLIENT.FOUND_ROWS,
             program_name="aioworker",
             init_command="SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED",
@@ -267,14 +256,22 @@ class Database:
         if isinstance(error, TimeoutError):
             reason = "no answer in time; check AIOWORKER_MYSQL_URL"
         elif isinstance(error, MySQLError):
-            reason = trouble.describe(error)
-        elif isinstance(error, RuntimeError):
-            reason = f"{error}; use TLS (ssl_mode=required), or install cryptography"
+            reason = trouble.describe(error) + self._cure_by_tls(error)
         else:
             reason = " ".join(str(error).split())
         return DatabaseError(
             f"cannot use MySQL at {self.address.shown}: {reason}", unreachable=away
         )
+
+    def _cure_by_tls(self, error: MySQLError) -> str:
+        """Say what a refused login may lack: to MariaDB plain text is a wrong password too."""
+        if trouble.code(error) not in _LOGIN_REFUSED:
+            return ""
+        if self.address.tls is None:
+            return "; if the server asks for TLS, add ssl_mode=required or ssl_ca=FILE to the URL"
+        if self.address.tls.cert is None:
+            return "; if it asks for a client's certificate, add ssl_cert and ssl_key"
+        return ""
 
 
 @contextmanager
@@ -284,17 +281,3 @@ def _closing_on_error(connection: Any) -> Iterator[None]:
     except BaseException:
         connection.close()
         raise
-
-
-def _tls(options: dict[str, str]) -> ssl.SSLContext | None:
-    """Return the TLS context that the address asks for, as the mysql client's --ssl-mode."""
-    mode = options.get("ssl_mode", "verify_identity" if "ssl_ca" in options else "disabled")
-    if mode == "disabled":
-        return None
-    context = ssl.create_default_context(cafile=options.get("ssl_ca"))
-    context.check_hostname = mode == "verify_identity"
-    if mode == "required":
-        context.verify_mode = ssl.CERT_NONE
-    if "ssl_cert" in options:
-        context.load_cert_chain(options["ssl_cert"], options.get("ssl_key"))
-    return context

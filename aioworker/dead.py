@@ -236,7 +236,7 @@ async def requeue(settings: Settings, name: str, wanted: Filter) -> None:
 
     async with (
         _open(settings, name) as box,
-        broker.Publisher(settings.amqp_url, settings.connect_timeout, own) as publisher,
+        broker.Publisher(settings.nodes(), settings.connect_timeout, own) as publisher,
     ):
         with _noting(note):
             async for letter, delivery in box.letters(wanted, at_most=box.ready):
@@ -321,7 +321,7 @@ async def _open(settings: Settings, name: str) -> AsyncIterator[_Box]:
     """
     timeout = settings.connect_timeout
     async with broker.connection(
-        settings.amqp_url, timeout, "aioworker dead", careful=True
+        settings.nodes(), timeout, "aioworker dead", careful=True
     ) as connection:
         box = _Box(connection, name, settings.queue_prefix, timeout)
         try:

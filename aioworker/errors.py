@@ -14,6 +14,10 @@ class UsageError(AioworkerError, ValueError):
     """A setting, option or argument is wrong; the command line exits 2."""
 
 
+class TlsFileError(UsageError):
+    """A file that an address names for TLS cannot be used; it may come back."""
+
+
 class RateLimitError(UsageError):
     """A rate limit is not COUNT/UNIT."""
 

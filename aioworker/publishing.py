@@ -131,7 +131,7 @@ def _check(task: AnyTask, ids: list[int]) -> None:
 
 
 def _producer(settings: Settings) -> Producer:
-    return Producer.over(settings.amqp_url, settings.connect_timeout, settings.queue_prefix)
+    return Producer.over(settings.nodes(), settings.connect_timeout, settings.queue_prefix)
 
 
 async def _pages(database: Database, task: AnyTask, after: int) -> AsyncIterator[list[Any]]:

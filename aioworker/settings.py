@@ -19,7 +19,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from aioworker.addresses import BrokerAddress, DatabaseAddress
 from aioworker.chunk import CHUNK_LIMIT
-from aioworker.errors import UsageError
+from aioworker.errors import TlsFileError, UsageError
 from aioworker.limits import RateLimit
 from aioworker.message import LONGEST_RUN_SECONDS, RETRIES_LIMIT
 
@@ -103,7 +103,7 @@ class Settings(BaseSettings):
         Field(
             "amqp://guest:guest@127.0.0.1:5672/",
             validate_default=True,
-            description="RabbitMQ; amqps:// for TLS; several, comma-separated, are cluster nodes.",
+            description="RabbitMQ; amqps:// or ssl_… for TLS; several, comma-separated, are cluster nodes.",
         )
     )
     mysql_url: Annotated[DatabaseAddress, NoDecode, _parsed(DatabaseAddress.parse)] = Field(
@@ -173,13 +173,30 @@ class Settings(BaseSettings):
             problem = first["msg"].removeprefix("Value error, ")
             raise UsageError(f"{shown}: {problem}") from None
 
-    def database(self, timeout: float | None = None) -> Database:
+    def nodes(self) -> Nodes:
+        """Return RabbitMQ's nodes.
+
+        Raises:
+            UsageError: A file that they name for TLS cannot be used.
+        """
+        for node in self.amqp_url:
+            _check_files("amqp_url", node)
+        return self.amqp_url
+
+    def database(self, timeout: float | None = None, *, check: bool = True) -> Database:
         """Return the database, not yet connected.
 
         Args:
             timeout: Seconds for each use; without it `task_timeout`.
+            check: Whether to look at files for TLS now too, and not only at each connect.
+
+        Raises:
+            UsageError: A file that its address names for TLS cannot be used.
         """
         from aioworker.db import Database  # help needs no client of a server
+
+        if check:
+            _check_files("mysql_url", self.mysql_url)
 
         return Database(
             self.mysql_url,
@@ -196,6 +213,15 @@ class Settings(BaseSettings):
         ]
         folder = "Folder with a file for each secret setting, named as its variable."
         return [*rows, (SECRETS_DIR, "unset", folder)]
+
+
+def _check_files(name: str, address: BrokerAddress | DatabaseAddress) -> None:
+    """Make what the address asks of TLS once: what is the setting's fault is said at the start."""
+    try:
+        if address.tls is not None:
+            address.tls.context()
+    except TlsFileError as error:
+        raise UsageError(f"{PREFIX}{name.upper()}: {error}") from error
 
 
 def _default(value: Any) -> str:

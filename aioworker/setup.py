@@ -34,7 +34,7 @@ async def init(settings: Settings, tasks: Sequence[AnyTask]) -> None:
         if settings.budget == "shared":
             database = await stack.enter_async_context(settings.database())
         connection = await stack.enter_async_context(
-            broker.connection(settings.amqp_url, timeout, "aioworker init")
+            broker.connection(settings.nodes(), timeout, "aioworker init")
         )
         await _declare(connection, queues, timeout)
         if database is not None:

@@ -189,7 +189,7 @@ async def _ask_broker(
 ) -> tuple[Queued | None, BrokerError | None]:
     timeout = settings.connect_timeout
     try:
-        async with broker.connection(settings.amqp_url, timeout, "aioworker status") as connection:
+        async with broker.connection(settings.nodes(), timeout, "aioworker status") as connection:
             names = (queues.urgent, queues.bulk, queues.retry, queues.dead)
             return Queued(*[await topology.count(connection, n, timeout) for n in names]), None
     except BrokerError as error:

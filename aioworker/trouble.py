@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
 from enum import StrEnum
 
 from pymysql.err import MySQLError
@@ -72,6 +71,8 @@ _CURES = {
     1146: "is this the right database? check AIOWORKER_MYSQL_URL",
     1698: "check user and password in AIOWORKER_MYSQL_URL",
     2003: "is it running? check AIOWORKER_MYSQL_URL",
+    2026: "check AIOWORKER_MYSQL_URL",
+    2059: "check the user's plugin, and AIOWORKER_MYSQL_URL",
 }
 
 
@@ -91,7 +92,5 @@ def code(error: MySQLError) -> int:
 def describe(error: MySQLError) -> str:
     """Return the server's words and number, and the cure where one is known, in one line."""
     words = " ".join(str(error.args[-1] if error.args else error).split())
-    if isinstance(error.__cause__, ssl.SSLError):
-        words += f": {error.__cause__.reason}"
     cure = _CURES.get(code(error))
     return f"{words} ({code(error)})" + (f"; {cure}" if cure else "")

@@ -115,7 +115,7 @@ def _serve(settings: Settings, task: AnyTask, burst: bool, doing: _Doing, gate: 
     retries = settings.max_retries if options.max_retries is None else options.max_retries
     host, pid = socket.gethostname(), os.getpid()
     worker = f"{host}:{pid}"
-    database = settings.database(timeout)
+    database = settings.database(timeout, check=False)  # files may come back
     shared = settings.budget == "shared"
     presence = Presence(
         task.name,

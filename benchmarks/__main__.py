@@ -218,7 +218,8 @@ class Bench:
             "--batch",
             address.database,
         ]
-        secret = {"MYSQL_PWD": address.password} if address.password else {}
+        password = address.password.get_secret_value()
+        secret = {"MYSQL_PWD": password} if password else {}
         return run(command, self.environment | secret, statements)
 
     def job(self, addons: int) -> None:

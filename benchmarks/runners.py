@@ -65,7 +65,7 @@ async def publish() -> None:
 async def publish_bare() -> None:
     """The same messages by a loop over aio-pika: confirmed, as many under way at once."""
     settings = Settings.load()
-    connection = await aio_pika.connect(settings.amqp_url[0].url)
+    connection = await aio_pika.connect(settings.amqp_url[0].url.get_secret_value())
     channel = await connection.channel(publisher_confirms=True)
     queue = Queues.of(update_current_version.name, settings.queue_prefix).bulk
     under_way: deque[asyncio.Task[object]] = deque()

@@ -89,9 +89,9 @@ def _user() -> str:
 
 
 class Broker:
-    """A RabbitMQ node, with an epmd of its own."""
+    """A RabbitMQ node, with an epmd of its own; *configuration* is more of its `rabbitmq.conf`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *configuration: str) -> None:
         self.port = free_port()
         self._folder = folder
         self._epmd_port = free_port()
@@ -102,7 +102,7 @@ class Broker:
         (folder / "rabbitmq.conf").write_text(
             f"listeners.tcp.default = {HOST}:{self.port}\n"
             "vm_memory_high_watermark.absolute = 512MB\n"
-            "disk_free_limit.absolute = 50MB\n"
+            "disk_free_limit.absolute = 50MB\n" + "".join(f"{line}\n" for line in configuration)
         )
         self._environment = os.environ | {
             "HOME": str(folder / "home"),
@@ -334,7 +334,7 @@ def login(address: DatabaseAddress) -> Connection[Cursor]:
         host=address.host,
         port=address.port,
         user=address.user,
-        password=address.password,
+        password=address.password.get_secret_value(),
         charset="utf8mb4",
     )
 

@@ -123,7 +123,8 @@ def test_a_wrong_password_of_the_database(
         1,
         f"cannot use MySQL at mysql://nobody@127.0.0.1:{maria.port}/aioworker: Access"
         " denied for user 'nobody'@'127.0.0.1' (using password: YES) (1045); check user and"
-        " password in AIOWORKER_MYSQL_URL",
+        " password in AIOWORKER_MYSQL_URL; if the server asks for TLS, add ssl_mode=required or"
+        " ssl_ca=FILE to the URL",
     )
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,10 +12,7 @@ from aioworker.addresses import DatabaseAddress
 from aioworker.db import Database
 from aioworker.errors import DatabaseError
 from aioworker.trouble import Trouble, sort
-from support.servers import Maria
 from tests.conftest import current_versions, eventually, execute, make_database, rows, simple_addons
-
-TLS = Path(__file__).parent.parent / "data/tls"
 
 if TYPE_CHECKING:
     from pymysql.connections import Connection
@@ -95,49 +90,6 @@ async def test_a_session_is_as_documented(database: Database, shop: Connection[C
     assert await database.query(
         "SELECT @@time_zone, @@wait_timeout, @@innodb_lock_wait_timeout, @@tx_isolation"
     ) == [("+00:00", 60, 5, "READ-COMMITTED")]
-
-
-@pytest.fixture(scope="module")
-def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Maria]:
-    """A server with a certificate for 127.0.0.1; the key is for nothing but this test."""
-    server = Maria(
-        tmp_path_factory.mktemp("mariadb") / "private",
-        f"--ssl-cert={TLS / 'cert.pem'}",
-        f"--ssl-key={TLS / 'key.pem'}",
-    )
-    server.start()
-    yield server
-    server.stop()
-
-
-@pytest.mark.parametrize(
-    ("query", "encrypted"),
-    [
-        ("", False),
-        ("?ssl_mode=required", True),
-        ("?ssl_ca={folder}/ca.pem", True),
-        ("?ssl_mode=verify_ca&ssl_ca={folder}/ca.pem", True),
-    ],
-)
-async def test_a_connection_is_encrypted_as_the_address_asks(
-    tls: Maria, query: str, encrypted: bool
-) -> None:
-    address = DatabaseAddress.parse(tls.url("mysql") + query.format(folder=TLS))
-    database = Database(address, connect_timeout=10, timeout=10)
-
-    [[_name, cipher]] = await database.query("SHOW STATUS LIKE 'Ssl_cipher'")
-
-    assert bool(cipher) is encrypted
-    database.close()
-    await asyncio.sleep(0.1)  # TLS says goodbye before the test's event loop ends
-
-
-async def test_a_server_of_another_authority_is_refused(tls: Maria) -> None:
-    address = DatabaseAddress.parse(tls.url("mysql") + f"?ssl_ca={TLS}/other.pem")
-    database = Database(address, connect_timeout=10, timeout=10)
-
-    with pytest.raises(DatabaseError, match="CERTIFICATE_VERIFY_FAILED"):
-        await database.ready()
 
 
 async def test_a_database_that_does_not_answer_is_given_up_in_time() -> None:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from urllib.parse import quote
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aioworker.addresses import BrokerAddress, DatabaseAddress
+from aioworker.tls import Tls
+
+MYSQL = "expected a URL such as mysql://user:password@host:3306/database, got"
+AMQP = "expected a URL such as amqp://user:password@host:5672/vhost, got"
 
 
 def test_a_broker_address_shows_everything_but_the_password() -> None:
     [address] = BrokerAddress.parse_all("amqps://za%40mboni:s3cret@mq.example:5671/zam%2Fboni")
 
-    assert address.url == "amqps://za%40mboni:s3cret@mq.example:5671/zam%2Fboni"
-    assert (address.user, address.vhost) == ("za@mboni", "zam/boni")
-    assert repr(address) == (
-        "BrokerAddress(shown='amqps://za%40mboni@mq.example:5671/zam%2Fboni',"
-        " user='za@mboni', vhost='zam/boni')"
+    assert address.url.get_secret_value() == (
+        "amqps://za%40mboni:s3cret@mq.example:5671/zam%2Fboni"
     )
+    assert (address.user, address.vhost) == ("za@mboni", "zam/boni")
+    assert address.shown == "amqps://za%40mboni@mq.example:5671/zam%2Fboni"
+    assert "s3" not in repr(address)
 
 
 def test_several_broker_addresses_are_the_nodes_of_a_cluster() -> None:
@@ -28,40 +36,85 @@ def test_several_broker_addresses_are_the_nodes_of_a_cluster() -> None:
 def test_a_database_address_shows_everything_but_the_password() -> None:
     address = DatabaseAddress.parse("mysql://me:s3%3Acret@db:3307/site?ssl_mode=required")
 
-    assert (address.user, address.password, address.port) == ("me", "s3:cret", 3307)
-    assert address.options == {"ssl_mode": "required"}
+    assert (address.user, address.port) == ("me", 3307)
+    assert address.password.get_secret_value() == "s3:cret"
+    assert address.tls == Tls("required")
     assert "s3" not in repr(address)
     assert address.shown == "mysql://me@db:3307/site"
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("mysql+pymysql://me:s3cret@db/site", "mysql://me@db/site"),
+        ("mysql+aiomysql://me:s3cret@db/site", "mysql://me@db/site"),
+        ("mariadb://me:s3cret@db/site", "mysql://me@db/site"),
+        ("mariadb+mariadbconnector://me:s3cret@db/site", "mysql://me@db/site"),
+        ("  MySQL://me:s3cret@db/site\n", "mysql://me@db/site"),
+    ],
+)
+def test_a_database_address_of_another_client_works_as_it_is(text: str, shown: str) -> None:
+    assert DatabaseAddress.parse(text).shown == shown
+
+
+@pytest.mark.parametrize("scheme", ["amqp", "pyamqp", "librabbitmq", "AMQP"])
+def test_a_broker_address_of_another_client_works_as_it_is(scheme: str) -> None:
+    [address] = BrokerAddress.parse_all(f"{scheme}://me:s3cret@mq//")
+
+    assert address.url.get_secret_value() == "amqp://me:s3cret@mq:5672/%2F"
+    assert (address.shown, address.vhost) == ("amqp://me@mq//", "/")
+
+
 AT_SIGN = (
-    "got one with '@' behind its host: in a user or password write / as %2F, @ as %40,"
+    "one with '@' behind its host: in a user or password write / as %2F, @ as %40,"
     " : as %3A, # as %23, ? as %3F"
 )
+BETWEEN = "expected one host in each URL, and ',' between whole URLs of nodes, got"
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("http://me:s3cret@h/", "got: 'http://me@h/'"),
-        ("me:s3cret@h", AT_SIGN),
-        ("amqp://me:s3cret@h:x/", "got one that cannot be read"),
-        ("amqp://me:s3cret@h:0/", "got: 'amqp://me@h/'"),
-        ("", "got: '…'"),
-        ("amqp://me:12/s3cret@h/v", AT_SIGN),
-        ("amqp://me:s3cret#@h/v", "got one that cannot be read"),
-        ("amqp://me:s3@cret/x@h/v", AT_SIGN),
+        ("http://me:s3cret@h/", f"{AMQP}: 'http://me@h/'"),
+        ("amqp://me:s3cret@h:x/", f"{AMQP} one that cannot be read"),
+        ("amqp://me:s3cret@h:0/", f"{AMQP}: 'amqp://me@h/'"),
+        ("amqp:///s3cret", f"{AMQP}: 'amqp://…'"),
+        ("", f"{AMQP} one without amqp:// at its beginning"),
+        ("me:s3cret@h", f"{AMQP} one without amqp:// at its beginning"),
+        ("amqp://me:12/s3cret@h/v", f"{AMQP} {AT_SIGN}"),
+        ("amqp://me:s3cret#@h/v", f"{AMQP} one that cannot be read"),
+        ("amqp://me:s3@cret/x@h/v", f"{AMQP} {AT_SIGN}"),
+        ("amqp://me:s3cr%E9t@h/v", f"{AMQP} one that cannot be read"),
+        ("amqp://me:s3\ncret@h/v", f"{AMQP} one with a control character, or not in UTF-8"),
+        ("amqp://me:s3\udce9cret@h/v", f"{AMQP} one with a control character, or not in UTF-8"),
+        ("amqp://me:s3cret@a host/v", f"{AMQP}: 'amqp://me@a host/v'"),
+        ("'amqp://me:s3cret@h/v'", f"{AMQP} one in quotes ('): leave them out"),
+        ('"amqp://me:s3cret@h/v"', f'{AMQP} one in quotes ("): leave them out'),
+        ("\u201camqp://me:s3cret@h/v\u201d", f"{AMQP} one in quotes (\u201c): leave them out"),
+        (
+            "amqp://me:s3cret@one//;amqp://me:s3cret@two//",
+            "expected ',' between the URLs of nodes, got ';'",
+        ),
+        ("amqp://me:s3cret@one;two/v", f"{BETWEEN} ';'"),
+        ("amqp://me:s3cret@one:5672,two:5672/v", f"{BETWEEN} ','"),
+        ("amqp://me:s3cret@one/v,two/v", f"{BETWEEN} ','"),
+        (
+            "amqp://h/?vhost=v",
+            "expected query parameters of ssl_mode, ssl_ca, ssl_cert, ssl_key, cafile, certfile,"
+            " keyfile, no_verify_ssl, capath, cadata, auth, heartbeat, name, timeout, got: 'vhost'",
+        ),
+        ("amqp://h/?auth=gssapi", "expected auth of plain, external, got: 'gssapi'"),
+        ("amqp://h/?heartbeat=0", "expected heartbeat of 1 to 3600 seconds, got: '0'"),
+        ("amqp://h/?timeout=soon", "expected timeout of 1 to 3600 seconds, got: 'soon'"),
     ],
 )
 def test_a_broker_address_that_is_none_is_refused_without_its_password(
     text: str, problem: str
 ) -> None:
-    with pytest.raises(ValueError, match="expected a URL such as") as refusal:
+    with pytest.raises(ValueError, match="expected") as refusal:
         BrokerAddress.parse_all(text)
 
-    assert str(refusal.value) == (
-        f"expected a URL such as amqp://user:password@host:5672/vhost, {problem}"
-    )
+    assert str(refusal.value) == problem
 
 
 @pytest.mark.parametrize(
@@ -81,6 +134,9 @@ def test_a_broker_address_that_is_none_is_refused_without_its_password(
             "mysql://db/site?ssl_mode=on",
             "expected ssl_mode of disabled, required, verify_ca, verify_identity, got: 'on'",
         ),
+        ("'mysql://me:s3cret@db/site'", f"{MYSQL} one in quotes ('): leave them out"),
+        ("me:s3cret@db/site", f"{MYSQL} one without mysql:// at its beginning"),
+        ("postgres://me:s3cret@db/site", f"{MYSQL}: 'postgres://me@db/site'"),
     ],
 )
 def test_a_database_address_that_is_none_is_refused_without_its_password(
@@ -90,3 +146,39 @@ def test_a_database_address_that_is_none_is_refused_without_its_password(
         DatabaseAddress.parse(text)
 
     assert str(refusal.value) == problem
+
+
+PASSWORDS = st.text(min_size=1).map(lambda text: f"s3c{text}r3t")
+FORMS = [
+    "{scheme}://me:{password}@host/v",
+    "'{scheme}://me:{password}@host/v'",
+    "me:{password}@host/v",
+    "{scheme}://me:{password}@host:x/v?ssl_mode=none",
+    "{scheme}://me:{password}@one;{scheme}://me:{password}@two/v",
+    "{scheme}://me:{password}@one,two/v?what=1",
+    "postgres://me:{password}@host/v",
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(password=PASSWORDS)
+def test_no_error_of_an_address_holds_a_part_of_its_password(form: str, password: str) -> None:
+    """Whatever is in it, and however wrong the URL is."""
+    for scheme, parse in (("mysql", DatabaseAddress.parse), ("amqp", BrokerAddress.parse_all)):
+        try:
+            found = str(parse(form.format(scheme=scheme, password=password)))
+        except ValueError as error:
+            found = str(error)
+        assert "s3c" not in found
+        assert "r3t" not in found
+
+
+@given(password=st.text(st.characters(codec="utf-8"), min_size=1))
+def test_any_password_is_read_as_it_was_written(password: str) -> None:
+    written = quote(password, "")
+
+    [broker] = BrokerAddress.parse_all(f"amqp://me:{written}@h/")
+    database = DatabaseAddress.parse(f"mysql://me:{written}@h/d")
+
+    assert broker.url.get_secret_value() == f"amqp://me:{written}@h:5672/%2F"
+    assert database.password.get_secret_value() == password

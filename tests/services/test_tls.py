@@ -1,0 +1,332 @@
+"""TLS to real servers with a private authority, for both addresses alike."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+import aio_pika
+import pytest
+
+from aioworker import broker
+from aioworker.addresses import BrokerAddress, DatabaseAddress
+from aioworker.db import Database
+from aioworker.errors import BrokerError, DatabaseError
+from support import servers
+from tests.authority import Authority
+from tests.conftest import execute
+
+if TYPE_CHECKING:
+    from pymysql.connections import Connection
+    from pymysql.cursors import Cursor
+
+PASSWORD = "s3c€rät:/@% ret"
+
+
+@dataclass(frozen=True)
+class Encrypted:
+    """Both servers with TLS, and the authority that both and their clients have."""
+
+    broker: servers.Broker
+    maria: servers.Maria
+    tls_port: int
+    authority: Authority
+    folder: Path
+
+    def amqps(self, query: str, host: str = "127.0.0.1", user: str = "me") -> str:
+        """Return RabbitMQ's address, with the password that no Latin-1 has."""
+        return f"amqps://{user}:{quote(PASSWORD, '')}@{host}:{self.tls_port}/{self._full(query)}"
+
+    def mysql(self, query: str, host: str = "127.0.0.1", user: str = "me") -> str:
+        """Return the database's address, likewise."""
+        port = self.maria.port
+        return f"mysql://{user}:{quote(PASSWORD, '')}@{host}:{port}/mysql{self._full(query)}"
+
+    def _full(self, query: str) -> str:
+        return query.format(folder=self.folder)
+
+
+@pytest.fixture(scope="module")
+def encrypted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Encrypted]:
+    """Both servers, certified for 127.0.0.1; in the folder are the files of all parties."""
+    folder = tmp_path_factory.mktemp("tls")
+    authority, other = Authority(folder / "authority"), Authority(folder / "other")
+    server = authority.certify("server", "IP:127.0.0.1")
+    authority.certify("client")
+    other.certify("client")
+    port = servers.free_port()
+    node = servers.Broker(
+        folder / "rabbitmq",
+        f"listeners.ssl.default = 127.0.0.1:{port}",
+        f"ssl_options.cacertfile = {authority.ca}",
+        f"ssl_options.certfile = {server.cert}",
+        f"ssl_options.keyfile = {server.key}",
+        "ssl_options.verify = verify_peer",
+        "ssl_options.fail_if_no_peer_cert = false",
+    )
+    maria = servers.Maria(
+        folder / "mariadb",
+        f"--ssl-cert={server.cert}",
+        f"--ssl-key={server.key}",
+        f"--ssl-ca={authority.ca}",
+    )
+    try:
+        with ThreadPoolExecutor() as pool:
+            ready = pool.submit(node.start)
+            maria.start()
+            ready.result()
+        _make_users(node, maria)
+        yield Encrypted(node, maria, port, authority, folder)
+    finally:
+        maria.stop()
+        node.stop()
+
+
+def _make_users(node: servers.Broker, maria: servers.Maria) -> None:
+    node.control("add_user", "me", PASSWORD)
+    node.control("set_permissions", "me", ".*", ".*", ".*")
+    connection = servers.connect(maria.url("mysql"))
+    for user, needs in (("me", "NONE"), ("secure", "SSL"), ("certified", "X509")):
+        execute(
+            connection,
+            f"CREATE USER {user} IDENTIFIED BY '{PASSWORD}' REQUIRE {needs}",
+            f"GRANT ALL ON *.* TO {user}",
+        )
+    connection.close()
+
+
+async def cipher_of_database(url: str) -> str:
+    """Return what encrypts a connection to the database, empty for nothing."""
+    database = Database(DatabaseAddress.parse(url), connect_timeout=10, timeout=10)
+    try:
+        [[_name, cipher]] = await database.query("SHOW STATUS LIKE 'Ssl_cipher'")
+    finally:
+        database.close()
+        await asyncio.sleep(0.1)  # TLS says goodbye before the test's event loop ends
+    return str(cipher)
+
+
+async def cipher_of_broker(url: str) -> str:
+    """Return what encrypts a connection to RabbitMQ, empty for nothing."""
+    opened = await broker.connect(BrokerAddress.parse_all(url), 10, "test")
+    try:
+        assert isinstance(opened, aio_pika.Connection)
+        assert opened.transport is not None
+        writer = opened.transport.connection._writer_task.get_coro().cr_frame.f_locals["writer"]  # type: ignore[attr-defined]
+        found = writer.get_extra_info("cipher")
+    finally:
+        await broker.close(opened)
+    return found[0] if found else ""
+
+
+TRUSTED = [
+    "?ssl_ca={folder}/authority/ca.pem",
+    "?ssl_mode=VERIFY_IDENTITY&ssl_ca={folder}/authority/ca.pem",
+    "?ssl_mode=verify_ca&ssl_ca={folder}/authority/ca.pem",
+    "?ssl_mode=required",
+    "?ssl_mode=required&ssl_ca={folder}/other/ca.pem",
+    "?ssl_ca={folder}/authority/ca.pem&ssl_cert={folder}/authority/client.pem"
+    "&ssl_key={folder}/authority/client-key.pem",
+]
+
+
+@pytest.mark.parametrize("query", TRUSTED)
+async def test_a_connection_to_the_database_is_encrypted_as_the_address_asks(
+    encrypted: Encrypted, query: str
+) -> None:
+    assert (await cipher_of_database(encrypted.mysql(query))).startswith("TLS_")
+
+
+@pytest.mark.parametrize("query", [*TRUSTED, "?cafile={folder}/authority/ca.pem"])
+async def test_a_connection_to_rabbitmq_is_encrypted_as_the_address_asks(
+    encrypted: Encrypted, query: str
+) -> None:
+    assert (await cipher_of_broker(encrypted.amqps(query))).startswith("TLS_")
+    by_words_alone = encrypted.amqps(query).replace("amqps://", "amqp://")
+    assert (await cipher_of_broker(by_words_alone)).startswith("TLS_")
+
+
+async def test_without_a_word_of_tls_a_connection_is_plain_text(encrypted: Encrypted) -> None:
+    """As before; a password that no Latin-1 has is right all the same."""
+    plain = encrypted.broker.url(user="me", password=quote(PASSWORD, ""))
+
+    assert await cipher_of_database(encrypted.mysql("")) == ""
+    assert await cipher_of_broker(plain) == ""
+
+
+@pytest.mark.parametrize(
+    ("host", "query", "reason"),
+    [
+        (
+            "127.0.0.1",
+            "?ssl_ca={folder}/other/ca.pem",
+            "TLS failed: self-signed certificate in certificate chain; expected the authority of"
+            " the server's certificate, got: '{folder}/other/ca.pem'",
+        ),
+        (
+            "127.0.0.1",
+            "?ssl_mode=verify_ca",
+            "TLS failed: self-signed certificate in certificate chain; name the authority of the"
+            " server's certificate by ssl_ca",
+        ),
+        (
+            "localhost",
+            "?ssl_ca={folder}/authority/ca.pem",
+            "TLS failed: Hostname mismatch, certificate is not valid for 'localhost'; use a host"
+            " that its certificate names",
+        ),
+        (
+            "127.0.0.1",
+            "?ssl_ca={folder}/gone.pem",
+            "ssl_ca: expected certificates in PEM, got: '{folder}/gone.pem' (No such file or"
+            " directory)",
+        ),
+    ],
+)
+async def test_a_failure_of_tls_is_one_line_with_its_reason_for_both_servers(
+    encrypted: Encrypted, host: str, query: str, reason: str
+) -> None:
+    """Not "is it running?"."""
+    reason = reason.format(folder=encrypted.folder)
+
+    with pytest.raises(DatabaseError) as of_database:
+        await cipher_of_database(encrypted.mysql(query, host))
+    with pytest.raises(BrokerError) as of_broker:
+        await cipher_of_broker(encrypted.amqps(query, host))
+
+    assert str(of_database.value) == (
+        f"cannot use MySQL at mysql://me@{host}:{encrypted.maria.port}/mysql: {reason} (2026);"
+        " check AIOWORKER_MYSQL_URL"
+    )
+    assert str(of_broker.value) == (
+        f"cannot connect to RabbitMQ at amqps://me@{host}:{encrypted.tls_port}/: {reason};"
+        " check AIOWORKER_AMQP_URL"
+    )
+
+
+async def test_a_client_certificate_that_is_refused_is_named(encrypted: Encrypted) -> None:
+    """Some servers say why, some only close the connection: MariaDB does now this, now that."""
+    own = f"{encrypted.folder}/other/client"
+    query = f"?ssl_mode=required&ssl_cert={own}.pem&ssl_key={own}-key.pem"
+
+    with pytest.raises(DatabaseError) as of_database:
+        await cipher_of_database(encrypted.mysql(query))
+    with pytest.raises(BrokerError) as of_broker:
+        await cipher_of_broker(encrypted.amqps(query))
+
+    for refused in (of_database, of_broker):
+        assert f"it may not know the authority of ssl_cert '{own}.pem'" in str(refused.value)
+
+
+async def test_an_expired_certificate_is_named_as_that(
+    encrypted: Encrypted, tmp_path: Path
+) -> None:
+    """RabbitMQ's side of it; the reason is made in one place for both."""
+    authority = Authority(tmp_path / "authority")
+    expired = authority.certify("server", days=-1)
+    context = servers_context(expired.cert, expired.key)
+    server = await asyncio.start_server(lambda _reader, _writer: None, "127.0.0.1", 0, ssl=context)
+    port = server.sockets[0].getsockname()[1]
+
+    with pytest.raises(BrokerError) as refused:
+        await cipher_of_broker(f"amqps://127.0.0.1:{port}/?ssl_ca={authority.ca}")
+
+    server.close()
+    assert str(refused.value) == (
+        f"cannot connect to RabbitMQ at amqps://127.0.0.1:{port}/: TLS failed: certificate has"
+        " expired; renew the server's certificate, or set this machine's clock;"
+        " check AIOWORKER_AMQP_URL"
+    )
+
+
+def servers_context(cert: Path, key: Path) -> ssl.SSLContext:
+    """Return what a server of TLS needs."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    return context
+
+
+@pytest.mark.parametrize(
+    ("user", "query", "cure"),
+    [
+        (
+            "secure",
+            "",
+            "if the server asks for TLS, add ssl_mode=required or ssl_ca=FILE to the URL",
+        ),
+        (
+            "certified",
+            "?ssl_mode=required",
+            "if it asks for a client's certificate, add ssl_cert and ssl_key",
+        ),
+    ],
+)
+async def test_a_user_who_must_use_tls_is_told_how(
+    encrypted: Encrypted, user: str, query: str, cure: str
+) -> None:
+    """MariaDB tells them nothing but "access denied"."""
+    with pytest.raises(DatabaseError, match="Access denied") as refused:
+        await cipher_of_database(encrypted.mysql(query, user=user))
+
+    assert str(refused.value).endswith(
+        f"(1045); check user and password in AIOWORKER_MYSQL_URL; {cure}"
+    )
+
+
+async def test_a_server_that_wants_tls_of_all_is_told_with_the_cure(
+    encrypted: Encrypted,
+) -> None:
+    admin: Connection[Cursor] = servers.connect(encrypted.maria.url("mysql"))
+    execute(admin, "SET GLOBAL require_secure_transport = ON")
+    try:
+        with pytest.raises(DatabaseError, match="add ssl_mode=required or ssl_ca=FILE to the URL"):
+            await cipher_of_database(encrypted.mysql(""))
+        assert await cipher_of_database(encrypted.mysql("?ssl_mode=required"))
+    finally:
+        execute(admin, "SET GLOBAL require_secure_transport = OFF")
+        admin.close()
+
+
+async def test_rabbitmq_without_tls_is_told_from_one_that_is_away(encrypted: Encrypted) -> None:
+    url = f"amqps://127.0.0.1:{encrypted.broker.port}/?ssl_mode=required"
+
+    with pytest.raises(BrokerError) as refused:
+        await cipher_of_broker(url)
+
+    assert str(refused.value).startswith(
+        f"cannot connect to RabbitMQ at amqps://127.0.0.1:{encrypted.broker.port}/: TLS failed: "
+    )
+    assert str(refused.value).endswith(
+        "; the server speaks no TLS on this port; check AIOWORKER_AMQP_URL"
+    )
+
+
+async def test_a_port_of_tls_is_no_broker_that_is_away(encrypted: Encrypted) -> None:
+    """`amqp://` where `amqps://` is meant."""
+    with pytest.raises(BrokerError, match="is it running, and without TLS") as refused:
+        await cipher_of_broker(f"amqp://127.0.0.1:{encrypted.tls_port}/")
+
+    assert "\n" not in str(refused.value)
+
+
+async def test_renewed_files_are_taken_at_the_next_connection(
+    encrypted: Encrypted, tmp_path: Path
+) -> None:
+    """And missing ones are waited for: the address is parsed once, the files are read each time."""
+    ca = tmp_path / "ca.pem"
+    address = DatabaseAddress.parse(encrypted.mysql(f"?ssl_ca={ca}"))
+    database = Database(address, connect_timeout=10, timeout=10)
+    with pytest.raises(DatabaseError, match="No such file"):
+        await database.ready()
+
+    ca.write_bytes(encrypted.authority.ca.read_bytes())
+
+    assert await database.query("SELECT 1") == [(1,)]
+    database.close()
+    await asyncio.sleep(0.1)  # as above
