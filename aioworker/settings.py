@@ -103,7 +103,7 @@ class Settings(BaseSettings):
         Field(
             "amqp://guest:guest@127.0.0.1:5672/",
             validate_default=True,
-            description="RabbitMQ; amqps:// or ssl_… for TLS; several, comma-separated, are cluster nodes.",
+            description="RabbitMQ; amqps:// for TLS; several, comma-separated, are cluster nodes.",
         )
     )
     mysql_url: Annotated[DatabaseAddress, NoDecode, _parsed(DatabaseAddress.parse)] = Field(

@@ -11,9 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import aio_pika
 from pymysql.err import MySQLError
 
+from aioworker import broker
 from aioworker.addresses import BrokerAddress, DatabaseAddress
 from support import servers
 
@@ -35,8 +35,7 @@ def rabbitmq() -> str:
 
 
 async def _properties(address: BrokerAddress) -> dict[str, object]:
-    connection = await aio_pika.connect(address.url, timeout=SECONDS)
-    async with connection:
+    async with broker.connection([address], SECONDS, "versions") as connection:
         assert connection.transport is not None
         return dict(connection.transport.connection.server_properties)
 
