@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import reprlib
 import socket
 import uuid
 import zlib
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from decimal import Decimal
+from email.message import Message
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from aioworker.errors import MessageRefusedError, UsageError
@@ -32,6 +36,15 @@ _REPR.maxstring = 80
 CONTENT_TYPE = "application/json"
 CONTENT_ENCODING = "utf-8"
 _ENCODINGS = (CONTENT_ENCODING, "utf8", "us-ascii", "ascii", "binary")  # JSON's, by kombu's names
+_EMPTY: tuple[object, ...] = (
+    None,
+    [],
+    {},
+)  # PHP writes a list for an empty mapping; others write null for either
+_KINDS = (list, dict, dict)  # of a body: arguments, keyword arguments, what to do afterwards
+_DIGITS = re.compile(r"[0-9]{1,20}(\.[0-9]{1,9})?")  # a number, of clients whose headers are text
+_FIRST_EPOCH, _LAST_EPOCH = 10**9, 10**11  # seconds: the years 2001 to 5138
+_EPOCH_UNITS = (1, 10**3, 10**6, 10**9)  # seconds, and milliseconds, as JavaScript counts, and less
 _KOMBU_TYPE = b'"__type__"'  # how kombu writes a date, a Decimal, a UUID, bytes
 _GZIP = "application/x-gzip"  # kombu's name for what is zlib's format
 ORIGIN = f"{os.getpid()}@{socket.gethostname()}"
@@ -133,16 +146,15 @@ def decode(
         raise MessageRefusedError(
             f"expected header task {task!r}, got: {brief(headers.get('task'))}"
         )
-    if content_type not in (None, CONTENT_TYPE):
+    if content_type and not _is_json(content_type):
         raise MessageRefusedError(
             f"expected content type {CONTENT_TYPE}, got: {brief(content_type)}"
         )
-    if content_encoding and content_encoding.lower() not in _ENCODINGS:
+    if content_encoding and not _is_text_of_json(content_encoding):
         raise MessageRefusedError(
             f"expected content encoding {CONTENT_ENCODING}, got: {brief(content_encoding)}"
         )
-    retries = headers.get("retries") or 0
-    if type(retries) is not int or not 0 <= retries <= RETRIES_LIMIT:
+    if retries(headers) is None:
         raise MessageRefusedError(
             f"expected header retries from 0 to {RETRIES_LIMIT}, got: {brief(headers['retries'])}"
         )
@@ -159,6 +171,35 @@ def unreadable(headers: Mapping[str, Any]) -> str:
     found = headers[UNREADABLE]
     plain = isinstance(found, str) and found.isprintable() and len(found) <= BRIEF_LENGTH
     return f"properties cannot be decoded: {found if plain else brief(found)}"
+
+
+@lru_cache(maxsize=32)
+def _is_json(content_type: str) -> bool:
+    """Whether a content type is JSON's, in any spelling, in an encoding that is read."""
+    parsed = Message()
+    parsed["Content-Type"] = content_type
+    named = parsed.get_param("charset") is not None
+    charset = parsed.get_content_charset("unknown" if named else CONTENT_ENCODING)
+    return parsed.get_content_type() == CONTENT_TYPE and _is_text_of_json(charset)
+
+
+def _is_text_of_json(encoding: str) -> bool:
+    return encoding.lower().replace("_", "-") in _ENCODINGS
+
+
+def retries(headers: Mapping[str, Any]) -> int | None:
+    """Return how often a message was tried before; None if its header does not tell."""
+    found = headers.get("retries")
+    number = _number(found or 0)
+    if number is None or not 0 <= number <= RETRIES_LIMIT or not number.is_integer():
+        return None
+    return int(number)
+
+
+def _number(value: Any) -> float | None:
+    """Return a header's number, which other languages' clients may have sent as text."""
+    known = type(value) in (int, float, Decimal)
+    return float(value) if known or (type(value) is str and _DIGITS.fullmatch(value)) else None
 
 
 def _unpacked(compression: Any, body: bytes) -> bytes:
@@ -189,12 +230,13 @@ def _read_body(body: bytes) -> tuple[list[Any], dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         problem = str(error).partition("\n")[0][:200]
         raise MessageRefusedError(f"expected a body of JSON, got: {problem}") from error
-    match content:
-        case [list() as args, dict() as kwargs, (dict() | None) as embed]:
+    parts = content if isinstance(content, list) and len(content) == 3 else [content]
+    match [kind() if part in _EMPTY else part for part, kind in zip(parts, _KINDS, strict=False)]:
+        case [list() as args, dict() as kwargs, dict() as embed]:
             pass
         case _:
             raise MessageRefusedError(f"expected body [args, kwargs, embed], got: {brief(content)}")
-    for name, value in (embed or {}).items():
+    for name, value in embed.items():
         if value and name in _AFTERWARDS:
             raise MessageRefusedError(
                 f"expected no {brief(name)}: aioworker keeps no results to pass on"
@@ -216,29 +258,41 @@ def _plain(found: dict[str, Any]) -> dict[str, Any]:
 
 def _expires(headers: Mapping[str, Any]) -> datetime | None:
     found = headers.get("expires")
-    if found is None:
+    if found in (None, ""):
         return None
     try:
-        moment = found if isinstance(found, datetime) else datetime.fromisoformat(found)
-    except (TypeError, ValueError):
+        return _moment(found)
+    except (TypeError, ValueError, OverflowError):
         raise MessageRefusedError(
-            f"expected header expires in ISO 8601, got: {brief(found)}"
+            f"expected header expires in ISO 8601, or in seconds since 1970, got: {brief(found)}"
         ) from None
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _moment(found: Any) -> datetime:
+    """Return a moment in UTC, which is meant if no zone is named.
+
+    A number is of seconds since 1970 or of a smaller unit: what is a moment from 2001 on in one
+    of them is none in another. A small number may be a distance from a moment nobody knows.
+    """
+    number = _number(found) or 0.0
+    for unit in _EPOCH_UNITS:
+        if _FIRST_EPOCH <= number / unit < _LAST_EPOCH:
+            return datetime.fromtimestamp(number / unit, UTC)
+    moment = found if isinstance(found, datetime) else datetime.fromisoformat(found)
+    return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def _time_limit(headers: Mapping[str, Any]) -> float | None:
     """Return the shorter of the hard and the soft limit; to Celery, 0 is none."""
     limits = headers.get("timelimit")
-    if limits is None:
+    if limits in (None, ""):
         return None
-    if not isinstance(limits, list | tuple) or not all(
-        limit is None or (type(limit) in (int, float) and limit >= 0) for limit in limits
-    ):
+    numbers = [_number(one or 0) for one in limits] if isinstance(limits, list | tuple) else [None]
+    if not all(number is not None and number >= 0 for number in numbers):
         raise MessageRefusedError(
             f"expected header timelimit as [seconds, seconds], got: {brief(limits)}"
         )
-    return min((float(limit) for limit in limits if limit), default=None)
+    return min((number for number in numbers if number), default=None)
 
 
 def brief(value: object) -> str:

@@ -25,7 +25,7 @@ from aioworker.errors import (
     RowsRefusedError,
     TaskExitError,
 )
-from aioworker.message import PROPERTIES, RETRIES_LIMIT, UNREADABLE
+from aioworker.message import PROPERTIES, UNREADABLE, retries
 from aioworker.trouble import Trouble
 
 if TYPE_CHECKING:
@@ -275,8 +275,7 @@ def _portable(value: Any) -> Any:
 
 def attempt(delivery: AbstractIncomingMessage) -> int:
     """Return which run of the message this is, from 1, as far as its headers can tell."""
-    retries = delivery.headers.get("retries")
-    return retries + 1 if type(retries) is int and 0 <= retries <= RETRIES_LIMIT else 1
+    return (retries(delivery.headers) or 0) + 1
 
 
 def lane(delivery: AbstractIncomingMessage) -> str:

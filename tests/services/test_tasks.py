@@ -307,6 +307,29 @@ async def test_a_body_in_another_encoding_is_not_read_as_another_text(
     assert letter.headers["x-aioworker-reason"] == told
 
 
+async def test_a_message_of_a_php_client_is_run_and_its_attempts_are_counted(
+    pair: Servers, lanes: Lanes, database: Database, shop: object, stop: asyncio.Event
+) -> None:
+    """Its empty array is a list, its numbers are text, its type is that of a web page."""
+    got: list[Any] = []
+
+    async def note(name: str) -> None:
+        got.append(name)
+        raise Retry("again")
+
+    await lanes.send(
+        '[["caf\u00e9"], [], []]'.encode(),
+        headers={"task": TASK, "id": "one", "retries": "3", "timelimit": [None, None]},
+        content_type="Application/JSON; charset=UTF-8",
+        content_encoding="UTF-8",
+    )
+
+    await make_worker(pair, database, task=Task(TASK, note)).run(stop)
+
+    assert got == ["caf\u00e9"]
+    assert (await lanes.take(QUEUES.retry)).headers["retries"] == 4
+
+
 @pytest.mark.parametrize(
     ("expires", "runs"), [(LATER, 1), (BEFORE, 0), (None, 1)], ids=["later", "before", "never"]
 )

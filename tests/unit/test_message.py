@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+from contextlib import suppress
+from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -12,7 +16,7 @@ from hypothesis import strategies as st
 from aioworker.addons import update_current_version
 from aioworker.chunk import check_ids
 from aioworker.errors import AioworkerError, MessageRefusedError, UsageError
-from aioworker.message import decode, encode
+from aioworker.message import decode, encode, retries
 
 TASK = "update_current_version"
 HEADERS = {"task": TASK, "id": "one"}
@@ -69,6 +73,165 @@ def test_json_by_any_of_its_encodings_is_read(encoding: str | None) -> None:
     call = decode(TASK, HEADERS, None, body([3615]), encoding)
 
     assert call.args == [[3615]]
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        None,
+        "",
+        "application/json",
+        "Application/JSON",
+        "application/json; charset=utf-8",
+        'application/json;charset="UTF-8"',
+        "application/json; charset=us-ascii",
+        "application/json; charset=utf8; profile=shop",
+        " application/json ; Charset=UTF_8",
+    ],
+)
+def test_json_in_any_spelling_is_taken(content_type: str | None) -> None:
+    """Java, PHP, .NET and Node send what they send over HTTP, too."""
+    assert read(HEADERS, content_type, body([3615])) == [3615]
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        "application/json; charset=iso-8859-1",
+        "application/json; charset=utf-16",
+        "application/json; charset=",
+        "application/json; charset=\xfctf-8",
+        "application/json; charset*=utf-16''x",
+        "application/jsonp",
+        "application",
+        "text/json",
+        "text/plain; charset=utf-8",
+        "application/json, text/plain",
+        "application/x-python-serialize",
+    ],
+)
+def test_another_type_or_charset_is_refused(content_type: str) -> None:
+    with pytest.raises(MessageRefusedError) as refusal:
+        read(HEADERS, content_type, body([3615]))
+
+    shown = repr(content_type)
+    assert str(refusal.value) == f"expected content type application/json, got: {shown}"
+
+
+@given(st.text() | st.text().map("application/json;{}".format))
+def test_a_content_type_is_json_or_not_whatever_it_is(content_type: str) -> None:
+    with suppress(MessageRefusedError):
+        read(HEADERS, content_type, body([1]))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[[[1]], [], []]",
+        b"[[[1]], [], {}]",
+        b"[[[1]], null, null]",
+        b'[[[1]], {}, {"callbacks": [], "errbacks": [], "chain": null, "chord": null}]',
+    ],
+)
+def test_an_empty_list_is_an_empty_mapping(content: bytes) -> None:
+    """PHP's json_encode writes `[]` for an array that holds nothing, whatever it might hold."""
+    call = decode(TASK, HEADERS, None, content)
+
+    assert (call.args, call.kwargs) == ([[1]], {})
+
+
+@pytest.mark.parametrize("args", ["[]", "{}", "null"])
+def test_an_empty_mapping_is_an_empty_list(args: str) -> None:
+    """So a PHP client that casts its arguments to an object writes none."""
+    call = decode(TASK, HEADERS, None, f'[{args}, {{"ids": [1]}}, null]'.encode())
+
+    assert (call.args, call.kwargs) == ([], {"ids": [1]})
+
+
+@pytest.mark.parametrize("content", [b'[{"0": [1]}, {}, null]', b"[[[1]], [1], null]", b'["",0,0]'])
+def test_what_is_not_empty_is_not_turned_into_something_else(content: bytes) -> None:
+    with pytest.raises(MessageRefusedError, match=r"^expected body \[args, kwargs, embed\], got: "):
+        decode(TASK, HEADERS, None, content)
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "celery.node": {"lang": "js", "task": TASK, "id": "one"},
+    "rusty-celery": {
+        "lang": "rust",
+        "task": TASK,
+        "id": "one",
+        "root_id": "one",
+        "retries": 0,
+        "timelimit": [None, 30],
+        "expires": "2099-11-28T21:03:00.123456789+00:00",
+        "origin": "gen1@host",
+    },
+    "celery-java": {"lang": "java", "task": TASK, "retries": 0, "timelimit": [None, None]},
+    "headers as text": {"task": TASK, "retries": "0", "timelimit": ["", "30"], "expires": ""},
+    "headers as floats": {"task": TASK, "retries": 0.0, "timelimit": [30.0, 60.0]},
+    "no id": {"task": TASK},
+}
+
+
+@pytest.mark.parametrize("headers", OTHERS.values(), ids=OTHERS)
+def test_what_clients_of_other_languages_send_is_taken(headers: dict[str, Any]) -> None:
+    call = decode(TASK, headers, None, b"[[[1]], {}, {}]", "utf-8")
+
+    assert call.args == [[1]]
+    assert call.time_limit == (30 if "30" in str(headers.get("timelimit")) else None)
+
+
+@pytest.mark.parametrize(("found", "count"), [(3, 3), ("3", 3), (3.0, 3), (Decimal(3), 3), ("", 0)])
+def test_retries_are_counted_however_they_are_written(found: object, count: int) -> None:
+    assert retries({"retries": found}) == count
+
+
+@pytest.mark.parametrize(
+    "found", [-1, 1001, 1.5, "1.5", "-1", "x", " 1", "1_0", True, math.nan, [1]]
+)
+def test_retries_that_are_no_count_are_refused(found: object) -> None:
+    with pytest.raises(
+        MessageRefusedError, match=r"^expected header retries from 0 to 1000, got: "
+    ):
+        decode(TASK, HEADERS | {"retries": found}, None, body([1]))
+
+
+MOMENT = datetime(2026, 11, 28, 21, 3, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    "expires",
+    [
+        MOMENT,
+        "2026-11-28T21:03:00+00:00",
+        "2026-11-28T21:03:00Z",
+        "2026-11-28T22:03+01:00",
+        "2026-11-28 21:03:00",
+        "20261128T210300Z",
+        "2026-11-28T21:03:00.000000000Z",
+        1795899780,
+        1795899780.0,
+        "1795899780",
+        1795899780000,
+        "1795899780000",
+        1795899780000000,
+        1795899780000000000,
+    ],
+)
+def test_a_moment_is_read_however_it_is_written(expires: object) -> None:
+    call = decode(TASK, HEADERS | {"expires": expires}, None, body([1]))
+
+    assert call.expires == MOMENT
+
+
+@pytest.mark.parametrize(
+    "expires",
+    [600, 0, "600", -1, True, 1.5, math.inf, math.nan, 10**11, "soon", [], b"2026-11-28"],
+)
+def test_a_moment_that_is_not_sure_is_refused(expires: object) -> None:
+    """600 may be ten minutes from a moment that nobody knows."""
+    with pytest.raises(MessageRefusedError, match=r"^expected header expires in ISO 8601"):
+        decode(TASK, HEADERS | {"expires": expires}, None, body([1]))
 
 
 def test_text_in_another_encoding_is_refused() -> None:
@@ -179,7 +342,7 @@ REFUSED: list[tuple[str, dict[str, Any], str | None, bytes]] = [
         body([1]),
     ),
     (
-        "expected header expires in ISO 8601, got: 'soon'",
+        "expected header expires in ISO 8601, or in seconds since 1970, got: 'soon'",
         HEADERS | {"expires": "soon"},
         None,
         body([1]),
