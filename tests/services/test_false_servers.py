@@ -1,0 +1,236 @@
+"""A server that is none: nothing secret leaves, it ends in one line, and in time."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import Awaitable
+from urllib.parse import quote
+
+import pytest
+from pymysql.constants import CLIENT
+
+from aioworker import broker
+from aioworker.addresses import BrokerAddress, DatabaseAddress
+from aioworker.db import Database
+from aioworker.errors import AioworkerError, BrokerError, DatabaseError
+from tests import false_servers
+from tests.false_servers import FalseServer, Part, greeting, packet, refusal, says, slowly, switch
+
+PASSWORD = "s3cr€t"
+TLS = "?ssl_mode=required"
+CONNECT_SECONDS = 1.0
+MUCH_LATER = 15.0  # nothing here takes longer than the connect timeout
+
+
+async def refused_by(
+    server: FalseServer, using: Awaitable[object], error: type[AioworkerError]
+) -> str:
+    """Return the one line that it ends with; nothing secret has left."""
+    async with asyncio.timeout(MUCH_LATER):
+        with pytest.raises(error) as refused:
+            await using
+    await asyncio.sleep(0.05)  # what was sent arrives
+
+    words = str(refused.value)
+    assert len(words.splitlines()) == 1
+    for text in (words, repr(refused.value.__cause__)):
+        assert PASSWORD not in text
+    assert PASSWORD.encode() not in server.received
+    assert PASSWORD.encode().decode("latin-1").encode() not in server.received
+    return words
+
+
+OLD = greeting().replace(
+    struct.pack("<H", CLIENT.PLUGIN_AUTH >> 16) + bytes([21]), struct.pack("<H", 0) + bytes([21])
+)
+DATABASES: list[tuple[str, str, Part, str]] = [
+    ("silent", "", says(b""), "no answer in time"),
+    ("closes at once", "", says(b"", then_close=True), "Lost connection"),
+    ("speaks HTTP", "", says(false_servers.HTTP), "is it a MySQL server?"),
+    ("random bytes", "", says(false_servers.RANDOM), "is it a MySQL server?"),
+    ("huge packet", "", says(false_servers.A_HUGE_PACKET), "16777215 bytes before the login"),
+    (
+        "huge packets without end",
+        "",
+        false_servers.endlessly(packet(0, bytes(16_777_210))),
+        "bytes before the login",
+    ),
+    ("empty greeting", "", says(packet(0, b"")), "is it a MySQL server?"),
+    ("half a greeting", "", says(greeting()[:20]), "no answer in time"),
+    ("half a greeting, closed", "", says(greeting()[:20], then_close=True), "Lost connection"),
+    ("cut greeting", "", says(packet(0, greeting()[4:30])), "is it a MySQL server?"),
+    ("old greeting", "", says(OLD), "older than MySQL 5.5.7"),
+    ("slow", "", slowly(greeting()), "no answer in time"),
+    ("silent after the greeting", "", says(greeting()), "no answer in time"),
+    ("closes after the login", "", says(greeting(), b"", then_close=True), "Lost connection"),
+    ("no TLS", TLS, says(greeting()), "the server offers no TLS"),
+    ("no TLS, mode", "?ssl_mode=VERIFY_IDENTITY", says(greeting()), "the server offers no TLS"),
+    (
+        "no TLS, wants the password",
+        TLS,
+        says(greeting(b"mysql_clear_password")),
+        "the server offers no TLS",
+    ),
+    (
+        "TLS that is none",
+        TLS,
+        says(greeting(flags=CLIENT.SSL), packet(2, b"\x00" * 7)),
+        "speaks no TLS on this port",
+    ),
+    (
+        "silent in place of TLS",
+        TLS,
+        says(greeting(b"mysql_clear_password", CLIENT.SSL)),
+        "no answer in time",
+    ),
+    (
+        "wants the password at once",
+        "",
+        says(greeting(b"mysql_clear_password")),
+        "asks for the password by 'mysql_clear_password', which is not done without TLS",
+    ),
+    (
+        "wants the password",
+        "",
+        says(greeting(), switch(b"mysql_clear_password")),
+        "asks for the password by 'mysql_clear_password', which is not done without TLS",
+    ),
+    ("wants a dialog", "", says(greeting(), switch(b"dialog")), "by 'dialog', which is not done"),
+    (
+        "wants the old hash",
+        "",
+        says(greeting(), switch(b"mysql_old_password")),
+        "by 'mysql_old_password', which is not done",
+    ),
+    (
+        "wants the old hash, unnamed",
+        "",
+        says(greeting(), packet(2, b"\xfe")),
+        "is it a MySQL server?",
+    ),
+    (
+        "wants the password behind sha2",
+        "",
+        says(greeting(b"caching_sha2_password"), packet(2, b"\x01\x04")),
+        "caching_sha2_password needs TLS",
+    ),
+    (
+        "wants the password behind sha256",
+        "",
+        says(greeting(), switch(b"sha256_password")),
+        "sha256_password needs TLS",
+    ),
+    (
+        "wants a file",
+        "",
+        says(greeting(), false_servers.LOGGED_IN, false_servers.WANTS_A_FILE),
+        "is it a MySQL server?",
+    ),
+    ("refuses at once", "", says(refusal(0, b"too many\x1b[2J\n of you")), "too many"),
+    (
+        "a plugin with a strange name",
+        "",
+        says(greeting(), switch(b"caf\xe9\x1b[2J")),
+        "which is not done",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("query", "part", "words"), [row[1:] for row in DATABASES], ids=[row[0] for row in DATABASES]
+)
+async def test_a_database_that_is_none_gets_nothing_and_holds_nobody_up(
+    query: str, part: Part, words: str
+) -> None:
+    with FalseServer(part) as server:
+        address = f"mysql://me:{quote(PASSWORD)}@127.0.0.1:{server.port}/site{query}"
+        database = Database(
+            DatabaseAddress.parse(address), connect_timeout=CONNECT_SECONDS, timeout=5
+        )
+        said = await refused_by(server, database.ready(), DatabaseError)
+
+    assert said.startswith(f"cannot use MySQL at mysql://me@127.0.0.1:{server.port}/site: ")
+    assert words in said
+
+
+BROKERS: list[tuple[str, str, Part, str]] = [
+    ("silent", "", says(b""), "no answer in time"),
+    ("closes at once", "", says(b"", then_close=True), "is it running, and without TLS?"),
+    ("speaks HTTP", "", says(false_servers.HTTP), "check AIOWORKER_AMQP_URL"),
+    ("random bytes", "", says(false_servers.RANDOM), "check AIOWORKER_AMQP_URL"),
+    ("huge frame", "", says(false_servers.A_HUGE_FRAME), "no answer in time"),
+    ("half a frame", "", says(false_servers.start()[:20]), "no answer in time"),
+    (
+        "half a frame, closed",
+        "",
+        says(false_servers.start()[:20], then_close=True),
+        "is it running, and without TLS?",
+    ),
+    ("slow", "", slowly(false_servers.start()), "no answer in time"),
+    ("another protocol", "", says(b"AMQP\x00\x01\x00\x00"), "check AIOWORKER_AMQP_URL"),
+    ("another login", "", says(false_servers.start("GSSAPI")), "it logs in by GSSAPI alone"),
+    ("a wrong frame", "", says(false_servers.TUNE), "check AIOWORKER_AMQP_URL"),
+    ("TLS that is none", TLS, says(b"AMQP\x00\x00\x09\x01"), "speaks no TLS on this port"),
+    ("TLS that is HTTP", TLS, says(false_servers.HTTP), "speaks no TLS on this port"),
+    ("silent in place of TLS", TLS, says(b""), "no answer in time"),
+    ("closes in place of TLS", TLS, says(b"", b"", then_close=True), "closed the connection"),
+    ("slow in place of TLS", TLS, slowly(b"\x16\x03\x03\x00\x7a"), "no answer in time"),
+    ("plain text", TLS, says(false_servers.start()), "speaks no TLS on this port"),
+]
+BROKERS_LATER: list[tuple[str, str, Part, str]] = [
+    ("silent after the login", "", says(false_servers.start(), b""), "no answer in time"),
+    (
+        "closes after the login",
+        "",
+        says(false_servers.start(), b"", then_close=True),
+        "is it running",
+    ),
+    (
+        "wants to know more",
+        "",
+        says(false_servers.start(), false_servers.WANTS_MORE),
+        "check AIOWORKER_AMQP_URL",
+    ),
+    (
+        "silent after tuning",
+        "",
+        says(false_servers.start(), false_servers.TUNE),
+        "no answer in time",
+    ),
+]
+
+
+def connecting(server: FalseServer, query: str, password: str) -> Awaitable[object]:
+    """Connect to it as RabbitMQ."""
+    url = f"amqp://me:{quote(password)}@127.0.0.1:{server.port}/v{query}"
+    return broker.connect(BrokerAddress.parse_all(url), CONNECT_SECONDS, "test")
+
+
+@pytest.mark.parametrize(
+    ("query", "part", "words"), [row[1:] for row in BROKERS], ids=[row[0] for row in BROKERS]
+)
+async def test_a_broker_that_is_none_gets_nothing_and_holds_nobody_up(
+    query: str, part: Part, words: str
+) -> None:
+    with FalseServer(part) as server:
+        said = await refused_by(server, connecting(server, query, PASSWORD), BrokerError)
+
+    assert said.startswith("cannot connect to RabbitMQ at amqp")
+    assert words in said
+
+
+@pytest.mark.parametrize(
+    ("query", "part", "words"),
+    [row[1:] for row in BROKERS_LATER],
+    ids=[row[0] for row in BROKERS_LATER],
+)
+async def test_a_broker_that_stops_in_the_middle_holds_nobody_up(
+    query: str, part: Part, words: str
+) -> None:
+    """It has the password then: without TLS that is how RabbitMQ logs in."""
+    with FalseServer(part) as server:
+        said = await refused_by(server, connecting(server, query, "other"), BrokerError)
+
+    assert said.startswith("cannot connect to RabbitMQ at amqp://me@")
+    assert words in said
