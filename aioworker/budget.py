@@ -20,11 +20,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from aioworker import tables
+from aioworker.clock import Clock
 from aioworker.crashes import Crashes
 from aioworker.errors import DatabaseError, TurnLostError
 from aioworker.limits import (
@@ -40,6 +42,7 @@ from aioworker.tables import Row, holder, join, peek
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from datetime import datetime
 
     from aioworker.db import Cursor, Database
 
@@ -75,9 +78,18 @@ class SharedBudget:
         task: The task's name.
         rate: How often it may start where the row says nothing; None is no limit.
         worker: This worker's name.
+        clock: Goes by the database's time; None makes one.
     """
 
-    def __init__(self, database: Database, task: str, rate: RateLimit | None, worker: str) -> None:
+    def __init__(
+        self,
+        database: Database,
+        task: str,
+        rate: RateLimit | None,
+        worker: str,
+        clock: Clock | None = None,
+    ) -> None:
+        self._clock = clock or Clock(task)
         self._database = database
         self._rate = rate
         self._task = task
@@ -103,6 +115,10 @@ class SharedBudget:
     def interval(self) -> float:
         """Seconds between two starts, as of the last look; 0 without a limit."""
         return (self._gap_us or 0) / 1e6
+
+    def now(self) -> datetime:
+        """Return the time of day, UTC, by the database's clock as of the last look."""
+        return self._clock.now()
 
     async def look(self, crowd: int = 0) -> Wait | None:
         """Return why no start may begin now; None where one is due within a quarter second.
@@ -251,7 +267,9 @@ class SharedBudget:
 
     async def _read(self) -> Row:
         """Return the row; the first time on a connection, see that this server will do."""
+        began = time.monotonic()
         row = await peek(self._database, self._task) or await join(self._database, self._task)
+        self._clock.set(row.now, time.monotonic() - began)
         if row.session != self._greeted:
             await self._refuse_unfit()
             self._greeted = row.session

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from aioworker import broker, outcome
+from aioworker.console import duration
 from aioworker.context import Context
 from aioworker.crashes import MOST_DEATHS
 from aioworker.errors import (
@@ -228,9 +229,9 @@ class Consumer:
                 delivery.content_encoding,
             )
             args = self._arguments(call)
-            if call.expired:
+            if (late := call.late(self._budget.now())) >= 0:
                 ctx.counts["expired"] = 1
-                return Outcome(Kind.ACK, f"expired at {call.expires}")
+                return Outcome(Kind.ACK, f"expired {duration(late)} ago, at {call.expires}")
             await self._run_in_time(attempt, args, call)
         except _NotStartedError as error:
             return Outcome(Kind.RELEASED, str(error))
@@ -332,15 +333,15 @@ class Consumer:
         Raises:
             BrokerError: The connection is lost; RabbitMQ will deliver the message again.
         """
-        copied = True
+        copied, now = True, self._budget.now()
         if result.kind is Kind.RELEASED and outcome.deliveries(delivery) >= MOST_RETURNS:
             result = replace(result, behind=True)
         try:
             if result.kind is Kind.DEAD_LETTER:
-                letter = outcome.dead_letter(delivery, result, self._worker)
+                letter = outcome.dead_letter(delivery, result, self._worker, now)
                 await publisher.publish(self.queues.dead, letter)
             elif result.kind is Kind.RETRY or result.behind:
-                await publisher.publish(self.queues.retry, outcome.retry(delivery, result))
+                await publisher.publish(self.queues.retry, outcome.retry(delivery, result, now))
             else:
                 copied = result.kind is Kind.ACK
         except BrokerError as error:

@@ -11,11 +11,12 @@ import math
 import re
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from aiolimiter import AsyncLimiter
 
+from aioworker.clock import own_time
 from aioworker.errors import RateLimitError
 
 if TYPE_CHECKING:
@@ -184,6 +185,9 @@ class Budget(Protocol):
     def interval(self) -> float:
         """Seconds between two starts, as of the last look; 0 without a limit."""
 
+    def now(self) -> datetime:
+        """Return the time of day, UTC, as all workers should have it."""
+
     async def look(self, crowd: int = 0) -> Wait | None:
         """Return why no start may begin now; None where one is due, or nearly.
 
@@ -232,6 +236,10 @@ class WorkerBudget:
         """Seconds between two starts; 0 without a limit."""
         return 0.0 if self._rate is None else self._rate.interval
 
+    def now(self) -> datetime:
+        """Return this machine's time of day, UTC: no other is asked."""
+        return own_time()
+
     async def look(self, crowd: int = 0) -> Wait | None:
         """Return why no start may begin now."""
         if self._rate is None:
@@ -244,7 +252,7 @@ class WorkerBudget:
         seconds = self._limiter.due_in()
         if not seconds:
             return None
-        return Wait(next_start(datetime.now(UTC) + timedelta(seconds=seconds)), seconds)
+        return Wait(next_start(self.now() + timedelta(seconds=seconds)), seconds)
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[Wait | None]:

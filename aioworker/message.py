@@ -7,6 +7,7 @@ written here. The protocol is described in Celery's documentation, "Message Prot
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import reprlib
@@ -77,10 +78,9 @@ class Call:
     expires: datetime | None = None
     time_limit: float | None = None
 
-    @property
-    def expired(self) -> bool:
-        """Whether it is too late to begin."""
-        return self.expires is not None and self.expires <= datetime.now(UTC)
+    def late(self, now: datetime) -> float:
+        """Return by how many seconds it is too late to begin; less than 0 if it is not."""
+        return -math.inf if self.expires is None else (now - self.expires).total_seconds()
 
 
 def encode(task: str, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Encoded:

@@ -7,7 +7,6 @@ import reprlib
 import struct
 import traceback
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -30,6 +29,7 @@ from aioworker.trouble import Trouble
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
+    from datetime import datetime
 
     from aio_pika.abc import AbstractIncomingMessage
 
@@ -189,14 +189,14 @@ _OF_TROUBLE: dict[Trouble | None, Kind] = {
 }
 
 
-def retry(delivery: AbstractIncomingMessage, outcome: Outcome) -> aio_pika.Message:
-    """Copy a delivery for the retry queue: one attempt older, where this one counts."""
+def retry(delivery: AbstractIncomingMessage, outcome: Outcome, now: datetime) -> aio_pika.Message:
+    """Copy a delivery for the retry queue: one attempt older, if this one counts."""
     return _copy(
         delivery,
         {
             "retries": attempt(delivery) - outcome.behind,
             "x-aioworker-reason": _line(outcome.reason),
-            "x-aioworker-first-failed-at": _first_failed_at(delivery),
+            "x-aioworker-first-failed-at": _first_failed_at(delivery, now),
         },
     )
 
@@ -213,7 +213,7 @@ def revived(delivery: AbstractIncomingMessage) -> aio_pika.Message:
 
 
 def dead_letter(
-    delivery: AbstractIncomingMessage, outcome: Outcome, worker: str
+    delivery: AbstractIncomingMessage, outcome: Outcome, worker: str, now: datetime
 ) -> aio_pika.Message:
     """Copy a delivery, body and headers, and add the reason and where it failed."""
     return _copy(
@@ -224,20 +224,20 @@ def dead_letter(
             "x-aioworker-traceback": _traceback(outcome.error),
             "x-aioworker-attempts": attempt(delivery),
             "x-aioworker-lane": lane(delivery),
-            "x-aioworker-first-failed-at": _first_failed_at(delivery),
-            "x-aioworker-failed-at": _now(),
+            "x-aioworker-first-failed-at": _first_failed_at(delivery, now),
+            "x-aioworker-failed-at": _shown(now),
             "x-aioworker-worker": worker,
         },
     )
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def _shown(now: datetime) -> str:
+    return now.isoformat(timespec="seconds")
 
 
-def _first_failed_at(delivery: AbstractIncomingMessage) -> str:
+def _first_failed_at(delivery: AbstractIncomingMessage, now: datetime) -> str:
     noted = delivery.headers.get("x-aioworker-first-failed-at")
-    return noted if _is_time(noted) else _now()
+    return noted if _is_time(noted) else _shown(now)
 
 
 def _is_time(value: Any) -> TypeGuard[str]:

@@ -91,6 +91,8 @@ class Report:
 
 def _phrase(result: Outcome) -> tuple[str, int]:
     match result.kind:
+        case Kind.ACK if result.reason:
+            return "chunk expired", logging.WARNING
         case Kind.ACK:
             return "chunk done", logging.INFO
         case Kind.DEAD_LETTER:

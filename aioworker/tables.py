@@ -10,6 +10,7 @@ import hashlib
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pymysql.err import MySQLError
@@ -66,7 +67,8 @@ VALUES (%(task)s, '2000-01-01', {SERVER}) ON DUPLICATE KEY UPDATE starts = start
 
 _PEEK = f"""SELECT paused, gap_us, TIMESTAMPDIFF(MICROSECOND, last_start, SYSDATE(6)),
     last_start, server = {SERVER}, COALESCE(IS_USED_LOCK(%(lock)s), 0), CONNECTION_ID(),
-    starts, holder, paused_by, paused_at, paused_why, set_by, set_at, set_why, running, deaths
+    starts, holder, paused_by, paused_at, paused_why, set_by, set_at, set_why,
+    running, deaths, SYSDATE(6)
 FROM aioworker_budget WHERE task = %(task)s"""
 _JOIN = f"""INSERT INTO aioworker_budget (task, last_start, server)
 VALUES (%(task)s, SYSDATE(6), {SERVER}) ON DUPLICATE KEY UPDATE starts = starts"""
@@ -114,6 +116,7 @@ class Row:
         set_why: Why.
         running: The messages of the run that is on, as the charge noted them.
         deaths: How often a message's worker died while it ran, by the message's key.
+        now: What time it was there, UTC, with its zone.
     """
 
     paused: bool
@@ -133,6 +136,7 @@ class Row:
     set_why: str | None
     running: list[str]
     deaths: dict[str, int]
+    now: datetime
 
     @property
     def pause(self) -> str:
@@ -226,7 +230,7 @@ async def peek(database: Database, task: str) -> Row | None:
     values[0], values[4] = bool(values[0]), bool(values[4])
     if values[1] is not None:
         values[1] = min(values[1], LONGEST_GAP_US)
-    values[-2:] = _messages(values[-2]), _deaths(values[-1])
+    values[-3:] = _messages(values[-3]), _deaths(values[-2]), values[-1].replace(tzinfo=UTC)
     return Row(*values)
 
 

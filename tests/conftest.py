@@ -18,6 +18,7 @@ from aioworker import tables, topology
 from aioworker.addons import update_current_version
 from aioworker.addresses import BrokerAddress, DatabaseAddress
 from aioworker.budget import SharedBudget
+from aioworker.clock import Clock
 from aioworker.consumer import Consumer, Terms
 from aioworker.db import Database
 from aioworker.gate import Gate
@@ -189,11 +190,12 @@ def make_worker(
     rate_limit: str | None = None,
     burst: bool = True,
     task_timeout: float = 30,
+    clock: Clock | None = None,
 ) -> Supervisor:
     """Make a worker that ends once the lanes are empty."""
     budget: Budget = WorkerBudget(None)
     if rate_limit is not None:
-        budget = SharedBudget(database, task.name, RateLimit.parse(rate_limit), "test")
+        budget = SharedBudget(database, task.name, RateLimit.parse(rate_limit), "test", clock)
     presence = Presence(task.name, "test", 1, None, lambda _doing: None, None)
     consumer = Consumer(
         task, database, budget, presence, Terms(5, task_timeout, 10, PREFIX), "test", Gate()

@@ -222,7 +222,7 @@ async def test_a_message_past_its_time_is_counted_not_run(
 
     assert await serve(ran.append) == {Kind.ACK: 1}
     assert (ran, await lanes.count(QUEUES.dead)) == ([], 0)
-    [line] = [one for one in caplog.records if one.getMessage() == "chunk done"]
+    [line] = [one for one in caplog.records if one.getMessage() == "chunk expired"]
     assert line.fields["expired"] == 1  # type: ignore[attr-defined]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import aio_pika
@@ -17,6 +18,7 @@ from aioworker.outcome import Kind, Outcome
 FRAME_BYTES = 131_072 - 8  # what RabbitMQ takes, less a frame's own
 SHORT_BYTES = 255  # of a property
 MOST_HEADERS_BYTES = 130_900  # of those that fit into a frame themselves
+NOW = datetime(2026, 11, 28, tzinfo=UTC)
 NO_ASCII = "\u6ce8"  # three bytes
 
 
@@ -68,8 +70,8 @@ def test_a_copy_fits_into_its_frame(
     why = Outcome(Kind.DEAD_LETTER, NO_ASCII * 20_000, ValueError("x" * 100_000))
 
     for copy in (
-        outcome.retry(delivery, why),
-        outcome.dead_letter(delivery, why, "here:1"),
+        outcome.retry(delivery, why, NOW),
+        outcome.dead_letter(delivery, why, "here:1", NOW),
         outcome.revived(delivery),
     ):
         sent = ContentHeader(body_size=4, properties=copy.properties).marshal()
@@ -85,6 +87,6 @@ def test_when_it_failed_first_is_kept() -> None:
     moment = "2026-11-25T01:02:03+00:00"
     delivery = delivered(headers={"x-aioworker-first-failed-at": moment})
 
-    copy = outcome.retry(delivery, Outcome(Kind.RETRY, "why"))
+    copy = outcome.retry(delivery, Outcome(Kind.RETRY, "why"), NOW)
 
     assert copy.headers["x-aioworker-first-failed-at"] == moment
