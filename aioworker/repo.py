@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from aioworker.db import Database
 
 TASK = "update_current_version"
-PAGE_SIZE = 5000
+PAGE_SIZE = 5000  # rows that are looked at for a page
 TRANSACTION_SIZE = 100
 READS_AGAIN = 3
 LARGEST_ID = 2**32 - 1  # of an INT UNSIGNED
@@ -38,10 +38,13 @@ LARGEST_ID = 2**32 - 1  # of an INT UNSIGNED
 # The comment shows in the server's list of processes.
 _COMMENT = f"/* aioworker {TASK} */"
 
-_SWEPT = """FROM addons
-WHERE id > %s AND status IN (1, 2, 3, 4, 6, 7) AND inactive = 0 AND addontype_id <> 9"""
-PAGE = f"SELECT {_COMMENT} id {_SWEPT} ORDER BY id LIMIT %s"
-SIZE = f"SELECT {_COMMENT} COUNT(*) {_SWEPT}"
+# The rows are found by their primary key alone: with these conditions in the WHERE, MariaDB reads
+# the index of `inactive` from its beginning for each page, and a sweep costs the square of the
+# table. A page is one row of text for the reason below: a list of its ids.
+_SWEPT = "IF(status IN (1, 2, 3, 4, 6, 7) AND inactive = 0 AND addontype_id <> 9, id, NULL)"
+PAGE = f"""SELECT {_COMMENT} MAX(id), GROUP_CONCAT({_SWEPT} ORDER BY id) FROM (
+SELECT id, status, inactive, addontype_id FROM addons WHERE id > %s ORDER BY id LIMIT %s) AS page"""
+SIZE = f"SELECT {_COMMENT} COUNT({_SWEPT}) FROM addons WHERE id > %s"
 
 # Files are judged by one aggregate: MariaDB answers EXISTS and NOT EXISTS by reading the
 # whole index of files, three times slower. The LIMIT that limits nothing keeps the condition
@@ -106,9 +109,11 @@ async def swept_ids(database: Database, after: int) -> AsyncIterator[list[int]]:
         database: Where the add-ons are.
         after: Begin behind this id; 0 is the beginning.
     """
-    while page := [row[0] for row in await database.query(PAGE, (after, PAGE_SIZE))]:
-        yield page
-        after = page[-1]
+    last: int | None = after
+    while last is not None:
+        [[last, ids]] = await database.query(PAGE, (last, PAGE_SIZE))
+        if ids:
+            yield [int(one) for one in ids.split(",")]
 
 
 async def count_swept(database: Database, after: int) -> int:

@@ -1,0 +1,92 @@
+"""What the statements look at: the same wherever a page or a chunk lies in a large table."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aioworker import repo
+from aioworker.addresses import DatabaseAddress
+from support import servers
+from tests.conftest import execute, make_database, simple_addons
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from pymysql.connections import Connection
+    from pymysql.cursors import Cursor
+
+    from aioworker.db import Database
+
+ROWS = 2**20
+LOOKED_AT = "SHOW SESSION STATUS WHERE variable_name REGEXP '^Handler_(read_|icp_attempts)'"
+
+
+@pytest.fixture(scope="module")
+def large(pair: servers.Servers) -> Iterator[servers.Servers]:
+    """The servers, with a database of a million add-ons and the indexes that such a site has."""
+    found = dataclasses.replace(pair, mysql_url=f"{pair.mysql_url}_large")
+    with servers.connect(found.mysql_url, create=True) as connection:
+        execute(
+            connection,
+            "CREATE TABLE addons (id INT UNSIGNED PRIMARY KEY, addontype_id INT UNSIGNED NOT NULL,"
+            " status TINYINT UNSIGNED NOT NULL, inactive TINYINT UNSIGNED NOT NULL)",
+            "INSERT INTO addons VALUES (1, 1, 4, 0)",
+            *(
+                f"INSERT INTO addons SELECT id + {2**power}, 1, 4, 0 FROM addons"
+                for power in range(ROWS.bit_length() - 1)
+            ),
+            "ALTER TABLE addons ADD KEY inactive (inactive), ADD KEY status (status)",
+            "ANALYZE TABLE addons",
+        )
+        yield found
+        execute(connection, f"DROP DATABASE {DatabaseAddress.parse(found.mysql_url).database}")
+
+
+@pytest.fixture
+async def million(large: servers.Servers) -> AsyncIterator[Database]:
+    """The large database as the worker uses it."""
+    made = make_database(large)
+    yield made
+    made.close()
+
+
+async def looked_at(database: Database, statement: str, args: object) -> int:
+    """Run a statement and return how many rows and index entries the server read for it."""
+    before, _found, after = [
+        await database.query(*call) for call in ((LOOKED_AT,), (statement, args), (LOOKED_AT,))
+    ]
+    return sum(int(value) for _name, value in after) - sum(int(value) for _name, value in before)
+
+
+async def test_a_page_of_a_sweep_costs_the_same_wherever_it_lies(million: Database) -> None:
+    """Else a sweep costs the square of its table: hours, where it could take minutes."""
+    first, middle, last = [
+        await looked_at(million, repo.PAGE, (after, repo.PAGE_SIZE))
+        for after in (0, ROWS // 2, ROWS - repo.PAGE_SIZE)
+    ]
+
+    assert pytest.approx(first, rel=0.1) == middle
+    assert pytest.approx(first, rel=0.1) == last
+    assert first < 3 * repo.PAGE_SIZE
+
+
+async def test_the_size_of_a_sweep_is_one_look_at_each_row(million: Database) -> None:
+    assert await looked_at(million, repo.SIZE, (0,)) < 1.1 * ROWS
+    assert await looked_at(million, repo.SIZE, (ROWS - 1000,)) < 1100
+
+
+async def test_a_page_of_personas_is_not_the_end_of_a_sweep(
+    database: Database, shop: Connection[Cursor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the rows of a page those are left that are swept; there may be none."""
+    monkeypatch.setattr(repo, "PAGE_SIZE", 3)
+    simple_addons(shop, 12)
+    execute(shop, "UPDATE addons SET addontype_id = 9 WHERE id BETWEEN 3 AND 9")
+
+    pages = [page async for page in repo.swept_ids(database, 1)]
+
+    assert pages == [[2], [10], [11, 12]]
+    assert await repo.count_swept(database, 1) == 4
