@@ -79,7 +79,7 @@ def fill(connection: Connection[Cursor], addons: int, *, personas: bool = True) 
     rows = addons * kinds // 3
     with connection.cursor() as cursor:
         cursor.execute("SET SESSION sql_mode = '', unique_checks = 0, foreign_key_checks = 0")
-        _number_rows(cursor, max(rows, 300))
+        number_rows(cursor, max(rows, 300))
         cursor.execute(
             f"""INSERT INTO addons (id, addontype_id, status, inactive, created, modified)
             SELECT n + 1, IF(n % {kinds} > 3, 9, 1 + CRC32(n) % 5),
@@ -115,17 +115,15 @@ def fill(connection: Connection[Cursor], addons: int, *, personas: bool = True) 
     connection.commit()
 
 
-def _number_rows(cursor: Cursor, count: int) -> None:
+def number_rows(cursor: Cursor, count: int) -> None:
     """Create table `numbers` with n from 0 to *count* - 1."""
     cursor.execute("CREATE TABLE numbers (n INT UNSIGNED PRIMARY KEY) ENGINE=InnoDB")
-    values = ", ".join(f"({n})" for n in range(min(count, 1000)))
-    cursor.execute(f"INSERT INTO numbers VALUES {values}")
-    thousands = (count - 1) // 1000
-    for thousand in range(1, thousands + 1):
-        top = min(1000, count - thousand * 1000)
-        cursor.execute(
-            f"INSERT INTO numbers SELECT n + {thousand * 1000} FROM numbers WHERE n < {top}"
-        )
+    cursor.execute("INSERT INTO numbers VALUES (0)")
+    made = 1
+    while made < count:
+        more = min(made, count - made)
+        cursor.execute(f"INSERT INTO numbers SELECT n + {made} FROM numbers WHERE n < {more}")
+        made += more
 
 
 def answer_all(connection: Connection[Cursor]) -> None:
