@@ -120,5 +120,5 @@ class Connection(aiomysql.Connection):  # type: ignore[misc]  # aiomysql has no 
         if self._password and not self._secure and find_spec("cryptography") is None:
             raise OperationalError(
                 CR.CR_AUTH_PLUGIN_ERR,
-                f"{plugin} needs TLS (ssl_mode, ssl_ca) or `pip install 'aioworker[mysql8]'`",
+                f"{plugin} needs TLS (ssl_mode, ssl_ca) or `pip install 'aioworker[rsa]'`",
             )

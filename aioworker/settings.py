@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 PREFIX = "AIOWORKER_"
 ENV_FILE = ".env"
+_ENCODING = "utf-8-sig"  # with the mark that editors on Windows put before it, or without
 SECRETS_DIR = f"{PREFIX}SECRETS_DIR"
 Nodes = tuple[BrokerAddress, ...]
 _QUEUE_PREFIX = re.compile(r"[A-Za-z0-9_-]{1,50}")
@@ -159,12 +161,16 @@ class Settings(BaseSettings):
             UsageError: A name is unknown or a value wrong; the text has no secrets.
         """
         given = {name: value for name, value in options.items() if value is not None}
-        secrets = os.environ.get(SECRETS_DIR) or dotenv_values(ENV_FILE).get(SECRETS_DIR) or None
-        if secrets is not None and not Path(secrets).is_dir():
-            raise UsageError(f"{SECRETS_DIR}: expected a folder, got: {secrets!r}")
-        _refuse_unknown(secrets)
+        env_file = _env_file()
+        secrets = os.environ.get(SECRETS_DIR) or env_file.get(SECRETS_DIR) or None
+        _refuse_unknown([*os.environ, *env_file, *_secret_files(secrets)])
         try:
-            return cls(_env_file=ENV_FILE, _secrets_dir=secrets, **given)  # type: ignore[arg-type, call-arg]
+            return cls(
+                _env_file=ENV_FILE,  # type: ignore[call-arg]
+                _env_file_encoding=_ENCODING,
+                _secrets_dir=secrets,
+                **given,  # type: ignore[arg-type]
+            )
         except ValidationError as error:
             # The first is enough: one line, one cure.
             first = error.errors(include_url=False, include_input=False)[0]
@@ -230,16 +236,62 @@ def _default(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _refuse_unknown(secrets: str | None) -> None:
+def _env_file() -> dict[str, str | None]:
+    """Return what `.env` says, nothing if there is none.
+
+    Raises:
+        UsageError: It is no text that can be read.
+    """
+    path = Path(ENV_FILE)
+    return dotenv_values(stream=StringIO(_text(path))) if os.path.lexists(path) else {}
+
+
+def _secret_files(folder: str | None) -> list[str]:
+    """Return the names in the folder of secrets.
+
+    Raises:
+        UsageError: It is none, or a secret in it is no text that can be read.
+    """
+    if folder is None:
+        return []
+    try:
+        paths = list(Path(folder).iterdir())
+    except OSError as error:
+        raise UsageError(
+            f"{SECRETS_DIR}: expected a folder, got: {folder!r} ({error.strerror})"
+        ) from None
+    for path in paths:
+        if path.name.upper().startswith(PREFIX):
+            _text(path)
+    return [path.name for path in paths]
+
+
+def _text(path: Path) -> str:
+    """Return a file's text.
+
+    Raises:
+        UsageError: It cannot be read, or is no UTF-8; the text names the file.
+    """
+    try:
+        text = path.read_text(_ENCODING)
+    except UnicodeDecodeError:
+        text = "\0"
+    except OSError as error:
+        raise UsageError(
+            f"expected a file to read, got: {path.absolute()} ({error.strerror})"
+        ) from None
+    if "\0" in text:  # UTF-16 without its mark, too
+        raise UsageError(f"expected a text in UTF-8, got another encoding: {path.absolute()}")
+    return text
+
+
+def _refuse_unknown(names: Iterable[str]) -> None:
     """Refuse a misspelt `AIOWORKER_…`, wherever it stands, with the nearest known name.
 
     Raises:
         UsageError: There is one.
     """
     known = [PREFIX + name.upper() for name in Settings.model_fields] + [SECRETS_DIR]
-    names = [*os.environ, *dotenv_values(ENV_FILE)]
-    if secrets is not None:
-        names += [path.name for path in Path(secrets).iterdir()]
     for name in map(str.upper, names):
         if name.startswith(PREFIX) and name not in known and not _KUBERNETES.match(name):
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]

@@ -58,13 +58,14 @@ class FalseServer:
 
     Attributes:
         port: Where it listens.
+        part: What it plays.
         received: All that it got, over all connections.
     """
 
     def __init__(self, part: Part) -> None:
         self.port = 0
         self.received = b""
-        self._part = part
+        self.part = part
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
 
@@ -90,7 +91,7 @@ class FalseServer:
 
     async def _serve(self, reader: StreamReader, writer: StreamWriter) -> None:
         peer = Peer(writer)
-        playing = asyncio.ensure_future(self._part(peer))
+        playing = asyncio.ensure_future(self.part(peer))
         try:
             while data := await reader.read(PIECE):
                 self.received += data

@@ -7,6 +7,7 @@ import ssl
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -20,7 +21,7 @@ from aioworker.db import Database
 from aioworker.errors import BrokerError, DatabaseError
 from support import servers
 from tests.authority import Authority
-from tests.conftest import execute
+from tests.conftest import execute, rows
 
 if TYPE_CHECKING:
     from pymysql.connections import Connection
@@ -330,3 +331,33 @@ async def test_renewed_files_are_taken_at_the_next_connection(
     assert await database.query("SELECT 1") == [(1,)]
     database.close()
     await asyncio.sleep(0.1)  # as above
+
+
+async def test_no_login_hangs_on_somebody_else_s(pair: servers.Servers) -> None:
+    """MySQL remembers who logged in by TLS, and lets them in by a hash until it restarts."""
+    admin: Connection[Cursor] = servers.connect(pair.mysql_url)
+    [[version]] = rows(admin, "SELECT VERSION()")
+    if "MariaDB" in version:
+        pytest.skip("MariaDB has no caching_sha2_password")
+    address = DatabaseAddress.parse(pair.mysql_url)
+    execute(
+        admin,
+        "DROP USER IF EXISTS hashed",
+        f"CREATE USER hashed IDENTIFIED WITH caching_sha2_password BY '{PASSWORD}'",
+        "GRANT ALL ON *.* TO hashed",
+    )
+    plain = f"mysql://hashed:{quote(PASSWORD, '')}@{address.host}:{address.port}/mysql"
+
+    async def alone() -> None:
+        """Log in without TLS: only with the package for it, whoever was there before."""
+        if find_spec("cryptography") is None:
+            with pytest.raises(DatabaseError, match=r"needs TLS .* or .*aioworker\[rsa\]"):
+                await cipher_of_database(plain)
+        else:
+            assert await cipher_of_database(plain) == ""
+
+    await alone()
+    assert await cipher_of_database(f"{plain}?ssl_mode=required")
+    await alone()
+    execute(admin, "DROP USER hashed")
+    admin.close()

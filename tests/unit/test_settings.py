@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -163,3 +165,55 @@ def test_a_prefix_begins_every_queue_of_a_task(
     names = Queues.of("a.task", Settings.load().queue_prefix).arguments("quorum")
 
     assert sorted(names) == [f"{prefix}.a.task{end}" for end in ("", ".dead", ".retry", ".urgent")]
+
+
+UNREADABLE: dict[str, Callable[[Path], object]] = {
+    "UTF-16": lambda path: path.write_text("AIOWORKER_RATE_LIMIT=2/m\n", "utf-16"),
+    "UTF-16, unmarked": lambda path: path.write_text("AIOWORKER_RATE_LIMIT=2/m\n", "utf-16-le"),
+    "Latin-1": lambda path: path.write_text("AIOWORKER_APP=caf\xe9\n", "latin-1"),
+    "folder": lambda path: path.mkdir(),
+    "link to itself": lambda path: path.symlink_to(path),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+@pytest.mark.parametrize("name", [".env", "AIOWORKER_MYSQL_URL"])
+def test_a_file_of_settings_that_is_no_text_is_named(
+    name: str, kind: str, empty_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder is what Docker makes of a file that is not there; `.env` was then ignored."""
+    if name != ".env":
+        monkeypatch.setenv("AIOWORKER_SECRETS_DIR", str(empty_folder))
+    UNREADABLE[kind](empty_folder / name)
+
+    with pytest.raises(UsageError) as refusal:
+        Settings.load()
+
+    assert str(empty_folder / name) in str(refusal.value)
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_an_env_file_with_a_mark_at_its_beginning_is_read_whole(empty_folder: Path) -> None:
+    """As editors on Windows write it; the first line was ignored."""
+    (empty_folder / ".env").write_text("AIOWORKER_CHUNK_SIZE=10\n", "utf-8-sig")
+
+    assert Settings.load().chunk_size == 10
+
+
+def test_no_dump_of_the_settings_holds_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIOWORKER_MYSQL_URL", "mysql://me:s3cret@db/site?ssl_ca=/ca.pem")
+    monkeypatch.setenv("AIOWORKER_AMQP_URL", "amqp://me:s3cret@one/,amqps://me:s3cret@two/")
+    settings = Settings.load()
+    dumps = [
+        str(settings),
+        repr(settings),
+        settings.model_dump(),
+        settings.model_dump(mode="json"),
+        settings.model_dump_json(),
+        [asdict(node) for node in settings.amqp_url],
+        asdict(settings.mysql_url),
+        f"{settings.amqp_url} {settings.mysql_url}",
+        dict(settings),
+    ]
+
+    assert "s3cret" not in str(dumps)
