@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 
+from pymysql.constants import CR, ER
 from pymysql.err import MySQLError
 
-DEADLOCKS = frozenset({1213, 1020})  # another try at once may do
+DEADLOCKS = frozenset({ER.LOCK_DEADLOCK, ER.CHECKREAD})  # another try at once may do
 
 
 class Trouble(StrEnum):
@@ -18,69 +19,222 @@ class Trouble(StrEnum):
     EVERY_MESSAGE = "every message"  # a wrong table or privilege: no message will do
 
 
-_CODES = {
-    Trouble.UNAVAILABLE: (
-        0,
-        1021,
-        1026,
-        1030,
-        1037,
-        1040,
-        1041,
-        1053,
-        1114,
-        1129,
-        1130,
-        1135,
-        1158,
-        1159,
-        1160,
-        1161,
-        1203,
-        1226,
-        1290,
-        1792,
-        1836,
-        1927,
-        2003,
-        2006,
-        2013,
-        2055,
-        3100,
-        4031,
-    ),
-    Trouble.CONTENTION: (1020, 1205, 1213, 1317, 1969, 3024),
-    Trouble.DATA: (
-        *(1048, 1062, 1264, 1265, 1292, 1300, 1364, 1365, 1366, 1406, 1411, 1441, 1451, 1452),
-        *(1644, 1690, 3140, 3819, 4025),
-    ),
-    Trouble.EVERY_MESSAGE: (
-        *(1044, 1045, 1049, 1054, 1064, 1142, 1143, 1146, 1227),
-        *(1305, 1356, 1370, 1449, 1665, 1698),
-    ),
+class Lacking(IntEnum):
+    """Errors that PyMySQL has no names for, by the servers' own."""
+
+    TOO_MANY_CONCURRENT_TRXS = 1637
+    SIGNAL_EXCEPTION = 1644  # of a trigger
+    BINLOG_STMT_MODE_AND_ROW_ENGINE = 1665
+    LOCK_ABORTED = 1689
+    DATA_OUT_OF_RANGE = 1690
+    ACCESS_DENIED_NO_PASSWORD_ERROR = 1698
+    INDEX_CORRUPT = 1712
+    CANT_EXECUTE_IN_READ_ONLY_TRANSACTION = 1792
+    TABLESPACE_MISSING = 1812
+    TABLESPACE_DISCARDED = 1814
+    MUST_CHANGE_PASSWORD = 1820
+    READ_ONLY_MODE = 1836
+    MUST_CHANGE_PASSWORD_LOGIN = 1862
+    INNODB_READ_ONLY = 1874
+    TABLE_CORRUPT = 1877
+    INNODB_FORCED_RECOVERY = 1881
+    CONNECTION_KILLED = 1927
+    NO_SUCH_TABLE_IN_ENGINE = 1932
+    SERVER_OFFLINE_MODE = 3032
+    USER_LOCK_DEADLOCK = 3058
+    BEFORE_DML_VALIDATION_ERROR = 3098  # of a table that Group Replication cannot replicate
+    RUN_HOOK_ERROR = 3100  # of Group Replication without a majority
+    TRANSACTION_ROLLBACK_DURING_COMMIT = 3101  # another member of the group was first
+    ACCOUNT_HAS_BEEN_LOCKED = 3118
+    INVALID_JSON_TEXT = 3140
+    SECURE_TRANSPORT_REQUIRED = 3159
+    SERVER_ISNT_AVAILABLE = 3168
+    SESSION_WAS_KILLED = 3169
+    LOCK_NOWAIT = 3572
+    CHECK_CONSTRAINT_VIOLATED = 3819
+    SCHEMA_READ_ONLY = 3989
+    CLIENT_INTERACTION_TIMEOUT = 4031
+    GLOBAL_CONN_LIMIT = 4082
+    USER_IS_BLOCKED = 4150
+    ACCOUNT_HAS_BEEN_LOCKED_MARIADB = 4151
+
+
+# A server that takes no writes from this user, or from anybody: perhaps another one does.
+_READ_ONLY = frozenset(
+    {
+        ER.OPEN_AS_READONLY,
+        Lacking.CANT_EXECUTE_IN_READ_ONLY_TRANSACTION,
+        Lacking.READ_ONLY_MODE,
+        Lacking.INNODB_READ_ONLY,
+        Lacking.INNODB_FORCED_RECOVERY,
+        Lacking.SCHEMA_READ_ONLY,
+    }
+)
+# It is not there, closes, or lets nobody in.
+_AWAY = frozenset(
+    {
+        CR.CR_CONNECTION_ERROR,
+        CR.CR_CONN_HOST_ERROR,
+        CR.CR_UNKNOWN_HOST,
+        CR.CR_SERVER_GONE_ERROR,
+        CR.CR_SERVER_HANDSHAKE_ERR,
+        CR.CR_SERVER_LOST,
+        CR.CR_SERVER_LOST_EXTENDED,
+        ER.UNKNOWN_COM_ERROR,  # a Galera node that is not ready, to whatever it is asked
+        ER.SERVER_SHUTDOWN,
+        ER.NORMAL_SHUTDOWN,
+        ER.FORCING_CLOSE,
+        ER.ABORTING_CONNECTION,
+        ER.NEW_ABORTING_CONNECTION,
+        ER.HANDSHAKE_ERROR,
+        ER.HOST_IS_BLOCKED,
+        ER.HOST_NOT_PRIVILEGED,
+        ER.NET_READ_ERROR,
+        ER.NET_READ_INTERRUPTED,
+        ER.NET_ERROR_ON_WRITE,
+        ER.NET_WRITE_INTERRUPTED,
+        Lacking.CONNECTION_KILLED,
+        Lacking.SESSION_WAS_KILLED,
+        Lacking.CLIENT_INTERACTION_TIMEOUT,
+        Lacking.SERVER_OFFLINE_MODE,
+        Lacking.SERVER_ISNT_AVAILABLE,
+        Lacking.RUN_HOOK_ERROR,
+    }
+)
+# It has no room left: on its disk, in its memory, for connections.
+_FULL = frozenset(
+    {
+        ER.DISK_FULL,
+        ER.ERROR_ON_WRITE,
+        ER.GET_ERRNO,
+        ER.RECORD_FILE_FULL,
+        ER.OUTOFMEMORY,
+        ER.OUT_OF_RESOURCES,
+        ER.LOCK_TABLE_FULL,
+        ER.CANT_CREATE_THREAD,
+        ER.CON_COUNT_ERROR,
+        ER.TOO_MANY_USER_CONNECTIONS,
+        ER.USER_LIMIT_REACHED,
+        Lacking.TOO_MANY_CONCURRENT_TRXS,
+        Lacking.GLOBAL_CONN_LIMIT,
+    }
+)
+_CONTENTION = DEADLOCKS | {
+    ER.LOCK_WAIT_TIMEOUT,
+    ER.QUERY_INTERRUPTED,
+    ER.STATEMENT_TIMEOUT,
+    ER.QUERY_TIMEOUT,
+    ER.TABLE_DEF_CHANGED,
+    Lacking.LOCK_ABORTED,
+    Lacking.LOCK_NOWAIT,
+    Lacking.USER_LOCK_DEADLOCK,
+    Lacking.TRANSACTION_ROLLBACK_DURING_COMMIT,
 }
-_TROUBLES = {code: trouble for trouble, codes in _CODES.items() for code in codes}
-_CURES = {
+_DATA = frozenset(
+    {
+        ER.BAD_NULL_ERROR,
+        ER.DUP_ENTRY,
+        ER.WARN_DATA_OUT_OF_RANGE,
+        ER.WARN_DATA_TRUNCATED,
+        ER.TRUNCATED_WRONG_VALUE,
+        ER.INVALID_CHARACTER_STRING,
+        ER.NO_DEFAULT_FOR_FIELD,
+        ER.DIVISION_BY_ZERO,
+        ER.TRUNCATED_WRONG_VALUE_FOR_FIELD,
+        ER.DATA_TOO_LONG,
+        ER.WRONG_VALUE_FOR_TYPE,
+        ER.DATETIME_FUNCTION_OVERFLOW,
+        ER.ROW_IS_REFERENCED_2,
+        ER.NO_REFERENCED_ROW_2,
+        Lacking.SIGNAL_EXCEPTION,
+        Lacking.DATA_OUT_OF_RANGE,
+        Lacking.INVALID_JSON_TEXT,
+        Lacking.CHECK_CONSTRAINT_VIOLATED,
+        ER.CONSTRAINT_FAILED,
+    }
+)
+_NO_ACCESS = frozenset(
+    {
+        ER.DBACCESS_DENIED_ERROR,
+        ER.ACCESS_DENIED_ERROR,
+        ER.TABLEACCESS_DENIED_ERROR,
+        ER.COLUMNACCESS_DENIED_ERROR,
+        ER.SPECIFIC_ACCESS_DENIED_ERROR,
+        ER.PROCACCESS_DENIED_ERROR,
+        ER.NO_SUCH_USER,
+        Lacking.ACCESS_DENIED_NO_PASSWORD_ERROR,
+        Lacking.MUST_CHANGE_PASSWORD,
+        Lacking.MUST_CHANGE_PASSWORD_LOGIN,
+        Lacking.ACCOUNT_HAS_BEEN_LOCKED,
+        Lacking.ACCOUNT_HAS_BEEN_LOCKED_MARIADB,
+        Lacking.USER_IS_BLOCKED,
+        Lacking.SECURE_TRANSPORT_REQUIRED,
+    }
+)
+_WRONG_SCHEMA = frozenset(
+    {
+        ER.NO_DB_ERROR,
+        ER.BAD_DB_ERROR,
+        ER.BAD_FIELD_ERROR,
+        ER.PARSE_ERROR,
+        ER.NO_SUCH_TABLE,
+        ER.CRASHED_ON_USAGE,
+        ER.CRASHED_ON_REPAIR,
+        ER.SP_DOES_NOT_EXIST,
+        ER.VIEW_INVALID,
+        Lacking.BINLOG_STMT_MODE_AND_ROW_ENGINE,
+        Lacking.INDEX_CORRUPT,
+        Lacking.TABLE_CORRUPT,
+        Lacking.TABLESPACE_MISSING,
+        Lacking.TABLESPACE_DISCARDED,
+        Lacking.NO_SUCH_TABLE_IN_ENGINE,
+        Lacking.BEFORE_DML_VALIDATION_ERROR,
+    }
+)
+_TROUBLES: dict[int, Trouble] = {
+    0: Trouble.UNAVAILABLE,
+    **dict.fromkeys(_AWAY | _FULL, Trouble.UNAVAILABLE),
+    **dict.fromkeys(_CONTENTION, Trouble.CONTENTION),
+    **dict.fromkeys(_DATA, Trouble.DATA),
+    **dict.fromkeys(_NO_ACCESS | _WRONG_SCHEMA, Trouble.EVERY_MESSAGE),
+}
+
+_GRANT = "`aioworker init --print` shows what the user needs"
+_LOGIN = "check user and password in AIOWORKER_MYSQL_URL"
+_DATABASE = "is this the right database? check AIOWORKER_MYSQL_URL"
+_CURES: dict[int, str] = {
     0: "is it a MySQL server? check AIOWORKER_MYSQL_URL",
-    1044: "`aioworker init --print` shows what the user needs",
-    1045: "check user and password in AIOWORKER_MYSQL_URL",
-    1049: "create it, or correct AIOWORKER_MYSQL_URL",
-    1054: "is this the right database? check AIOWORKER_MYSQL_URL",
-    1142: "`aioworker init --print` shows what the user needs",
-    1143: "`aioworker init --print` shows what the user needs",
-    1146: "is this the right database? check AIOWORKER_MYSQL_URL",
-    1698: "check user and password in AIOWORKER_MYSQL_URL",
-    2003: "is it running? check AIOWORKER_MYSQL_URL",
-    2026: "check AIOWORKER_MYSQL_URL",
-    2059: "check the user's plugin, and AIOWORKER_MYSQL_URL",
+    ER.DBACCESS_DENIED_ERROR: _GRANT,
+    ER.TABLEACCESS_DENIED_ERROR: _GRANT,
+    ER.COLUMNACCESS_DENIED_ERROR: _GRANT,
+    ER.ACCESS_DENIED_ERROR: _LOGIN,
+    Lacking.ACCESS_DENIED_NO_PASSWORD_ERROR: _LOGIN,
+    ER.BAD_DB_ERROR: "create it, or correct AIOWORKER_MYSQL_URL",
+    ER.BAD_FIELD_ERROR: _DATABASE,
+    ER.NO_SUCH_TABLE: _DATABASE,
+    CR.CR_CONN_HOST_ERROR: "is it running? check AIOWORKER_MYSQL_URL",
+    ER.UPDATE_WITHOUT_KEY_IN_SAFE_MODE: "the task itself set sql_safe_updates: name a key, or"
+    " SET sql_safe_updates = 0",
+    Lacking.BINLOG_STMT_MODE_AND_ROW_ENGINE: "set binlog_format to MIXED or ROW on the server",
+    CR.CR_SSL_CONNECTION_ERROR: "check AIOWORKER_MYSQL_URL",
+    CR.CR_AUTH_PLUGIN_CANNOT_LOAD: "check the user's plugin, and AIOWORKER_MYSQL_URL",
 }
+_READ_ONLY_CURE = "this server only reads: is it a replica? check AIOWORKER_MYSQL_URL"
 
 
 def sort(error: BaseException) -> Trouble | None:
     """Return what an error means; None when it is not known to be the database's."""
     if not isinstance(error, MySQLError):
         return None
-    return _TROUBLES.get(code(error))
+    return Trouble.UNAVAILABLE if _only_reads(error) else _TROUBLES.get(code(error))
+
+
+def _only_reads(error: MySQLError) -> bool:
+    """Whether a server refuses to write: one number stands for whatever an option forbids."""
+    number = code(error)
+    if number == ER.OPTION_PREVENTS_STATEMENT:
+        return "read-only" in str(error) or "read_only" in str(error)
+    return number in _READ_ONLY
 
 
 def code(error: MySQLError) -> int:
@@ -92,5 +246,5 @@ def code(error: MySQLError) -> int:
 def describe(error: MySQLError) -> str:
     """Return the server's words and number, and the cure where one is known, in one line."""
     words = " ".join(str(error.args[-1] if error.args else error).split())
-    cure = _CURES.get(code(error))
+    cure = _READ_ONLY_CURE if _only_reads(error) else _CURES.get(code(error))
     return f"{words} ({code(error)})" + (f"; {cure}" if cure else "")
