@@ -15,7 +15,7 @@ import aiomysql
 from pymysql.constants import CLIENT, ER
 from pymysql.err import MySQLError
 
-from aioworker import login, trouble
+from aioworker import login, session, trouble
 from aioworker.errors import DatabaseError, NestedTransactionError
 from aioworker.trouble import Trouble
 
@@ -24,12 +24,8 @@ if TYPE_CHECKING:
 
     from aioworker.addresses import DatabaseAddress
 
-LOCK_WAIT_SECONDS = 5
 KILL_SECONDS = 3
-_NO_SUCH_THREAD = 1094
-_LOGIN_REFUSED = (ER.ACCESS_DENIED_ERROR, 3159)  # MySQL's own number, for a server that wants TLS
-IDLE_SECONDS = 30
-AGGREGATE_BYTES = 1_048_576  # MariaDB cuts JSON_ARRAYAGG at this length, without an error
+_LOGIN_REFUSED = (ER.ACCESS_DENIED_ERROR, trouble.Lacking.SECURE_TRANSPORT_REQUIRED)
 
 
 class Cursor(aiomysql.Cursor):  # type: ignore[misc]  # aiomysql has no types
@@ -53,18 +49,30 @@ class Database:
     """A connection to one database, reopened after it was lost.
 
     Sessions are READ COMMITTED, in UTC, count the rows that a WHERE matched (not those
-    that it changed), and give up on a row lock after 5 s. `async with` connects and closes.
+    that it changed), and give up on a lock after 5 s; `session` has all that they set.
+    `async with` connects and closes.
 
     Args:
         address: Where it is.
         connect_timeout: Seconds for a connection to stand, session settings included.
         timeout: Seconds for a `query` or a `transaction`; an idle session is ended by the
             server 30 s later than that.
+        single_writer: Whether all workers write through one node, if it is a Galera cluster;
+            otherwise a node of one is refused.
     """
 
-    def __init__(self, address: DatabaseAddress, *, connect_timeout: float, timeout: float) -> None:
+    def __init__(
+        self,
+        address: DatabaseAddress,
+        *,
+        connect_timeout: float,
+        timeout: float,
+        single_writer: bool = False,
+    ) -> None:
         self.address = address
         self.timeout = timeout
+        self._single_writer = single_writer
+        self._server: session.Server | None = None
         self._connect_timeout = connect_timeout
         self._connection: Any = None
         self._pinned = False
@@ -101,6 +109,11 @@ class Database:
             self.close()
             raise self.explain(error) from error
 
+    async def schema(self) -> str:
+        """Return the database's name as its server has it, however the address spells it."""
+        async with self._use():
+            return self._server.schema if self._server else self.address.database
+
     async def query(self, statement: str, args: object = None) -> list[tuple[Any, ...]]:
         """Read rows outside any transaction."""
         async with self._use() as connection, connection.cursor() as cursor:
@@ -127,7 +140,7 @@ class Database:
         self._in_transaction = True
         try:
             async with self._use() as connection:
-                await connection.begin()
+                await connection.query("START TRANSACTION")  # BEGIN begins a block in Oracle's mode
                 async with connection.cursor(Cursor) as cursor:
                     yield cursor
                     stamp = self._stamp if cursor.written else None
@@ -190,9 +203,10 @@ class Database:
         """Close the connection, and end the statement that it runs: the server would finish it."""
         if self._connection is None:
             return
-        thread = self._connection.thread_id()
+        lock = self._server.lock if self._server else None
         self.close()
-        self._silent = not await self._kill(thread)
+        if lock is not None:
+            self._silent = not await self._kill(lock)
 
     def blamed(self, error: Exception) -> Exception:
         """Return a run's error; the database's, where that did not answer when it was cut off."""
@@ -215,48 +229,59 @@ class Database:
         return True
 
     async def _connect(self) -> Any:
-        connection = await login.connect(
-            self.address,
-            charset="utf8mb4",
-            autocommit=True,
-            client_flag=CLIENT.FOUND_ROWS,
-            program_name="aioworker",
-            init_command="SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED",
-        )
+        """Log in, set what a session relies on, and see that this server will do.
+
+        Raises:
+            DatabaseError: It will not.
+        """
+        connection = await self._log_in()
         with _closing_on_error(connection):
-            async with connection.cursor() as cursor:
-                await cursor.execute(
-                    "SET SESSION time_zone = '+00:00', wait_timeout = %s,"
-                    " innodb_lock_wait_timeout = %s, group_concat_max_len = %s",
-                    (int(self.timeout) + IDLE_SECONDS, LOCK_WAIT_SECONDS, AGGREGATE_BYTES),
-                )
+            server = await session.begin(connection, self.timeout)
+            reason = server.unfit(single_writer=self._single_writer)
+            if reason is not None:
+                raise DatabaseError(f"cannot use MySQL at {self.address.shown}: {reason}")
+        self._server = server
         return connection
 
-    async def _kill(self, thread: int) -> bool:
-        """End the statement of a connection that was cut off: the server would finish it.
+    async def _log_in(self) -> login.Connection:
+        return await login.connect(
+            self.address,
+            charset="utf8mb4",
+            autocommit=None,  # `session` sets it
+            client_flag=CLIENT.FOUND_ROWS,
+            program_name="aioworker",
+        )
+
+    async def _kill(self, lock: str) -> bool:
+        """End the statement of the session that holds a lock: the server would finish it.
+
+        The number of a session is no name: behind a failover or a proxy it is somebody
+        else's. There nobody holds the lock, and nothing is ended.
 
         Returns:
             Whether the server answered.
         """
         try:
             async with asyncio.timeout(KILL_SECONDS):
-                connection = await self._connect()
+                connection = await self._log_in()
                 with _closing_on_error(connection):
-                    async with connection.cursor() as cursor:
-                        await cursor.execute("KILL QUERY %s", (thread,))
+                    await connection.query(f"KILL QUERY IS_USED_LOCK('{lock}')")
                 connection.close()
         except (MySQLError, OSError) as error:
             # Gone already, or out of reach: its row locks then end with its lock wait.
-            return isinstance(error, MySQLError) and trouble.code(error) == _NO_SUCH_THREAD
+            return isinstance(error, MySQLError) and trouble.code(error) == ER.NO_SUCH_THREAD
         return True
 
     def explain(self, error: Exception) -> DatabaseError:
         """Say in one line why this database cannot be used, and what to do."""
-        away = not isinstance(error, MySQLError) or trouble.sort(error) is Trouble.UNAVAILABLE
+        sort = trouble.sort(error)
+        away = sort is Trouble.UNAVAILABLE or not isinstance(error, MySQLError)
         if isinstance(error, TimeoutError):
             reason = "no answer in time; check AIOWORKER_MYSQL_URL"
         elif isinstance(error, MySQLError):
             reason = trouble.describe(error) + self._cure_by_tls(error)
+            if trouble.code(error) == ER.LOCK_WAIT_TIMEOUT:
+                reason += "; somebody else holds a lock that this waits for"
         else:
             reason = " ".join(str(error).split())
         return DatabaseError(

@@ -123,6 +123,10 @@ class Settings(BaseSettings):
         "shared",
         description="Whose starts the rate limit counts: shared, all workers'; worker, its own.",
     )
+    galera: Annotated[str, _one_of("single-writer")] | None = Field(
+        None,
+        description="single-writer: all workers write through one node of a Galera cluster.",
+    )
     queue_type: Annotated[str, _one_of("quorum", "classic")] = Field(
         "quorum", description="Kind of the queues that init declares: quorum or classic."
     )
@@ -208,6 +212,8 @@ class Settings(BaseSettings):
             self.mysql_url,
             connect_timeout=self.connect_timeout,
             timeout=self.task_timeout if timeout is None else timeout,
+            # With a budget of its own no worker relies on a lock.
+            single_writer=self.galera is not None or self.budget == "worker",
         )
 
     @classmethod

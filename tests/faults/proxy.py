@@ -64,6 +64,10 @@ class Proxy:
         self._delay, self._closed = 0.0, False
         self._run(self._listen())
 
+    def redirect(self, target: int) -> None:
+        """Connect who comes from now on to a server at another port."""
+        self._target = target
+
     def delay(self, seconds: float) -> None:
         """Let each piece arrive so long after it was sent, in each direction."""
         self._delay = seconds

@@ -21,8 +21,8 @@ import psutil
 
 from aioworker.addresses import BrokerAddress
 from aioworker.broker import Publisher
-from aioworker.db import LOCK_WAIT_SECONDS
 from aioworker.errors import BrokerError
+from aioworker.session import LOCK_WAIT_SECONDS
 from support import servers
 from tests.conftest import Worker, execute, rows, simple_addons
 from tests.faults.conftest import alarmed, away, frozen, within

@@ -1,0 +1,169 @@
+"""What a session sets before it is used, and what it must find on its server.
+
+The defaults of a server are somebody else's: with `completion_type=CHAIN` a COMMIT opens a
+transaction that holds the next writes, with `RELEASE` it ends the connection. So a session
+sets all that gives a statement its meaning or makes it fail. What cannot be set is read, and
+a server that will not do is refused before anything is taken.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+from pymysql.err import MySQLError
+
+IDLE_SECONDS = 30  # after its longest statement the server may end a session
+LOCK_WAIT_SECONDS = 5
+AGGREGATE_BYTES = 1_048_576  # MariaDB cuts JSON_ARRAYAGG at this length, without an error
+# A thousand ids with their answers take 50,000 bytes, the notes of a budget's row 65,535.
+SMALLEST_PACKET_BYTES = 131_072
+_MOST = 2**64 - 1  # what the servers call no limit
+
+# The site's tables hold zero dates, so those are allowed; nothing changes the grammar.
+SQL_MODE = "STRICT_TRANS_TABLES,ERROR_FOR_DIVISION_BY_ZERO,NO_ENGINE_SUBSTITUTION"
+
+# In this order: nothing commits before `completion_type` is set, and `max_join_size` changes
+# `sql_big_selects`.
+EVERYWHERE: dict[str, str | int] = {
+    "completion_type": "NO_CHAIN",
+    "autocommit": 1,
+    "sql_mode": SQL_MODE,
+    "time_zone": "+00:00",
+    "lc_time_names": "en_US",
+    "default_week_format": 0,
+    "div_precision_increment": 4,
+    "max_sort_length": 1024,
+    "sql_auto_is_null": 0,
+    "sql_safe_updates": 0,
+    "sql_select_limit": _MOST,
+    "max_join_size": _MOST,
+    "sql_big_selects": 1,
+    "updatable_views_with_limit": "YES",
+    "foreign_key_checks": 1,
+    "unique_checks": 1,
+    "group_concat_max_len": AGGREGATE_BYTES,
+    "innodb_lock_wait_timeout": LOCK_WAIT_SECONDS,
+    "lock_wait_timeout": LOCK_WAIT_SECONDS,
+    "net_read_timeout": 30,
+    "net_write_timeout": 60,
+}
+MARIADB: dict[str, str | int] = {
+    "check_constraint_checks": 1,
+    "max_session_mem_used": 2**63 - 1,
+    "tmp_disk_table_size": _MOST,
+}
+# Seconds, the longest statement and `IDLE_SECONDS`: our own timeouts come first.
+TIMEOUTS_EVERYWHERE = ("wait_timeout",)
+TIMEOUTS_MARIADB = (
+    "max_statement_time",
+    "idle_transaction_timeout",
+    "idle_readonly_transaction_timeout",
+    "idle_write_transaction_timeout",
+)
+
+# The two servers call these variables by different names; this they both understand.
+ISOLATION = "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED, READ WRITE"
+
+# Read by SHOW: a variable that a server does not have is no error there.
+_READ = (
+    *("binlog_format", "log_bin", "lower_case_table_names", "max_allowed_packet"),
+    *("wsrep_on", "wsrep_provider"),
+)
+_NO_PROVIDER = ("", "none")
+_SHOW = f"SHOW SESSION VARIABLES WHERE Variable_name IN {_READ}"
+
+
+def statement(timeout: float) -> str:
+    """Return the one SET that a session begins with; both servers read their part of it.
+
+    Args:
+        timeout: Seconds that its longest statement may take.
+    """
+    seconds = int(timeout) + IDLE_SECONDS
+    everywhere = EVERYWHERE | dict.fromkeys(TIMEOUTS_EVERYWHERE, seconds)
+    mariadb = MARIADB | dict.fromkeys(TIMEOUTS_MARIADB, seconds)
+    return (
+        f"SET NAMES utf8mb4 COLLATE utf8mb4_general_ci, {_assigned(everywhere)}"
+        f" /*M! , system_versioning_asof = DEFAULT, {_assigned(mariadb)} */"
+        f" /*!80000 , max_execution_time = {seconds * 1000} */"
+    )
+
+
+def _assigned(values: dict[str, str | int]) -> str:
+    return ", ".join(f"SESSION {name} = {value!r}" for name, value in values.items())
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """What the server of a connection says of itself.
+
+    Args:
+        schema: The database's name as the server has it; lower-cased, if it is blind to case.
+        lock: A lock that this session alone holds, by which it can be found; None if the
+            server refuses one.
+        galera: Whether it is a node of a Galera cluster.
+        packet_bytes: The longest statement, or row of an answer, that it takes.
+        unlogged: Whether its binary log cannot take what a READ COMMITTED session writes.
+    """
+
+    schema: str
+    lock: str | None
+    galera: bool
+    packet_bytes: int
+    unlogged: bool
+
+    def unfit(self, *, single_writer: bool) -> str | None:
+        """Return in one line why this server will not do, and the cure; None if it will.
+
+        Args:
+            single_writer: Whether all workers write through one node of a Galera cluster.
+        """
+        if self.galera and not single_writer:
+            return (
+                "it is a Galera node, whose named locks hold on one node only: set"
+                " AIOWORKER_GALERA=single-writer if all workers write through this one,"
+                " or AIOWORKER_BUDGET=worker"
+            )
+        if self.packet_bytes < SMALLEST_PACKET_BYTES:
+            return (
+                f"expected max_allowed_packet of at least {SMALLEST_PACKET_BYTES} bytes, for a"
+                f" chunk and its answers, got: {self.packet_bytes}; raise it on the server"
+            )
+        if self.unlogged:
+            return (
+                "expected binlog_format MIXED or ROW, got: STATEMENT, which cannot log READ"
+                " COMMITTED transactions; set it on the server"
+            )
+        return None
+
+
+async def begin(connection: Any, timeout: float) -> Server:
+    """Set what a new session relies on, and read what its server is.
+
+    Args:
+        connection: aiomysql's, logged in, nothing done with it yet.
+        timeout: Seconds that its longest statement may take.
+
+    Raises:
+        MySQLError: The server refuses a setting.
+    """
+    await connection.query(statement(timeout))
+    await connection.query(ISOLATION)
+    lock = f"aioworker:session:{secrets.token_hex(16)}"
+    async with connection.cursor() as cursor:
+        try:
+            await cursor.execute("SELECT DATABASE(), GET_LOCK(%s, 0)", (lock,))
+        except MySQLError:  # some clusters have no named locks; a lost connection fails again
+            await cursor.execute("SELECT DATABASE(), NULL")
+        schema, held = await cursor.fetchone()
+        await cursor.execute(_SHOW)
+        found = {str(name).lower(): str(value) for name, value in await cursor.fetchall()}
+    return Server(
+        schema=schema if found.get("lower_case_table_names", "0") == "0" else schema.lower(),
+        lock=lock if held == 1 else None,
+        galera=found.get("wsrep_on") == "ON" or found.get("wsrep_provider", "") not in _NO_PROVIDER,
+        packet_bytes=int(found.get("max_allowed_packet", SMALLEST_PACKET_BYTES)),
+        unlogged=found.get("log_bin") == "ON" and found.get("binlog_format") == "STATEMENT",
+    )
