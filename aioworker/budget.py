@@ -38,7 +38,7 @@ from aioworker.limits import (
     shown_interval,
 )
 from aioworker.logs import fields
-from aioworker.tables import Row, holder, join, peek
+from aioworker.tables import Row, holder
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -100,7 +100,6 @@ class SharedBudget:
         self._greeted = 0
         self._arguments: dict[str, object] = {
             "task": task,
-            "lock": tables.lock_name(database, task),
             "worker": worker,
             "gap": None if rate is None or rate.paused else rate.gap_us,
         }
@@ -267,8 +266,9 @@ class SharedBudget:
 
     async def _read(self) -> Row:
         """Return the row; the first time on a connection, see that this server will do."""
+        self._arguments["lock"] = tables.lock_name(await self._database.schema(), self._task)
         began = time.monotonic()
-        row = await peek(self._database, self._task) or await join(self._database, self._task)
+        row = await tables.read(self._database, self._task)
         self._clock.set(row.now, time.monotonic() - began)
         if row.session != self._greeted:
             await self._refuse_unfit()
@@ -276,7 +276,7 @@ class SharedBudget:
         return row
 
     async def _refuse_unfit(self) -> None:
-        """Refuse a server on which a lock or a clock would not hold.
+        """Refuse a server on which the clock stands still in a statement.
 
         Raises:
             DatabaseError: It is one.
@@ -287,12 +287,6 @@ class SharedBudget:
             raise DatabaseError(
                 f"{where} runs with sysdate-is-now, which stops the budget's clock:"
                 " start it without, or set AIOWORKER_BUDGET=worker"
-            )
-        galera = await self._database.query("SHOW GLOBAL VARIABLES LIKE 'wsrep_on'")
-        if galera and galera[0][1] == "ON":
-            raise DatabaseError(
-                f"{where} is a Galera node, whose named locks hold on one node only:"
-                " set AIOWORKER_BUDGET=worker"
             )
 
     async def _follow(self, row: Row) -> None:

@@ -14,7 +14,6 @@ from aioworker import tables
 from aioworker.console import say
 from aioworker.errors import UsageError
 from aioworker.limits import RateLimit, shown_interval
-from aioworker.tables import join, peek
 
 if TYPE_CHECKING:
     from aioworker.db import Database
@@ -120,7 +119,7 @@ def checked_reason(settings: Settings, why: str | None) -> str | None:
 
 async def _row(database: Database, task: AnyTask) -> Row:
     with tables.explaining(database):
-        return await peek(database, task.name) or await join(database, task.name)
+        return await tables.read(database, task.name)
 
 
 async def _set(

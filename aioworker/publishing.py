@@ -177,8 +177,8 @@ async def _be_alone(database: Database, task: AnyTask) -> None:
     Raises:
         DatabaseError: Another one is being published.
     """
-    name = tables.lock_name(database, task.name, "aioworker:sweep")
     with database.explaining():
+        name = tables.lock_name(await database.schema(), task.name, "aioworker:sweep")
         [[got]] = await database.query("SELECT GET_LOCK(%s, 0)", (name,))
     if got != 1:
         raise DatabaseError(f"another sweep of {task.name} is being published; nothing was done")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pymysql.constants import ER
 from pymysql.err import MySQLError
 
 from aioworker import trouble
@@ -42,7 +43,7 @@ BUDGET = """CREATE TABLE IF NOT EXISTS aioworker_budget (
     set_why VARCHAR(500) NULL,
     running TEXT NULL,
     deaths TEXT NULL
-) ENGINE=InnoDB DEFAULT CHARACTER SET utf8mb4"""
+) ENGINE=InnoDB ROW_FORMAT=DYNAMIC DEFAULT CHARACTER SET utf8mb4"""
 
 WORKER = """CREATE TABLE IF NOT EXISTS aioworker_worker (
     id CHAR(12) CHARACTER SET ascii COLLATE ascii_bin NOT NULL PRIMARY KEY,
@@ -56,7 +57,7 @@ WORKER = """CREATE TABLE IF NOT EXISTS aioworker_worker (
     reason VARCHAR(500) NOT NULL,
     since DATETIME(6) NOT NULL,
     seen DATETIME(6) NOT NULL
-) ENGINE=InnoDB DEFAULT CHARACTER SET utf8mb4"""
+) ENGINE=InnoDB ROW_FORMAT=DYNAMIC DEFAULT CHARACTER SET utf8mb4"""
 
 # Which server wrote a row: another one has another clock.
 SERVER = "CONCAT(@@hostname, ':', @@port, ':', @@server_id)"
@@ -70,8 +71,6 @@ _PEEK = f"""SELECT paused, gap_us, TIMESTAMPDIFF(MICROSECOND, last_start, SYSDAT
     starts, holder, paused_by, paused_at, paused_why, set_by, set_at, set_why,
     running, deaths, SYSDATE(6)
 FROM aioworker_budget WHERE task = %(task)s"""
-_JOIN = f"""INSERT INTO aioworker_budget (task, last_start, server)
-VALUES (%(task)s, SYSDATE(6), {SERVER}) ON DUPLICATE KEY UPDATE starts = starts"""
 
 # The least that a worker's user needs: privileges, table.
 PRIVILEGES = (
@@ -90,8 +89,6 @@ _HOLDER = f"""SELECT host, pid, seen > SYSDATE(6) - INTERVAL {ALIVE_SECONDS} SEC
 FROM aioworker_worker WHERE session = %s AND task = %s ORDER BY seen DESC LIMIT 1"""
 # What an operator writes may be beyond any calendar.
 LONGEST_GAP_US = 366 * 86_400 * 1_000_000
-_NO_SUCH_TABLE = 1146
-_NO_SUCH_COLUMN = 1054
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,11 +182,11 @@ def explaining(database: Database) -> Iterator[None]:
         yield
     except MySQLError as error:
         words = f"{trouble.describe(error).partition(';')[0]} at {database.address.shown}"
-        if trouble.code(error) == _NO_SUCH_TABLE:
+        if trouble.code(error) == ER.NO_SUCH_TABLE:
             raise DatabaseError(
                 f"{words}: run `aioworker init`, or set AIOWORKER_BUDGET=worker"
             ) from error
-        if trouble.code(error) == _NO_SUCH_COLUMN:
+        if trouble.code(error) == ER.BAD_FIELD_ERROR:
             raise DatabaseError(
                 f"{words}: the table is not of this version of aioworker; drop it,"
                 " then run `aioworker init`"
@@ -202,27 +199,39 @@ def explaining(database: Database) -> Iterator[None]:
 def is_missing(error: DatabaseError) -> bool:
     """Whether an error is that a table is not there."""
     cause = error.__cause__
-    return isinstance(cause, MySQLError) and trouble.code(cause) == _NO_SUCH_TABLE
+    return isinstance(cause, MySQLError) and trouble.code(cause) == ER.NO_SUCH_TABLE
 
 
-def lock_name(database: Database, task: str, purpose: str = "aioworker") -> str:
+def lock_name(schema: str, task: str, purpose: str = "aioworker") -> str:
     """Return the name of a task's lock: its own for each database of one server.
 
     Named locks are the whole server's, blind to case, and end at 64 characters on MySQL.
 
     Args:
-        database: The database that the task works on.
+        schema: The database that the task works on, by `Database.schema`.
         task: The task's name.
         purpose: What the lock is for, up to 16 characters.
     """
-    owner = f"{database.address.database}\0{task}"
+    owner = f"{schema}\0{task}"
     digest = hashlib.sha256(owner.encode()).hexdigest()[:16]
     return f"{purpose}:{task[: 45 - len(purpose)]}:{digest}"
 
 
+async def read(database: Database, task: str) -> Row:
+    """Return the task's row.
+
+    Raises:
+        DatabaseError: There is none; only `aioworker init` makes one.
+    """
+    row = await peek(database, task)
+    if row is None:
+        raise DatabaseError(f"task {task!r} has no row in aioworker_budget: run `aioworker init`")
+    return row
+
+
 async def peek(database: Database, task: str) -> Row | None:
-    """Return the task's row, None where there is none."""
-    lock = lock_name(database, task)
+    """Return the task's row, None if there is none."""
+    lock = lock_name(await database.schema(), task)
     found = await database.query(_PEEK, {"task": task, "lock": lock})
     if not found:
         return None
@@ -254,21 +263,6 @@ def _noted(text: str | None) -> Any:
         return json.loads(text or "null")
     except ValueError:
         return None
-
-
-async def join(database: Database, task: str) -> Row:
-    """Make the task's row, where `init` has not; return it.
-
-    When the last start was nobody knows: the row says now, which costs one interval.
-
-    Raises:
-        DatabaseError: It was deleted again.
-    """
-    await database.execute(_JOIN, {"task": task})
-    row = await peek(database, task)
-    if row is None:
-        raise DatabaseError(f"the row of {task} in aioworker_budget was deleted again")
-    return row
 
 
 class Holder(NamedTuple):

@@ -203,6 +203,8 @@ class Maria:
                 f"--datadir={data}",  # no --user: with it, a folder with a space is refused
                 "--auth-root-authentication-method=normal",
                 "--skip-test-db",
+                # What its data are made with.
+                *(one for one in options if one.startswith("--innodb-page-size")),
             ],
             check=True,
             capture_output=True,

@@ -52,7 +52,7 @@ async def test_a_turn_that_nobody_gives_back_is_a_stall(
 ) -> None:
     """Somebody's session holds the lock: messages wait, the budget is free, nothing starts."""
     simple_addons(shop, 1)
-    lock = tables.lock_name(make_database(pair), TASK)
+    lock = tables.lock_name(make_database(pair).address.database, TASK)
     execute(shop, f"SELECT GET_LOCK('{lock}', 0)")
     before = connections(broker)
     worker = start("consume", "--rate-limit", "100/s")

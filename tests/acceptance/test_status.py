@@ -169,7 +169,7 @@ def test_a_turn_names_its_holder(
     """Frozen hosts keep it until their session times out: an operator wants to know whose."""
     simple_addons(shop, 1)
     run("publish", "1")
-    lock = tables.lock_name(database, TASK)
+    lock = tables.lock_name(database.address.database, TASK)
     execute(
         shop,
         f"DO GET_LOCK('{lock}', 0)",

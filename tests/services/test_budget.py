@@ -117,7 +117,7 @@ async def test_one_turn_at_a_time(make: Fleet, shop: Connection[Cursor]) -> None
 
 def lock(make: Fleet) -> str:
     """Return the name of the turn's lock."""
-    return tables.lock_name(make.databases[0], TASK)
+    return tables.lock_name(make.databases[0].address.database, TASK)
 
 
 async def test_a_start_without_the_turn_is_never_charged(make: Fleet, database: Database) -> None:
@@ -265,13 +265,17 @@ async def test_another_clock_costs_one_interval_at_most(
     assert 0.45 < loop.time() - began < 5
 
 
-async def test_a_row_that_init_did_not_make_costs_one_interval(
-    make: Fleet, shop: Connection[Cursor]
-) -> None:
-    """When the last start was nobody knows."""
+async def test_only_init_makes_a_task_s_row(make: Fleet, shop: Connection[Cursor]) -> None:
+    """A worker of another project, or of a task that is gone, leaves no trace here."""
     execute(shop, "DELETE FROM aioworker_budget")
 
-    assert await looked(make()) == "budget: next start"
+    with pytest.raises(DatabaseError) as refused:
+        await make().look()
+
+    assert str(refused.value) == (
+        f"task {TASK!r} has no row in aioworker_budget: run `aioworker init`"
+    )
+    assert rows(shop, "SELECT task FROM aioworker_budget") == []
 
 
 async def test_a_rate_set_by_plain_sql_wins_and_is_said(
@@ -346,20 +350,15 @@ async def test_without_the_table_the_cure_is_named(make: Fleet, shop: Connection
     assert "\n" not in str(refused.value)
 
 
-async def test_locks_of_long_names_and_of_two_sites_differ(pair: Servers) -> None:
+def test_locks_of_long_names_and_of_two_sites_differ() -> None:
     """They are the whole server's: `prod` and `preview` must not wait for each other."""
-    database = make_database(pair)
-    preview = make_database(pair)
-    preview.address = preview.address.__class__.parse(
-        pair.mysql_url.rpartition("/")[0] + "/preview"
-    )
     long = "t" * 99
 
     names = [
-        tables.lock_name(database, TASK),
-        tables.lock_name(preview, TASK),
-        tables.lock_name(database, long + "a"),
-        tables.lock_name(database, long + "b"),
+        tables.lock_name("prod", TASK),
+        tables.lock_name("preview", TASK),
+        tables.lock_name("prod", long + "a"),
+        tables.lock_name("prod", long + "b"),
     ]
 
     assert len(set(names)) == 4
