@@ -113,7 +113,7 @@ async def swept_ids(database: Database, after: int) -> AsyncIterator[list[int]]:
     while last is not None:
         [[last, ids]] = await database.query(PAGE, (last, PAGE_SIZE))
         if ids:
-            yield [int(one) for one in ids.split(",")]
+            yield json.loads(f"[{ids}]")
 
 
 async def count_swept(database: Database, after: int) -> int:

@@ -27,6 +27,7 @@ from aioworker.budget import SharedBudget
 from aioworker.db import Database
 from aioworker.limits import RateLimit
 from benchmarks import noop
+from benchmarks.great_sweep import read_ends
 from benchmarks.other_writer import felt_beside
 from support import servers, site
 
@@ -43,6 +44,8 @@ STARTS = 300
 # The tables in memory, so that the job is measured and not the disk.
 MARIADB = ("--innodb-buffer-pool-size=2G", "--innodb-log-file-size=1G")
 SIZES = (20_000, 200_000)
+GREAT = 5_000_000
+END = 100_000  # ids at either end of a great sweep
 # A worker runs on another machine than the database: where one machine has both, it takes
 # no CPU that the server or the other writer wants.
 ASIDE = ("chrt", "--idle", "0") if shutil.which("chrt") else ()
@@ -258,6 +261,27 @@ class Bench:
         compare(self.report, "200,000 ids", alternately(programs), "publish-bare")
         asyncio.run(self.purge())
 
+    def great_sweep(self) -> None:
+        """Measure reading the ids of a large table, and the whole sweep beside aio-pika alone."""
+        connection = servers.connect(self.pair.mysql_url, create=True)
+        site.create(connection)
+        site.fill_plainly(connection, GREAT)
+        connection.close()
+        run([AIOWORKER, "init"], self.environment)
+        first, last = asyncio.run(read_ends(self.pair.mysql_url, GREAT, END, ROUNDS))
+        self.report.row(f"reading the first {END:,} ids", f"{first:.2f} s", "1.00")
+        self.report.row(f"reading the last {END:,} ids", f"{last:.2f} s", f"{last / first:.2f}")
+        bare = run([*runner("publish-bare"), str(GREAT)], self.environment)
+        asyncio.run(self.purge())
+        ours = run([AIOWORKER, "publish-all"], self.environment)
+        asyncio.run(self.purge())
+        for name, one in (
+            ("the same bodies by aio-pika, no table read", bare),
+            ("aioworker publish-all", ours),
+        ):
+            figure = f"{one.wall:.1f} s, CPU {one.cpu:.1f} s"
+            self.report.row(name, figure, f"{one.wall / bare.wall:.2f}")
+
     async def purge(self) -> None:
         """Empty the lanes."""
         connection = await aio_pika.connect(self.pair.amqp_url)
@@ -437,6 +461,8 @@ def main() -> None:
         if "publish" in wanted:
             report.section("Publishing, every message confirmed", "what", "by", *timed)
             bench.publishing()
+            report.section(f"A sweep of {GREAT:,} ids", "what", "figure", "ratio")
+            bench.great_sweep()
         if "job" in wanted:
             report.section("The job, rate limit off, add-ons", "what", "by", *timed)
             for addons in SIZES:

@@ -1,6 +1,6 @@
 """Programs that the benchmarks time, each in a process of its own.
 
-`python -m benchmarks.runners NAME` runs one on the servers that the environment names and
+`python -m benchmarks.runners NAME [IDS]` runs one on the servers that the environment names and
 prints the seconds its work took, connecting included, starting Python not.
 """
 
@@ -25,7 +25,7 @@ from aioworker.settings import Settings
 from aioworker.supervisor import Options, Supervisor
 from aioworker.topology import Queues
 
-IDS = 200_000
+IDS = int(sys.argv[2]) if len(sys.argv) > 2 else 200_000
 PAGE = 5000
 WINDOW = 64
 

@@ -115,6 +115,20 @@ def fill(connection: Connection[Cursor], addons: int, *, personas: bool = True) 
     connection.commit()
 
 
+def fill_plainly(connection: Connection[Cursor], addons: int) -> None:
+    """Fill `addons` alone, every id from 1 on to be swept, with an index on `inactive`."""
+    with connection.cursor() as cursor:
+        number_rows(cursor, addons + 1)
+        cursor.execute(
+            """INSERT INTO addons (id, addontype_id, status, created, modified)
+            SELECT n, 1, 4, '2009-01-01', '2010-05-25' FROM numbers WHERE n > 0"""
+        )
+        cursor.execute("DROP TABLE numbers")
+        cursor.execute("ALTER TABLE addons ADD KEY inactive (inactive)")
+        cursor.execute("ANALYZE TABLE addons")
+    connection.commit()
+
+
 def number_rows(cursor: Cursor, count: int) -> None:
     """Create table `numbers` with n from 0 to *count* - 1."""
     cursor.execute("CREATE TABLE numbers (n INT UNSIGNED PRIMARY KEY) ENGINE=InnoDB")
