@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sqlite3
 import textwrap
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -165,20 +164,18 @@ def test_a_single_change_of_a_users_task(run: Run, app: str, shop: Connection[Cu
 async def test_a_slow_and_limited_task_holds_up_no_other(
     start: Start, pair: Servers, tmp_path: Path, app: str, shop: Connection[Cursor]
 ) -> None:
-    """One worker, three tasks: while one blocks its thread for 10 s the others go on."""
+    """One worker, three tasks: while one blocks its thread for 25 s the others go on."""
     async with Producer(pair.amqp_url, timeout=10) as producer:
         for _ in range(3):
-            await producer.publish("shop.slow", 10)
+            await producer.publish("shop.slow", 25)
         worker = start("consume", "--app", app, PYTHONPATH=importable(tmp_path))
         state = "SELECT 1 FROM aioworker_worker WHERE task = 'shop.slow' AND state = 'running'"
         eventually(lambda: rows(shop, state), "the slow one runs")
-        began = time.monotonic()
         for number in range(100):
             await producer.publish("shop.note", f"note {number}")
 
     eventually(lambda: rows(shop, "SELECT COUNT(*) FROM notes") == [(100,)], "all are noted")
 
-    assert time.monotonic() - began < 9
     assert rows(shop, state) == [(1,)]
     starts = "SELECT starts FROM aioworker_budget WHERE task = 'shop.slow'"
     assert rows(shop, starts) == [(1,)]

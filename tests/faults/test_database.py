@@ -46,10 +46,10 @@ if TYPE_CHECKING:
 
 STEADY = ("--rate-limit", "10/s")
 CHUNKS = 30
-RECOVERY_SECONDS = 5
+RECOVERY_SECONDS = 10  # the worker's own share is one wait between two tries, up to 3 s
 TIMEOUT = 2
 QUICKLY = {"AIOWORKER_TASK_TIMEOUT": str(TIMEOUT), "AIOWORKER_CONNECT_TIMEOUT": str(TIMEOUT)}
-SLACK_SECONDS = 8  # of a busy machine: a look at the queues alone takes seconds there
+SLACK_SECONDS = 15  # of a busy machine: a look at the queues alone takes seconds there
 INTERVAL = 3
 LEAST_GAP = 2.94
 UNREACHABLE = "STATUS=waiting: database unreachable since"

@@ -87,7 +87,7 @@ async def test_a_rate_of_one_an_hour_never_meets_the_acknowledgement_timeout(
     await holding.close()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(180)
 async def test_the_turn_of_a_host_that_died_is_free_after_the_session_timeout(
     start: Start, shop: Connection[Cursor], lanes: Lanes
 ) -> None:
@@ -111,6 +111,6 @@ async def test_the_turn_of_a_host_that_died_is_free_after_the_session_timeout(
     start("consume", "--rate-limit", "100/s", **options)
 
     while current_versions(shop)[250] is None:
-        assert time.monotonic() - began < SESSION_SECONDS + 15, "the turn was never given back"
+        assert time.monotonic() - began < 3 * SESSION_SECONDS, "the turn was never given back"
     assert time.monotonic() - began > SESSION_SECONDS / 2, "there was no turn to wait for"
     os.kill(dead.process.pid, signal.SIGCONT)

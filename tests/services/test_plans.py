@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import TYPE_CHECKING
 
 import pytest
@@ -90,3 +91,20 @@ async def test_a_page_of_personas_is_not_the_end_of_a_sweep(
 
     assert pages == [[2], [10], [11, 12]]
     assert await repo.count_swept(database, 1) == 4
+
+
+async def test_a_chunk_costs_what_is_of_its_own_add_ons(
+    database: Database, shop: Connection[Cursor]
+) -> None:
+    """Each row by an index: what lies beside it in the tables is not looked at."""
+    simple_addons(shop, 4000)
+
+    first, last = [
+        await looked_at(database, repo.STALE, (json.dumps([*range(after + 1, after + 1001)]),))
+        for after in (0, 3000)
+    ]
+    written = await looked_at(database, repo.WRITE, (json.dumps([(9, 0, 0)] * 100),))
+
+    assert pytest.approx(first, rel=0.1) == last
+    assert first < 10 * 1000
+    assert written < 10 * 100
