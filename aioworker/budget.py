@@ -37,7 +37,7 @@ from aioworker.limits import (
     next_start,
     shown_interval,
 )
-from aioworker.logs import fields
+from aioworker.logs import Seldom, fields
 from aioworker.tables import Row, holder
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ class SharedBudget:
         self._rate = rate
         self._task = task
         self._limiter: Limiter | None = None
+        self._seldom = Seldom()
         self._gap_us: int | None = None
         self._shown = _limit(rate, None)
         self._due_at = 0.0
@@ -137,10 +138,11 @@ class SharedBudget:
     async def _judge(self, row: Row, crowd: int = 0) -> Wait | None:
         """Follow the row, and return why no start may begin by it."""
         if not row.same_server or row.age_us < 0:
-            log.warning(
-                "budget adopted: the row is another server's, or the clock was set back",
-                extra=fields(task=self._task, last_start=row.last_start),
-            )
+            if self._seldom.allows("adopted"):
+                log.warning(
+                    "budget adopted: the row is another server's, or the clock was set back",
+                    extra=fields(task=self._task, last_start=row.last_start),
+                )
             with tables.explaining(self._database):
                 await self._database.execute(_ADOPT, self._arguments)
                 row = await self._read()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from aioworker import broker, outcome
-from aioworker.console import duration
+from aioworker.console import count, duration
 from aioworker.context import Context
 from aioworker.crashes import MOST_DEATHS
 from aioworker.errors import (
@@ -289,7 +289,7 @@ class Consumer:
                 args[0] = await self._task.read_needed(ctx, args[0])
             if not args[0]:
                 return
-            doing += f", {len(args[0])} ids"
+            doing += f", {count(len(args[0]), 'id')}"
         if self._budget.limited:
             self._presence.tell("running", doing, logging.DEBUG)
             await self._presence.keep()

@@ -5,6 +5,8 @@ Each text is one line that names the offending value and, where there is one, th
 
 from __future__ import annotations
 
+from aioworker.console import count
+
 
 class AioworkerError(Exception):
     """The base of them all; the command line prints its text and exits 1."""
@@ -69,7 +71,9 @@ class RowsRefusedError(AioworkerError):
         self.written = written
         ids = ", ".join(map(str, reasons))
         first = next(iter(reasons.values()))
-        super().__init__(f"{len(reasons)} rows refused by the database: {first}: ids {ids}")
+        super().__init__(
+            f"{count(len(reasons), 'row')} refused by the database: {first}: ids {ids}"
+        )
 
 
 class TaskExitError(AioworkerError):

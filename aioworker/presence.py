@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import secrets
 import time
 from importlib.metadata import version
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from aioworker import tables
 from aioworker.errors import DatabaseError
-from aioworker.logs import fields
+from aioworker.logs import Seldom, fields
 from aioworker.tables import ALIVE_SECONDS
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ class Presence:
         self._looked_at = float("-inf")
         self._rates: set[str | None] = {rate}
         self._steady = False
-        self._refused = ""
+        self._seldom = Seldom()
+        self._owed: int | None = None  # the level of a line that may be said later
         self._arguments: dict[str, object] = {
             "id": secrets.token_hex(6),
             "host": host[:HOST_LENGTH],
@@ -100,6 +102,9 @@ class Presence:
     def tell(self, state: str, reason: str, level: int) -> None:
         """Say and log what the worker does, once for each change.
 
+        A warning or an error whose words were logged within a minute is logged when that has
+        passed, if it still holds; numbers in them, such as times, make no other words.
+
         Args:
             state: `waiting` or `running`.
             reason: What for, in one line.
@@ -107,16 +112,20 @@ class Presence:
         """
         if self.stalled and state == "waiting":
             state = "stalled"
-        if (state, reason) == (self._state, self._reason):
-            return
-        self._state, self._reason = state, reason
-        self._notify(f"{state}: {reason}")
-        if state == "waiting":
-            # Each start has its own moment: one line for the first wait of a kind is enough.
-            steady = reason.partition(":")[0] in STEADY
-            level = logging.DEBUG if steady and self._steady else level
-            self._steady = steady
-        log.log(level, state, extra=fields(task=self._task, reason=reason))
+        if (state, reason) != (self._state, self._reason):
+            self._state, self._reason, self._owed = state, reason, level
+            self._notify(f"{state}: {reason}")
+            if state == "waiting":
+                # Each start has its own moment: one line for the first wait of a kind is enough.
+                steady = reason.partition(":")[0] in STEADY
+                self._owed = logging.DEBUG if steady and self._steady else level
+                self._steady = steady
+        if self._owed is not None and self._may_be_said(self._owed, f"{state}: {reason}"):
+            log.log(self._owed, state, extra=fields(task=self._task, reason=reason))
+            self._owed = None
+
+    def _may_be_said(self, level: int, words: str) -> bool:
+        return level < logging.WARNING or self._seldom.allows(re.sub(r"\d+", "#", words))
 
     def stall(self, reason: str) -> None:
         """Say that the worker stands still, until `stalled` is taken back."""
@@ -126,7 +135,7 @@ class Presence:
     async def keep(self) -> None:
         """Write the row: a new state at once, a new reason within a second, or a heartbeat.
 
-        A row that may not be written is said once; the work goes on.
+        A row that may not be written is said; the work goes on.
 
         Raises:
             DatabaseError: The server is away, or the table is not there.
@@ -144,9 +153,19 @@ class Presence:
             if error.unreachable or tables.is_missing(error):
                 raise
             self._written, self._written_at = now, time.monotonic()
-            if str(error) != self._refused:
-                self._refused = str(error)
-                log.warning("worker's row not written", extra=fields(reason=self._refused))
+            self._tell_unwritten(error)
+
+    async def keep_if_possible(self) -> None:
+        """Write the row if the database lets it: another wait goes on meanwhile."""
+        try:
+            await self.keep()
+        except DatabaseError as error:
+            self._tell_unwritten(error)
+
+    def _tell_unwritten(self, error: DatabaseError) -> None:
+        words = "worker's row not written"
+        if self._may_be_said(logging.WARNING, words):
+            log.warning(words, extra=fields(task=self._task, reason=str(error)))
 
     async def _write(self, database: Database, now: tuple[str, str]) -> None:
         # A run may outlast what counts as alive, and nothing is written meanwhile.

@@ -42,7 +42,9 @@ async def publish(settings: Settings, task: AnyTask, ids: list[int], *, urgent: 
                 await producer.publish(task, chunk, *task.options.constants, urgent=urgent)
             except (AioworkerError, asyncio.CancelledError) as error:
                 if done:
-                    error.add_note(f"confirmed the first {done * CHUNK_LIMIT} of {len(ids)} ids")
+                    error.add_note(
+                        f"confirmed the first {done * CHUNK_LIMIT} of {count(len(ids), 'id')}"
+                    )
                 raise
     lane = "urgent" if urgent else "bulk"
     what = f"{count(len(ids), 'id')} in {count(len(chunks), 'message')}"

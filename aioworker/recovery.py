@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
+import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from aioworker.errors import StalledError
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
     from typing import Any
 
     from aioworker.errors import BrokerError, DatabaseError
@@ -21,6 +23,7 @@ LONGEST_AWAY_SECONDS = 3.0
 # A server that answers and refuses, a run that fails: asking often mends nothing.
 LONGEST_REFUSED_SECONDS = 30.0
 LONGEST_RUN_SECONDS = 60.0
+HEALED_SECONDS = 30.0  # a server that answered for so long is asked soon again
 STALL_SECONDS = 10.0  # a worker stands still after two intervals, and not before this
 WATCH_SECONDS = 1.0
 
@@ -28,22 +31,31 @@ WATCH_SECONDS = 1.0
 class Outage:
     """A server that cannot be used: since when, and how long to wait before the next try.
 
+    It ends when the server answers again. The waits grow on, unless it stays so for a while: one
+    that answers and is gone a moment later is not asked in a hurry.
+
     Args:
         what: `broker` or `database`.
+        clock: Returns seconds that only ever grow.
     """
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._what = what
+        self._clock = clock
         self._failures = 0
         self._since: datetime | None = None
+        self._healed_at = math.inf
 
     def end(self) -> None:
-        """The server can be used again."""
-        self._failures = 0
+        """The server can be used again, or still can."""
         self._since = None
+        self._healed_at = min(self._healed_at, self._clock())
 
     def seconds(self, error: BrokerError | DatabaseError) -> float:
         """Return the next wait: longer each time, at random so that workers come apart."""
+        if self._clock() - self._healed_at > HEALED_SECONDS:
+            self._failures = 0
+        self._healed_at = math.inf
         self._failures += 1
         return _backoff(
             self._failures,

@@ -307,7 +307,13 @@ def _why_workers_wait(limit: Limit, alive: list[Worker]) -> str:
         return f"budget: next start in {duration(limit.next_start_seconds)}"
     if limit.turn is not None:
         return f"turn: held by {limit.turn}"
-    return next((one.reason for one in alive if one.state == "waiting"), "a start is due")
+    # Whoever waits has not seen that yet: its row tells what it waited for before.
+    last = min(alive, key=lambda one: one.seen_seconds)
+    return f"a start is due and not begun; {last.name} was last seen {_ago(last)} ago"
+
+
+def _ago(worker: Worker) -> str:
+    return duration(max(worker.seen_seconds, 0))
 
 
 def _encoded(value: Any) -> str:

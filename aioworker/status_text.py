@@ -54,7 +54,8 @@ def _budget_lines(limit: Limit) -> list[tuple[str, str]]:
     if limit.scope != "shared":
         return shown
     if limit.last_start is None:
-        shown.append(("last start", "never"))
+        counted = limit.interval_seconds is not None or limit.paused
+        shown.append(("last start", "never" if counted else "not counted without a rate limit"))
     else:
         by = f" by {limit.last_worker}" if limit.last_worker else ""
         shown.append(("last start", f"{limit.last_start:%Y-%m-%d %H:%M:%S} UTC{by}"))

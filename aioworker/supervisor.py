@@ -15,11 +15,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from aioworker import broker, frames, topology
+from aioworker.console import count
 from aioworker.context import Context
 from aioworker.errors import AioworkerError, BrokerError, DatabaseError, StalledError
 from aioworker.flow import Flow
 from aioworker.limits import POLL_SECONDS, Wait
-from aioworker.logs import fields
 from aioworker.outcome import Kind, Outcome
 from aioworker.presence import Presence
 from aioworker.recovery import FailedRuns, Outage, Stall
@@ -35,13 +35,10 @@ if TYPE_CHECKING:
     from aioworker.db import Database
     from aioworker.limits import Budget
 
-log = logging.getLogger(__name__)
-
 AT_ONCE = 16  # messages of each lane, for a task without a rate limit that needs no database
 FLOW_SECONDS = 0.2  # without a message, and the lanes are looked at again
 GATE_SECONDS = 0.2  # between looks at a gate that is closed
 IDLE_SECONDS = 0.9  # between looks at empty lanes: a message is noticed within a second
-HEALED_SECONDS = 30.0  # a connection that stood for so long is no part of an outage before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +90,8 @@ class Supervisor:
         self._trusted = False  # whether the task could read and write since the last failure
         self._took = False  # whether the last look into the lanes found a message
         self._careful = False  # whether a message that could not be decoded cut this worker off
+        self._broker_outage = Outage("broker")
+        self._database_outage = Outage("database")
         self._failed_runs = FailedRuns()
         self._stall = Stall(database.timeout + options.connect_timeout)
         self._stop = asyncio.Event()
@@ -109,24 +108,21 @@ class Supervisor:
                 task is paused.
         """
         self._stop = stop
-        outage = Outage("broker")
+        outage = self._broker_outage
         while not stop.is_set():
-            began = time.monotonic()
             try:
                 await self._stall.watch(self._connect_and_serve())
                 break
             except BrokerError as error:
                 if self._options.burst:
                     raise
-                if time.monotonic() - began > HEALED_SECONDS:
-                    outage.end()
                 if isinstance(error, StalledError):
                     self._presence.stall(str(error))
                 else:
                     self._moves()
                     level = logging.WARNING if error.unreachable else logging.ERROR
                     self._presence.tell("waiting", outage.tell(error), level)
-                await self._keep_presence()
+                await self._presence.keep_if_possible()
                 await _first_of(outage.seconds(error), stop)
         return not self.consumer.failures
 
@@ -134,7 +130,7 @@ class Supervisor:
         """Connect to RabbitMQ and serve; ends at a stop or with the first broken step."""
         options = self._options
         name = f"{options.worker} {self._task.name}"
-        outage = Outage("database")
+        outage = self._database_outage
         async with (
             broker.connection(
                 options.addresses, options.connect_timeout, name, careful=self._careful
@@ -145,6 +141,7 @@ class Supervisor:
             lanes = await topology.Lanes.open(
                 connection, self.consumer.queues, options.connect_timeout
             )
+            self._broker_outage.end()
             serving = True
             while serving and not self._stop.is_set():
                 self._notice_loss()
@@ -158,7 +155,9 @@ class Supervisor:
                         raise
                     self._trusted = False
                     level = logging.WARNING if error.unreachable else logging.ERROR
-                    await self._back_off(outage.tell(error), outage.seconds(error), level)
+                    writes = self._database.is_open or not error.unreachable
+                    seconds = outage.seconds(error)
+                    await self._back_off(outage.tell(error), seconds, level, writes=writes)
 
     def _watch(self, connection: AbstractConnection) -> None:
         """Notice a lost connection also while waiting: aio-pika's `closed()` never tells."""
@@ -305,7 +304,9 @@ class Supervisor:
         """Say so where nothing in a flow has ended for longer than it may: threads that hang."""
         seconds = asyncio.get_running_loop().time() - flow.moved
         if flow.running and seconds > self.consumer.longest_run:
-            self._presence.stall(f"{flow.running} runs do not end, though their time is up")
+            self._presence.stall(
+                f"{count(flow.running, 'run')} without an end, though the time is up"
+            )
         else:
             self._presence.stalled = False
             self._presence.tell("running", self._task.name, logging.DEBUG)
@@ -367,28 +368,29 @@ class Supervisor:
                 if blocked and unblocked.done():
                     break
                 level = logging.ERROR if failure.behind else logging.WARNING
-                await self._back_off(failure.reason, min(left, POLL_SECONDS), level)
+                seconds, writes = min(left, POLL_SECONDS), self._database.is_open
+                await self._back_off(failure.reason, seconds, level, writes=writes)
                 await self._budget.look()
         finally:
             unblocked.cancel()
 
-    async def _back_off(self, reason: str, seconds: float, level: int) -> None:
-        """Wait after a failure that is not the broker's, saying why."""
+    async def _back_off(self, reason: str, seconds: float, level: int, *, writes: bool) -> None:
+        """Wait after a failure that is not the broker's, saying why.
+
+        Args:
+            reason: Why.
+            seconds: How long.
+            level: The log line's.
+            writes: Whether the database can be had, to write the reason into the worker's row.
+        """
         self._moves()
         if self._options.burst:
             return
         self._presence.tell("waiting", reason, level)
-        if self._database.is_open:
-            await self._keep_presence()
+        if writes:
+            await self._presence.keep_if_possible()
         await _first_of(seconds, self._stop, self._lost)
         self._notice_loss()
-
-    async def _keep_presence(self) -> None:
-        """Write the worker's row where the database lets it: another wait goes on meanwhile."""
-        try:
-            await self._presence.keep()
-        except DatabaseError as error:
-            log.warning("worker's row not written", extra=fields(reason=str(error)))
 
 
 async def _first_of(seconds: float, *events: asyncio.Event) -> None:

@@ -131,7 +131,7 @@ async def test_threads_that_do_not_return_are_a_stall(
 
     sick = run("health", "stuck", "--app", "hanging")
     assert (sick.returncode, sick.stdout) == (1, "")
-    assert "stalled: 17 runs do not end, though their time is up" in sick.stderr
+    assert "stalled: 17 runs without an end, though the time is up" in sick.stderr
     assert worker.log.count("a thread cannot be ended: waiting for it to return task=stuck") == 17
     (tmp_path / "0" / "go on").touch()
     eventually(lambda: rows(shop, STATE) == [("waiting",)], "it goes on")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 from collections.abc import Callable
@@ -181,6 +182,34 @@ def test_a_turn_names_its_holder(
 
     assert found["budget"]["turn"] == "frozen:9"
     assert found["waits"] == "turn: held by frozen:9"
+
+
+def test_a_worker_that_has_not_seen_the_queue_yet_tells_nothing_of_it(
+    run: Run, status: Any, lanes: Lanes, shop: Connection[Cursor]
+) -> None:
+    """Its row may be old: while it waits for a lock, or cannot write it, messages are published."""
+    run("publish", "1")
+    execute(
+        shop,
+        "INSERT INTO aioworker_worker SELECT 'id', 'here', 9, task, '1', NULL, 0, 'waiting',"
+        " 'nothing queued', SYSDATE(6), SYSDATE(6) - INTERVAL 20 SECOND FROM aioworker_budget",
+    )
+
+    assert re.fullmatch(
+        r"a start is due and not begun; here:9 was last seen \d+ s ago", status()["waits"]
+    )
+
+
+def test_starts_without_a_limit_are_said_to_be_uncounted(
+    run: Run, lanes: Lanes, shop: Connection[Cursor]
+) -> None:
+    """They were said to have been never, after any number of them."""
+    simple_addons(shop, 1)
+    execute(shop, "UPDATE aioworker_budget SET gap_us = 0")
+    run("publish", "1")
+    assert run("consume", "--burst").stdout.startswith("done 1 message in 1 start;")
+
+    assert "\nlast start not counted without a rate limit\n" in run("status").stdout
 
 
 def test_watching_shows_it_again_until_a_signal(start: Start, lanes: Lanes, shop: object) -> None:

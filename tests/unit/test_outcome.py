@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 from pymysql.err import DataError, OperationalError
 
-from aioworker.errors import DeadLetter, MessageRefusedError
+from aioworker.errors import DeadLetter, MessageRefusedError, RowsRefusedError
 from aioworker.outcome import Kind, judge, let_go
 
 
@@ -79,6 +79,11 @@ def test_a_group_comes_to_what_is_gentlest(
     result = judge(ExceptionGroup("all", errors))
 
     assert (result.kind, result.reason) == (kind, reason)
+
+
+def test_one_row_is_not_told_as_rows() -> None:
+    assert str(RowsRefusedError({7: "frozen"}, 1)).startswith("1 row refused by the database: ")
+    assert str(RowsRefusedError({7: "a", 8: "a"}, 1)).startswith("2 rows refused by the database: ")
 
 
 @pytest.mark.parametrize("code", [1265, 1300, 1364, 1366])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
+from unittest.mock import Mock
 
 import pytest
 
@@ -32,14 +34,37 @@ def test_a_server_that_refuses_is_asked_less_and_less_often() -> None:
     assert 20 < max(outage.seconds(REFUSED) for _ in range(200)) <= 30
 
 
-def test_an_outage_that_ended_begins_with_short_waits_again() -> None:
-    outage = Outage("database")
-    for _ in range(10):
-        outage.seconds(AWAY)
+@pytest.mark.parametrize(("healthy", "longest"), [(31.0, 1.0), (5.0, 3.0)])
+def test_a_server_that_was_back_for_a_while_is_asked_soon_again(
+    healthy: float, longest: float
+) -> None:
+    """One that answers and is gone again at once is not asked in a hurry."""
+    waits = []
+    for _ in range(100):
+        now = 0.0
+        outage = Outage("database", lambda: now)  # noqa: B023 - called before the next round
+        for _ in range(10):
+            outage.seconds(AWAY)
+        outage.end()
+        now += healthy
+        outage.end()
+        waits.append(outage.seconds(AWAY))
 
-    outage.end()
+    assert longest / 2 < max(waits) <= longest
 
-    assert outage.seconds(AWAY) <= 1.0
+
+def test_an_outage_is_told_since_its_own_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not since that of the one before it, from which the server came back."""
+    outage, said = Outage("broker"), []
+
+    for minute, heals in ((1, False), (2, True), (3, False), (4, False)):
+        moment = datetime(2026, 11, 28, 12, minute, tzinfo=UTC)
+        monkeypatch.setattr("aioworker.recovery.datetime", Mock(now=lambda _: moment))  # noqa: B023
+        said.append(outage.tell(AWAY).partition(" UTC")[0])
+        if heals:
+            outage.end()
+
+    assert said == [f"broker unreachable since 12:0{minute}:00" for minute in (1, 1, 3, 3)]
 
 
 @pytest.mark.parametrize(("interval", "limit"), [(0.0, 10), (1.0, 10), (30.0, 60)])
