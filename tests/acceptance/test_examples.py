@@ -120,10 +120,42 @@ def test_an_example_says_how_it_is_run_and_is_read_at_once(name: Path) -> None:
     assert len(path.read_text().splitlines()) <= 60
 
 
+def test_the_first_task_of_the_readme_runs_as_written(
+    shell: Shell, site: Connection[Cursor], tmp_path: Path
+) -> None:
+    """Its table, its module, each command, and what each prints: nothing has to be added."""
+    readme = (ROOT / "README.md").read_text()
+    [module, *_] = blocks_of(readme, "python")
+    [tables, *_] = blocks_of(readme, "sql")
+    [session] = blocks_of(readme, "console")
+    (tmp_path / "shops.py").write_text(module)
+    (tmp_path / "shops.sql").write_text(tables)
+    variables: dict[str, str] = {}
+
+    for command, shown in re.findall(r"^\$ (.*)\n((?:[^$].*\n)*)", session, re.MULTILINE):
+        if command.endswith("< shops.sql"):  # not every machine has its client
+            execute(site, *statements_of(tmp_path / "shops.sql"))
+        elif command.startswith("mariadb "):
+            [query] = shlex.split(command)[-1:]
+            printed = [tuple(map(int, one)) for one in re.findall(r"\| +(\d+) \| +(\d+) \|", shown)]
+            assert rows(site, query) == printed
+        elif command.startswith("export "):
+            variables |= [command.removeprefix("export ").split("=")]
+        else:
+            done = shell(command, inside=tmp_path, **variables)
+            assert (done.returncode, done.stdout) == (0, shown), done.stderr
+    assert rows(site, "SELECT reviews FROM shops ORDER BY id") == [(2,), (0,), (1,)]
+
+
+def blocks_of(text: str, language: str) -> list[str]:
+    """Return a document's blocks of code in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
 def test_what_the_readme_shows_of_a_task_is_run_by_a_test() -> None:
     """Verbatim, of the main job or of an example, so that it cannot grow stale."""
     sources = [ROOT / "aioworker/addons.py", *(ROOT / "examples").glob("*.py")]
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    _first, *blocks = blocks_of((ROOT / "README.md").read_text(), "python")
 
     texts = [path.read_text() for path in sources]
     assert blocks
