@@ -39,6 +39,12 @@ def load(modules: Iterable[str]) -> None:
             ) from error
 
 
+def located(module: str) -> str:
+    """Return a loaded module with its file, which may be another than its user thinks."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return f"{module} ({file})" if file else module
+
+
 @contextmanager
 def _without_bytecode() -> Iterator[None]:
     """Leave no compiled code behind: it is told from its source by whole seconds.

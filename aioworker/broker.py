@@ -25,6 +25,7 @@ from aio_pika.exceptions import (
 from aiormq.exceptions import ChannelAccessRefused, InvalidFrameError
 
 from aioworker import tls
+from aioworker.console import command
 from aioworker.errors import BrokerError, QueueMissingError, TlsFileError
 from aioworker.frames import CarefulConnection
 
@@ -235,7 +236,7 @@ def explain(error: Exception, queue: str) -> BrokerError:
         case ChannelAccessRefused():
             return BrokerError(
                 f"no permission for queue {queue}: {describe(error)};"
-                " `aioworker init --print` shows what the user needs"
+                f" `{command('init --print')}` shows what the user needs"
             )
         case ChannelInvalidStateError():  # whose words are an object's address
             return BrokerError("connection or channel to RabbitMQ closed", unreachable=True)
@@ -251,4 +252,4 @@ def explain(error: Exception, queue: str) -> BrokerError:
 
 def missing(queue: str) -> QueueMissingError:
     """Return the error for a queue that is not declared."""
-    return QueueMissingError(f"queue {queue} does not exist: run `aioworker init`")
+    return QueueMissingError(f"queue {queue} does not exist: run `{command('init')}`")

@@ -14,19 +14,21 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from aioworker import cli_dead, signals
-from aioworker.errors import AioworkerError, UsageError
+from aioworker.errors import AioworkerError, UnknownTaskError, UsageError
 from aioworker.logs import journal_mark
 from aioworker.running import (
-    DEFAULT_TASK,
     App,
+    TaskCommand,
     TaskName,
+    app_task,
+    app_tasks,
     end,
+    named,
     prepare,
-    prepare_all,
     run,
+    to_look,
 )
 
 TaskNames = Annotated[
@@ -47,7 +49,7 @@ app = typer.Typer(
 app.add_typer(cli_dead.app)
 
 
-class _WithSettings(TyperCommand):
+class _WithSettings(TaskCommand):
     """A command whose help ends with the settings, as `Settings` has them."""
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
@@ -74,7 +76,7 @@ def main_options(
         typer.echo(ctx.get_help())
 
 
-@app.command()
+@app.command(cls=TaskCommand)
 def init(
     names: TaskNames = None,
     app_names: App = None,
@@ -89,7 +91,8 @@ def init(
     and differs is reported, and not changed. Without a TASK: all that the app registers, or
     the main job.
     """
-    settings, tasks = prepare_all(names or [], app=app_names)
+    settings = prepare(app=app_names)
+    tasks = app_tasks(settings, names or [])
     from aioworker import console, setup
 
     if show:
@@ -125,7 +128,8 @@ def consume(
 
     raise_early = signals.keep_early()
     origin = reload.Origin.of_this_process()
-    settings, tasks = prepare_all(names or [], app=app_names, rate_limit=rate_limit)
+    settings = prepare(app=app_names, rate_limit=rate_limit)
+    tasks = app_tasks(settings, names or [])
     settings.nodes()  # what their files lack is said before anything is done
     if settings.budget == "shared" or any(task.needs_database for task in tasks):
         settings.database()
@@ -163,9 +167,9 @@ def consume(
     raise typer.Exit(asyncio.run(serve()))
 
 
-@app.command("publish-all")
+@app.command("publish-all", cls=TaskCommand)
 def publish_all(
-    name: TaskName = DEFAULT_TASK,
+    name: TaskName = None,
     app_names: App = None,
     chunk_size: Annotated[
         str | None, typer.Option(metavar="N", help="Ids in one message, 1 to 1000.")
@@ -190,7 +194,8 @@ def publish_all(
     publishes nothing: exits 0 if that one advances, 1 if it stands still. Exits 0 when
     every message is confirmed, 1 when one is not.
     """
-    settings, task = prepare(name, app=app_names, chunk_size=chunk_size)
+    settings = prepare(app=app_names, chunk_size=chunk_size)
+    task = app_task(settings, named(name))
     from aioworker import publishing
 
     raise typer.Exit(
@@ -207,14 +212,14 @@ def publish_all(
     )
 
 
-@app.command()
+@app.command(cls=TaskCommand)
 def publish(
-    ids: Annotated[
-        list[str], typer.Argument(metavar="ID...", help="Ids; - reads them from standard input.")
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[TASK] ID...", help="The task, and ids; - reads them from standard input."
+        ),
     ],
-    name: Annotated[str, typer.Option("--task", metavar="TASK", help="The task's name.")] = (
-        DEFAULT_TASK
-    ),
     app_names: App = None,
     bulk: Annotated[
         bool, typer.Option("--bulk", help="Use the bulk lane, behind the sweeps.")
@@ -222,30 +227,41 @@ def publish(
 ) -> None:
     """Publish single ids to the urgent lane: the surgical strike.
 
-    Exits 0 when every message is confirmed.
+    Without a TASK: the only one that the app registers, or the main job. Exits 0 when every
+    message is confirmed.
     """
-    settings, task = prepare(name, app=app_names)
-    words = [word for text in ids for word in (sys.stdin.read().split() if text == "-" else [text])]
+    settings = prepare(app=app_names)
+    first = [] if _is_id(words[0]) else words[:1]
+    try:
+        task = app_task(settings, named(*first))
+    except UnknownTaskError as error:
+        raise UsageError(f"{'expected ids, or a task first: ' if first else ''}{error}") from None
     from aioworker import publishing
 
-    run(publishing.publish(settings, task, _numbers(words), urgent=not bulk))
+    ids = _numbers(words[len(first) :])
+    if not ids:
+        raise UsageError(f"expected publish [TASK] ID..., got no id: {' '.join(words)}")
+    run(publishing.publish(settings, task, ids, urgent=not bulk))
 
 
-@app.command()
+@app.command(cls=TaskCommand)
 def status(
-    name: TaskName = DEFAULT_TASK,
+    name: TaskName = None,
     app_names: App = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a line and task, for programs.")
+    ] = False,
     watching: Annotated[
         bool, typer.Option("--watch", help="Show it again every 2 seconds, until Ctrl-C.")
     ] = False,
 ) -> None:
-    """Show a task's queues, budget and workers, and why it waits now.
+    """Show queues, budget and workers of a task, or of all, and why it waits now.
 
-    Exits 0, or 1 when RabbitMQ or the database could not be asked: what the other one
-    tells is shown all the same.
+    Without a TASK: all that have a budget in the database. Exits 0, or 1 when RabbitMQ or the
+    database could not be asked: what the other one tells is shown all the same.
     """
-    settings, task = prepare(name, app=app_names)
+    settings = prepare(app=app_names)
+    names = to_look(settings, named(name))
     from aioworker import console
     from aioworker import status as asking
     from aioworker.status_text import text
@@ -254,9 +270,11 @@ def status(
 
     async def show() -> str:
         nonlocal complete
-        found = await asking.look(settings, task)
-        complete = found.complete
-        return found.as_json(None if watching else 2) if as_json else text(found)
+        found = await asking.look(settings, names)
+        complete = all(one.complete for one in found)
+        if as_json:
+            return "\n".join(one.as_json() for one in found)
+        return "\n\n".join(map(text, found))
 
     async def watch() -> None:
         stop = asyncio.Event()
@@ -270,19 +288,20 @@ def status(
     raise typer.Exit(0 if complete else 1)
 
 
-@app.command()
-def health(name: TaskName = DEFAULT_TASK, app_names: App = None) -> None:
-    """Tell whether this machine's workers of a task are alive and get on with it.
+@app.command(cls=TaskCommand)
+def health(name: TaskName = None, app_names: App = None) -> None:
+    """Tell whether this machine's workers of a task, or of all, are alive and get on with it.
 
-    Asks the database alone. A worker that waits for a server, or is paused, is healthy.
+    Without a TASK: all that have a budget in the database, each of which has to have a worker
+    here. Asks the database alone. A worker that waits for a server, or is paused, is healthy.
     Exits 1 when none was seen for 90 s, or when one stands still: messages wait, the budget
     is free, and nothing has started for two intervals.
     """
-    settings, task = prepare(name, app=app_names)
+    settings = prepare(app=app_names)
     from aioworker import console
     from aioworker.health import check
 
-    console.say(run(check(settings, task)))
+    console.say(run(check(settings, named(name))))
 
 
 Why = Annotated[
@@ -290,7 +309,9 @@ Why = Annotated[
 ]
 
 
-@app.command("rate-limit", context_settings={"ignore_unknown_options": True})  # such as -1/m
+@app.command(
+    "rate-limit", cls=TaskCommand, context_settings={"ignore_unknown_options": True}
+)  # such as -1/m
 def rate_limit(
     words: Annotated[
         list[str] | None,
@@ -302,7 +323,7 @@ def rate_limit(
     why: Why = None,
     app_names: App = None,
 ) -> None:
-    """Set the rate limit of all workers while they run; it outlives them.
+    """Set the rate limit of all workers of a task while they run; it outlives them.
 
     They follow within 2 seconds or one interval, whichever is sooner. 0/m pauses; a new
     rate does not end a pause, `resume` does.
@@ -314,40 +335,50 @@ def rate_limit(
     from aioworker.limits import RateLimit
 
     rate = None if reset else RateLimit.parse(given.pop())
-    settings, task = prepare(given[0] if given else DEFAULT_TASK, app=app_names)
+    settings = prepare(app=app_names)
     from aioworker import controls
 
     why = controls.checked_reason(settings, why)
-    run(controls.set_rate(settings, task, rate, why))
+    run(controls.set_rate(settings, named(*given), rate, why))
 
 
-@app.command()
-def pause(name: TaskName = DEFAULT_TASK, why: Why = None, app_names: App = None) -> None:
+@app.command(cls=TaskCommand)
+def pause(name: TaskName = None, why: Why = None, app_names: App = None) -> None:
     """Let no start of a task begin, on any worker, until `resume`; it outlives them.
 
     What runs ends as usual. Messages stay queued.
     """
-    settings, task = prepare(name, app=app_names)
+    settings = prepare(app=app_names)
     from aioworker import controls
 
-    run(controls.pause(settings, task, controls.checked_reason(settings, why)))
+    why = controls.checked_reason(settings, why)
+    run(controls.pause(settings, named(name), why))
 
 
-@app.command()
-def resume(name: TaskName = DEFAULT_TASK, why: Why = None, app_names: App = None) -> None:
-    """End a pause, on every worker."""
-    settings, task = prepare(name, app=app_names)
+@app.command(cls=TaskCommand)
+def resume(name: TaskName = None, why: Why = None, app_names: App = None) -> None:
+    """End a pause of a task, on every worker."""
+    settings = prepare(app=app_names)
     from aioworker import controls
 
-    run(controls.resume(settings, task, controls.checked_reason(settings, why)))
+    why = controls.checked_reason(settings, why)
+    run(controls.resume(settings, named(name), why))
+
+
+def _is_id(word: str) -> bool:
+    """Whether a word stands for ids, and not for a task."""
+    return word == "-" or (word.isascii() and word.isdigit())
 
 
 def _numbers(words: list[str]) -> list[int]:
-    """Return words as whole numbers, each once."""
-    for word in words:
-        if not (word.isascii() and word.isdigit() and len(word) <= ID_DIGITS):
+    """Return words as whole numbers, each once; `-` stands for those of standard input."""
+    found = [
+        word for text in words for word in (sys.stdin.read().split() if text == "-" else [text])
+    ]
+    for word in found:
+        if word == "-" or not _is_id(word) or len(word) > ID_DIGITS:
             raise UsageError(f"expected ids as whole numbers, got: {word[:ID_DIGITS]!r}")
-    return list(dict.fromkeys(map(int, words)))
+    return list(dict.fromkeys(map(int, found)))
 
 
 def main() -> None:

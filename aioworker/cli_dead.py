@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from aioworker import console
-from aioworker.errors import AioworkerError, UsageError
-from aioworker.running import DEFAULT_TASK, App, TaskName, prepare_all, run
+from aioworker.errors import AioworkerError, QueueMissingError, UsageError
+from aioworker.running import App, TaskCommand, TaskName, named, prepare, run, to_look
 
 if TYPE_CHECKING:
     from aioworker.letters import Filter
@@ -44,42 +44,55 @@ def dead(ctx: typer.Context) -> None:
         typer.echo(ctx.get_help())
 
 
-@app.command("list")
+@app.command("list", cls=TaskCommand)
 def show_list(
-    name: TaskName = DEFAULT_TASK,
+    name: TaskName = None,
     app_names: App = None,
     ids: Ids = None,
     reason: Reason = None,
     older_than: OlderThan = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the dead letters of a task: id, when, lane, attempts, reason."""
+    """List the dead letters of a task, or of all: id, when, lane, attempts, reason.
+
+    Without a TASK: all that have a budget in the database.
+    """
     wanted = _filter(ids, reason, older_than)
-    settings = _prepare(name, app_names)
+    settings = prepare(app=app_names)
     from aioworker import dead
 
-    run(dead.show_list(settings, name, wanted, as_json=as_json))
+    missing: list[QueueMissingError] = []
+    tasks = _meant(settings, named(name))
+    for task in tasks:
+        several = len(tasks) > 1
+        try:
+            run(dead.show_list(settings, task, wanted, as_json=as_json, of_several=several))
+        except QueueMissingError as error:
+            missing.append(error)
+    if missing:
+        raise missing[0]
 
 
-@app.command("show")
+@app.command("show", cls=TaskCommand)
 def show_one(
-    message_id: Annotated[str, typer.Argument(metavar="ID", help="The message's id.")],
-    name: Annotated[str, typer.Option("--task", metavar="TASK", help="The task's name.")] = (
-        DEFAULT_TASK
-    ),
+    words: Annotated[
+        list[str], typer.Argument(metavar="[TASK] ID", help="The task, and the message's id.")
+    ],
     app_names: App = None,
     as_json: AsJson = False,
 ) -> None:
     """Show one dead letter whole: its headers and its body."""
-    settings = _prepare(name, app_names)
+    *first, message_id = words
+    names = named(*first)
+    settings = prepare(app=app_names)
     from aioworker import dead
 
-    run(dead.show_one(settings, name, message_id, as_json=as_json))
+    run(dead.show_one(settings, _one(settings, names), message_id, as_json=as_json))
 
 
-@app.command()
+@app.command(cls=TaskCommand)
 def requeue(
-    name: TaskName = DEFAULT_TASK,
+    name: TaskName = None,
     app_names: App = None,
     ids: Ids = None,
     reason: Reason = None,
@@ -91,15 +104,15 @@ def requeue(
     dead letters.
     """
     wanted = _filter(ids, reason, older_than)
-    settings = _prepare(name, app_names)
+    settings = prepare(app=app_names)
     from aioworker import dead
 
-    run(dead.requeue(settings, name, wanted))
+    run(dead.requeue(settings, _one(settings, named(name)), wanted))
 
 
-@app.command()
+@app.command(cls=TaskCommand)
 def drop(
-    name: TaskName = DEFAULT_TASK,
+    name: TaskName = None,
     app_names: App = None,
     ids: Ids = None,
     reason: Reason = None,
@@ -108,26 +121,33 @@ def drop(
 ) -> None:
     """Take dead letters away for good, after asking. Without a filter, all of the task."""
     wanted = _filter(ids, reason, older_than)
-    settings = _prepare(name, app_names)
+    settings = prepare(app=app_names)
     from aioworker import dead
 
+    task = _one(settings, named(name))
     shown = None
     if not yes:
         # Nothing is held, and no event loop runs, while a person thinks.
-        shown = run(dead.look(settings, name, wanted))
+        shown = run(dead.look(settings, task, wanted))
         what = console.count(shown.total(), "dead letter")
-        if shown and not _ask(f"drop {what} of {name} for good?"):
+        if shown and not _ask(f"drop {what} of {task} for good?"):
             raise AioworkerError("dropped nothing; --yes drops without asking")
-    run(dead.drop(settings, name, wanted, shown))
+    run(dead.drop(settings, task, wanted, shown))
 
 
-def _prepare(name: str, app_names: str | None) -> Settings:
-    """Read the settings; the task may be one that is not registered any more."""
-    settings, _tasks = prepare_all([], app=app_names)
-    from aioworker.task import check_name
+def _meant(settings: Settings, names: list[str]) -> list[str]:
+    """Return the tasks that are meant; one that is named may not be registered any more."""
+    from aioworker import meant
 
-    check_name(name)
-    return settings
+    if not names:
+        names = to_look(settings, names)
+    return run(meant.of_queues(settings, names))
+
+
+def _one(settings: Settings, names: list[str]) -> str:
+    from aioworker import meant
+
+    return meant.only(_meant(settings, names))
 
 
 def _ask(question: str) -> bool:

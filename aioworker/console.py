@@ -14,6 +14,18 @@ if TYPE_CHECKING:
 
 LINE_SECONDS = 5.0
 MINUTE, HOUR = 60, 3600
+_app = ""  # as the user gave it to this command, for those that a hint names
+
+
+def remember_app(modules: str | None) -> None:
+    """Have the commands that hints name carry the app that this one was given as an option."""
+    global _app
+    _app = f" --app {modules}" if modules else ""
+
+
+def command(words: str) -> str:
+    """Return a command as the user would type it, such as `init --print`, for a hint."""
+    return f"aioworker {words}{_app}"
 
 
 def say(line: str) -> None:

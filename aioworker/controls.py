@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import getpass
 import os
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from aioworker import tables
+from aioworker import meant, tables
 from aioworker.console import say
 from aioworker.errors import UsageError
 from aioworker.limits import RateLimit, shown_interval
+from aioworker.task import find, registered
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
     from aioworker.db import Database
     from aioworker.settings import Settings
     from aioworker.tables import Row
-    from aioworker.task import AnyTask
 
 REASON_LENGTH = 500
 
@@ -30,69 +33,91 @@ _SET_PAUSED = """UPDATE aioworker_budget SET paused = %(value)s,
 
 
 async def set_rate(
-    settings: Settings, task: AnyTask, rate: RateLimit | None, why: str | None
+    settings: Settings, names: Sequence[str], rate: RateLimit | None, why: str | None
 ) -> None:
-    """Set the rate limit of all workers, or take it back (None).
+    """Set the rate limit of all workers of the task that is meant, or take it back (None).
 
     Raises:
         DatabaseError: The row cannot be written; nothing was changed.
+        UsageError: No one task is meant.
     """
     if rate is not None and rate.paused:
-        await pause(settings, task, why)
+        await pause(settings, names, why)
         return
     gap = None if rate is None else rate.gap_us
-    async with settings.database() as database:
-        before = await _row(database, task)
-        await _set(database, task, _SET_RATE, gap, why)
-        was, now = (limit_in_force(settings, task, g) for g in (before.gap_us, gap))
+    async with _row(settings, names) as (database, name, before):
+        await _set(database, name, _SET_RATE, gap, why)
+        own = await tables.rates(database, name)
+        was, now = (
+            in_words(limit_and_source(settings, name, g, own)) for g in (before.gap_us, gap)
+        )
         still = f"; still {before.pause}" if before.paused else ""
-        say(f"{task.name}: rate limit {now} (was {was}){still}")
+        say(f"{name}: rate limit {now} (was {was}){still}")
 
 
-async def pause(settings: Settings, task: AnyTask, why: str | None) -> None:
-    """Let no start begin any more; one that runs ends as usual.
+async def pause(settings: Settings, names: Sequence[str], why: str | None) -> None:
+    """Let no start of the task that is meant begin any more; one that runs ends as usual.
 
     Raises:
         DatabaseError: The row cannot be written; nothing was changed.
+        UsageError: No one task is meant.
     """
-    async with settings.database() as database:
-        before = await _row(database, task)
+    async with _row(settings, names) as (database, name, before):
         if before.paused:
-            say(f"{task.name}: {before.pause}; nothing was changed")
+            say(f"{name}: {before.pause}; nothing was changed")
             return
-        await _set(database, task, _SET_PAUSED, True, why)
-        say(f"{task.name}: paused; what runs ends, nothing new begins")
+        await _set(database, name, _SET_PAUSED, True, why)
+        say(f"{name}: paused; what runs ends, nothing new begins")
 
 
-async def resume(settings: Settings, task: AnyTask, why: str | None) -> None:
-    """End a pause.
+async def resume(settings: Settings, names: Sequence[str], why: str | None) -> None:
+    """End a pause of the task that is meant.
 
     Raises:
         DatabaseError: The row cannot be written; nothing was changed.
+        UsageError: No one task is meant.
     """
-    async with settings.database() as database:
-        before = await _row(database, task)
+    async with _row(settings, names) as (database, name, before):
+        own = await tables.rates(database, name)
+        limit = in_words(limit_and_source(settings, name, before.gap_us, own))
         if not before.paused:
-            limit = limit_in_force(settings, task, before.gap_us)
-            say(f"{task.name}: not paused, rate limit {limit}; nothing was changed")
+            say(f"{name}: not paused, rate limit {limit}; nothing was changed")
             return
-        await _set(database, task, _SET_PAUSED, False, why)
-        say(f"{task.name}: resumed, rate limit {limit_in_force(settings, task, before.gap_us)}")
+        await _set(database, name, _SET_PAUSED, False, why)
+        say(f"{name}: resumed, rate limit {limit}")
 
 
-def limit_in_force(settings: Settings, task: AnyTask, gap_us: int | None) -> str:
-    """Return the rate limit and where it comes from, in words."""
-    limit, source = limit_and_source(settings, task, gap_us)
-    return f"{limit}, {source}"
+def limit_and_source(
+    settings: Settings, name: str, gap_us: int | None, workers: set[str]
+) -> tuple[str, str]:
+    """Return the rate limit in force, and where it comes from.
 
+    Args:
+        settings: This process's settings.
+        name: The task's name; its own rate is known if its module is imported here.
+        gap_us: What is set at run time, None for nothing.
+        workers: The rates that its workers have of their own.
 
-def limit_and_source(settings: Settings, task: AnyTask, gap_us: int | None) -> tuple[str, str]:
-    """Return the rate limit, `none` where there is none, and `run time`, `setting` or `task`."""
+    Returns:
+        The rate, `none` for no limit, with `run time`, `setting`, `task` or `workers`; or
+        `unknown` twice.
+    """
     if gap_us is not None:
         return shown_interval(gap_us), "run time"
+    found = "unknown", "unknown"
     if settings.rate_limit is not None:
-        return str(settings.rate_limit), "setting"
-    return str(task.rate_limit or "none"), "task"
+        found = str(settings.rate_limit), "setting"
+    elif name in registered():
+        found = str(find(name).rate_limit or "none"), "task"
+    if len(workers) == 1 and found[0] not in workers:
+        return next(iter(workers)), "workers"
+    return found
+
+
+def in_words(limit: tuple[str, str]) -> str:
+    """Return a rate limit and its source as a control says them."""
+    rate, source = limit
+    return "each worker's own" if source == "unknown" else f"{rate}, {source}"
 
 
 def checked_reason(settings: Settings, why: str | None) -> str | None:
@@ -117,17 +142,22 @@ def checked_reason(settings: Settings, why: str | None) -> str | None:
     return line
 
 
-async def _row(database: Database, task: AnyTask) -> Row:
-    with tables.explaining(database):
-        return await tables.read(database, task.name)
+@asynccontextmanager
+async def _row(
+    settings: Settings, names: Sequence[str]
+) -> AsyncIterator[tuple[Database, str, Row]]:
+    """Yield the database, the task that is meant, and its row."""
+    async with settings.database() as database:
+        name = meant.only(await meant.of_table(database, names))
+        with tables.explaining(database):
+            yield database, name, await tables.read(database, name)
 
 
 async def _set(
-    database: Database, task: AnyTask, statement: str, value: object, why: str | None
+    database: Database, name: str, statement: str, value: object, why: str | None
 ) -> None:
-    arguments = {"value": value, "who": _operator(), "why": why, "task": task.name}
-    with tables.explaining(database):
-        await database.execute(statement, arguments)
+    arguments = {"value": value, "who": _operator(), "why": why, "task": name}
+    await database.execute(statement, arguments)
 
 
 def _operator() -> str:

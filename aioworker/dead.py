@@ -13,11 +13,10 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, TypeVar
 
-from aioworker import broker, console, outcome, topology
+from aioworker import broker, console, meant, outcome, topology
 from aioworker.console import count, say
 from aioworker.errors import AioworkerError, QueueMissingError, UnknownTaskError
 from aioworker.letters import Filter, Letter, text
-from aioworker.task import find
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -174,8 +173,17 @@ class _Box:
             raise broker.explain(error, self.queues.dead) from error
 
 
-async def show_list(settings: Settings, name: str, wanted: Filter, *, as_json: bool) -> None:
+async def show_list(
+    settings: Settings, name: str, wanted: Filter, *, as_json: bool, of_several: bool = False
+) -> None:
     """Print the dead letters of a task, one a line.
+
+    Args:
+        settings: The settings.
+        name: The task's name.
+        wanted: Which are meant.
+        as_json: Print JSON.
+        of_several: Begin each line with the task, since those of others are listed too.
 
     Raises:
         BrokerError: RabbitMQ cannot be asked; a note says how many were listed before.
@@ -184,7 +192,8 @@ async def show_list(settings: Settings, name: str, wanted: Filter, *, as_json: b
     async with _open(settings, name) as box:
         with _noting(lambda: f"listed {count(listed, 'dead letter')} before that"):
             async for letter, _delivery in box.letters(wanted):
-                say(json.dumps(asdict(letter)) if as_json else letter.line)
+                line = f"{name}: {letter.line}" if of_several else letter.line
+                say(json.dumps({"task": name, **asdict(letter)}) if as_json else line)
                 listed += 1
             await box.end()
     if not as_json:
@@ -205,7 +214,7 @@ async def show_one(settings: Settings, name: str, message_id: str, *, as_json: b
             body = delivery.body.decode("utf-8", "backslashreplace")
             if as_json:
                 headers = {name: text(value) for name, value in delivery.headers.items()}
-                say(json.dumps({**asdict(letter), "headers": headers, "body": body}))
+                say(json.dumps({"task": name, **asdict(letter), "headers": headers, "body": body}))
                 continue
             say(letter.line)
             for header, value in sorted(delivery.headers.items()):
@@ -326,14 +335,10 @@ async def _open(settings: Settings, name: str) -> AsyncIterator[_Box]:
         box = _Box(connection, name, settings.queue_prefix, timeout)
         try:
             await box.open()
-        except QueueMissingError:
-            _expect_known(name, box.queues.dead)
+        except QueueMissingError as error:
+            if unknown := await meant.is_unknown(settings, name):
+                raise UnknownTaskError(
+                    f"queue {box.queues.dead} does not exist: {unknown}"
+                ) from error
             raise
         yield box
-
-
-def _expect_known(name: str, queue: str) -> None:
-    try:
-        find(name)
-    except UnknownTaskError as error:
-        raise UnknownTaskError(f"queue {queue} does not exist: {error}") from None

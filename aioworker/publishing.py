@@ -230,6 +230,5 @@ def _extent(sweep: Sweep) -> str:
 def _how_to_go_on(settings: Settings, task: AnyTask, sweep: Sweep, after: int) -> str:
     size = "" if settings.chunk_size == CHUNK_LIMIT else f" --chunk-size {settings.chunk_size}"
     last = after if sweep.last_id is None else sweep.last_id
-    app = f" --app {','.join(settings.app)}" if settings.app else ""
-    command = f"aioworker publish-all {task.name}{app}{size} --after {last}"
-    return f"confirmed {_extent(sweep)}; go on with: {command}"
+    again = console.command(f"publish-all {task.name}{size} --after {last}")
+    return f"confirmed {_extent(sweep)}; go on with: {again}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import os
 import sys
 import threading
@@ -12,6 +11,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
+from typer.core import TyperCommand
 
 from aioworker import console
 from aioworker.errors import AioworkerError, UsageError
@@ -19,49 +19,98 @@ from aioworker.signals import on_stop
 
 if TYPE_CHECKING:
     import signal
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Sequence
 
     from aioworker.settings import Settings
     from aioworker.task import AnyTask
 
 _Result = TypeVar("_Result")
 
-MAIN_JOB = "aioworker.addons"
 EXIT_SECONDS = 2.0
-DEFAULT_TASK = "update_current_version"
-TaskName = Annotated[str, typer.Argument(metavar="TASK", help="The task's name.")]
+TaskName = Annotated[
+    str | None,
+    typer.Argument(metavar="[TASK]", help="The task, where there are several; or --task TASK."),
+]
 App = Annotated[
     str | None,
     typer.Option("--app", metavar="MODULE", help="Module that registers tasks; several by commas."),
 ]
 
 
-def prepare(name: str, **options: str | None) -> tuple[Settings, AnyTask]:
-    """Read the settings, begin to log, and find the task."""
-    settings, [task] = prepare_all([name], **options)
-    return settings, task
+class TaskCommand(TyperCommand):
+    """A command whose first word may be a task; `--task TASK` anywhere is the same."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put what `--task` names before all other words."""
+        options = list(args)
+        first: list[str] = []
+        rest: list[str] = []
+        while options and options[0] != "--":
+            word, equals, value = options.pop(0).partition("=")
+            if word != "--task":
+                rest.append(f"{word}{equals}{value}")
+            elif equals:
+                first.append(value)
+            elif options:
+                first.append(options.pop(0))
+            else:
+                raise UsageError("expected --task TASK, got: --task at the end")
+        return super().parse_args(ctx, [*first, *rest, *options])
 
 
-def prepare_all(names: list[str], **options: str | None) -> tuple[Settings, list[AnyTask]]:
-    """Read the settings, begin to log, and find the tasks.
+def named(*names: str | None) -> list[str]:
+    """Return the task that is named; none for none.
 
-    Without a name they are all that the app's modules register, or the main job where
-    there is no app.
+    Raises:
+        UsageError: Several are.
     """
-    from aioworker import apps, logs
-    from aioworker.settings import Settings
-    from aioworker.task import find, registered
+    found = [name for name in names if name is not None]
+    if len(found) > 1:
+        raise UsageError(f"expected one task, got: {' '.join(found)}")
+    return found
 
+
+def prepare(**options: str | None) -> Settings:
+    """Read the settings, and begin to log.
+
+    Args:
+        options: What the user gave as options, by the settings' names.
+    """
+    from aioworker import logs
+    from aioworker.settings import Settings
+
+    console.remember_app(options.get("app"))
     settings = Settings.load(**options)
     logs.configure(settings.log_level, settings.log_format)
-    importlib.import_module(MAIN_JOB)
-    own = registered()
-    apps.load(settings.app)
+    return settings
+
+
+def app_tasks(settings: Settings, names: Sequence[str]) -> list[AnyTask]:
+    """Return the app's tasks that are meant, the main job without an app."""
+    from aioworker import logs, meant
+
+    found = meant.of_app(settings, names)
     logs.configure(settings.log_level, settings.log_format)  # a module may have changed it
-    theirs = [one for one in registered() if one not in own]
-    if settings.app and not theirs:
-        raise UsageError(f"expected {', '.join(settings.app)} to register a task with @task")
-    return settings, [find(name) for name in dict.fromkeys(names or theirs or [DEFAULT_TASK])]
+    return found
+
+
+def app_task(settings: Settings, names: Sequence[str]) -> AnyTask:
+    """Return the app's only task that is meant."""
+    from aioworker import meant
+
+    found = app_tasks(settings, names)
+    meant.only([one.name for one in found])
+    return found[0]
+
+
+def to_look(settings: Settings, names: Sequence[str]) -> list[str]:
+    """Return the names of the tasks to look at; none where the table has to tell.
+
+    With `AIOWORKER_BUDGET=worker` there is no table: they are the app's.
+    """
+    if settings.budget == "shared":
+        return list(names)
+    return [one.name for one in app_tasks(settings, names)]
 
 
 def run(work: Coroutine[Any, Any, _Result]) -> _Result:

@@ -1,19 +1,19 @@
-"""What `aioworker status` shows: queues, budget, workers, and why the task waits now.
+"""What `aioworker status` shows: queues, budget, workers, and why a task waits now.
 
-It asks RabbitMQ and the database at once, and tells of either when the other is away.
+It asks the database, which also tells which tasks are there, and RabbitMQ, and tells of either
+when the other is away.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from aioworker import broker, tables, topology
-from aioworker.console import duration
+from aioworker import broker, meant, tables, topology
+from aioworker.console import command, duration
 from aioworker.controls import limit_and_source
 from aioworker.errors import BrokerError, DatabaseError
 from aioworker.limits import RateLimit
@@ -21,9 +21,10 @@ from aioworker.presence import STEADY
 from aioworker.tables import ALIVE_SECONDS, Row, holder, peek
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from aioworker.db import Database
     from aioworker.settings import Settings
-    from aioworker.task import AnyTask
 
 _WORKERS = """SELECT host, pid, version, rate, session, state, reason, since, seen,
     TIMESTAMPDIFF(MICROSECOND, seen, SYSDATE(6)) / 1e6
@@ -83,10 +84,11 @@ class Limit:
 
     Args:
         scope: `shared` or `worker`, whose starts are counted.
-        rate: The rate limit, such as `2/m`; `none` is no limit.
-        source: Where it comes from: `run time`, `setting`, `task`, or the `workers`' own
-            settings where those differ from this machine's.
-        interval_seconds: Between two starts; None without a limit.
+        rate: The rate limit, such as `2/m`; `none` is no limit, `unknown` each worker's own.
+        source: Where it comes from: `run time`; `setting`, this machine's; `task`, the task's
+            own; `workers`, what they say of themselves; or `unknown`: no worker runs, or they
+            differ, and the task's module is not read here.
+        interval_seconds: Between two starts; None without a limit, or where it is unknown.
         paused: Whether no start may begin.
         paused_by: Who paused it last, or ended a pause.
         paused_at: When.
@@ -154,62 +156,91 @@ class Status:
         """Whether both servers could be asked."""
         return self.broker_error is None and self.database_error is None
 
-    def as_json(self, indent: int | None = 2) -> str:
-        """Return it as one JSON object; times are ISO 8601."""
-        return json.dumps(asdict(self), indent=indent, default=_encoded)
+    def as_json(self) -> str:
+        """Return it as one JSON object in one line; times are ISO 8601."""
+        return json.dumps(asdict(self), default=_encoded)
 
 
-async def look(settings: Settings, task: AnyTask) -> Status:
-    """Ask both servers about a task."""
-    queues = topology.Queues.of(task.name, settings.queue_prefix)
-    (queued, broker_error), (row, turn, workers, database_error) = await asyncio.gather(
-        _ask_broker(settings, queues), _ask_database(settings, task)
-    )
-    limit = None
-    if database_error is None:
-        limit = _limit(settings, task, row, turn, workers or [])
-    waits = _why(queues, queued, broker_error, limit, row, workers, database_error)
-    backlog = (queued.urgent or 0) + (queued.bulk or 0) if queued else None
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What the database tells of a task; nothing where it cannot be asked."""
+
+    row: Row | None = None
+    turn: str | None = None
+    workers: list[Worker] | None = None
+
+
+async def look(settings: Settings, names: Sequence[str]) -> list[Status]:
+    """Ask both servers about the tasks that are meant; without names, about all.
+
+    Raises:
+        UsageError: A name is unknown, or nobody can tell which tasks are there.
+    """
+    tasks, told, database_error = await _ask_database(settings, names)
+    queues = {name: topology.Queues.of(name, settings.queue_prefix) for name in tasks}
+    queued, broker_error = await _ask_broker(settings, queues)
+    found = []
+    for name in tasks:
+        of_task = told.get(name, _Told())
+        limit = _limit(settings, name, of_task) if database_error is None else None
+        waits = _why(queues[name], queued.get(name), broker_error, limit, of_task, database_error)
+        found.append(
+            Status(
+                task=name,
+                at=datetime.now(UTC),
+                waits=waits,
+                queued=queued.get(name),
+                backlog_seconds=_backlog_seconds(queued.get(name), limit),
+                budget=limit,
+                workers=of_task.workers,
+                broker_error=None if broker_error is None else str(broker_error),
+                database_error=None if database_error is None else str(database_error),
+            )
+        )
+    return found
+
+
+def _backlog_seconds(queued: Queued | None, limit: Limit | None) -> float | None:
     interval = limit.interval_seconds if limit and not limit.paused else None
-    return Status(
-        task=task.name,
-        at=datetime.now(UTC),
-        waits=waits,
-        queued=queued,
-        backlog_seconds=None if backlog is None or interval is None else backlog * interval,
-        budget=limit,
-        workers=workers,
-        broker_error=None if broker_error is None else str(broker_error),
-        database_error=None if database_error is None else str(database_error),
-    )
+    if queued is None or interval is None:
+        return None
+    return ((queued.urgent or 0) + (queued.bulk or 0)) * interval
 
 
 async def _ask_broker(
-    settings: Settings, queues: topology.Queues
-) -> tuple[Queued | None, BrokerError | None]:
+    settings: Settings, tasks: dict[str, topology.Queues]
+) -> tuple[dict[str, Queued], BrokerError | None]:
     timeout = settings.connect_timeout
+    found = {}
     try:
         async with broker.connection(settings.nodes(), timeout, "aioworker status") as connection:
-            names = (queues.urgent, queues.bulk, queues.retry, queues.dead)
-            return Queued(*[await topology.count(connection, n, timeout) for n in names]), None
+            for task, queues in tasks.items():
+                names = (queues.urgent, queues.bulk, queues.retry, queues.dead)
+                found[task] = Queued(*[await topology.count(connection, n, timeout) for n in names])
     except BrokerError as error:
-        return None, error
+        return {}, error
+    return found, None
 
 
 async def _ask_database(
-    settings: Settings, task: AnyTask
-) -> tuple[Row | None, str | None, list[Worker] | None, DatabaseError | None]:
+    settings: Settings, names: Sequence[str]
+) -> tuple[list[str], dict[str, _Told], DatabaseError | None]:
+    """Return the tasks that are meant, and what the database tells of each."""
     if settings.budget != "shared":
-        return None, None, None, None
+        return list(names), {}, None
     try:
         async with settings.database() as database:
+            tasks = await meant.of_table(database, names)
             with tables.explaining(database):
-                row = await peek(database, task.name)
-                turn = await holder(database, task.name, row.turn if row else 0)
-                found = await workers(database, task.name)
+                return tasks, {name: await _told(database, name) for name in tasks}, None
     except DatabaseError as error:
-        return None, None, None, error
-    return row, turn and turn.name, found, None
+        return meant.untold(settings, names, error), {}, error
+
+
+async def _told(database: Database, name: str) -> _Told:
+    row = await peek(database, name)
+    turn = await holder(database, name, row.turn if row else 0)
+    return _Told(row, turn and turn.name, await workers(database, name))
 
 
 async def workers(database: Database, task: str) -> list[Worker]:
@@ -217,15 +248,12 @@ async def workers(database: Database, task: str) -> list[Worker]:
     return [Worker(*values) for values in await database.query(_WORKERS, (task,))]
 
 
-def _limit(
-    settings: Settings, task: AnyTask, row: Row | None, turn: str | None, workers: list[Worker]
-) -> Limit:
-    """Return the rate limit in force, from the row and what this process knows."""
+def _limit(settings: Settings, name: str, told: _Told) -> Limit:
+    """Return the rate limit in force, from the row, its workers, and what this process knows."""
+    row = told.row
     gap_us = None if row is None else row.gap_us
-    rate, source = limit_and_source(settings, task, gap_us)
-    theirs = {one.rate or "none" for one in workers if one.alive}
-    if gap_us is None and len(theirs) == 1 and theirs != {rate}:
-        [rate], source = theirs, "workers"
+    theirs = {one.rate or "none" for one in told.workers or [] if one.alive}
+    rate, source = limit_and_source(settings, name, gap_us, theirs)
     interval = _interval(rate, gap_us)
     stopped = interval == math.inf
     if row is None:
@@ -251,14 +279,14 @@ def _limit(
         last_worker=row.holder,
         next_start=row.last_start + timedelta(seconds=interval or 0) if waiting else None,
         next_start_seconds=ahead if waiting else None,
-        turn=turn,
+        turn=told.turn,
     )
 
 
 def _interval(rate: str, gap_us: int | None) -> float | None:
     if gap_us is not None:
         return gap_us / 1e6 or None
-    return None if rate == "none" else RateLimit.parse(rate).interval
+    return None if rate in ("none", "unknown") else RateLimit.parse(rate).interval
 
 
 def _why(
@@ -266,16 +294,15 @@ def _why(
     queued: Queued | None,
     broker_error: BrokerError | None,
     limit: Limit | None,
-    row: Row | None,
-    workers: list[Worker] | None,
+    told: _Told,
     database_error: DatabaseError | None,
 ) -> str:
     """Return why the task waits now, the first reason that holds."""
-    turn = None if limit is None else limit.turn
-    alive = [one for one in workers or [] if one.alive or one.name == turn]
+    row = told.row
+    alive = [one for one in told.workers or [] if one.alive or one.name == told.turn]
     if broker_error is not None:
-        told = (one.reason for one in alive if one.reason.startswith("broker unreachable"))
-        return next(told, f"broker unreachable: {broker_error}")
+        words = (one.reason for one in alive if one.reason.startswith("broker unreachable"))
+        return next(words, f"broker unreachable: {broker_error}")
     if database_error is not None and database_error.unreachable:
         return f"database unreachable: {database_error}"
     if limit is None or queued is None:
@@ -294,9 +321,9 @@ def _why_workers_wait(limit: Limit, alive: list[Worker]) -> str:
     if limit.scope != "shared":
         return "each worker for its own budget"
     if not alive:
-        return "no worker is running: start one with `aioworker consume`"
+        return f"no worker is running: start one with `{command('consume')}`"
     # Where starts are limited, only who has the turn can run: another one was killed in it.
-    limited = limit.interval_seconds is not None
+    limited = limit.rate != "none"
     for one in alive:
         if one.state == "running" and (not limited or one.name == limit.turn):
             return f"running: {one.reason}"

@@ -14,7 +14,8 @@ _SOURCES = {
     "run time": "set at run time",
     "setting": "by setting",
     "task": "the task's own",
-    "workers": "the workers' own setting",
+    "workers": "the workers' own",
+    "unknown": "each worker's own, and no worker tells",
 }
 
 
@@ -63,9 +64,16 @@ def _budget_lines(limit: Limit) -> list[tuple[str, str]]:
         at = f"{limit.next_start:%H:%M:%S} UTC, in {duration(limit.next_start_seconds)}"
         shown.append(("next start", at))
     else:
-        shown.append(("next start", "not while paused" if limit.paused else "at once"))
+        shown.append(("next start", _next_start(limit)))
     shown.append(("turn", f"held by {limit.turn}" if limit.turn else "free"))
     return shown
+
+
+def _next_start(limit: Limit) -> str:
+    """Return when the next start may begin, where no moment is known."""
+    if limit.paused:
+        return "not while paused"
+    return "as each worker's rate allows" if limit.rate == "unknown" else "at once"
 
 
 def _worker_line(worker: Worker) -> str:

@@ -17,6 +17,7 @@ from pymysql.constants import ER
 from pymysql.err import MySQLError
 
 from aioworker import trouble
+from aioworker.console import command
 from aioworker.errors import DatabaseError
 
 if TYPE_CHECKING:
@@ -87,6 +88,9 @@ _COLUMNS = (
 ALIVE_SECONDS = 90  # a worker not seen for so long counts for nothing
 _HOLDER = f"""SELECT host, pid, seen > SYSDATE(6) - INTERVAL {ALIVE_SECONDS} SECOND
 FROM aioworker_worker WHERE session = %s AND task = %s ORDER BY seen DESC LIMIT 1"""
+_TASKS = "SELECT task FROM aioworker_budget ORDER BY task"
+_RATES = f"""SELECT DISTINCT COALESCE(rate, 'none') FROM aioworker_worker
+WHERE task = %s AND seen > SYSDATE(6) - INTERVAL {ALIVE_SECONDS} SECOND"""
 # What an operator writes may be beyond any calendar.
 LONGEST_GAP_US = 366 * 86_400 * 1_000_000
 
@@ -184,12 +188,12 @@ def explaining(database: Database) -> Iterator[None]:
         words = f"{trouble.describe(error).partition(';')[0]} at {database.address.shown}"
         if trouble.code(error) == ER.NO_SUCH_TABLE:
             raise DatabaseError(
-                f"{words}: run `aioworker init`, or set AIOWORKER_BUDGET=worker"
+                f"{words}: run `{command('init')}`, or set AIOWORKER_BUDGET=worker"
             ) from error
         if trouble.code(error) == ER.BAD_FIELD_ERROR:
             raise DatabaseError(
                 f"{words}: the table is not of this version of aioworker; drop it,"
-                " then run `aioworker init`"
+                f" then run `{command('init')}`"
             ) from error
         raise database.explain(error) from error
     except TimeoutError as error:
@@ -225,8 +229,20 @@ async def read(database: Database, task: str) -> Row:
     """
     row = await peek(database, task)
     if row is None:
-        raise DatabaseError(f"task {task!r} has no row in aioworker_budget: run `aioworker init`")
+        raise DatabaseError(
+            f"task {task!r} has no row in aioworker_budget: run `{command('init')}`"
+        )
     return row
+
+
+async def tasks(database: Database) -> list[str]:
+    """Return the names of all tasks that have a row, in order."""
+    return [name for [name] in await database.query(_TASKS)]
+
+
+async def rates(database: Database, task: str) -> set[str]:
+    """Return the rate limits that the workers of a task have of their own, `none` for none."""
+    return {rate for [rate] in await database.query(_RATES, (task,))}
 
 
 async def peek(database: Database, task: str) -> Row | None:

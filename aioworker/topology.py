@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from aio_pika.exceptions import ChannelNotFoundEntity, ChannelPreconditionFailed
 
 from aioworker import broker
+from aioworker.console import command
 from aioworker.errors import BrokerError, QueueDiffersError
 
 if TYPE_CHECKING:
@@ -342,5 +343,5 @@ def _explain_difference(queue: str, refusal: str) -> str:
         difference = f"expected {found['name']} {ours}, got: {theirs}"
     return (
         f"queue {queue} differs: {difference}; nothing was changed. Empty and delete the queue,"
-        " then run `aioworker init` again"
+        f" then run `{command('init')}` again"
     )

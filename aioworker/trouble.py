@@ -7,6 +7,8 @@ from enum import IntEnum, StrEnum
 from pymysql.constants import CR, ER
 from pymysql.err import MySQLError
 
+from aioworker.console import command
+
 DEADLOCKS = frozenset({ER.LOCK_DEADLOCK, ER.CHECKREAD})  # another try at once may do
 
 
@@ -199,7 +201,7 @@ _TROUBLES: dict[int, Trouble] = {
     **dict.fromkeys(_NO_ACCESS | _WRONG_SCHEMA, Trouble.EVERY_MESSAGE),
 }
 
-_GRANT = "`aioworker init --print` shows what the user needs"
+_GRANT = "`{init}` shows what the user needs"
 _LOGIN = "check user and password in AIOWORKER_MYSQL_URL"
 _DATABASE = "is this the right database? check AIOWORKER_MYSQL_URL"
 _CURES: dict[int, str] = {
@@ -247,4 +249,5 @@ def describe(error: MySQLError) -> str:
     """Return the server's words and number, and the cure where one is known, in one line."""
     words = " ".join(str(error.args[-1] if error.args else error).split())
     cure = _READ_ONLY_CURE if _only_reads(error) else _CURES.get(code(error))
-    return f"{words} ({code(error)})" + (f"; {cure}" if cure else "")
+    how = f"; {cure.format(init=command('init --print'))}" if cure else ""
+    return f"{words} ({code(error)}){how}"

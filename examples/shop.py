@@ -7,7 +7,7 @@ Run it in this folder, with RabbitMQ and MariaDB where the settings say:
     aioworker publish-all update_rating --app shop
     aioworker consume --app shop --burst
 
-One shop now: `aioworker publish 2 --task update_rating --app shop`.
+One shop now: `aioworker publish update_rating 2 --app shop`.
 """
 
 from __future__ import annotations

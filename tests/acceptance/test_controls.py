@@ -64,7 +64,9 @@ async def test_a_rate_acts_on_all_workers_and_outlives_them(
 
     faster = run("rate-limit", "100/s", "--reason", "night window")
 
-    assert faster.stdout == ("update_current_version: rate limit 100/s, run time (was 2/m, task)\n")
+    assert faster.stdout == (
+        "update_current_version: rate limit 100/s, run time (was 1/h, workers)\n"
+    )
     eventually(lambda: done(shop) == [1, 2], "the new rate acts")
     changed = "rate limit changed task=update_current_version old=1/h new=100/s by="
     eventually(lambda: all(changed in one.log for one in workers), "both say old and new")
@@ -116,7 +118,7 @@ async def test_a_pause_acts_on_all_workers_and_outlives_them(
     )
 
     resumed = run("resume", "--reason", "all clear")
-    assert resumed.stdout == "update_current_version: resumed, rate limit 2/m, task\n"
+    assert resumed.stdout == "update_current_version: resumed, rate limit 1/h, workers\n"
     eventually(lambda: done(shop) == [1], "work goes on")
     said = "old=paused new=1/h by="
     eventually(lambda: all(said in one.log for one in workers), "both say who and why")

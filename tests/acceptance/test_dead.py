@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     Start = Callable[..., Worker]
 
+pytestmark = pytest.mark.usefixtures("shop")  # the main job has a budget
 BODY = json.dumps([[[7]], {}, None]).encode()
 
 
@@ -286,6 +287,7 @@ async def test_those_of_a_task_that_is_gone_are_reached(run: Run, lanes: Lanes) 
 
     assert ids(run("dead", "list", "renamed")) == ["left"]
     assert run("dead", "show", "left", "--task", "renamed").returncode == 0
+    assert run("dead", "show", "renamed", "left").returncode == 0
     assert run("dead", "requeue", "renamed").stdout == "requeued 1 dead letter of renamed\n"
     assert (await lanes.take(gone.bulk)).body == BODY
     assert run("dead", "drop", "renamed", "--yes").stdout == "dropped 0 dead letters of renamed\n"

@@ -215,13 +215,35 @@ USAGE = [
         "--chunk-size: expected a whole number from 1 to 1000, got: '5000'",
     ),
     (
-        ("consume", "update_curent_version"),
+        ("consume", "shop_task"),
         {},
-        "unknown task 'update_curent_version', did you mean update_current_version?",
+        "unknown task 'shop_task': without --app or AIOWORKER_APP only update_current_version is"
+        " known",
     ),
     (("publish", "7", "x"), {}, "expected ids as whole numbers, got: 'x'"),
+    (
+        ("publish", "x", "7"),
+        {},
+        "expected ids, or a task first: unknown task 'x': without --app or AIOWORKER_APP only"
+        " update_current_version is known",
+    ),
+    (
+        ("publish", "update_current_version"),
+        {},
+        "expected publish [TASK] ID..., got no id: update_current_version",
+    ),
+    (
+        ("pause", "a", "--task=b"),
+        {},
+        "Got unexpected extra argument(s) (a) `aioworker pause --help` shows the usage.",
+    ),
+    (("pause", "--task"), {}, "expected --task TASK, got: --task at the end"),
     (("publish", "7", "0"), {}, "expected ids from 1 to 4294967295, got: 0"),
-    (("publish",), {}, "Missing argument 'ID...'. `aioworker publish --help` shows the usage."),
+    (
+        ("publish",),
+        {},
+        "Missing argument '[TASK] ID...'. `aioworker publish --help` shows the usage.",
+    ),
     (
         ("consum",),
         {},

@@ -440,7 +440,7 @@ async def test_a_service_manager_that_does_not_listen_stops_nothing(
 
 def test_as_a_module_it_is_the_same_command(pair: servers.Servers) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "aioworker", "publish", "x"],
+        [sys.executable, "-m", "aioworker", "publish", "7", "x"],
         env=pair.environment,
         capture_output=True,
         text=True,

@@ -227,7 +227,7 @@ async def test_a_message_past_its_time_is_counted_not_run(
 
 
 async def test_what_expires_while_it_waits_is_set_aside_by_rabbitmq(
-    serve: Served, lanes: Lanes, note: Any, run: Run, plain: Servers
+    serve: Served, lanes: Lanes, note: Any, run: Run, plain: Servers, shop: object
 ) -> None:
     """Celery's `expires` is also the message's time to live in the queue."""
     ran: list[Any] = []

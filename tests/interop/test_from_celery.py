@@ -247,7 +247,9 @@ def _publish(reader: Reader, shop: Connection[Cursor]) -> None:
     reader.save("view.py")
     call = "import view; print(view.review_added({}, lambda *status: print(status)))"
     assert reader.python(call) == "('204 No Content', [])\n[]\n"
-    assert "published 1 id in 1 message to the urgent lane" in reader.shell("aioworker publish 3")
+    assert "published 1 id in 1 message to the urgent lane" in reader.shell(
+        "aioworker publish refresh_rat"
+    )
     assert reader.serve().count(" lane=urgent ") == 2
     assert rated(shop) == [3]
 

@@ -1,0 +1,156 @@
+"""Which tasks a command means.
+
+What runs or publishes means the app's tasks, or the main job if there is no app. What looks or
+controls means the tasks of `aioworker_budget`, so that it works where the app is not installed:
+it imports no module of a user's. The only task is the default.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+from aioworker import addons, apps, tables
+from aioworker.console import command
+from aioworker.errors import AioworkerError, DatabaseError, UnknownTaskError, UsageError
+from aioworker.task import check_name, find, registered
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from aioworker.db import Database
+    from aioworker.settings import Settings
+    from aioworker.task import AnyTask
+
+MAIN_JOB = addons.update_current_version.name
+LISTED = 20  # names in an error, at most
+
+
+def of_app(settings: Settings, names: Sequence[str]) -> list[AnyTask]:
+    """Import the app's modules, and return the tasks that are meant.
+
+    Args:
+        settings: The settings, which name the app.
+        names: The tasks' names; none for all that the app registers.
+
+    Raises:
+        UnknownTaskError: One is not registered.
+        UsageError: The app registers no task.
+        AioworkerError: A module does not import.
+    """
+    own = registered()
+    apps.load(settings.app)
+    theirs = [name for name in registered() if name not in own]
+    if settings.app and not theirs:
+        places = ", ".join(apps.located(module) for module in settings.app)
+        raise UsageError(f"expected {places} to register a task with @task")
+    if names:
+        return [_registered(settings, name) for name in dict.fromkeys(names)]
+    return [find(name) for name in theirs or [MAIN_JOB]]
+
+
+def _registered(settings: Settings, name: str) -> AnyTask:
+    try:
+        return find(name)
+    except UnknownTaskError:
+        if settings.app:
+            raise
+        raise UnknownTaskError(
+            f"unknown task {name!r}: without --app or AIOWORKER_APP only {MAIN_JOB} is known"
+        ) from None
+
+
+async def of_table(database: Database, names: Sequence[str]) -> list[str]:
+    """Return the tasks that are meant, of those that have a budget.
+
+    Args:
+        database: Where their rows are.
+        names: The tasks' names; none for all that are there.
+
+    Raises:
+        UnknownTaskError: One is not there.
+        AioworkerError: None is there at all.
+        DatabaseError: The table cannot be read.
+    """
+    with tables.explaining(database):
+        known = await tables.tasks(database)
+    if not known:
+        where = database.address.shown
+        raise AioworkerError(f"no task has a budget at {where}: run `{command('init')}`")
+    for name in names:
+        if name not in known:
+            raise UnknownTaskError(_unknown(name, known))
+    return list(names) or known
+
+
+async def of_queues(settings: Settings, names: Sequence[str]) -> list[str]:
+    """Return the tasks whose queues are meant; a task that is named needs no database.
+
+    Raises:
+        AioworkerError: None is named, and none is there, or nobody can tell which are.
+    """
+    for name in names:
+        check_name(name)
+    if names:
+        return list(names)
+    try:
+        async with settings.database() as database:
+            return await of_table(database, ())
+    except DatabaseError as error:
+        return untold(settings, names, error)
+
+
+async def is_unknown(settings: Settings, name: str) -> str | None:
+    """Return what is wrong with a name, None for nothing, or where the table cannot be read."""
+    if settings.budget != "shared":
+        known = registered()
+    else:
+        try:
+            async with settings.database() as database:
+                with tables.explaining(database):
+                    known = await tables.tasks(database)
+        except DatabaseError:
+            return None
+    return None if name in known or not known else _unknown(name, known)
+
+
+def untold(settings: Settings, names: Sequence[str], error: DatabaseError) -> list[str]:
+    """Return the tasks that are meant while the table cannot be read.
+
+    A name is believed; without an app only the main job can be meant.
+
+    Raises:
+        DatabaseError: None is named, and there is an app.
+    """
+    for name in names:
+        check_name(name)
+    if settings.app and not names:
+        raise DatabaseError(
+            f"name the task, since the database cannot tell which are there: {error}"
+        )
+    return list(names) or [MAIN_JOB]
+
+
+def only(names: Sequence[str]) -> str:
+    """Return the only name.
+
+    Raises:
+        UsageError: There are several; the text lists them.
+    """
+    if len(names) > 1:
+        raise UsageError(f"expected one task to be named, there are: {_listed(names)}")
+    return names[0]
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    """Return what is wrong with a name, with the nearest one and the list."""
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+    others = f" There are: {_listed(known)}" if len(known) > 1 else ""
+    return f"unknown task {name!r}, did you mean {nearest}?{others}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return names in one line, the first of many."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - LISTED} more" if len(ordered) > LISTED else ""
+    return ", ".join(ordered[:LISTED]) + more
