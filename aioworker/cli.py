@@ -107,7 +107,9 @@ def consume(
     app_names: App = None,
     rate_limit: Annotated[
         str | None,
-        typer.Option(metavar="COUNT/UNIT", help="How often each task starts, such as 2/m or 20/h."),
+        typer.Option(
+            metavar="COUNT/UNIT", help="How often each task starts, such as 2/m; none, no limit."
+        ),
     ] = None,
     burst: Annotated[bool, typer.Option("--burst", help="End once the lanes are empty.")] = False,
     check: Annotated[
@@ -315,7 +317,9 @@ Why = Annotated[
 def rate_limit(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[TASK] RATE", help="The task, and its rate, such as 10/m."),
+        typer.Argument(
+            metavar="[TASK] RATE", help="The task, and its rate, such as 10/m, or none."
+        ),
     ] = None,
     reset: Annotated[
         bool, typer.Option("--reset", help="Take the rate back: the workers' own counts again.")
@@ -325,16 +329,16 @@ def rate_limit(
 ) -> None:
     """Set the rate limit of all workers of a task while they run; it outlives them.
 
-    They follow within 2 seconds or one interval, whichever is sooner. 0/m pauses; a new
-    rate does not end a pause, `resume` does.
+    They follow within 2 seconds or one interval, whichever is sooner. 0/m pauses, none is no
+    limit; a new rate does not end a pause, `resume` does.
     """
     given = list(words or [])
     if len(given) > (1 if reset else 2) or not (given or reset):
         usage = "[TASK] --reset" if reset else "[TASK] RATE"
         raise UsageError(f"expected rate-limit {usage}, got: {' '.join(given) or 'nothing'}")
-    from aioworker.limits import RateLimit
+    from aioworker.limits import parse_limit
 
-    rate = None if reset else RateLimit.parse(given.pop())
+    rate = None if reset else parse_limit(given.pop())
     settings = prepare(app=app_names)
     from aioworker import controls
 

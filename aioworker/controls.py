@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from aioworker import meant, tables
 from aioworker.console import say
 from aioworker.errors import UsageError
-from aioworker.limits import RateLimit, shown_interval
+from aioworker.limits import NoLimit, RateLimit, shown_interval
 from aioworker.task import find, registered
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _SET_PAUSED = """UPDATE aioworker_budget SET paused = %(value)s,
 
 
 async def set_rate(
-    settings: Settings, names: Sequence[str], rate: RateLimit | None, why: str | None
+    settings: Settings, names: Sequence[str], rate: RateLimit | NoLimit | None, why: str | None
 ) -> None:
     """Set the rate limit of all workers of the task that is meant, or take it back (None).
 
@@ -41,10 +41,14 @@ async def set_rate(
         DatabaseError: The row cannot be written; nothing was changed.
         UsageError: No one task is meant.
     """
-    if rate is not None and rate.paused:
-        await pause(settings, names, why)
-        return
-    gap = None if rate is None else rate.gap_us
+    gap: int | None = None
+    if isinstance(rate, RateLimit):
+        if rate.paused:
+            await pause(settings, names, why)
+            return
+        gap = rate.gap_us
+    elif rate is NoLimit.NONE:
+        gap = 0
     async with _row(settings, names) as (database, name, before):
         await _set(database, name, _SET_RATE, gap, why)
         own = await tables.rates(database, name)

@@ -12,6 +12,7 @@ import re
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from aiolimiter import AsyncLimiter
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 2.0  # how soon a change of what is set at run time is followed, at the latest
 PERIODS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+_NO_LIMIT_WORDS = {"none", "nolimit", "unlimited", "null", "off"}
 _UNITS = {"": "s", "sec": "s", "second": "s", "min": "m", "minute": "m", "hr": "h", "hour": "h"}
 
 
@@ -54,7 +56,8 @@ class RateLimit:
         match = re.fullmatch(r"([0-9]{1,9})/([smh])", text)
         if match is None:
             raise RateLimitError(
-                f"expected rate limit as COUNT/UNIT, such as '2/m', got: {text!r}{_instead(text)}"
+                "expected rate limit as COUNT/UNIT, such as '2/m', or none, got:"
+                f" {text!r}{_instead(text)}"
             )
         return cls(int(match[1]), match[2])
 
@@ -83,6 +86,36 @@ class RateLimit:
         return f"{self.starts}/{self.unit}"
 
 
+class NoLimit(Enum):
+    """That starts are not limited, said on purpose; None is where nothing is said."""
+
+    NONE = "none"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+def parse_limit(text: str) -> RateLimit | NoLimit:
+    """Read COUNT/UNIT, or ``"none"``, which is no limit.
+
+    Raises:
+        RateLimitError: The text is anything else; see `RateLimit.parse`.
+    """
+    return NoLimit.NONE if text == NoLimit.NONE.value else RateLimit.parse(text)
+
+
+def in_force(said: RateLimit | NoLimit | None, own: RateLimit | None) -> RateLimit | None:
+    """Return the rate limit that holds, None for no limit.
+
+    Args:
+        said: What a setting says; it wins.
+        own: The task's own.
+    """
+    if said is None:
+        return own
+    return None if isinstance(said, NoLimit) else said
+
+
 def shown_interval(gap_us: int) -> str:
     """Return an interval in microseconds as the rate limit it is; in seconds where it is none."""
     if not gap_us:
@@ -96,6 +129,8 @@ def shown_interval(gap_us: int) -> str:
 
 def _instead(text: str) -> str:
     """Return what to write for what Celery takes and means something else by."""
+    if _squeezed(text) in _NO_LIMIT_WORDS:
+        return "; write 'none' for no limit"
     found = re.fullmatch(r"([0-9.e+]+|[+-]?(?:nan|inf)|-.*?)(?:/([a-z]*?)s?)?", _squeezed(text))
     if found is None:
         return ""
@@ -104,7 +139,7 @@ def _instead(text: str) -> str:
     except ValueError:
         return ""
     if not math.isfinite(count) or count < 0:
-        return "; write '0/m' to pause, or leave it unset for no limit"
+        return "; write '0/m' to pause, or 'none' for no limit"
     word = found[2] or ""
     unit = word if word in PERIODS else _UNITS.get(word)
     if unit is None:

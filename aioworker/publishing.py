@@ -12,6 +12,7 @@ from aioworker.chunk import CHUNK_LIMIT
 from aioworker.console import count, say, tell
 from aioworker.context import Context
 from aioworker.errors import AioworkerError, DatabaseError, TaskError, UsageError
+from aioworker.limits import in_force
 from aioworker.producer import Producer, Sweep, chunked, publish_sweep
 from aioworker.tables import Row, peek
 
@@ -201,7 +202,7 @@ async def _watch_earlier(
     The lane is watched for the time of one start. A start alone shows nothing: its run may
     fail, and its message come back.
     """
-    rate = task.rate_limit if settings.rate_limit is None else settings.rate_limit
+    rate = in_force(settings.rate_limit, task.rate_limit)
     interval = rate.interval if rate else 0.0
     if row is not None and row.gap_us is not None:
         interval = row.gap_us / 1e6

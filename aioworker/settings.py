@@ -21,7 +21,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from aioworker.addresses import BrokerAddress, DatabaseAddress
 from aioworker.chunk import CHUNK_LIMIT
 from aioworker.errors import TlsFileError, UsageError
-from aioworker.limits import RateLimit
+from aioworker.limits import NoLimit, RateLimit, parse_limit
 from aioworker.message import LONGEST_RUN_SECONDS, RETRIES_LIMIT
 
 if TYPE_CHECKING:
@@ -116,8 +116,9 @@ class Settings(BaseSettings):
     app: Annotated[tuple[str, ...], NoDecode, _parsed(_modules)] = Field(
         (), description="Modules that register tasks, comma-separated; the current folder's too."
     )
-    rate_limit: Annotated[RateLimit | None, NoDecode, _parsed(RateLimit.parse)] = Field(
-        None, description="How often a task starts, such as 2/m; unset, as the task says."
+    rate_limit: Annotated[RateLimit | NoLimit | None, NoDecode, _parsed(parse_limit)] = Field(
+        None,
+        description="How often a task starts, such as 2/m, or none; unset, as the task says.",
     )
     budget: Annotated[str, _one_of("shared", "worker")] = Field(
         "shared",

@@ -16,7 +16,7 @@ from aioworker import threads
 from aioworker.chunk import CHUNK_LIMIT, LARGEST_ID, part_of
 from aioworker.context import Context
 from aioworker.errors import RateLimitError, TaskError, TaskExitError, UnknownTaskError, UsageError
-from aioworker.limits import RateLimit
+from aioworker.limits import RateLimit, in_force, parse_limit
 from aioworker.message import LONGEST_RUN_SECONDS, RETRIES_LIMIT, brief
 from aioworker.signature import Signature
 
@@ -243,7 +243,7 @@ def task(
         name: What it is published and queued under: letters, digits, `_`, `-` and `.`, up
             to 100; the function's name without it.
         rate_limit: Starts in a unit of time over all workers, such as `"2/m"` or `"20/h"`;
-            `"0/m"` is a pause, None no limit.
+            `"0/m"` is a pause; `"none"`, like None, no limit.
         keys: A function that yields the ids (or rows) of a sweep in pages, as lists; plain
             or async, called with a `Context` where its first parameter is annotated so, and
             with `after`, the id behind which to begin, where it has a parameter of that
@@ -305,7 +305,7 @@ def _checked_options(
     if rate_limit is not None and not isinstance(rate_limit, str):
         raise TaskError(f"task {name!r}: expected rate_limit such as '2/m', got: {rate_limit!r}")
     try:
-        rate = None if rate_limit is None else RateLimit.parse(rate_limit)
+        rate = None if rate_limit is None else in_force(parse_limit(rate_limit), None)
     except RateLimitError as error:
         raise RateLimitError(f"task {name!r}: {error}") from None
     return Options(rate, max_retries, timeout, tuple(constants))

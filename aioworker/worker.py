@@ -15,7 +15,7 @@ from aioworker.console import count, say
 from aioworker.consumer import Consumer, Terms
 from aioworker.errors import DatabaseError
 from aioworker.gate import Gate
-from aioworker.limits import WorkerBudget
+from aioworker.limits import WorkerBudget, in_force
 from aioworker.logs import fields
 from aioworker.outcome import Kind
 from aioworker.presence import Presence
@@ -110,7 +110,7 @@ async def consume(
 def _serve(settings: Settings, task: AnyTask, burst: bool, doing: _Doing, gate: Gate) -> _Served:
     """Make what serves a task."""
     options = task.options
-    rate = options.rate_limit if settings.rate_limit is None else settings.rate_limit
+    rate = in_force(settings.rate_limit, options.rate_limit)
     timeout = settings.task_timeout if options.timeout is None else options.timeout
     retries = settings.max_retries if options.max_retries is None else options.max_retries
     host, pid = socket.gethostname(), os.getpid()
@@ -135,7 +135,9 @@ def _serve(settings: Settings, task: AnyTask, burst: bool, doing: _Doing, gate: 
     )
     log.info(
         "worker started",
-        extra=fields(task=task.name, rate_limit=rate, budget=settings.budget, burst=burst),
+        extra=fields(
+            task=task.name, rate_limit=rate or "none", budget=settings.budget, burst=burst
+        ),
     )
     supervisor = Supervisor(task, database, budget, consumer, presence, supervising)
     return _Served(task, database, presence, supervisor)

@@ -196,8 +196,8 @@ async def test_a_slow_and_limited_task_holds_up_no_other(
         ("def f(:\n", "module 'broken' does not import: SyntaxError: invalid syntax"),
         (
             "from aioworker import task\n\n@task(rate_limit='2/min')\ndef f(): ...\n",
-            "module 'broken': task 'f': expected rate limit as COUNT/UNIT, such as '2/m', got:"
-            " '2/min'; write '2/m'",
+            "module 'broken': task 'f': expected rate limit as COUNT/UNIT, such as '2/m', or none,"
+            " got: '2/min'; write '2/m'",
         ),
         (
             "from aioworker import task\n\n@task(keys=lambda: [])\ndef f(): ...\n",
@@ -231,7 +231,7 @@ async def test_a_slow_and_limited_task_holds_up_no_other(
         ),
         (
             "from aioworker import task\n\n@task(rate_limit=2)\ndef f(): ...\n",
-            "module 'broken': task 'f': expected rate_limit such as '2/m', got: 2",
+            "module 'broken': task 'f': expected rate_limit such as '2/m', or none, got: 2",
         ),
         (
             "from aioworker import task\n\n@task('2/m')\ndef f(): ...\n",

@@ -175,13 +175,13 @@ def test_a_rate_of_nothing_is_a_pause(run: Run, shop: Connection[Cursor]) -> Non
         (
             ("rate-limit", "2/min"),
             {},
-            "expected rate limit as COUNT/UNIT, such as '2/m', got: '2/min'; write '2/m'",
+            "expected rate limit as COUNT/UNIT, such as '2/m', or none, got: '2/min'; write '2/m'",
         ),
         (
             ("rate-limit", "-1/m"),
             {},
-            "expected rate limit as COUNT/UNIT, such as '2/m', got: '-1/m'; write '0/m' to pause,"
-            " or leave it unset for no limit",
+            "expected rate limit as COUNT/UNIT, such as '2/m', or none, got: '-1/m'; write '0/m'"
+            " to pause, or 'none' for no limit",
         ),
         (
             ("rate-limit", "update_curent_version", "2/m"),
@@ -248,6 +248,43 @@ async def test_workers_whose_own_rates_differ_say_so(
     said = 'workers differ in their own rate limit task=update_current_version rates="1/h, 2/h"'
     eventually(lambda: said in second.log, "the second says so")
     assert "warning    workers differ in their own rate: 1/h, 2/h\n" in run("status").stdout
+
+
+async def test_no_limit_can_be_set_at_run_time(
+    run: Run, start: Start, shop: Connection[Cursor], lanes: Lanes
+) -> None:
+    """Only a DBA could, by SQL."""
+    simple_addons(shop, 2)
+    await chunk(lanes, 1)
+    worker = start("consume", "--rate-limit", "1/h")
+    eventually(lambda: done(shop) == [1], "one start")
+    await chunk(lanes, 2)
+
+    said = run("rate-limit", "none").stdout
+
+    assert said == "update_current_version: rate limit none, run time (was 1/h, workers)\n"
+    eventually(lambda: done(shop) == [1, 2], "nothing is waited for")
+    assert "rate limit changed task=update_current_version old=1/h new=none by=" in worker.log
+    assert "rate       none of all workers, set at run time" in run("status").stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "variables"),
+    [(["--rate-limit", "none"], {}), ([], {"AIOWORKER_RATE_LIMIT": "none"})],
+    ids=["option", "variable"],
+)
+async def test_no_limit_can_be_set_for_a_worker(
+    run: Run, shop: Connection[Cursor], lanes: Lanes, option: list[str], variables: dict[str, str]
+) -> None:
+    """It wins over the task's own 2/m."""
+    simple_addons(shop, 3)
+    for addon in (1, 2, 3):
+        await chunk(lanes, addon)
+
+    burst = run("consume", "--burst", *option, **variables)
+
+    assert burst.stdout.startswith("done 3 messages in 3 starts; ")
+    assert "worker started task=update_current_version rate_limit=none " in burst.stderr
 
 
 async def test_a_budget_of_its_own_begins_with_one_interval_of_waiting(

@@ -190,13 +190,14 @@ USAGE = [
     (
         ("consume", "--rate-limit", "2/min"),
         {},
-        "--rate-limit: expected rate limit as COUNT/UNIT, such as '2/m', got: '2/min'; write '2/m'",
+        "--rate-limit: expected rate limit as COUNT/UNIT, such as '2/m', or none, got: '2/min';"
+        " write '2/m'",
     ),
     (
         ("consume",),
         {"AIOWORKER_RATE_LIMIT": "2/min"},
-        "AIOWORKER_RATE_LIMIT: expected rate limit as COUNT/UNIT, such as '2/m', got: '2/min';"
-        " write '2/m'",
+        "AIOWORKER_RATE_LIMIT: expected rate limit as COUNT/UNIT, such as '2/m', or none, got:"
+        " '2/min'; write '2/m'",
     ),
     (
         ("publish-all",),

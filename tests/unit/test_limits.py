@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from aioworker.errors import RateLimitError
-from aioworker.limits import Limiter, RateLimit, shown_interval
+from aioworker.limits import Limiter, RateLimit, in_force, parse_limit, shown_interval
 from tests.fakes import FakeClock
 
 
@@ -29,9 +29,11 @@ def test_a_rate_is_read_as_the_seconds_between_starts(text: str, interval: float
         ("2/M", "; write '2/m'"),
         ("1e1/m", "; write '10/m'"),
         ("1.5/m", "; write '90/h'"),
-        ("nan/m", "; write '0/m' to pause, or leave it unset for no limit"),
-        ("inf/m", "; write '0/m' to pause, or leave it unset for no limit"),
-        ("-1/m", "; write '0/m' to pause, or leave it unset for no limit"),
+        ("nan/m", "; write '0/m' to pause, or 'none' for no limit"),
+        ("inf/m", "; write '0/m' to pause, or 'none' for no limit"),
+        ("-1/m", "; write '0/m' to pause, or 'none' for no limit"),
+        ("None", "; write 'none' for no limit"),
+        ("unlimited", "; write 'none' for no limit"),
         ("1/day", ""),
         ("0.0001/h", ""),
         ("", ""),
@@ -45,8 +47,30 @@ def test_anything_but_count_and_unit_is_refused_with_what_to_write(text: str, cu
         RateLimit.parse(text)
 
     assert str(refusal.value) == (
-        f"expected rate limit as COUNT/UNIT, such as '2/m', got: {text!r}{cure}"
+        f"expected rate limit as COUNT/UNIT, such as '2/m', or none, got: {text!r}{cure}"
     )
+
+
+@pytest.mark.parametrize(
+    ("said", "own", "limit"),
+    [
+        (None, "2/m", "2/m"),
+        (None, None, None),
+        ("none", "2/m", None),
+        ("none", None, None),
+        ("5/m", "2/m", "5/m"),
+        ("0/m", None, "0/m"),
+    ],
+)
+def test_no_limit_that_is_said_wins_over_the_tasks_own(
+    said: str | None, own: str | None, limit: str | None
+) -> None:
+    """Nothing that is said leaves the task its own; `none` does not."""
+    found = in_force(
+        None if said is None else parse_limit(said), None if own is None else RateLimit.parse(own)
+    )
+
+    assert found == (None if limit is None else RateLimit.parse(limit))
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ BAD = [
     (
         "AIOWORKER_RATE_LIMIT",
         "2/min",
-        "expected rate limit as COUNT/UNIT, such as '2/m', got: '2/min'; write '2/m'",
+        "expected rate limit as COUNT/UNIT, such as '2/m', or none, got: '2/min'; write '2/m'",
     ),
     ("AIOWORKER_CHUNK_SIZE", "5000", "expected a whole number from 1 to 1000, got: '5000'"),
     ("AIOWORKER_CHUNK_SIZE", "1e2", "expected a whole number from 1 to 1000, got: '1e2'"),
