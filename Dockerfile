@@ -20,7 +20,8 @@ FROM python:${PYTHON}-slim
 COPY --from=build /opt/aioworker /opt/aioworker
 ENV PATH=/opt/aioworker/bin:$PATH PYTHONUNBUFFERED=1
 USER 10001:10001
-WORKDIR /tmp
+# Root's: nobody else can put a module or a .env there, which commands would read.
+WORKDIR /app
 # SIGTERM, Docker's own, lets the running chunk finish: give it longer than the 10 s default,
 # docker stop --time 45, as AIOWORKER_SHUTDOWN_TIMEOUT is 40 s.
 ENTRYPOINT ["aioworker"]

@@ -5,8 +5,10 @@ What is here is all there is to import: `task` registers a function, which may t
 whatever they raise is an `AioworkerError`.
 """
 
-from __future__ import annotations
+# Before all else; even `__future__` is a file that might lie in the current folder.
+from aioworker import early  # noqa: F401 - for what it does
 
+# isort: split
 from typing import TYPE_CHECKING, Any
 
 # Imported here and now: the function `task` has the name of the module it comes from, and

@@ -2,4 +2,5 @@
 
 from aioworker.cli import main
 
-main()
+if __name__ == "__main__":  # a child that multiprocessing spawns imports this, too
+    main()

@@ -11,19 +11,20 @@ from typing import TYPE_CHECKING
 from aioworker.errors import AioworkerError, TaskError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator, Sequence
 
 
-def load(modules: Iterable[str]) -> None:
-    """Import modules, from the current folder too.
+def load(modules: Sequence[str]) -> None:
+    """Import modules, from the current folder too if they are nowhere else.
+
+    What lies there is behind all that is installed: aioworker's own modules are not taken from it.
 
     Raises:
         TaskError: One of them does not import; the text says why and where.
         AioworkerError: Likewise, for a server that is away.
     """
-    folder = os.getcwd()
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+    if modules and (folder := os.getcwd()) not in sys.path:
+        sys.path.append(folder)
     for module in modules:
         try:
             with _without_bytecode():

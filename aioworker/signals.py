@@ -9,6 +9,8 @@ import threading
 from functools import partial
 from typing import TYPE_CHECKING
 
+from aioworker import early
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -60,20 +62,12 @@ def unblock() -> None:
 
 
 def keep_early() -> Callable[[], None]:
-    """Keep what comes while modules are imported; return what raises it again once all listen.
-
-    SIGHUP is kept, whose default action would end the process; SIGTERM and SIGINT too where
-    they waited for this code. They are not blocked: what a module starts would inherit that.
-    """
-    waited = signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    came: set[int] = set()
-    for number in ALL if waited else (signal.SIGHUP,):
-        signal.signal(number, lambda received, _frame: came.add(received))
-        _heard.add(number)
-    unblock()
+    """Keep what comes while modules are imported; return what raises it again once all listen."""
+    early.keep()
+    _heard.update(map(signal.Signals, early.kept))
 
     def raise_again() -> None:
-        for number in came:
+        for number in early.came:
             signal.raise_signal(number)
 
     return raise_again
