@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from aioworker import cli_dead, signals
+from aioworker import cli_dead, console, signals
 from aioworker.errors import AioworkerError, UnknownTaskError, UsageError
 from aioworker.logs import journal_mark
 from aioworker.running import (
@@ -93,7 +93,7 @@ def init(
     """
     settings = prepare(app=app_names)
     tasks = app_tasks(settings, names or [])
-    from aioworker import console, setup
+    from aioworker import setup
 
     if show:
         console.say(setup.setup_text(settings, tasks))
@@ -264,7 +264,6 @@ def status(
     """
     settings = prepare(app=app_names)
     names = to_look(settings, named(name))
-    from aioworker import console
     from aioworker import status as asking
     from aioworker.status_text import text
 
@@ -300,7 +299,6 @@ def health(name: TaskName = None, app_names: App = None) -> None:
     is free, and nothing has started for two intervals.
     """
     settings = prepare(app=app_names)
-    from aioworker import console
     from aioworker.health import check
 
     console.say(run(check(settings, named(name))))
@@ -389,6 +387,7 @@ def main() -> None:
     """Run the command line and exit with its status."""
     if os.getpid() == 1:
         signals.end_as_first_process(signal.SIGTERM)
+    console.open_streams()
     try:
         status = app(standalone_mode=False)
     except AioworkerError as error:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import sys
 import time
 from contextlib import contextmanager
+from io import TextIOWrapper
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,6 +28,15 @@ def remember_app(modules: str | None) -> None:
 def command(words: str) -> str:
     """Return a command as the user would type it, such as `init --print`, for a hint."""
     return f"aioworker {words}{_app}"
+
+
+def open_streams() -> None:
+    """Have all three streams, though whoever started us closed one, and any character in them."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for the whole process
+        elif mode == "w" and isinstance(stream := getattr(sys, name), TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def say(line: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from support import servers
-from tests.conftest import QUEUES, TASK, Lanes, Run, execute
+from tests.conftest import AIOWORKER, COMMAND_SECONDS, QUEUES, TASK, Lanes, Run, execute
 
 if TYPE_CHECKING:
     from pymysql.connections import Connection
@@ -337,3 +337,44 @@ def test_no_permission_to_write_is_said_before_a_message_is_taken(
 
     assert done.returncode == 1
     assert "UPDATE command denied to user" in last_line(done)
+
+
+@pytest.mark.parametrize(
+    ("command", "stream", "status"),
+    [("status", "<&-", 0), ("status", ">&-", 0), ("status", "2>&-", 0), ("publish -", "<&-", 2)],
+)
+def test_a_stream_that_is_closed_changes_nothing(
+    pair: servers.Servers, shop: object, lanes: Lanes, command: str, stream: str, status: int
+) -> None:
+    """As a supervisor may start it."""
+    done = shell(pair, f"{AIOWORKER} {command} {stream}")
+
+    assert (done.returncode, "unexpected" in done.stderr) == (status, False), done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_fault_of_ours(
+    pair: servers.Servers, shop: object, lanes: Lanes
+) -> None:
+    done = shell(pair, f"{AIOWORKER} status | true; echo ${{PIPESTATUS[0]}}")
+
+    assert (done.stdout, done.stderr) in (("0\n", ""), ("1\n", ""))
+
+
+def test_what_the_terminal_cannot_show_is_escaped(run: Run, shop: object) -> None:
+    run("pause", "--reason", "façade")
+
+    said = run("pause", PYTHONIOENCODING="ascii")
+
+    assert (said.returncode, said.stderr) == (0, "")
+    assert r": fa\xe7ade; nothing was changed" in said.stdout
+
+
+def shell(pair: servers.Servers, line: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", line],
+        env=pair.environment,
+        capture_output=True,
+        text=True,
+        timeout=COMMAND_SECONDS,
+        check=False,
+    )
