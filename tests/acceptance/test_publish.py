@@ -201,11 +201,12 @@ async def test_a_sweep_that_loses_its_broker_goes_on_where_it_says(
     run: Run,
     lanes: Lanes,
     shop: Connection[Cursor],
-    endless: None,
     start: Callable[..., Worker],
     broker: servers.Broker,
 ) -> None:
-    sweep = start("publish-all")
+    """It loses it while messages are under way; between two pages it would connect again."""
+    many_ids(shop, 500_000)
+    sweep = start("publish-all", "--chunk-size", "10")
     eventually(lambda: "published" in sweep.log, "the sweep is under way")
 
     broker.control("close_all_connections", "test")
@@ -217,7 +218,7 @@ async def test_a_sweep_that_loses_its_broker_goes_on_where_it_says(
     confirmed = int(command[1].split()[-1])
     many_ids(shop, confirmed + 3000)
     done = run(*command[1].split())
-    assert done.stdout == f"published 3 chunks, 3000 ids, last confirmed id {confirmed + 3000}\n"
+    assert done.stdout == f"published 300 chunks, 3000 ids, last confirmed id {confirmed + 3000}\n"
 
 
 async def test_single_changes_go_to_the_urgent_lane(run: Run, lanes: Lanes) -> None:
