@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent.parent
 OPERATIONS = (ROOT / "docs/operations.md").read_text()
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = (
     "init",
     "consume",
@@ -81,6 +81,16 @@ def test_every_test_that_is_named_is_there(document: Path) -> None:
     assert [
         test for test, link in named if f"def {test}(" not in (document.parent / link).read_text()
     ] == []
+
+
+def test_each_claim_of_what_is_not_trusted_names_its_test() -> None:
+    section = (ROOT / "SECURITY.md").read_text().partition("## What is not trusted")[2]
+    claims = re.findall(
+        r"^- (.*?)(?=^- |^$)", section.partition("\n## ")[0], re.MULTILINE | re.DOTALL
+    )
+
+    assert len(claims) >= 6
+    assert [claim for claim in claims if "](tests/" not in claim] == []
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["consume", "--help"], []])

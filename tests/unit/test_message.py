@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from contextlib import suppress
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from aioworker.addons import update_current_version
 from aioworker.chunk import check_ids
 from aioworker.errors import AioworkerError, MessageRefusedError, UsageError
-from aioworker.message import decode, encode, retries
+from aioworker.message import BODY_LIMIT, decode, encode, retries
 
 TASK = "update_current_version"
 HEADERS = {"task": TASK, "id": "one"}
@@ -232,6 +233,17 @@ def test_a_moment_that_is_not_sure_is_refused(expires: object) -> None:
     """600 may be ten minutes from a moment that nobody knows."""
     with pytest.raises(MessageRefusedError, match=r"^expected header expires in ISO 8601"):
         decode(TASK, HEADERS | {"expires": expires}, None, body([1]))
+
+
+def test_a_body_that_unpacks_to_more_than_is_allowed_is_refused() -> None:
+    """Four kilobytes can be made to unpack to four megabytes: what is kept of them is bounded."""
+    packed = zlib.compress(body(["x" * BODY_LIMIT]), 9)
+    assert len(packed) < BODY_LIMIT / 500
+
+    with pytest.raises(MessageRefusedError) as refusal:
+        decode(TASK, HEADERS | {"compression": "application/x-gzip"}, None, packed)
+
+    assert str(refusal.value) == f"expected a whole body of up to {BODY_LIMIT} bytes unpacked"
 
 
 def test_text_in_another_encoding_is_refused() -> None:
