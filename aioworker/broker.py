@@ -11,6 +11,7 @@ import contextlib
 import struct
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import aio_pika
 from aio_pika.exceptions import (
@@ -72,19 +73,30 @@ async def connect(
                     connection_class=CarefulConnection if careful else aio_pika.Connection,
                 )
         except CONNECT_FAILURES as error:
-            failure = _refused(error, address)
+            failure = await _refused(error, address)
             failure.__cause__ = error
     raise failure
 
 
-def _refused(error: Exception, address: BrokerAddress) -> BrokerError:
-    reason = None if address.tls is None else address.tls.explain(error)
-    if reason is not None:
+async def _refused(error: Exception, address: BrokerAddress) -> BrokerError:
+    asked = address.tls
+    reason = None if asked is None else asked.explain(error)
+    if asked is not None and reason is not None:
+        reason += await tls.names(error, lambda: _certificate(address, asked.of_any_host()))
         text = f"cannot connect to RabbitMQ at {address.shown}: {reason}; check AIOWORKER_AMQP_URL"
         return BrokerError(text, unreachable=tls.cut_off(error))
     # What answers and refuses is not away.
     away = not isinstance(error, AuthenticationError | InvalidFrameError | TlsFileError)
     return BrokerError(_explain_connect(error, address), unreachable=away)
+
+
+async def _certificate(address: BrokerAddress, asked: tls.Tls) -> tls.Certificate:
+    """Shake hands with a node, and say no more."""
+    at = urlsplit(address.url.get_secret_value())
+    _reader, writer = await asyncio.open_connection(at.hostname, at.port, ssl=asked.context())
+    writer.close()
+    found: tls.Certificate = writer.get_extra_info("peercert")
+    return found
 
 
 def _explain_connect(error: Exception, address: BrokerAddress) -> str:

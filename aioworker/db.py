@@ -236,7 +236,8 @@ class Database:
         """
         connection = await self._log_in()
         with _closing_on_error(connection):
-            server = await session.begin(connection, self.timeout)
+            with login.expecting_mysql():
+                server = await session.begin(connection, self.timeout)
             reason = server.unfit(single_writer=self._single_writer)
             if reason is not None:
                 raise DatabaseError(f"cannot use MySQL at {self.address.shown}: {reason}")
@@ -264,7 +265,7 @@ class Database:
         try:
             async with asyncio.timeout(KILL_SECONDS):
                 connection = await self._log_in()
-                with _closing_on_error(connection):
+                with _closing_on_error(connection), login.expecting_mysql():
                     await connection.query(f"KILL QUERY IS_USED_LOCK('{lock}')")
                 connection.close()
         except (MySQLError, OSError) as error:

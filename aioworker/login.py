@@ -6,8 +6,9 @@ text if they offer no TLS, and hands over the password if they ask for it; here 
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import aiomysql
 from pymysql.constants import CLIENT, CR
@@ -17,12 +18,15 @@ from aioworker import tls
 from aioworker.errors import TlsFileError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from aioworker.addresses import DatabaseAddress
 
 PACKET_BYTES = 65_536  # before the login; MySQL's own are a few hundred
 # Ways to log in that never send the password itself over a connection that anybody can read.
 _HASHED = ("mysql_native_password", "caching_sha2_password", "sha256_password")
 _CLEAR = "mysql_clear_password"
+_Kind = TypeVar("_Kind", bound="Connection")
 
 
 async def connect(address: DatabaseAddress, **settings: Any) -> Connection:
@@ -36,10 +40,37 @@ async def connect(address: DatabaseAddress, **settings: Any) -> Connection:
         MySQLError: It cannot be had, whatever the server sent.
     """
     try:
-        context = None if address.tls is None else address.tls.context()
+        connection = _unopened(Connection, address, address.tls, settings)
     except TlsFileError as error:
         raise OperationalError(CR.CR_SSL_CONNECTION_ERROR, str(error)) from error
-    connection = Connection(
+    try:
+        with expecting_mysql():
+            await connection._connect()
+    except BaseException as error:
+        connection.close()
+        explained = await _explained(error, address) if isinstance(error, Exception) else None
+        if explained is None:
+            raise
+        raise explained from error
+    return connection
+
+
+@contextmanager
+def expecting_mysql() -> Iterator[None]:
+    """Turn what aiomysql makes of packets that are none into an error of MySQL's."""
+    try:
+        yield
+    except (MySQLError, OSError):
+        raise
+    except Exception as error:
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise OperationalError(0, f"no MySQL server's answer: {words}") from error
+
+
+def _unopened(
+    kind: type[_Kind], address: DatabaseAddress, asked: tls.Tls | None, settings: dict[str, Any]
+) -> _Kind:
+    return kind(
         host=address.host,
         port=address.port,
         user=address.user,
@@ -47,22 +78,32 @@ async def connect(address: DatabaseAddress, **settings: Any) -> Connection:
         password=address.password.get_secret_value().encode().decode("latin-1"),
         db=address.database,
         unix_socket=address.unix_socket,
-        ssl=context,
+        ssl=None if asked is None else asked.context(),
         **settings,
     )
+
+
+async def _explained(error: Exception, address: DatabaseAddress) -> OperationalError | None:
+    """Return what went wrong with TLS, if it was that."""
+    asked = address.tls
+    reason = None if asked is None else asked.explain(error)
+    if asked is None or reason is None:
+        return None
+    reason += await tls.names(error, lambda: _certificate(address, asked.of_any_host()))
+    lost = tls.cut_off(error)
+    return OperationalError(CR.CR_SERVER_LOST if lost else CR.CR_SSL_CONNECTION_ERROR, reason)
+
+
+async def _certificate(address: DatabaseAddress, asked: tls.Tls) -> tls.Certificate:
+    """Shake hands with the server, and say no more."""
+    looking = _unopened(_Looking, address, asked, {})
     try:
-        await connection._connect()
-    except BaseException as error:
-        connection.close()
-        if address.tls is not None and (reason := address.tls.explain(error)) is not None:
-            lost = CR.CR_SERVER_LOST if tls.cut_off(error) else CR.CR_SSL_CONNECTION_ERROR
-            raise OperationalError(lost, reason) from error
-        if isinstance(error, MySQLError) or not isinstance(error, Exception):
-            raise
-        # Whatever aiomysql makes of packets that are none.
-        words = " ".join(str(error).split()) or type(error).__name__
-        raise OperationalError(0, f"no MySQL server's answer: {words}") from error
-    return connection
+        await looking._connect()
+    except _SeenError as seen:
+        return seen.certificate
+    finally:
+        looking.close()
+    return {}
 
 
 class Connection(aiomysql.Connection):  # type: ignore[misc]  # aiomysql has no types
@@ -122,3 +163,19 @@ class Connection(aiomysql.Connection):  # type: ignore[misc]  # aiomysql has no 
                 CR.CR_AUTH_PLUGIN_ERR,
                 f"{plugin} needs TLS (ssl_mode, ssl_ca) or `pip install 'aioworker[rsa]'`",
             )
+
+
+class _SeenError(Exception):
+    def __init__(self, certificate: tls.Certificate) -> None:
+        self.certificate = certificate
+
+
+class _Looking(Connection):
+    """A connection that ends with the handshake of TLS, before the login."""
+
+    def write_packet(self, payload: bytes) -> None:
+        """Send what asks for TLS, and nothing after it."""
+        certificate = self._writer.transport.get_extra_info("peercert")
+        if certificate is not None:
+            raise _SeenError(certificate)
+        super().write_packet(payload)

@@ -11,13 +11,15 @@ import base64
 import os
 import ssl
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aioworker.errors import TlsFileError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Awaitable, Callable, Iterator, Mapping
+
+    Certificate = Mapping[str, Any]  # as ssl decodes one
 
 _Error = TypeVar("_Error", bound=BaseException)
 
@@ -25,6 +27,7 @@ MODES = ("disabled", "required", "verify_ca", "verify_identity")
 WORDS = ("ssl_mode", "ssl_ca", "ssl_cert", "ssl_key")
 # What aiormq takes in a URL beside them.
 AMQP_WORDS = ("no_verify_ssl", "capath", "cadata")
+NAMES_SECONDS = 2.0
 _ON, _OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 _OTHER_HOST = (62, 64)  # OpenSSL's numbers: a host's name, an address
 _OUT_OF_DATE = (9, 10)
@@ -81,6 +84,10 @@ class Tls:
             words.get("capath"),
             _base64(words["cadata"]) if "cadata" in words else None,
         )
+
+    def of_any_host(self) -> Tls:
+        """Return the same, whatever host the certificate is for."""
+        return replace(self, mode="verify_ca")
 
     def context(self) -> ssl.SSLContext:
         """Return a context made of the files as they are now: TLS 1.2 or newer.
@@ -151,6 +158,24 @@ class Tls:
                 capath=self.folder,
                 cadata=base64.b64decode(self.authorities) if self.authorities else None,
             )
+
+
+async def names(error: BaseException, shake_hands: Callable[[], Awaitable[Certificate]]) -> str:
+    """Return what to write behind an error's words: what a certificate for another host names.
+
+    Args:
+        error: What connecting ended with.
+        shake_hands: Connects again to see the certificate, and says no more.
+    """
+    cause = _cause(error, ssl.SSLCertVerificationError)
+    if cause is None or cause.verify_code not in _OTHER_HOST:
+        return ""
+    try:
+        async with asyncio.timeout(NAMES_SECONDS):
+            certificate = await shake_hands()
+    except Exception:  # noqa: BLE001 - the error is told without them
+        return ""
+    return ": " + ", ".join(value for _kind, value in certificate.get("subjectAltName", ()))
 
 
 def cut_off(error: BaseException) -> bool:

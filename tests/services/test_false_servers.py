@@ -141,6 +141,18 @@ DATABASES: list[tuple[str, str, Part, str]] = [
         says(greeting(), false_servers.LOGGED_IN, false_servers.WANTS_A_FILE),
         "is it a MySQL server?",
     ),
+    (
+        "talks nonsense after the login",
+        "",
+        says(greeting(), false_servers.LOGGED_IN, packet(1, b"\x01") + packet(2, b"\x03")),
+        "is it a MySQL server?",
+    ),
+    (
+        "silent after the login",
+        "",
+        says(greeting(), false_servers.LOGGED_IN),
+        SILENCE,
+    ),
     ("refuses at once", "", says(refusal(0, b"too many\x1b[2J\n of you")), "too many"),
     (
         "a plugin with a strange name",
