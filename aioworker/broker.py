@@ -212,6 +212,22 @@ class Publisher:
             raise BrokerError(f"RabbitMQ opened no channel: {describe(error)}") from error
         return self._channel
 
+    async def probe(self, queue: str) -> None:
+        """See that RabbitMQ takes and confirms messages now, by one that no queue gets.
+
+        Args:
+            queue: What the error is to be about.
+
+        Raises:
+            BrokerError: It does not: it is short of memory or disk, or refuses.
+        """
+        channel = await self._open()
+        try:
+            async with asyncio.timeout(self._timeout):
+                await channel.default_exchange.publish(aio_pika.Message(b""), "", mandatory=False)
+        except FAILURES as error:
+            raise explain(error, queue) from error
+
     async def unblocked(self) -> None:
         """Return when RabbitMQ, short of memory or disk before, takes messages again."""
         transport = self._connection.transport if self._connection is not None else None

@@ -101,7 +101,7 @@ def requeue(
     """Put dead letters back into their lanes; their attempts are counted anew.
 
     Without a filter, all of the task. Each is confirmed in its lane before it leaves the
-    dead letters.
+    dead letters. Exits 1 if no letter has one of the ids; the others are done.
     """
     wanted = _filter(ids, reason, older_than)
     settings = prepare(app=app_names)
@@ -128,7 +128,7 @@ def drop(
     shown = None
     if not yes:
         # Nothing is held, and no event loop runs, while a person thinks.
-        shown = run(dead.look(settings, task, wanted))
+        shown = run(dead.preview(settings, task, wanted))
         what = console.count(shown.total(), "dead letter")
         if shown and not _ask(f"drop {what} of {task} for good?"):
             raise AioworkerError("dropped nothing; --yes drops without asking")

@@ -112,7 +112,7 @@ class Filter:
 
 def text(value: Any) -> str | None:
     """Return a header's value as a person reads it; None where there is none."""
-    if isinstance(value, bytes):
+    if isinstance(value, bytes | bytearray):
         return value.decode("utf-8", "backslashreplace")
     return None if value is None else str(value)
 

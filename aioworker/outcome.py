@@ -28,7 +28,7 @@ from aioworker.message import PROPERTIES, UNREADABLE, retries
 from aioworker.trouble import Trouble
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator
+    from collections.abc import Collection, Hashable, Iterator
     from datetime import datetime
 
     from aio_pika.abc import AbstractIncomingMessage
@@ -39,10 +39,15 @@ ID_BYTES = 200  # of what others call their messages: AMQP has room for 255
 TEXT_BYTES = 16_000  # of a reason or a traceback: a thousand ids are 11,000
 FOREIGN_HEADER_BYTES = 64 * 1024
 TIME_LENGTH = 64  # of a moment in ISO 8601
-_BROKERS = frozenset(
-    {
-        "x-delivery-count",
-        "x-acquired-count",
+_COUNTS = frozenset({"x-delivery-count", "x-acquired-count"})
+# Whoever publishes these has RabbitMQ send the message to other queues too.
+_ROUTES = frozenset({"CC", "BCC"})
+# When a message is to run: somebody who brings it back says now.
+_TIMES = frozenset({"eta", "expires"})
+_BROKERS = (
+    _COUNTS
+    | _ROUTES
+    | {
         "x-death",
         "x-first-death-exchange",
         "x-first-death-queue",
@@ -50,9 +55,6 @@ _BROKERS = frozenset(
         "x-last-death-exchange",
         "x-last-death-queue",
         "x-last-death-reason",
-        # Whoever publishes these has RabbitMQ send the message to other queues too.
-        "CC",
-        "BCC",
     }
 )
 
@@ -202,14 +204,46 @@ def retry(delivery: AbstractIncomingMessage, outcome: Outcome, now: datetime) ->
 
 
 def revived(delivery: AbstractIncomingMessage) -> aio_pika.Message:
-    """Copy a dead letter for its lane: a message as it was published first."""
+    """Copy a dead letter for its lane: as it was published first, to be run whatever the time."""
     copy = _copy(delivery, {"retries": 0})
     copy.headers = {
         name: value
         for name, value in copy.headers.items()
-        if not name.startswith("x-aioworker-") or name in (UNREADABLE, PROPERTIES)
+        if name not in _TIMES
+        and (not name.startswith("x-aioworker-") or name in (UNREADABLE, PROPERTIES))
     }
     return copy
+
+
+def kept(delivery: AbstractIncomingMessage, users: Collection[str]) -> aio_pika.Message:
+    """Copy a dead letter to lie where it lay: all that RabbitMQ will not act on stays as it is.
+
+    Args:
+        delivery: The letter.
+        users: Who publishes the copy, by any of its connections' names.
+    """
+    headers = {}
+    for name, value in delivery.headers.items():
+        if name not in _COUNTS:
+            headers[f"x-aioworker-{name}" if name in _ROUTES else name] = _portable(value)
+    user = delivery.user_id
+    # RabbitMQ takes a message in its publisher's own name only.
+    if user is not None and set(users) != {user}:
+        headers["x-aioworker-user-id"], user = user, None
+    return aio_pika.Message(
+        delivery.body,
+        headers=headers,
+        content_type=delivery.content_type,
+        content_encoding=delivery.content_encoding,
+        priority=delivery.priority,
+        correlation_id=delivery.correlation_id,
+        reply_to=delivery.reply_to,
+        message_id=delivery.message_id or message_id(delivery),
+        timestamp=delivery.timestamp,
+        type=delivery.type,
+        user_id=user,
+        app_id=delivery.app_id,
+    )
 
 
 def dead_letter(
@@ -267,9 +301,22 @@ def _copy(delivery: AbstractIncomingMessage, headers: dict[str, Any]) -> aio_pik
 def _portable(value: Any) -> Any:
     """Return what AMQP can carry: some of what it can bring, it cannot take back."""
     try:
-        encode_table_value(value)
+        carried = _with_bytes(value)
+        encode_table_value(carried)
     except (TypeError, ValueError, OverflowError, RecursionError, struct.error):
         return reprlib.repr(value)
+    return carried
+
+
+def _with_bytes(value: Any) -> Any:
+    """Return text that is no UTF-8, which arrives as bytes, as an array of bytes."""
+    match value:
+        case bytes():
+            return bytearray(value)
+        case list():
+            return [_with_bytes(one) for one in value]
+        case dict():
+            return {name: _with_bytes(one) for name, one in value.items()}
     return value
 
 

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from aioworker.settings import Settings
     from aioworker.task import AnyTask
 
+POLICIES = (
+    "a policy such as delivery-limit, max-length, message-ttl or expires takes messages away from"
+    " these queues, unseen by aioworker: `rabbitmqctl list_policies` shows it, docs/operations.md"
+    " what it does"
+)
+
 
 async def init(settings: Settings, tasks: Sequence[AnyTask]) -> None:
     """Make the budget's tables, declare the tasks' queues and wait until they are safe.
@@ -41,6 +47,7 @@ async def init(settings: Settings, tasks: Sequence[AnyTask]) -> None:
             made = await tables.create(database, [task.name for task in tasks])
             for name in tables.NAMES:
                 say(f"table {name}: {'made' if name in made else 'was there'}")
+        tell(POLICIES)
         # Also when they were there: another init may have made them a moment ago.
         tell(f"waiting {topology.SAFE_AFTER_SECONDS:g} s until the queues are safe")
         await topology.wait_until_safe(connection, queues, timeout)

@@ -120,6 +120,7 @@ class Place:
         self._folder.mkdir(parents=True)
         self._size = 1
         self._workers: list[Worker] = []
+        self._commands: list[subprocess.Popen[str]] = []
         self._add_host(retry_ms)
         self.shop: Connection[Cursor] = servers.connect(self.servers.mysql_url, create=True)
         site.create(self.shop)
@@ -235,6 +236,20 @@ class Place:
             check=False,
         )
 
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start a command whose words are read by `communicate`; killed at the end."""
+        self._commands.append(
+            subprocess.Popen(
+                [AIOWORKER, *arguments],
+                env=self.through.environment,
+                cwd=self._folder,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+        return self._commands[-1]
+
     def worker(self, *arguments: str, **variables: str) -> Worker:
         """Start a worker."""
         folder = self._folder / str(len(self._workers))
@@ -246,6 +261,9 @@ class Place:
         """End the workers, and take the virtual host away: a broker starts faster without."""
         for worker in self._workers:
             worker.end()
+        for command in self._commands:
+            command.kill()
+            command.communicate()
         self.shop.close()
         self._broker.control("delete_vhost", self.name)
 

@@ -73,6 +73,7 @@ def test_a_copy_fits_into_its_frame(
         outcome.retry(delivery, why, NOW),
         outcome.dead_letter(delivery, why, "here:1", NOW),
         outcome.revived(delivery),
+        outcome.kept(delivery, {"guest"}),
     ):
         sent = ContentHeader(body_size=4, properties=copy.properties).marshal()
         assert len(sent) <= FRAME_BYTES
@@ -90,3 +91,39 @@ def test_when_it_failed_first_is_kept() -> None:
     copy = outcome.retry(delivery, Outcome(Kind.RETRY, "why"), NOW)
 
     assert copy.headers["x-aioworker-first-failed-at"] == moment
+
+
+def test_a_letter_that_stays_keeps_what_the_next_look_needs() -> None:
+    """Its header in Latin-1 arrives as bytes; RabbitMQ sends to wherever `CC` says."""
+    delivery = delivered(
+        headers={
+            "id": "a",
+            "CC": ["elsewhere"],
+            "latin": bytearray(b"caf\xe9"),
+            "x-delivery-count": 3,
+            "x-death": [{"reason": "delivery_limit"}],
+        },
+        user_id="zamboni",
+        expiration="1",
+    )
+
+    copy = outcome.kept(delivery, {"guest"})
+
+    assert copy.headers == {
+        "id": "a",
+        "x-aioworker-CC": ["elsewhere"],
+        "latin": bytearray(b"caf\xe9"),
+        "x-death": [{"reason": "delivery_limit"}],
+        "x-aioworker-user-id": "zamboni",
+    }
+    assert (copy.user_id, copy.expiration) == (None, None)
+    assert outcome.kept(delivery, {"zamboni"}).user_id == "zamboni"
+
+
+def test_what_a_person_brings_back_is_to_run_now() -> None:
+    """An expired letter was requeued, acknowledged unrun, and nowhere to be found."""
+    headers = {"id": "a", "expires": "2026-01-01T00:00:00", "eta": "2026-01-01T00:00:00"}
+
+    copy = outcome.revived(delivered(headers={**headers, "timelimit": [3, None]}))
+
+    assert copy.headers == {"id": "a", "timelimit": [3, None], "retries": 0}

@@ -1,0 +1,253 @@
+"""Dead letters under an operator's policies, which a client cannot see."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import aio_pika
+import pytest
+
+from aioworker import dead, topology
+from aioworker.letters import Filter
+from aioworker.settings import Settings
+from support import servers
+from tests.conftest import PREFIX, QUEUES, TASK, Run
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from aio_pika.abc import AbstractIncomingMessage
+
+IDS = ["a", "b", "c", "d"]
+LOOKS = 10
+HOUR_MS = 3_600_000
+# Every key that RabbitMQ 3.10 to 4 has for queues, with values under which it takes no letter
+# by itself; a None stands for what is no queue's, or makes RabbitMQ send letters elsewhere.
+POLICIES: dict[str, list[dict[str, Any]] | None] = {
+    "delivery-limit": [{"delivery-limit": limit} for limit in (0, 1, 3)],
+    "max-length": [
+        {"max-length": len(IDS)},
+        {"max-length": len(IDS), "overflow": "drop-head"},
+        {"max-length": len(IDS), "overflow": "reject-publish"},
+    ],
+    "max-length-bytes": [{"max-length-bytes": 4000, "overflow": "drop-head"}],
+    "overflow": [{"overflow": "reject-publish"}],
+    "message-ttl": [{"message-ttl": HOUR_MS}],
+    "expires": [{"expires": HOUR_MS}],
+    "dead-letter-exchange": [{"dead-letter-exchange": ""}],
+    "dead-letter-routing-key": [
+        {"dead-letter-exchange": "", "dead-letter-routing-key": "elsewhere", "delivery-limit": 0}
+    ],
+    "dead-letter-strategy": [
+        {
+            "dead-letter-exchange": "",
+            "dead-letter-routing-key": "elsewhere",
+            "dead-letter-strategy": "at-least-once",
+            "overflow": "reject-publish",
+            "delivery-limit": 0,
+        }
+    ],
+    "max-in-memory-length": [{"max-in-memory-length": 1}],
+    "max-in-memory-bytes": [{"max-in-memory-bytes": 1}],
+    "queue-mode": [{"queue-mode": "lazy"}],
+    "queue-version": [{"queue-version": 2}],
+    "ha-mode": [{"ha-mode": "all"}],
+    "ha-params": [{"ha-mode": "exactly", "ha-params": 2}],
+    "ha-sync-mode": [{"ha-mode": "all", "ha-sync-mode": "automatic"}],
+    "ha-sync-batch-size": [{"ha-mode": "all", "ha-sync-batch-size": 1}],
+    "ha-promote-on-shutdown": [{"ha-mode": "all", "ha-promote-on-shutdown": "always"}],
+    "ha-promote-on-failure": [{"ha-mode": "all", "ha-promote-on-failure": "always"}],
+    "queue-leader-locator": [{"queue-leader-locator": "balanced"}],
+    "queue-master-locator": [{"queue-master-locator": "client-local"}],
+    "target-group-size": [{"target-group-size": 1}],
+    "consumer-timeout": [{"consumer-timeout": 60_000}],
+    "delayed-retry-type": None,
+    "delayed-retry-min": None,
+    "delayed-retry-max": None,
+    "consumer-disconnected-timeout": None,
+    "max-age": None,
+    "stream-max-segment-size-bytes": None,
+    "stream-filter-size-bytes": None,
+    "initial-cluster-size": None,
+    "alternate-exchange": None,
+}
+CASES = [definition for values in POLICIES.values() for definition in values or ()]
+KINDS = ("quorum", "classic")
+
+
+def task(number: int, kind: str) -> str:
+    """Name the task whose queues have the policy of this number."""
+    return f"{kind}{number}"
+
+
+@pytest.fixture(scope="module")
+def known(private: servers.Servers) -> list[str]:
+    """The policy keys that this RabbitMQ has, by its own word."""
+    assert private.broker is not None
+    asked = "[K || {K, _} <- rabbit_registry:lookup_all(policy_validator)]."
+    return re.findall(r"'?([\w-]+)'?[,\]]", private.broker.control("eval", asked))
+
+
+@pytest.fixture(scope="module")
+def host(
+    private: servers.Servers, known: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """A virtual host in which each policy holds for one task of each kind of queue."""
+    assert private.broker is not None
+    policies = [
+        {
+            "vhost": "policies",
+            "name": f"policy{number}",
+            "pattern": f"^{PREFIX}\\.(quorum|classic){number}(\\.|$)",
+            "apply-to": "queues",
+            "priority": 1,
+            "definition": definition,
+        }
+        for number, definition in enumerate(CASES)
+        if set(definition) <= set(known)
+    ]
+    rights = {"user": "guest", "configure": ".*", "write": ".*", "read": ".*"}
+    path = tmp_path_factory.mktemp("policies") / "definitions.json"
+    path.write_text(
+        json.dumps(
+            {
+                "vhosts": [{"name": "policies"}],
+                "permissions": [{"vhost": "policies"} | rights],
+                "policies": policies,
+            }
+        )
+    )
+    private.broker.control("import_definitions", str(path))
+    yield private.broker.url("policies")
+    private.broker.control("delete_vhost", "policies")
+
+
+@pytest.fixture
+async def channel(
+    host: str, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[aio_pika.abc.AbstractChannel]:
+    """A channel in that virtual host, which the settings name."""
+    monkeypatch.setenv("AIOWORKER_AMQP_URL", host)
+    connection = await aio_pika.connect(host)
+    yield await connection.channel()
+    await connection.close()
+
+
+async def lay(channel: aio_pika.abc.AbstractChannel, name: str, kind: str) -> topology.Queues:
+    """Lay four dead letters of a task, whose queues are declared if need be."""
+    queues = topology.Queues.of(name, PREFIX)
+    for queue, arguments in queues.arguments(kind).items():
+        await channel.declare_queue(queue, durable=True, arguments=arguments)
+    for number, letter in enumerate(IDS):
+        message = aio_pika.Message(f"body {letter}".encode(), **properties(number, letter))
+        await channel.default_exchange.publish(message, queues.dead)
+    return queues
+
+
+async def take(channel: aio_pika.abc.AbstractChannel, queue: str) -> AbstractIncomingMessage:
+    """Take one message for good, without RabbitMQ's own header."""
+    found = await (await channel.get_queue(queue, ensure=False)).get(no_ack=True, timeout=10)
+    found.headers.pop("x-delivery-count", None)
+    return found
+
+
+def properties(number: int, name: str) -> dict[str, Any]:
+    """Return properties that a look may not lose."""
+    at = datetime(2026, 1, 2, 3, 4, number, tzinfo=UTC)
+    return {
+        "headers": {
+            "id": name,
+            "task": TASK,
+            "x-death": [{"queue": QUEUES.bulk, "reason": "delivery_limit", "time": at, "count": 1}],
+            "x-first-death-reason": "delivery_limit",
+            "x-aioworker-reason": "why\nindeed",
+            "x-aioworker-unreadable": "properties",
+            "number": 2**40,
+            "nested": {"list": [1, 2.5, None, True, bytearray(b"\xff")]},
+        },
+        "content_type": "application/json",
+        "content_encoding": "utf-8",
+        "delivery_mode": 2,
+        "priority": number,
+        "correlation_id": f"correlation {name}",
+        "reply_to": "nobody",
+        "message_id": f"message {name}",
+        "timestamp": at,
+        "type": "a type",
+        "user_id": "guest",
+        "app_id": "an app",
+    }
+
+
+def test_every_policy_that_this_rabbitmq_has_is_tried(known: list[str]) -> None:
+    """A newer one may have keys that nobody has thought about."""
+    of_plugins = {key for key in known if key.startswith(("federation-", "shards-", "routing-key"))}
+
+    assert "delivery-limit" in known
+    assert set(known) - of_plugins <= set(POLICIES)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[str(case) for case in CASES])
+async def test_no_look_ends_a_letter(
+    channel: aio_pika.abc.AbstractChannel,
+    known: list[str],
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+    kind: str,
+) -> None:
+    """Under `delivery-limit` 3 the fifth list said that there were none."""
+    if not set(CASES[number]) <= set(known):
+        return  # this RabbitMQ has no such policy
+    name = task(number, kind)
+    queues = await lay(channel, name, kind)
+    settings = Settings.load()
+
+    for look in range(LOOKS):
+        await dead.show_list(settings, name, Filter(), as_json=look % 2 == 1)
+        told = capsys.readouterr()
+        assert told.out.count("\n") == len(IDS), (look, told)
+    await dead.show_one(settings, name, "c", as_json=False)
+    await dead.show_one(settings, name, "c", as_json=True)
+    await dead.preview(settings, name, Filter(reason="indeed"))
+    await dead.requeue(settings, name, Filter(reason="no such"))
+    await dead.drop(settings, name, Filter(reason="no such"))
+
+    for letter_number, letter in enumerate(IDS):
+        lies = await take(channel, queues.dead)
+        assert lies.body == f"body {letter}".encode()
+        sent = properties(letter_number, letter)
+        assert {known: getattr(lies, known) for known in sent} == sent
+
+
+@pytest.mark.parametrize("limit", [0, 1, 3])
+async def test_a_requeue_and_a_drop_keep_what_they_do_not_mean(
+    channel: aio_pika.abc.AbstractChannel, limit: int
+) -> None:
+    name = task(CASES.index({"delivery-limit": limit}), "quorum")
+    queues = await lay(channel, name, "quorum")
+    settings = Settings.load()
+
+    await dead.requeue(settings, name, Filter(ids=frozenset({"b"})))
+    await dead.drop(settings, name, Filter(ids=frozenset({"c"})))
+
+    assert [(await take(channel, queues.dead)).headers["id"] for _ in range(2)] == ["a", "d"]
+    assert (await take(channel, queues.bulk)).headers["id"] == "b"
+
+
+async def test_a_monitors_look_ends_no_letter(
+    channel: aio_pika.abc.AbstractChannel, run: Run, host: str
+) -> None:
+    """By the commands themselves; `status` takes none at all."""
+    name = task(CASES.index({"delivery-limit": 0}), "quorum")
+    queues = await lay(channel, name, "quorum")
+    variables = {"AIOWORKER_AMQP_URL": host, "AIOWORKER_BUDGET": "worker"}
+
+    for _ in range(3):
+        assert run("dead", "list", name, "--json", **variables).stdout.count("\n") == len(IDS)
+        assert run("dead", "list", name, **variables).stderr == f"4 dead letters of {name}\n"
+
+    assert [(await take(channel, queues.dead)).headers["id"] for _ in IDS] == IDS
