@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from aioworker import broker, meant, tables, topology
+from aioworker.clock import own_time
 from aioworker.console import command, duration
 from aioworker.controls import limit_and_source
 from aioworker.errors import BrokerError, DatabaseError
@@ -131,7 +132,9 @@ class Status:
 
     Args:
         task: The task's name.
-        at: The moment, UTC.
+        at: The moment, UTC, by the database's clock, or this machine's if that cannot be asked.
+        clock_ahead_seconds: How far this machine's clock is ahead of the database's; None when
+            that cannot be asked.
         waits: Why it waits now, or that it runs.
         queued: What is in its queues; None when RabbitMQ cannot be asked.
         backlog_seconds: How long the lanes take at this rate; None when nobody can tell.
@@ -143,6 +146,7 @@ class Status:
 
     task: str
     at: datetime
+    clock_ahead_seconds: float | None
     waits: str
     queued: Queued | None
     backlog_seconds: float | None
@@ -168,6 +172,7 @@ class _Told:
     row: Row | None = None
     turn: str | None = None
     workers: list[Worker] | None = None
+    ahead: float | None = None
 
 
 async def look(settings: Settings, names: Sequence[str]) -> list[Status]:
@@ -187,7 +192,8 @@ async def look(settings: Settings, names: Sequence[str]) -> list[Status]:
         found.append(
             Status(
                 task=name,
-                at=datetime.now(UTC),
+                at=of_task.row.now if of_task.row else own_time(),
+                clock_ahead_seconds=of_task.ahead,
                 waits=waits,
                 queued=queued.get(name),
                 backlog_seconds=_backlog_seconds(queued.get(name), limit),
@@ -239,8 +245,9 @@ async def _ask_database(
 
 async def _told(database: Database, name: str) -> _Told:
     row = await peek(database, name)
+    ahead = None if row is None else (own_time() - row.now).total_seconds()
     turn = await holder(database, name, row.turn if row else 0)
-    return _Told(row, turn and turn.name, await workers(database, name))
+    return _Told(row, turn and turn.name, await workers(database, name), ahead)
 
 
 async def workers(database: Database, task: str) -> list[Worker]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from aioworker.clock import APART_SECONDS
 from aioworker.console import duration
 
 if TYPE_CHECKING:
@@ -39,6 +40,11 @@ def lines(status: Status) -> list[tuple[str, str]]:
     if status.budget is not None and status.budget.rates_differ:
         rates = {one.rate or "none" for one in status.workers or [] if one.alive}
         shown.append(("warning", f"workers differ in their own rate: {', '.join(sorted(rates))}"))
+    ahead = status.clock_ahead_seconds or 0.0
+    if abs(ahead) > APART_SECONDS:
+        way = "ahead of" if ahead > 0 else "behind"
+        words = f"this machine's clock is {duration(abs(ahead))} {way} the database's, which counts"
+        shown.append(("warning", words))
     shown.append(("broker", status.broker_error or "reachable"))
     if status.budget is None or status.budget.scope == "shared":
         shown.append(("database", status.database_error or "reachable"))
@@ -55,8 +61,8 @@ def _budget_lines(limit: Limit) -> list[tuple[str, str]]:
     if limit.scope != "shared":
         return shown
     if limit.last_start is None:
-        counted = limit.interval_seconds is not None or limit.paused
-        shown.append(("last start", "never" if counted else "not counted without a rate limit"))
+        unlimited = limit.rate == "none"
+        shown.append(("last start", "not counted without a rate limit" if unlimited else "never"))
     else:
         by = f" by {limit.last_worker}" if limit.last_worker else ""
         shown.append(("last start", f"{limit.last_start:%Y-%m-%d %H:%M:%S} UTC{by}"))

@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,9 @@ from pydantic import TypeAdapter
 
 from aioworker import tables
 from aioworker.db import Database
-from aioworker.status import Status
+from aioworker.settings import Settings
+from aioworker.status import Status, look
+from aioworker.status_text import lines
 from support import servers
 from tests.conftest import TASK, Lanes, Run, Worker, eventually, execute, rows, simple_addons
 
@@ -198,6 +201,32 @@ def test_a_worker_that_has_not_seen_the_queue_yet_tells_nothing_of_it(
     assert re.fullmatch(
         r"a start is due and not begun; here:9 was last seen \d+ s ago", status()["waits"]
     )
+
+
+@pytest.mark.parametrize("minutes", [20, -20, 0])
+async def test_a_clock_that_is_not_the_databases_is_shown(
+    pair: servers.Servers,
+    lanes: Lanes,
+    shop: object,
+    monkeypatch: pytest.MonkeyPatch,
+    minutes: int,
+) -> None:
+    """Whoever reads the times of the database by a wrong clock of his own should know."""
+    for name, value in pair.environment.items():
+        monkeypatch.setenv(name, value)
+    ahead = timedelta(minutes=minutes)
+    monkeypatch.setattr("aioworker.status.own_time", lambda: datetime.now(UTC) + ahead)
+
+    [found] = await look(Settings.load(), [TASK])
+
+    assert abs(found.at - datetime.now(UTC)) < timedelta(minutes=5)
+    warnings = [words for name, words in lines(found) if name == "warning"]
+    assert len(warnings) == (minutes != 0)
+    way = "ahead of" if minutes > 0 else "behind"
+    for words in warnings:
+        assert re.fullmatch(
+            rf"this machine's clock is (19|20) min.* {way} the database's, which counts", words
+        )
 
 
 def test_starts_without_a_limit_are_said_to_be_uncounted(
