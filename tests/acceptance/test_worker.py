@@ -282,7 +282,7 @@ async def test_a_service_manager_is_told_ready_status_and_stopping(
     assert kinds == [
         "READY=1",
         "STATUS=starting",
-        "STATUS=running: update_current_version, 1 ids",
+        "STATUS=running: update_current_version, 1 id",
         "STATUS=waiting: budget: next start",
         "STOPPING=1",
         "STATUS=finishing the running chunk",
