@@ -28,7 +28,7 @@ from aiormq.exceptions import ChannelAccessRefused, InvalidFrameError
 from aioworker import tls
 from aioworker.console import command
 from aioworker.errors import BrokerError, QueueMissingError, TlsFileError
-from aioworker.frames import CarefulConnection
+from aioworker.frames import CarefulConnection, PlainConnection
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -70,7 +70,7 @@ async def connect(
                     ssl_context=None if address.tls is None else address.tls.context(),
                     heartbeat=address.heartbeat or HEARTBEAT_SECONDS,
                     client_properties={"connection_name": address.name or name},
-                    connection_class=CarefulConnection if careful else aio_pika.Connection,
+                    connection_class=CarefulConnection if careful else PlainConnection,
                 )
         except CONNECT_FAILURES as error:
             failure = await _refused(error, address)
@@ -115,7 +115,8 @@ def _explain_connect(error: Exception, address: BrokerAddress) -> str:
             return f"{at}: {error}; check AIOWORKER_AMQP_URL"
         case AuthenticationError():
             return f"{at}: it logs in by {error.args[0]} alone, check auth in AIOWORKER_AMQP_URL"
-        case _ if tls.cut_off(error):
+        case _ if tls.cut_off(error) or isinstance(error, ValueError):
+            # What a port of TLS makes of plain text: it closes, or sends what is no frame.
             return (
                 f"{at}: {describe(error)}; is it running, and without TLS? check AIOWORKER_AMQP_URL"
             )

@@ -32,6 +32,8 @@ _FIXED_BYTES = 12  # class, weight, size of the body
 _METHOD_BYTES = 4
 _TAG_BYTES = 9  # of a delivery, and whether it comes again
 _NO_ASCII = bytes(byte if byte < 128 else ord("?") for byte in range(256))
+LOGIN_FRAME_BYTES = 65_536  # RabbitMQ's own are a few hundred
+_LOGIN_PARTS = 9  # three frames, each read in three parts
 _REST_BYTES = 6  # of a frame's first seven bytes: its type is read before them
 # What decoding raises; a table in a table in a table, without end, the last of them.
 _FAILURES = (ValueError, OverflowError, OSError, struct.error, RecursionError)
@@ -44,23 +46,58 @@ def undecodable(error: BaseException | None) -> bool:
     return type(error) is OSError  # a time beyond the platform's; the network's are its kinds
 
 
-class CarefulConnection(aio_pika.Connection):
-    """A plain connection that no message can end."""
+class PlainConnection(aio_pika.Connection):
+    """A connection that never heals by itself, and believes no size before the login."""
+
+    careful = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.kwargs["transport_factory"] = _Transport()
+        self.kwargs["transport_factory"] = _Transport(careful=self.careful)
+
+
+class CarefulConnection(PlainConnection):
+    """A plain connection that no message can end."""
+
+    careful = True
 
 
 class _Transport(aiormq.TransportFactory):
-    """Connects as aiormq does, and reads by `Frames`."""
+    """Connects as aiormq does, and reads by `_First`, and by `Frames` if careful."""
+
+    def __init__(self, *, careful: bool) -> None:
+        self._careful = careful
 
     async def create(self, url: URL, **kwargs: Any) -> tuple[StreamReader, StreamWriter]:
         """Open the connection to *url*; the arguments are aiormq's."""
         secure = url.scheme == "amqps"
         own = TLSTransportFactory() if secure else TCPTransportFactory()
-        reader, writer = await own.create(url, **kwargs)
-        return cast("StreamReader", Frames(reader)), writer
+        opened, writer = await own.create(url, **kwargs)
+        reader = cast("StreamReader", _First(opened))
+        return cast("StreamReader", Frames(reader)) if self._careful else reader, writer
+
+
+class _First:
+    """Reads the frames of the login, which may come from anybody: no large one is taken."""
+
+    def __init__(self, reader: StreamReader) -> None:
+        self.at_eof = reader.at_eof
+        self.read = reader.read
+        self._read = reader.readexactly
+        self._left = _LOGIN_PARTS
+
+    async def readexactly(self, count: int) -> bytes:
+        """Return the next part of a frame.
+
+        Raises:
+            IncompleteReadError: The connection ended before.
+            ValueError: It is larger than any of a login.
+        """
+        if self._left > 0:
+            if count > LOGIN_FRAME_BYTES:
+                raise ValueError(f"a frame of {count} bytes before the login")
+            self._left -= 1
+        return await self._read(count)
 
 
 class Frames:

@@ -185,7 +185,13 @@ BROKERS: list[tuple[str, str, Part, str]] = [
     ("closes at once", "", says(b"", then_close=True), "is it running, and without TLS?"),
     ("speaks HTTP", "", says(false_servers.HTTP), "check AIOWORKER_AMQP_URL"),
     ("random bytes", "", says(false_servers.RANDOM), "check AIOWORKER_AMQP_URL"),
-    ("huge frame", "", says(false_servers.A_HUGE_FRAME), SILENCE),
+    ("huge frame", "", says(false_servers.A_HUGE_FRAME), "4294967296 bytes before the login"),
+    (
+        "huge frames without end",
+        "",
+        false_servers.endlessly(false_servers.A_HUGE_FRAME + bytes(1_000_000)),
+        "4294967296 bytes before the login",
+    ),
     ("half a frame", "", says(false_servers.start()[:20]), SILENCE),
     (
         "half a frame, closed",
@@ -260,3 +266,12 @@ async def test_a_broker_that_stops_in_the_middle_holds_nobody_up(
 
     assert said.startswith("cannot connect to RabbitMQ at amqp://me@")
     assert words in said
+
+
+async def test_a_node_s_own_timeout_is_kept() -> None:
+    """As its address says, where that is shorter than the setting."""
+    with FalseServer(says(b"")) as server:
+        addresses = BrokerAddress.parse_all(f"amqp://127.0.0.1:{server.port}/?timeout=1")
+        said = await refused_by(server, broker.connect(addresses, MUCH_LATER, "test"), BrokerError)
+
+    assert SILENCE in said

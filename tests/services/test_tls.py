@@ -161,6 +161,17 @@ async def test_without_a_word_of_tls_a_connection_is_plain_text(encrypted: Encry
     assert await cipher_of_broker(plain) == ""
 
 
+async def test_heartbeat_and_name_are_those_of_the_address(encrypted: Encrypted) -> None:
+    url = encrypted.amqps("?ssl_mode=required&heartbeat=31&name=mine")
+
+    opened = await broker.connect(BrokerAddress.parse_all(url), 10, "test")
+
+    assert opened.transport is not None
+    assert opened.transport.connection.connection_tune.heartbeat == 31
+    assert "mine" in encrypted.broker.control("list_connections", "client_properties")
+    await broker.close(opened)
+
+
 @pytest.mark.parametrize(
     ("host", "query", "reason"),
     [
