@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
 SELDOM_SECONDS = 60.0
+TRACEBACK_LENGTH = 16_000  # characters of it in a line of the log
+_HALF = TRACEBACK_LENGTH // 2
 
 
 def fields(**values: Any) -> dict[str, dict[str, Any]]:
@@ -50,9 +52,15 @@ class _Formatter(logging.Formatter):
     """What both forms share."""
 
     def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
-        """Return a traceback, even if the error itself fails to be shown."""
+        """Return a traceback, even if the error fails to be shown, or is as long as a message."""
         try:
-            return super().formatException(ei)
+            shown = super().formatException(ei)
+            middle = len(shown) - TRACEBACK_LENGTH
+            return (
+                shown
+                if middle <= 0
+                else f"{shown[:_HALF]}\n… {middle} characters …\n{shown[-_HALF:]}"
+            )
         except Exception as error:  # noqa: BLE001 - it is code of a user's
             return f"{ei[0].__name__}, which cannot be shown: {type(error).__name__}"
 

@@ -197,7 +197,7 @@ def retry(delivery: AbstractIncomingMessage, outcome: Outcome, now: datetime) ->
         delivery,
         {
             "retries": attempt(delivery) - outcome.behind,
-            "x-aioworker-reason": _line(outcome.reason),
+            "x-aioworker-reason": line(outcome.reason),
             "x-aioworker-first-failed-at": _first_failed_at(delivery, now),
         },
     )
@@ -253,7 +253,7 @@ def dead_letter(
     return _copy(
         delivery,
         {
-            "x-aioworker-reason": _line(outcome.reason),
+            "x-aioworker-reason": line(outcome.reason),
             "x-aioworker-error": type(outcome.error).__name__,
             "x-aioworker-traceback": _traceback(outcome.error),
             "x-aioworker-attempts": attempt(delivery),
@@ -372,7 +372,8 @@ def _traceback(error: Exception | None) -> str:
     return _text("\n".join(lines[-TRACEBACK_LINES:]).encode(errors="replace")[-TEXT_BYTES:])
 
 
-def _line(reason: str) -> str:
+def line(reason: str) -> str:
+    """Return a reason as it is told: in one line, and no longer than a header may be."""
     return _text(" ".join(reason.split()).encode(errors="replace")[:TEXT_BYTES])
 
 

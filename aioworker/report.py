@@ -74,7 +74,7 @@ class Report:
                 kind of error, and always at the level debug.
         """
         if result.reason:
-            values["reason"] = result.reason
+            values["reason"] = outcome.line(result.reason)
         if result.kind is Kind.RETRY:
             values |= {"of": self._attempts, "retry_seconds": RETRY_TTL_MS / 1000}
         phrase, level = _phrase(result)

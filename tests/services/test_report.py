@@ -13,6 +13,7 @@ import pytest
 from pymysql.err import OperationalError
 
 from aioworker import DeadLetter, Retry
+from aioworker.logs import ConsoleFormatter, JsonFormatter
 from aioworker.task import AnyTask, Task
 from tests.conftest import TASK, Lanes, make_database, make_worker
 
@@ -120,6 +121,19 @@ async def test_a_traceback_is_shown_once_a_minute_for_each_kind_of_error(serve: 
 
     ends = [shown(one).rpartition("\n")[2] for one in records]
     assert ends == ["ValueError: shop 1", "", "", "KeyError: 4", ""]
+
+
+async def test_an_error_that_quotes_its_message_fills_no_log(serve: Serve) -> None:
+    """Some libraries' errors hold all that they were given, here a megabyte."""
+
+    def quote(shop: int) -> None:
+        raise ValueError("x" * 1_000_000)
+
+    for formatter in (ConsoleFormatter(), JsonFormatter()):
+        [*_, record] = await serve(Task(TASK, quote), 1, level=logging.DEBUG)
+        record.exc_text = None
+
+        assert 16_000 < len(formatter.format(record)) < 40_000
 
 
 async def test_every_traceback_is_shown_at_the_level_debug(serve: Serve) -> None:
