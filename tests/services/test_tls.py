@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-import aio_pika
 import pytest
 
 from aioworker import broker
@@ -113,17 +112,9 @@ async def cipher_of_database(url: str) -> str:
     return str(cipher)
 
 
-async def cipher_of_broker(url: str) -> str:
-    """Return what encrypts a connection to RabbitMQ, empty for nothing."""
-    opened = await broker.connect(BrokerAddress.parse_all(url), 10, "test")
-    try:
-        assert isinstance(opened, aio_pika.Connection)
-        assert opened.transport is not None
-        writer = opened.transport.connection._writer_task.get_coro().cr_frame.f_locals["writer"]  # type: ignore[attr-defined]
-        found = writer.get_extra_info("cipher")
-    finally:
-        await broker.close(opened)
-    return found[0] if found else ""
+async def log_in_to_broker(url: str) -> None:
+    """Connect to RabbitMQ; its port of TLS takes nothing else."""
+    await broker.close(await broker.connect(BrokerAddress.parse_all(url), 10, "test"))
 
 
 TRUSTED = [
@@ -148,9 +139,8 @@ async def test_a_connection_to_the_database_is_encrypted_as_the_address_asks(
 async def test_a_connection_to_rabbitmq_is_encrypted_as_the_address_asks(
     encrypted: Encrypted, query: str
 ) -> None:
-    assert (await cipher_of_broker(encrypted.amqps(query))).startswith("TLS_")
-    by_words_alone = encrypted.amqps(query).replace("amqps://", "amqp://")
-    assert (await cipher_of_broker(by_words_alone)).startswith("TLS_")
+    await log_in_to_broker(encrypted.amqps(query))
+    await log_in_to_broker(encrypted.amqps(query).replace("amqps://", "amqp://"))
 
 
 async def test_without_a_word_of_tls_a_connection_is_plain_text(encrypted: Encrypted) -> None:
@@ -158,7 +148,7 @@ async def test_without_a_word_of_tls_a_connection_is_plain_text(encrypted: Encry
     plain = encrypted.broker.url(user="me", password=quote(PASSWORD, ""))
 
     assert await cipher_of_database(encrypted.mysql("")) == ""
-    assert await cipher_of_broker(plain) == ""
+    await log_in_to_broker(plain)
 
 
 async def test_heartbeat_and_name_are_those_of_the_address(encrypted: Encrypted) -> None:
@@ -210,7 +200,7 @@ async def test_a_failure_of_tls_is_one_line_with_its_reason_for_both_servers(
     with pytest.raises(DatabaseError) as of_database:
         await cipher_of_database(encrypted.mysql(query, host))
     with pytest.raises(BrokerError) as of_broker:
-        await cipher_of_broker(encrypted.amqps(query, host))
+        await log_in_to_broker(encrypted.amqps(query, host))
 
     assert str(of_database.value) == (
         f"cannot use MySQL at mysql://me@{host}:{encrypted.maria.port}/mysql: {reason} (2026);"
@@ -230,7 +220,7 @@ async def test_a_client_certificate_that_is_refused_is_named(encrypted: Encrypte
     with pytest.raises(DatabaseError) as of_database:
         await cipher_of_database(encrypted.mysql(query))
     with pytest.raises(BrokerError) as of_broker:
-        await cipher_of_broker(encrypted.amqps(query))
+        await log_in_to_broker(encrypted.amqps(query))
 
     for refused in (of_database, of_broker):
         assert f"it may not know the authority of ssl_cert '{own}.pem'" in str(refused.value)
@@ -247,7 +237,7 @@ async def test_an_expired_certificate_is_named_as_that(
     port = server.sockets[0].getsockname()[1]
 
     with pytest.raises(BrokerError) as refused:
-        await cipher_of_broker(f"amqps://127.0.0.1:{port}/?ssl_ca={authority.ca}")
+        await log_in_to_broker(f"amqps://127.0.0.1:{port}/?ssl_ca={authority.ca}")
 
     server.close()
     assert str(refused.value) == (
@@ -309,7 +299,7 @@ async def test_rabbitmq_without_tls_is_told_from_one_that_is_away(encrypted: Enc
     url = f"amqps://127.0.0.1:{encrypted.broker.port}/?ssl_mode=required"
 
     with pytest.raises(BrokerError) as refused:
-        await cipher_of_broker(url)
+        await log_in_to_broker(url)
 
     assert str(refused.value).startswith(
         f"cannot connect to RabbitMQ at amqps://127.0.0.1:{encrypted.broker.port}/: TLS failed: "
@@ -322,7 +312,7 @@ async def test_rabbitmq_without_tls_is_told_from_one_that_is_away(encrypted: Enc
 async def test_a_port_of_tls_is_no_broker_that_is_away(encrypted: Encrypted) -> None:
     """`amqp://` where `amqps://` is meant."""
     with pytest.raises(BrokerError, match="is it running, and without TLS") as refused:
-        await cipher_of_broker(f"amqp://127.0.0.1:{encrypted.tls_port}/")
+        await log_in_to_broker(f"amqp://127.0.0.1:{encrypted.tls_port}/")
 
     assert "\n" not in str(refused.value)
 
