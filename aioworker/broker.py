@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import struct
+import traceback
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -17,13 +19,16 @@ import aio_pika
 from aio_pika.exceptions import (
     CONNECTION_EXCEPTIONS,
     AuthenticationError,
+    ChannelClosed,
     ChannelInvalidStateError,
     ChannelNotFoundEntity,
+    ConnectionClosed,
     DeliveryError,
     ProbableAuthenticationError,
     PublishError,
 )
-from aiormq.exceptions import ChannelAccessRefused, InvalidFrameError
+from aiormq.exceptions import ChannelAccessRefused, ConnectionNotAllowed, InvalidFrameError
+from pamqp.commands import Connection
 
 from aioworker import tls
 from aioworker.console import command
@@ -38,6 +43,12 @@ if TYPE_CHECKING:
     from aioworker.addresses import BrokerAddress
 
 HEARTBEAT_SECONDS = 15
+_CANNOT = "cannot connect to RabbitMQ "
+_CURE = re.compile(r"[,;]? check AIOWORKER_AMQP_URL$")
+# RabbitMQ's words, whole: behind them it tells of a limit, or of a virtual host that is down.
+_NO_VHOST = re.compile(r"NOT_ALLOWED - vhost .+ not found")
+_CLOSED_VHOST = re.compile(r"NOT_ALLOWED - access to vhost .+ refused for user '[^']*'")
+_IN_USE = "in exclusive use"
 CLOSE_SECONDS = 2
 # What a peer that speaks something else makes a decoder raise.
 GARBAGE = (ValueError, LookupError, struct.error)
@@ -58,9 +69,9 @@ async def connect(
         careful: Whether a message that cannot be decoded may arrive without ending it.
 
     Raises:
-        BrokerError: None of them could be used; the text is about the last one.
+        BrokerError: None of them could be used; the text has the reason of each.
     """
-    failure = BrokerError("expected at least one address of RabbitMQ, got none")
+    failures: list[BrokerError] = []
     for address in addresses:
         try:
             share = timeout / len(addresses)
@@ -73,9 +84,25 @@ async def connect(
                     connection_class=CarefulConnection if careful else PlainConnection,
                 )
         except CONNECT_FAILURES as error:
-            failure = await _refused(error, address)
-            failure.__cause__ = error
-    raise failure
+            failures.append(await _refused(error, address))
+            failures[-1].__cause__ = error
+    raise _of_all(failures)
+
+
+def _of_all(failures: Sequence[BrokerError]) -> BrokerError:
+    """Return one error that names every node that was tried, each with its own reason."""
+    if not failures:
+        return BrokerError("expected at least one address of RabbitMQ, got none")
+    *others, last = failures
+    if not others:
+        return last
+    texts = [_CURE.sub("", str(one)) for one in others] + [str(last)]
+    rest = [text.removeprefix(_CANNOT) for text in texts[1:]]
+    error = BrokerError(
+        "; ".join([texts[0], *rest]), unreachable=any(one.unreachable for one in failures)
+    )
+    error.__cause__ = last.__cause__
+    return error
 
 
 async def _refused(error: Exception, address: BrokerAddress) -> BrokerError:
@@ -83,7 +110,7 @@ async def _refused(error: Exception, address: BrokerAddress) -> BrokerError:
     reason = None if asked is None else asked.explain(error)
     if asked is not None and reason is not None:
         reason += await tls.names(error, lambda: _certificate(address, asked.of_any_host()))
-        text = f"cannot connect to RabbitMQ at {address.shown}: {reason}; check AIOWORKER_AMQP_URL"
+        text = f"{_CANNOT}at {address.shown}: {reason}; check AIOWORKER_AMQP_URL"
         return BrokerError(text, unreachable=tls.cut_off(error))
     # What answers and refuses is not away.
     away = not isinstance(error, AuthenticationError | InvalidFrameError | TlsFileError)
@@ -100,15 +127,12 @@ async def _certificate(address: BrokerAddress, asked: tls.Tls) -> tls.Certificat
 
 
 def _explain_connect(error: Exception, address: BrokerAddress) -> str:
-    at = f"cannot connect to RabbitMQ at {address.shown}"
+    at = f"{_CANNOT}at {address.shown}"
     match error:
-        case ProbableAuthenticationError():
+        case ProbableAuthenticationError() if "Login was refused" in str(error):
             return f"{at}: user or password refused, check AIOWORKER_AMQP_URL"
-        case InvalidFrameError():
-            return (
-                f"{at}: virtual host {address.vhost!r} does not exist or is not open to user"
-                f" {address.user!r}, check AIOWORKER_AMQP_URL"
-            )
+        case ProbableAuthenticationError() | InvalidFrameError():
+            return f"{at}: {_refusal(error, address)}, check AIOWORKER_AMQP_URL"
         case TimeoutError():
             return f"{at}: no answer in time, check AIOWORKER_AMQP_URL"
         case TlsFileError():
@@ -124,9 +148,33 @@ def _explain_connect(error: Exception, address: BrokerAddress) -> str:
             return f"{at}: {describe(error)}; is it running? check AIOWORKER_AMQP_URL"
 
 
+def _refusal(error: Exception, address: BrokerAddress) -> str:
+    """Return why RabbitMQ lets nobody in, by its own words if they are not known ones."""
+    words = _words_of_close(error) or describe(error)
+    if _NO_VHOST.fullmatch(words):
+        return f"virtual host {address.vhost!r} does not exist"
+    if _CLOSED_VHOST.fullmatch(words):
+        return f"virtual host {address.vhost!r} is not open to user {address.user!r}"
+    return f"RabbitMQ refuses: {words}"
+
+
+def _words_of_close(error: Exception) -> str:
+    """Return RabbitMQ's words when it closed a connection that was being opened.
+
+    aiormq expected another frame then; its error tells where that one lies, not what it says.
+    """
+    for step, _line in traceback.walk_tb(error.__traceback__):
+        frame = step.f_locals.get("frame")
+        if isinstance(frame, Connection.Close):
+            return frame.reply_text
+    return ""
+
+
 def describe(error: BaseException) -> str:
     """Return an exception's words in one line, or its kind where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    coded = isinstance(error, ChannelClosed | ConnectionClosed) and len(error.args) > 1
+    words = error.args[1] if coded else error
+    return " ".join(str(words).split()) or type(error).__name__
 
 
 @asynccontextmanager
@@ -251,22 +299,46 @@ class Publisher:
                 # counts on it any more: nothing more is sent then.
                 await self.unblocked()
                 await channel.default_exchange.publish(outgoing, queue, mandatory=True)
+        except PublishError as error:
+            raise await self._unroutable(queue) from error
         except FAILURES as error:
             raise explain(error, queue) from error
+
+    async def _unroutable(self, queue: str) -> BrokerError:
+        """Return why RabbitMQ has no such queue for a message, by what it says of the queue."""
+        try:
+            async with asyncio.timeout(self._timeout):
+                channel = await (await self.connection()).channel()
+                await channel.declare_queue(queue, passive=True)
+                await channel.close()
+        except FAILURES as error:
+            return explain(error, queue)
+        except BrokerError as error:
+            return error
+        return BrokerError(f"RabbitMQ found no queue {queue} for the message, though it is there")
 
 
 def explain(error: Exception, queue: str) -> BrokerError:
     """Say in one line why a step about *queue* failed, and what to do."""
     match error:
+        case ChannelNotFoundEntity() if not is_missing(error):  # its node is down
+            return BrokerError(f"queue {queue} is away: {describe(error)}", unreachable=True)
         case PublishError() | ChannelNotFoundEntity():
             return missing(queue)
-        case DeliveryError():
-            return BrokerError(f"queue {queue} is full: RabbitMQ refused the message")
-        case ChannelAccessRefused():
+        case DeliveryError():  # a nack, which says nothing else
+            return BrokerError(
+                f"RabbitMQ did not take the message for queue {queue}: it is full, or most of its"
+                " nodes are down"
+            )
+        case ChannelAccessRefused() if _IN_USE not in str(error):
             return BrokerError(
                 f"no permission for queue {queue}: {describe(error)};"
                 f" `{command('init --print')}` shows what the user needs"
             )
+        case ChannelClosed():
+            return BrokerError(f"RabbitMQ refuses a step about queue {queue}: {describe(error)}")
+        case ConnectionNotAllowed():  # a limit
+            return BrokerError(f"RabbitMQ ended the connection: {describe(error)}")
         case ChannelInvalidStateError():  # whose words are an object's address
             return BrokerError("connection or channel to RabbitMQ closed", unreachable=True)
         case TimeoutError():
@@ -277,6 +349,11 @@ def explain(error: Exception, queue: str) -> BrokerError:
             )
         case _:
             return BrokerError(f"connection to RabbitMQ lost: {describe(error)}", unreachable=True)
+
+
+def is_missing(error: ChannelNotFoundEntity) -> bool:
+    """Whether there is no such queue; RabbitMQ says "not found" of one whose node is down, too."""
+    return "no queue" in str(error)
 
 
 def missing(queue: str) -> QueueMissingError:

@@ -178,8 +178,10 @@ async def count(connection: AbstractConnection, name: str, timeout: float) -> in
         channel = await connection.channel()
         try:
             queue = await channel.declare_queue(name, passive=True)
-        except ChannelNotFoundEntity:
-            return None
+        except ChannelNotFoundEntity as error:
+            if broker.is_missing(error):
+                return None
+            raise
         await channel.close()
         return queue.declaration_result.message_count
 
@@ -324,6 +326,8 @@ async def _bounded(call: Callable[[], Awaitable[_Result]], queue: str, timeout: 
         async with asyncio.timeout(timeout):
             return await call()
     except ChannelPreconditionFailed as error:
+        if "inequivalent arg" not in str(error):
+            raise broker.explain(error, queue) from error
         raise QueueDiffersError(_explain_difference(queue, str(error))) from error
     except broker.FAILURES as error:
         raise broker.explain(error, queue) from error

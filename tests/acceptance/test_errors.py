@@ -62,8 +62,7 @@ def test_a_virtual_host_that_is_not_there(run: Run, broker: servers.Broker) -> N
     assert (done.returncode, last_line(done)) == (
         1,
         f"cannot connect to RabbitMQ at amqp://guest@127.0.0.1:{broker.port}/nowhere:"
-        " virtual host 'nowhere' does not exist or is not open to user 'guest', check"
-        " AIOWORKER_AMQP_URL",
+        " virtual host 'nowhere' does not exist, check AIOWORKER_AMQP_URL",
     )
 
 

@@ -167,7 +167,7 @@ async def test_with_exactly_the_printed_privileges_everything_works(
     }
     text = run("init", "--print", **variables).stdout
     assert "s3cret" not in text
-    for_init, for_worker = printed(text, "rabbitmqctl ")
+    for_init, for_worker, *_others = printed(text, "rabbitmqctl ")
     execute(shop, *printed(text, "GRANT "))
     try:
         broker.control(*shlex.split(for_init)[1:])
@@ -203,6 +203,58 @@ async def test_with_exactly_the_printed_privileges_everything_works(
     finally:
         broker.control("delete_user", "zamboni")
         execute(shop, "DROP USER worker")
+
+
+@pytest.mark.parametrize(
+    ("number", "commands"),
+    [
+        (0, [("init",)]),
+        (1, [("consume", "--burst"), ("dead", "list"), ("dead", "requeue")]),
+        (2, [("publish", "1"), ("publish-all", "--append")]),
+        (3, [("status",)]),
+    ],
+    ids=["init", "consume and dead", "publish", "status"],
+)
+async def test_each_printed_right_is_enough_and_none_is_too_much(
+    run: Run,
+    vhost: str,
+    broker: servers.Broker,
+    shop: Connection[Cursor],
+    number: int,
+    commands: list[tuple[str, ...]],
+) -> None:
+    """A publisher's were those of a worker, which reads all queues."""
+    simple_addons(shop, 1)
+    connection = await aio_pika.connect(vhost)
+    if number:
+        await declare(connection)
+    channel = await connection.channel()
+    broker.control("add_user", "least", "s3cret")
+    variables = {"AIOWORKER_AMQP_URL": broker.url("fresh", "least", "s3cret")}
+    text = run("init", "--print", **variables).stdout
+    arguments = shlex.split(printed(text, "rabbitmqctl ")[number])[1:]
+    rights = arguments[-3:]
+
+    async def lay() -> None:
+        for queue in (QUEUES.bulk, QUEUES.dead) if number == 1 else ():
+            await channel.default_exchange.publish(aio_pika.Message(b"x"), queue)
+
+    try:
+        for place in [place for place, right in enumerate(rights) if right]:
+            less = [right if at != place else "" for at, right in enumerate(rights)]
+            broker.control(*arguments[:-3], *less)
+            await lay()
+            failed = [command for command in commands if run(*command, **variables).returncode]
+            assert failed, less
+        broker.control(*arguments)
+        for command in commands:
+            await lay()
+            done = run(*command, **variables)
+            refused = command[0] == "consume"  # a letter's body is none
+            assert (done.returncode, "ACCESS_REFUSED" in done.stderr) == (refused, False), done
+    finally:
+        await connection.close()
+        broker.control("delete_user", "least")
 
 
 async def test_the_printed_statements_are_those_the_server_sees(
