@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
-from collections.abc import AsyncIterator, Generator, Iterable
+from collections.abc import AsyncIterator, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -49,20 +50,34 @@ async def pages(task: AnyTask, ctx: Context, after: int) -> AsyncIterator[list[A
         *([ctx] if Signature.wants_context(task.keys) else []),
         **({_AFTER: after} if skips else {}),
     )
+    with naming(task, "keys"), _Thread() as thread:
+        found = call() if _is_async(task.keys) else await thread.call(call)
+        if inspect.isawaitable(found):
+            found = await found
+        async for page in _each(task.name, found, thread):
+            kept = page if skips or not after else [one for one in page if id_of(one) > after]
+            if kept:
+                yield kept
+
+
+@contextmanager
+def naming(task: AnyTask, what: str) -> Iterator[None]:
+    """Name the task, and the line, if a function of the user's fails inside.
+
+    Args:
+        task: Whose it is.
+        what: `keys` or `needed`.
+
+    Raises:
+        TaskError: It failed; errors of ours, of the database and of time pass as they are.
+    """
     try:
-        with _Thread() as thread:
-            found = call() if _is_async(task.keys) else await thread.call(call)
-            if inspect.isawaitable(found):
-                found = await found
-            async for page in _each(task.name, found, thread):
-                kept = page if skips or not after else [one for one in page if id_of(one) > after]
-                if kept:
-                    yield kept
+        yield
     except (AioworkerError, MySQLError, TimeoutError):
         raise
     except Exception as error:
         raise TaskError(
-            f"task {task.name!r}: its keys failed: {type(error).__name__}: {error}{place(error)}"
+            f"task {task.name!r}: its {what} failed: {type(error).__name__}: {error}{place(error)}"
         ) from error
 
 

@@ -287,6 +287,8 @@ def _time_limit(headers: Mapping[str, Any]) -> float | None:
     limits = headers.get("timelimit")
     if limits in (None, ""):
         return None
+    if isinstance(limits, dict):  # a list of PHP's, sent as a table
+        limits = list(limits.values())
     numbers = [_number(one or 0) for one in limits] if isinstance(limits, list | tuple) else [None]
     if not all(number is not None and number >= 0 for number in numbers):
         raise MessageRefusedError(

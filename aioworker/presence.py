@@ -86,6 +86,7 @@ class Presence:
         self._written = ("", "")
         self._written_at = float("-inf")
         self._looked_at = float("-inf")
+        self._refused_at = float("-inf")
         self._rates: set[str | None] = {rate}
         self._steady = False
         self._seldom = Seldom()
@@ -135,7 +136,8 @@ class Presence:
     async def keep(self) -> None:
         """Write the row: a new state at once, a new reason within a second, or a heartbeat.
 
-        A row that may not be written is said; the work goes on.
+        A row that may not be written is said; the work goes on, and is not held up by the next
+        try before the next heartbeat.
 
         Raises:
             DatabaseError: The server is away, or the table is not there.
@@ -146,13 +148,15 @@ class Presence:
         due = HEARTBEAT_SECONDS if now == self._written else SOON_SECONDS
         if now[0] == self._written[0] and time.monotonic() - self._written_at < due:
             return
+        if time.monotonic() - self._refused_at < HEARTBEAT_SECONDS:
+            return
         try:
             with tables.explaining(self._database):
                 await self._write(self._database, now)
         except DatabaseError as error:
             if error.unreachable or tables.is_missing(error):
                 raise
-            self._written, self._written_at = now, time.monotonic()
+            self._refused_at = time.monotonic()
             self._tell_unwritten(error)
 
     async def keep_if_possible(self) -> None:

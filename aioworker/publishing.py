@@ -150,7 +150,9 @@ async def _needed(
     ctx = Context(database, task.name)
     with database.explaining():
         async for chunk in chunks:
-            yield await task.read_needed(ctx, chunk)
+            with keys.naming(task, "needed"):
+                found = await task.read_needed(ctx, chunk)
+            yield found
 
 
 async def _checked(task: AnyTask, chunks: AsyncIterator[list[Any]]) -> AsyncIterator[list[Any]]:

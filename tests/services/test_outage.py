@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -10,11 +11,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from aioworker.db import Database
 from aioworker.presence import Presence
-from tests.conftest import DEADLINE_SECONDS, Lanes, make_worker
+from tests.conftest import DEADLINE_SECONDS, TASK, Lanes, execute, make_database, make_worker
 
 if TYPE_CHECKING:
-    from aioworker.db import Database
+    from pymysql.connections import Connection
+    from pymysql.cursors import Cursor
+
     from support.servers import Servers
 
 
@@ -60,3 +64,33 @@ async def until(holds: Callable[[], bool]) -> None:
     async with asyncio.timeout(DEADLINE_SECONDS):
         while not holds():  # noqa: ASYNC110 - another process is waited for
             await asyncio.sleep(0.02)
+
+
+class Counting(Database):
+    """A database that counts what is written."""
+
+    tries = 0
+
+    async def execute(self, statement: str, args: object = None) -> int:
+        """Write, and count the try."""
+        self.tries += 1
+        return await super().execute(statement, args)
+
+
+async def test_a_row_that_cannot_be_written_holds_nobody_up_twice(
+    pair: Servers, shop: Connection[Cursor], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A backup that locks aioworker's own table made every start wait for it twice."""
+    database = make_database(pair, Counting)
+    presence = Presence(TASK, "here", 1, None, lambda _doing: None, database)
+    execute(shop, "LOCK TABLES aioworker_worker READ")
+
+    for state in ("running", "waiting", "running", "waiting"):
+        presence.tell(state, "nothing queued", logging.INFO)
+        await presence.keep()
+    database.close()
+
+    assert isinstance(database, Counting)
+    assert database.tries == 1
+    [line] = [one for one in caplog.records if one.getMessage() == "worker's row not written"]
+    assert "Lock wait timeout exceeded" in line.fields["reason"]  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ import pytest
 from aioworker import Context
 from aioworker.db import Database
 from aioworker.errors import TaskError, UsageError
-from aioworker.keys import pages
+from aioworker.keys import naming, pages
 from aioworker.task import Task
 
 CTX = Context(cast("Database", None), "sweep")
@@ -95,6 +95,16 @@ async def test_keys_that_fail_name_their_task_and_line() -> None:
         await swept(broken)
     where = f"({HERE}, line {line})"
     assert str(refusal.value) == f"task 'sweep': its keys failed: KeyError: 'x' {where}"
+
+
+async def test_what_is_needed_that_fails_in_a_sweep_names_its_task_and_line() -> None:
+    """`publish-all --only-needed` asks what is needed, too."""
+    task = Task("sweep", a_list)
+    with pytest.raises(TaskError) as refusal, naming(task, "needed"):
+        raise KeyError("x")
+
+    words = str(refusal.value)
+    assert words.startswith(f"task 'sweep': its needed failed: KeyError: 'x' ({HERE}, line ")
 
 
 async def test_ids_that_are_no_pages_are_refused() -> None:

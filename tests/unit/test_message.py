@@ -170,6 +170,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "celery-java": {"lang": "java", "task": TASK, "retries": 0, "timelimit": [None, None]},
     "headers as text": {"task": TASK, "retries": "0", "timelimit": ["", "30"], "expires": ""},
     "headers as floats": {"task": TASK, "retries": 0.0, "timelimit": [30.0, 60.0]},
+    "lists as tables": {"task": TASK, "timelimit": {"0": None, "1": 30}},
     "no id": {"task": TASK},
 }
 
