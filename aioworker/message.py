@@ -184,7 +184,7 @@ def _is_json(content_type: str) -> bool:
 
 
 def _is_text_of_json(encoding: str) -> bool:
-    return encoding.lower().replace("_", "-") in _ENCODINGS
+    return encoding.strip().lower().replace("_", "-") in _ENCODINGS
 
 
 def retries(headers: Mapping[str, Any]) -> int | None:

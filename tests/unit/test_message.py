@@ -69,7 +69,9 @@ def test_a_message_is_one_of_celerys_protocol_2() -> None:
     assert encoded.headers["id"] == encoded.headers["root_id"] == encoded.message_id
 
 
-@pytest.mark.parametrize("encoding", [None, "", "utf-8", "UTF-8", "us-ascii", "binary"])
+@pytest.mark.parametrize(
+    "encoding", [None, "", "utf-8", "UTF-8", "UTF_8", " utf8 ", "us-ascii", "binary"]
+)
 def test_json_by_any_of_its_encodings_is_read(encoding: str | None) -> None:
     call = decode(TASK, HEADERS, None, body([3615]), encoding)
 
@@ -88,6 +90,7 @@ def test_json_by_any_of_its_encodings_is_read(encoding: str | None) -> None:
         "application/json; charset=us-ascii",
         "application/json; charset=utf8; profile=shop",
         " application/json ; Charset=UTF_8",
+        "application/json;",
     ],
 )
 def test_json_in_any_spelling_is_taken(content_type: str | None) -> None:
