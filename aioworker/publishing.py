@@ -86,9 +86,10 @@ async def publish_all(
     sweep = Sweep()
     try:
         pages = _pages(database, task, after)
+        size = settings.chunk_size
+        chunks = _checked(task, chunked(pages, CHUNK_LIMIT if only_needed else size))
         if only_needed:
-            pages = _needed(database, task, _checked(task, chunked(pages, CHUNK_LIMIT)))
-        chunks = _checked(task, chunked(pages, settings.chunk_size))
+            chunks = chunked(_needed(database, task, chunks), size)
         if dry_run:
             async for chunk in chunks:
                 sweep.add(chunk)
