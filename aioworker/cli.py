@@ -1,7 +1,8 @@
 """The command line: reads options and settings, owns signals, logging and exit statuses.
 
 Exit statuses: 0 done, 1 not done, 2 wrong usage or settings. What a command needs is
-imported when it runs, so that help answers at once.
+imported when it runs, so that help answers at once; and before the app's modules are, behind
+which the current folder is on the path.
 """
 
 from __future__ import annotations
@@ -31,9 +32,7 @@ from aioworker.running import (
     to_look,
 )
 
-TaskNames = Annotated[
-    list[str] | None, typer.Argument(metavar="[TASK]...", help="The tasks' names.")
-]
+TaskNames = Annotated[list[str] | None, typer.Argument(metavar="TASK", help="The tasks' names.")]
 WATCH_SECONDS = 2.0
 ID_DIGITS = 20  # Python refuses to read numbers of thousands
 _debug = False  # main() reports errors outside of any command's context
@@ -91,10 +90,10 @@ def init(
     and differs is reported, and not changed. Without a TASK: all that the app registers, or
     the main job.
     """
-    settings = prepare(app=app_names)
-    tasks = app_tasks(settings, names or [])
     from aioworker import setup
 
+    settings = prepare(app=app_names)
+    tasks = app_tasks(settings, names or [])
     if show:
         console.say(setup.setup_text(settings, tasks))
     else:
@@ -126,7 +125,8 @@ def consume(
     not load, says why and goes on with the old. With --burst exits 0 if all it took is done,
     1 if a message became a dead letter, went to retry or was given back, or if it is paused.
     """
-    from aioworker import reload
+    from aioworker import reload, worker
+    from aioworker.notify import Notifier
 
     raise_early = signals.keep_early()
     origin = reload.Origin.of_this_process()
@@ -137,8 +137,6 @@ def consume(
         settings.database()
     if check:
         reload.end_check([task.name for task in tasks])
-    from aioworker import worker
-    from aioworker.notify import Notifier
 
     async def serve() -> int:
         stop = asyncio.Event()
@@ -196,10 +194,10 @@ def publish_all(
     publishes nothing: exits 0 if that one advances, 1 if it stands still. Exits 0 when
     every message is confirmed, 1 when one is not.
     """
-    settings = prepare(app=app_names, chunk_size=chunk_size)
-    task = app_task(settings, named(name))
     from aioworker import publishing
 
+    settings = prepare(app=app_names, chunk_size=chunk_size)
+    task = app_task(settings, named(name))
     raise typer.Exit(
         run(
             publishing.publish_all(
@@ -219,7 +217,8 @@ def publish(
     words: Annotated[
         list[str],
         typer.Argument(
-            metavar="[TASK] ID...", help="The task, and ids; - reads them from standard input."
+            metavar="[TASK] ID",
+            help="The task, also as --task TASK, and ids; - reads them from standard input.",
         ),
     ],
     app_names: App = None,
@@ -232,14 +231,14 @@ def publish(
     Without a TASK: the only one that the app registers, or the main job. Exits 0 when every
     message is confirmed.
     """
+    from aioworker import publishing
+
     settings = prepare(app=app_names)
     first = [] if _is_id(words[0]) else words[:1]
     try:
         task = app_task(settings, named(*first))
     except UnknownTaskError as error:
         raise UsageError(f"{'expected ids, or a task first: ' if first else ''}{error}") from None
-    from aioworker import publishing
-
     ids = _numbers(words[len(first) :])
     if not ids:
         raise UsageError(f"expected publish [TASK] ID..., got no id: {' '.join(words)}")
@@ -262,16 +261,18 @@ def status(
     Without a TASK: all that have a budget in the database. Exits 0, or 1 when RabbitMQ or the
     database could not be asked: what the other one tells is shown all the same.
     """
-    settings = prepare(app=app_names)
-    names = to_look(settings, named(name))
     from aioworker import status as asking
     from aioworker.status_text import text
 
+    settings = prepare(app=app_names)
+    names = to_look(settings, named(name))
     complete = True
+    before: list[str] = []
 
     async def show() -> str:
-        nonlocal complete
-        found = await asking.look(settings, names)
+        nonlocal before, complete
+        found = await asking.look(settings, names, before)
+        before = [one.task for one in found]
         complete = all(one.complete for one in found)
         if as_json:
             return "\n".join(one.as_json() for one in found)
@@ -316,7 +317,8 @@ def rate_limit(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[TASK] RATE", help="The task, and its rate, such as 10/m, or none."
+            metavar="[TASK] RATE",
+            help="The task, also as --task TASK; and its rate: 10/m, or none.",
         ),
     ] = None,
     reset: Annotated[

@@ -76,7 +76,10 @@ def show_list(
 @app.command("show", cls=TaskCommand)
 def show_one(
     words: Annotated[
-        list[str], typer.Argument(metavar="[TASK] ID", help="The task, and the message's id.")
+        list[str],
+        typer.Argument(
+            metavar="[TASK] ID", help="The task, also as --task TASK, and the message's id."
+        ),
     ],
     app_names: App = None,
     as_json: AsJson = False,

@@ -29,7 +29,7 @@ _Result = TypeVar("_Result")
 EXIT_SECONDS = 2.0
 TaskName = Annotated[
     str | None,
-    typer.Argument(metavar="[TASK]", help="The task, where there are several; or --task TASK."),
+    typer.Argument(metavar="TASK", help="The task, where there are several; or --task TASK."),
 ]
 App = Annotated[
     str | None,

@@ -175,13 +175,21 @@ class _Told:
     ahead: float | None = None
 
 
-async def look(settings: Settings, names: Sequence[str]) -> list[Status]:
-    """Ask both servers about the tasks that are meant; without names, about all.
+async def look(
+    settings: Settings, names: Sequence[str], before: Sequence[str] = ()
+) -> list[Status]:
+    """Ask both servers about the tasks that are meant.
+
+    Args:
+        settings: The settings.
+        names: The tasks' names; none for all.
+        before: Those of the last look, for a database that is away now.
 
     Raises:
-        UsageError: A name is unknown, or nobody can tell which tasks are there.
+        UnknownTaskError: A name is unknown.
+        AioworkerError: No task is there, or nobody can tell which are.
     """
-    tasks, told, database_error = await _ask_database(settings, names)
+    tasks, told, database_error = await _ask_database(settings, names, before)
     queues = {name: topology.Queues.of(name, settings.queue_prefix) for name in tasks}
     queued, broker_error = await _ask_broker(settings, queues)
     found = []
@@ -229,7 +237,7 @@ async def _ask_broker(
 
 
 async def _ask_database(
-    settings: Settings, names: Sequence[str]
+    settings: Settings, names: Sequence[str], before: Sequence[str]
 ) -> tuple[list[str], dict[str, _Told], DatabaseError | None]:
     """Return the tasks that are meant, and what the database tells of each."""
     if settings.budget != "shared":
@@ -240,7 +248,7 @@ async def _ask_database(
             with tables.explaining(database):
                 return tasks, {name: await _told(database, name) for name in tasks}, None
     except DatabaseError as error:
-        return meant.untold(settings, names, error), {}, error
+        return meant.untold(settings, names or before, error), {}, error
 
 
 async def _told(database: Database, name: str) -> _Told:

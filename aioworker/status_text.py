@@ -16,7 +16,6 @@ _SOURCES = {
     "setting": "by setting",
     "task": "the task's own",
     "workers": "the workers' own",
-    "unknown": "each worker's own, and no worker tells",
 }
 
 
@@ -56,8 +55,7 @@ def _budget_lines(limit: Limit) -> list[tuple[str, str]]:
     if limit.set_by is not None and limit.set_at is not None:
         why = f": {limit.set_why}" if limit.set_why else ""
         changed = f"; last change by {limit.set_by} at {limit.set_at:%Y-%m-%d %H:%M:%S} UTC{why}"
-    whose = "of all workers" if limit.scope == "shared" else "of each worker alone"
-    shown = [("rate", f"{limit.rate} {whose}, {_SOURCES[limit.source]}{changed}")]
+    shown = [("rate", f"{_rate(limit)}{changed}")]
     if limit.scope != "shared":
         return shown
     if limit.last_start is None:
@@ -73,6 +71,15 @@ def _budget_lines(limit: Limit) -> list[tuple[str, str]]:
         shown.append(("next start", _next_start(limit)))
     shown.append(("turn", f"held by {limit.turn}" if limit.turn else "free"))
     return shown
+
+
+def _rate(limit: Limit) -> str:
+    """Return the rate, whose starts it counts, and where it comes from."""
+    if limit.source == "unknown":
+        which = "they differ" if limit.rates_differ else "none is here to tell it"
+        return f"each worker's own; {which}"
+    whose = "of all workers" if limit.scope == "shared" else "of each worker alone"
+    return f"{limit.rate} {whose}, {_SOURCES[limit.source]}"
 
 
 def _next_start(limit: Limit) -> str:

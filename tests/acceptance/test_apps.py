@@ -157,8 +157,9 @@ def test_keys_are_read_in_one_thread(run: Run, tmp_path: Path, shop: Connection[
 
 def test_a_single_change_of_a_users_task(run: Run, app: str, shop: Connection[Cursor]) -> None:
     assert run("publish", "5", "--task", "shop.rate", AIOWORKER_APP=app).returncode == 0
+    assert run("publish", "shop.rate", "-", "7", text="6", AIOWORKER_APP=app).returncode == 0
     assert run("consume", "shop.rate", "--burst", AIOWORKER_APP=app).returncode == 0
-    assert rows(shop, "SELECT * FROM ratings") == [(5, 50)]
+    assert rows(shop, "SELECT * FROM ratings ORDER BY shop") == [(5, 50), (6, 60), (7, 70)]
 
 
 async def test_a_slow_and_limited_task_holds_up_no_other(

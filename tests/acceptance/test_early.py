@@ -31,7 +31,18 @@ COMMANDS = (
     ("rate-limit", "none"),
 )
 # What libraries import if it is there, and what Python does.
-PERHAPS = {"yaml", "tomli", "attr", "uvloop", "cryptography", "nacl", "IPython", "email_validator"}
+PERHAPS = {
+    "org",
+    "nt",
+    "yaml",
+    "tomli",
+    "attr",
+    "uvloop",
+    "cryptography",
+    "nacl",
+    "IPython",
+    "email_validator",
+}
 APP = """
     from aioworker import task
 
@@ -41,18 +52,27 @@ APP = """
 
 
 @pytest.fixture(scope="module")
-def traps(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a module of every name that is installed; each notes that it is executed."""
-    folder = tmp_path_factory.mktemp("traps")
+def traps(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Path]:
+    """Folders with a module of every name that is installed; each notes that it is executed."""
     installed = {name for name in packages_distributions() if name.isidentifier()}
-    # What `python -m` itself looks for there is beyond us.
-    pythons = {"aioworker", "importlib", "__main__"}
-    for name in ({*sys.stdlib_module_names, *installed} | PERHAPS) - pythons:
-        note = f"open({str(folder / 'executed')!r}, 'a').write({name!r} + '\\n')\n"
-        (folder / f"{name}.py").write_text(note)
-    (folder / "aio_pika.py").unlink()
-    (folder / "aio_pika").mkdir()
-    (folder / "aio_pika" / "__init__.py").write_text(note)
+    names = ({*sys.stdlib_module_names, *installed} | PERHAPS) - {"aioworker", "__main__"}
+    # What `python -m` itself looks for in the current folder is beyond us.
+    listing = [sys.executable, "-I", "-c", "import runpy, sys; print(*sys.modules)"]
+    pythons = subprocess.run(listing, capture_output=True, text=True, check=True).stdout.split()
+    return {
+        SCRIPT: trapped(tmp_path_factory.mktemp("traps"), names),
+        MODULE: trapped(tmp_path_factory.mktemp("traps"), names - set(pythons)),
+    }
+
+
+def trapped(folder: Path, names: set[str]) -> Path:
+    """Fill a folder with traps, a package among them, and with a task."""
+    for name in names:
+        file = folder / f"{name}.py"
+        if name == "aio_pika":
+            (folder / name).mkdir()
+            file = folder / name / "__init__.py"
+        file.write_text(f"open({str(folder / 'executed')!r}, 'a').write({name!r} + '\\n')\n")
     (folder / "trapped_tasks.py").write_text(textwrap.dedent(APP))
     return folder
 
@@ -60,7 +80,10 @@ def traps(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", [SCRIPT, MODULE], ids=["script", "module"])
 @pytest.mark.parametrize("app", ["trapped_tasks", ""], ids=["app", "no app"])
 def test_nothing_that_lies_in_the_current_folder_is_executed_in_place_of_what_is_installed(
-    pair: servers.Servers, traps: Path, kind: tuple[str, ...], app: str
+    pair: servers.Servers,
+    traps: dict[tuple[str, ...], Path],
+    kind: tuple[str, ...],
+    app: str,
 ) -> None:
     """`aioworker status` in a folder of somebody else's executed their aiomysql.py, as root."""
 
@@ -68,7 +91,7 @@ def test_nothing_that_lies_in_the_current_folder_is_executed_in_place_of_what_is
         return subprocess.run(
             [*kind, *command],
             env=pair.environment | {"AIOWORKER_APP": app},
-            cwd=traps,
+            cwd=traps[kind],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -79,8 +102,9 @@ def test_nothing_that_lies_in_the_current_folder_is_executed_in_place_of_what_is
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         done = dict(zip(COMMANDS, pool.map(give, COMMANDS), strict=True))
 
-    executed = (traps / "executed").read_text().split() if (traps / "executed").exists() else []
-    (traps / "executed").unlink(missing_ok=True)
+    note = traps[kind] / "executed"
+    executed = note.read_text().split() if note.exists() else []
+    note.unlink(missing_ok=True)
     assert executed == []
     shown = done["init", "--print"]
     assert shown.returncode == 0, shown.stderr

@@ -242,7 +242,7 @@ USAGE = [
     (
         ("publish",),
         {},
-        "Missing argument '[TASK] ID...'. `aioworker publish --help` shows the usage.",
+        "Missing argument '[TASK] ID'. `aioworker publish --help` shows the usage.",
     ),
     (
         ("consum",),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import textwrap
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit, urlunsplit
 
+import aio_pika
 import pytest
 
 from aioworker import tables
@@ -17,8 +20,11 @@ from support import servers
 from tests.conftest import AIOWORKER, COMMAND_SECONDS, TASK, execute
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
+
+    from pymysql.connections import Connection
+    from pymysql.cursors import Cursor
 
 COMMANDS = {
     "init": ("--print",),
@@ -59,6 +65,7 @@ WORDS = {
     "would publish 1 chunk, 1 id\n": "shop.left",
     "would publish 1 chunk, 2 ids\n": "shop.right",
 }
+Do = Callable[..., "subprocess.CompletedProcess[str]"]
 AWAY = {"AIOWORKER_MYSQL_URL": "mysql://root@127.0.0.1:1/d", "AIOWORKER_CONNECT_TIMEOUT": "1"}
 ASKED = "expected one task to be named, there are: shop.left, shop.right"
 NO_APP = f"without --app or AIOWORKER_APP only {TASK} is known"
@@ -166,9 +173,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def do(
-    pair: servers.Servers, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., subprocess.CompletedProcess[str]]:
+def do(pair: servers.Servers, tmp_path_factory: pytest.TempPathFactory) -> Do:
     """Make the projects, each with a database and queues of its own; run commands in them."""
     root = tmp_path_factory.mktemp("projects")
 
@@ -217,9 +222,7 @@ def write_code(root: Path) -> None:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
-def test_every_command_means_the_right_task_or_says_what_to_name(
-    do: Callable[..., subprocess.CompletedProcess[str]], case: Case
-) -> None:
+def test_every_command_means_the_right_task_or_says_what_to_name(do: Do, case: Case) -> None:
     """`pause` in a project of one task paused another one, which nobody ran."""
 
     def give(command: str) -> subprocess.CompletedProcess[str]:
@@ -242,3 +245,65 @@ def tasks_in(done: subprocess.CompletedProcess[str]) -> set[str]:
     """Return the tasks that an output names, some by what is theirs alone."""
     text = done.stdout + done.stderr
     return {task for word, task in WORDS.items() if word in text}
+
+
+@pytest.fixture
+def two(do: Do, pair: servers.Servers) -> Iterator[Connection[Cursor]]:
+    """The database of two tasks, nothing set, no worker there."""
+    connection = servers.connect(url(pair, "two"))
+    execute(connection, "UPDATE aioworker_budget SET paused = FALSE, gap_us = NULL")
+    yield connection
+    execute(connection, "DELETE FROM aioworker_worker")
+    connection.close()
+
+
+def test_a_monitor_gets_a_line_for_each_task(do: Do, two: Connection[Cursor]) -> None:
+    """A rate that no worker tells is unknown: the task's module is not imported."""
+    done = do("two", "status", "--json", app=None)
+
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one["task"] for one in found] == ["shop.left", "shop.right"]
+    assert [one["queued"]["retry"] for one in found] == [0, 0]
+    assert [one["budget"]["rate"] for one in found] == ["unknown", "unknown"]
+
+
+async def test_the_dead_letters_of_several_tasks_are_told_apart(
+    do: Do, pair: servers.Servers
+) -> None:
+    async with await aio_pika.connect(pair.amqp_url, timeout=10) as connection:
+        channel = await connection.channel()
+        for task in ("shop.left", "shop.right"):
+            letter = aio_pika.Message(b"[]", headers={"task": task, "id": f"of-{task}"})
+            await channel.default_exchange.publish(letter, f"meant-two.{task}.dead")
+
+    listed = do("two", "dead", "list", app=None)
+    as_json = do("two", "dead", "list", "--json", app=None)
+    for task in ("shop.left", "shop.right"):
+        assert do("two", "dead", "drop", task, "--yes", app=None).returncode == 0
+
+    assert [line.split()[:2] for line in listed.stdout.splitlines()] == [
+        ["shop.left:", "of-shop.left"],
+        ["shop.right:", "of-shop.right"],
+    ]
+    found = [json.loads(line) for line in as_json.stdout.splitlines()]
+    assert [(one["task"], one["id"]) for one in found] == [
+        ("shop.left", "of-shop.left"),
+        ("shop.right", "of-shop.right"),
+    ]
+
+
+def test_health_names_the_sick_ones_alone(do: Do, two: Connection[Cursor]) -> None:
+    """Its worker's rate is the task's as long as nobody sets another."""
+    columns = "(id, host, pid, task, version, rate, session, state, reason, since, seen)"
+    well = f"('a', '{os.uname().nodename}', 7, 'shop.left', '1', '3/m', 1, 'waiting', 'nothing'"
+    execute(two, f"INSERT INTO aioworker_worker {columns} VALUES {well}, SYSDATE(6), SYSDATE(6))")
+
+    sick = do("two", "health", app=None)
+    left = do("two", "health", "shop.left", app=None)
+    rate = do("two", "status", "shop.left", app=None)
+
+    assert sick.returncode == 1
+    assert "no worker of shop.right is alive" in sick.stderr
+    assert "shop.left" not in sick.stderr
+    assert (left.returncode, left.stdout.split(":", 1)[1]) == (0, "7 waiting: nothing\n")
+    assert "rate       3/m of all workers, the workers' own\n" in rate.stdout
