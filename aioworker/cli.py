@@ -95,7 +95,7 @@ def init(
     settings = prepare(app=app_names)
     tasks = app_tasks(settings, names or [])
     if show:
-        console.say(setup.setup_text(settings, tasks))
+        console.say_all(setup.setup_text(settings, tasks))
     else:
         run(setup.init(settings, tasks))
 
@@ -286,7 +286,7 @@ def status(
     if watching:
         asyncio.run(watch())
     else:
-        console.say(run(show()))
+        console.say_all(run(show()))
     raise typer.Exit(0 if complete else 1)
 
 
@@ -302,7 +302,7 @@ def health(name: TaskName = None, app_names: App = None) -> None:
     settings = prepare(app=app_names)
     from aioworker.health import check
 
-    console.say(run(check(settings, named(name))))
+    console.say_all(run(check(settings, named(name))))
 
 
 Why = Annotated[
@@ -416,6 +416,7 @@ def _fail(error: BaseException, line: str) -> None:
     if _debug:
         import traceback
 
-        traceback.print_exception(error)
+        for part in "".join(traceback.format_exception(error)).rstrip("\n").split("\n"):
+            console.tell(part)
     mark = journal_mark(logging.ERROR)
-    sys.stderr.write(f"{mark}aioworker: {' '.join(line.split())}\n")
+    console.tell(f"{mark}aioworker: {' '.join(line.split())}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import os
 import sys
 import time
 from contextlib import contextmanager
 from io import TextIOWrapper
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -39,15 +40,39 @@ def open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def printable(line: str) -> str:
+    r"""Return a line as a terminal may have it: what is not printable, as what it is, `\x1b`.
+
+    What comes from outside could else move the cursor, fill the clipboard, turn the order of
+    what is read, or begin a line that looks like one of ours.
+    """
+    if line.isprintable():
+        return line
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode() for one in line
+    )
+
+
+def as_json(value: object, default: Callable[[Any], str] | None = None) -> str:
+    """Return JSON in one line, of which all is printable."""
+    return json.dumps(value, default=default).replace("\x7f", "\\u007f")
+
+
 def say(line: str) -> None:
-    """Print a result, to standard output."""
-    sys.stdout.write(line + "\n")
+    """Print a result in one line, to standard output."""
+    sys.stdout.write(printable(line) + "\n")
     sys.stdout.flush()
 
 
+def say_all(text: str) -> None:
+    """Print a result of several lines."""
+    for line in text.split("\n"):
+        say(line)
+
+
 def tell(line: str) -> None:
-    """Print progress, to standard error."""
-    sys.stderr.write(line + "\n")
+    """Print progress in one line, to standard error."""
+    sys.stderr.write(printable(line) + "\n")
     sys.stderr.flush()
 
 
@@ -94,14 +119,15 @@ async def watch(show: Callable[[], Awaitable[str]], seconds: float, stop: asynci
 async def _show_again(show: Callable[[], Awaitable[str]], seconds: float) -> None:
     if not sys.stdout.isatty():
         while True:
-            say(await show())
+            say_all(await show())
             await asyncio.sleep(seconds)
     from rich.live import Live
     from rich.text import Text
 
     with Live(auto_refresh=False, screen=True) as live:
         while True:
-            live.update(Text(await show()), refresh=True)
+            shown = "\n".join(map(printable, (await show()).split("\n")))
+            live.update(Text(shown), refresh=True)
             await asyncio.sleep(seconds)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 from collections import Counter
 from contextlib import asynccontextmanager, contextmanager
@@ -45,7 +44,7 @@ async def show_list(
         nonlocal listed
         if wanted.matches(letter):
             line = f"{name}: {letter.line}" if of_several else letter.line
-            say(json.dumps({"task": name, **asdict(letter)}) if as_json else line)
+            say(console.as_json({"task": name, **asdict(letter)}) if as_json else line)
             listed += 1
         return look.queues.dead
 
@@ -87,13 +86,14 @@ def _show_whole(
     body = delivery.body.decode("utf-8", "backslashreplace")
     if as_json:
         headers = {name: text(value) for name, value in delivery.headers.items()}
-        say(json.dumps({"task": task, **asdict(letter), "headers": headers, "body": body}))
+        whole = {"task": task, **asdict(letter), "headers": headers, "body": body}
+        say(console.as_json(whole))
         return
     say(letter.line)
     for header, value in sorted(delivery.headers.items()):
         say(f"{header}: {text(value)}")
     say("")
-    say(body)
+    say(f"body: {body}")
 
 
 async def requeue(settings: Settings, name: str, wanted: Filter) -> None:

@@ -40,7 +40,8 @@ async def check(settings: Settings, names: Sequence[str]) -> str:
     labels = {name: f"{name}: " if len(found) > 1 else "" for name in found}
     if sick:
         raise UnhealthyError("; ".join(labels[name] + problem for name, problem in sick.items()))
-    return "\n".join(labels[name] + _doing(workers) for name, workers in found.items())
+    lines = [labels[name] + _doing(workers) for name, workers in found.items()]
+    return "\n".join(" ".join(line.split()) for line in lines)
 
 
 async def _here(database: Database, name: str) -> list[Worker]:

@@ -6,7 +6,6 @@ Those that aioworker set aside carry its own headers; those that RabbitMQ set as
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -80,8 +79,7 @@ class Letter:
         """The letter in one line: id, when, attempts, lane, reason."""
         when = self.failed_at or "unknown time"
         runs = "" if self.attempts is None else f" attempts={self.attempts}"
-        shown = self.id if self.id.isprintable() else json.dumps(self.id)
-        return f"{shown} {when} lane={self.lane}{runs} {' '.join(self.reason.split())}"
+        return f"{self.id} {when} lane={self.lane}{runs} {' '.join(self.reason.split())}"
 
 
 @dataclass(frozen=True, slots=True)

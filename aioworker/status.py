@@ -6,7 +6,6 @@ when the other is away.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from aioworker import broker, meant, tables, topology
 from aioworker.clock import own_time
-from aioworker.console import command, duration
+from aioworker.console import as_json, command, duration
 from aioworker.controls import limit_and_source
 from aioworker.errors import BrokerError, DatabaseError
 from aioworker.limits import RateLimit
@@ -162,7 +161,7 @@ class Status:
 
     def as_json(self) -> str:
         """Return it as one JSON object in one line; times are ISO 8601."""
-        return json.dumps(asdict(self), default=_encoded)
+        return as_json(asdict(self), default=_encoded)
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,7 +98,7 @@ async def test_one_is_shown_whole(run: Run, three: Lanes) -> None:
     shown = run("dead", "show", "b").stdout
 
     assert "x-aioworker-attempts: 6\n" in shown
-    assert shown.endswith(f"\n\n{BODY.decode()}\n")
+    assert shown.endswith(f"\n\nbody: {BODY.decode()}\n")
     missing = run("dead", "show", "nope")
     assert (missing.returncode, missing.stderr) == (
         1,
