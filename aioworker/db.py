@@ -223,8 +223,9 @@ class Database:
 
     async def _answers(self) -> bool:
         try:
-            await self._connection.ping(reconnect=False)
-        except (MySQLError, OSError, RuntimeError):
+            with login.expecting_mysql():
+                await self._connection.ping(reconnect=False)
+        except (MySQLError, OSError):
             return False
         return True
 

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 PREFIX = "AIOWORKER_"
 ENV_FILE = ".env"
-_ENCODING = "utf-8-sig"  # with the mark that editors on Windows put before it, or without
 SECRETS_DIR = f"{PREFIX}SECRETS_DIR"
 Nodes = tuple[BrokerAddress, ...]
 _QUEUE_PREFIX = re.compile(r"[A-Za-z0-9_-]{1,50}")
@@ -172,7 +171,7 @@ class Settings(BaseSettings):
         try:
             return cls(
                 _env_file=ENV_FILE,  # type: ignore[call-arg]
-                _env_file_encoding=_ENCODING,
+                _env_file_encoding="utf-8",
                 _secrets_dir=secrets,
                 **given,  # type: ignore[arg-type]
             )
@@ -280,7 +279,7 @@ def _text(path: Path) -> str:
         UsageError: It cannot be read, or is no UTF-8; the text names the file.
     """
     try:
-        text = path.read_text(_ENCODING)
+        text = path.read_text("utf-8")
     except UnicodeDecodeError:
         text = "\0"
     except OSError as error:

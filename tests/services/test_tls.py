@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -154,12 +153,10 @@ async def test_without_a_word_of_tls_a_connection_is_plain_text(encrypted: Encry
 async def test_heartbeat_and_name_are_those_of_the_address(encrypted: Encrypted) -> None:
     url = encrypted.amqps("?ssl_mode=required&heartbeat=31&name=mine")
 
-    opened = await broker.connect(BrokerAddress.parse_all(url), 10, "test")
-
-    assert opened.transport is not None
-    assert opened.transport.connection.connection_tune.heartbeat == 31
-    assert "mine" in encrypted.broker.control("list_connections", "client_properties")
-    await broker.close(opened)
+    async with broker.connection(BrokerAddress.parse_all(url), 10, "test") as opened:
+        assert opened.transport is not None
+        assert opened.transport.connection.connection_tune.heartbeat == 31
+        assert "mine" in encrypted.broker.control("list_connections", "client_properties")
 
 
 @pytest.mark.parametrize(
@@ -226,32 +223,27 @@ async def test_a_client_certificate_that_is_refused_is_named(encrypted: Encrypte
         assert f"it may not know the authority of ssl_cert '{own}.pem'" in str(refused.value)
 
 
-async def test_an_expired_certificate_is_named_as_that(
-    encrypted: Encrypted, tmp_path: Path
-) -> None:
-    """RabbitMQ's side of it; the reason is made in one place for both."""
-    authority = Authority(tmp_path / "authority")
-    expired = authority.certify("server", days=-1)
-    context = servers_context(expired.cert, expired.key)
-    server = await asyncio.start_server(lambda _reader, _writer: None, "127.0.0.1", 0, ssl=context)
-    port = server.sockets[0].getsockname()[1]
+async def test_an_expired_certificate_is_named_as_that(encrypted: Encrypted) -> None:
+    expired = encrypted.authority.certify("expired", days=-1)
+    files = [encrypted.folder / "authority" / name for name in ("server.pem", "server-key.pem")]
+    good = [file.read_bytes() for file in files]
+    admin: Connection[Cursor] = servers.connect(encrypted.maria.url("mysql"))
+    try:
+        for file, other in zip(files, (expired.cert, expired.key), strict=True):
+            file.write_bytes(other.read_bytes())
+        execute(admin, "FLUSH SSL")
+        with pytest.raises(DatabaseError) as refused:
+            await cipher_of_database(encrypted.mysql("?ssl_ca={folder}/authority/ca.pem"))
+    finally:
+        for file, content in zip(files, good, strict=True):
+            file.write_bytes(content)
+        execute(admin, "FLUSH SSL")
+        admin.close()
 
-    with pytest.raises(BrokerError) as refused:
-        await log_in_to_broker(f"amqps://127.0.0.1:{port}/?ssl_ca={authority.ca}")
-
-    server.close()
-    assert str(refused.value) == (
-        f"cannot connect to RabbitMQ at amqps://127.0.0.1:{port}/: TLS failed: certificate has"
-        " expired; renew the server's certificate, or set this machine's clock;"
-        " check AIOWORKER_AMQP_URL"
+    assert str(refused.value).endswith(
+        "/mysql: TLS failed: certificate has expired; renew the server's certificate, or set this"
+        " machine's clock (2026); check AIOWORKER_MYSQL_URL"
     )
-
-
-def servers_context(cert: Path, key: Path) -> ssl.SSLContext:
-    """Return what a server of TLS needs."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(cert, key)
-    return context
 
 
 @pytest.mark.parametrize(

@@ -193,13 +193,6 @@ def test_a_file_of_settings_that_is_no_text_is_named(
     assert len(str(refusal.value).splitlines()) == 1
 
 
-def test_an_env_file_with_a_mark_at_its_beginning_is_read_whole(empty_folder: Path) -> None:
-    """As editors on Windows write it; the first line was ignored."""
-    (empty_folder / ".env").write_text("AIOWORKER_CHUNK_SIZE=10\n", "utf-8-sig")
-
-    assert Settings.load().chunk_size == 10
-
-
 def test_no_dump_of_the_settings_holds_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AIOWORKER_MYSQL_URL", "mysql://me:s3cret@db/site?ssl_ca=/ca.pem")
     monkeypatch.setenv("AIOWORKER_AMQP_URL", "amqp://me:s3cret@one/,amqps://me:s3cret@two/")
