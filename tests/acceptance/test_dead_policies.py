@@ -84,19 +84,17 @@ def task(number: int, kind: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def known(private: servers.Servers) -> list[str]:
+def known(broker: servers.Broker) -> list[str]:
     """The policy keys that this RabbitMQ has, by its own word."""
-    assert private.broker is not None
     asked = "[K || {K, _} <- rabbit_registry:lookup_all(policy_validator)]."
-    return re.findall(r"'?([\w-]+)'?[,\]]", private.broker.control("eval", asked))
+    return re.findall(r"'?([\w-]+)'?[,\]]", broker.control("eval", asked))
 
 
 @pytest.fixture(scope="module")
 def host(
-    private: servers.Servers, known: list[str], tmp_path_factory: pytest.TempPathFactory
+    broker: servers.Broker, known: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
     """A virtual host in which each policy holds for one task of each kind of queue."""
-    assert private.broker is not None
     policies = [
         {
             "vhost": "policies",
@@ -120,9 +118,9 @@ def host(
             }
         )
     )
-    private.broker.control("import_definitions", str(path))
-    yield private.broker.url("policies")
-    private.broker.control("delete_vhost", "policies")
+    broker.control("import_definitions", str(path))
+    yield broker.url("policies")
+    broker.control("delete_vhost", "policies")
 
 
 @pytest.fixture

@@ -57,24 +57,22 @@ class Project:
 
 
 @pytest.fixture
-def vhost(private: servers.Servers) -> Iterator[str]:
+def vhost(broker: servers.Broker) -> Iterator[str]:
     """The address of a virtual host of the test's own."""
-    assert private.broker is not None
-    private.broker.control("add_vhost", "shared")
-    private.broker.control("set_permissions", "-p", "shared", "guest", ".*", ".*", ".*")
-    yield private.broker.url("shared")
-    private.broker.control("delete_vhost", "shared")
+    broker.control("add_vhost", "shared")
+    broker.control("set_permissions", "-p", "shared", "guest", ".*", ".*", ".*")
+    yield broker.url("shared")
+    broker.control("delete_vhost", "shared")
 
 
 @pytest.fixture
 def two(
-    private: servers.Servers, vhost: str, run: Run, tmp_path: Path, shop: Connection[Cursor]
+    pair: servers.Servers, vhost: str, run: Run, tmp_path: Path, shop: Connection[Cursor]
 ) -> tuple[Project, Project]:
     """Two projects, the same code, two prefixes; one's database is called as the tests' own."""
-    assert private.maria is not None
     (tmp_path / "comments.py").write_text(textwrap.dedent(APP))
-    first = Project(run, vhost, private.mysql_url, "aioworker")
-    second = Project(run, vhost, private.maria.url("other"), "blog-2")
+    first = Project(run, vhost, pair.mysql_url, "aioworker")
+    second = Project(run, vhost, f"{pair.mysql_url}_other", "blog-2")
     first.run("init")
     assert f"queue blog-2.{QUEUE}.retry: declared\n" in second.run("init")
     return first, second

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from pymysql.connections import Connection
     from pymysql.cursors import Cursor
 
-    from support.servers import Servers
+    from support.servers import Broker, Servers
 
 
 async def test_a_second_outage_is_told_since_its_own_beginning(
-    private: Servers,
+    pair: Servers,
+    broker: Broker,
     lanes: Lanes,
     shop: object,
     database: Database,
@@ -33,7 +34,7 @@ async def test_a_second_outage_is_told_since_its_own_beginning(
     """Soon after the first one, too: an operator looks for what happened at that time."""
     said: list[str] = []
     monkeypatch.setattr(Presence, "tell", lambda _self, _state, reason, _level: said.append(reason))
-    worker = make_worker(private, database, burst=False)
+    worker = make_worker(pair, database, burst=False)
     working = asyncio.create_task(worker.run(stop))
 
     moments = []
@@ -41,8 +42,7 @@ async def test_a_second_outage_is_told_since_its_own_beginning(
         await until(lambda: said[-1:] == ["nothing queued"])
         began = now()
         await until(lambda: now() > began)  # noqa: B023 - called before the next round
-        assert private.broker is not None
-        await asyncio.to_thread(private.broker.control, "close_all_connections", "test")
+        await asyncio.to_thread(broker.control, "close_all_connections", "test")
         await until(lambda: "unreachable" in said[-1])
         found = re.search(r"since ([\d:]+) UTC", said[-1])
         assert found is not None
