@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import textwrap
 from collections.abc import Callable
@@ -288,3 +289,35 @@ def test_a_task_that_takes_no_ids_is_not_published_from_the_command_line(
         "",
         "aioworker: task 'shop.note' takes no ids: publish to it from Python\n",
     )
+
+
+FAILING = """
+    from aioworker import task
+
+    @task
+    def fail(shop: int) -> None:
+        password = "hidden"
+        raise KeyError(shop)
+"""
+
+
+@pytest.mark.parametrize("form", ["console", "json"])
+async def test_a_task_that_fails_shows_where_in_the_log(
+    run: Run, pair: Servers, tmp_path: Path, form: str
+) -> None:
+    """Once for what fails alike, by line and file, without the values of its variables."""
+    (tmp_path / "failing.py").write_text(textwrap.dedent(FAILING))
+    assert run("init", "--app", "failing").returncode == 0
+    async with Producer(pair.amqp_url) as producer:
+        for shop in (7, 8):
+            await producer.publish("fail", shop)
+
+    log = run("consume", "--app", "failing", "--burst", AIOWORKER_LOG_FORMAT=form).stderr
+
+    lines = [line for line in log.splitlines() if "chunk failed" in line]
+    assert len(lines) == 2
+    assert log.count("Traceback") == log.count("raise KeyError(shop)") == 1
+    assert 'failing.py", line 7' in log.replace("\\", "")
+    assert "hidden" not in log
+    if form == "json":
+        assert ["traceback" in json.loads(line) for line in lines] == [True, False]
