@@ -236,6 +236,37 @@ def test_without_the_table_the_cure_is_named(
     assert refused.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", [("pause",), ("resume",), ("rate-limit", "2/m")])
+def test_a_control_makes_no_row(
+    run: Run, shop: Connection[Cursor], command: tuple[str, ...]
+) -> None:
+    """A task's name of another project, or one that is gone, stays out of the table."""
+    execute(shop, "DELETE FROM aioworker_budget")
+
+    refused = run(*command)
+
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr.endswith(": run `aioworker init`\n")
+    assert refused.stderr.count("\n") == 1
+    assert rows(shop, "SELECT task FROM aioworker_budget") == []
+
+
+async def test_a_worker_without_a_row_waits_until_init_has_made_it(
+    run: Run, start: Start, shop: Connection[Cursor], lanes: Lanes
+) -> None:
+    """It takes nothing, says what is missing, and goes on by itself."""
+    simple_addons(shop, 1)
+    execute(shop, "DELETE FROM aioworker_budget")
+    await chunk(lanes, 1)
+    worker = start("consume", "--rate-limit", "100/s")
+    eventually(lambda: "has no row in aioworker_budget: run `aioworker init`" in worker.log, "said")
+    assert await lanes.count("aioworker.update_current_version") == 1
+
+    assert run("init").returncode == 0
+
+    eventually(lambda: rows(shop, "SELECT current_version FROM addons") == [(10_001,)], "written")
+
+
 async def test_workers_whose_own_rates_differ_say_so(
     run: Run, start: Start, shop: Connection[Cursor], lanes: Lanes
 ) -> None:

@@ -98,8 +98,11 @@ async def test_a_queue_that_differs_is_named_with_both_values_and_nothing_is_cha
     await channel.declare_queue(QUEUES.urgent, durable=True, arguments=theirs)
     await connection.close()
 
+    execute(shop, "DELETE FROM aioworker_budget")
+
     done = run("init", AIOWORKER_AMQP_URL=vhost)
 
+    assert rows(shop, "SELECT task FROM aioworker_budget") == []  # rows come after the queues
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         f"aioworker: queue {QUEUES.urgent} differs: expected x-max-length '1000000', got: '5';"

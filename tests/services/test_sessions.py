@@ -19,7 +19,7 @@ from aioworker.errors import DatabaseError
 from aioworker.limits import RateLimit
 from support import servers, site
 from support.servers import HOST, Maria
-from tests.conftest import TASK, Lanes, current_versions, make_worker, rows, simple_addons
+from tests.conftest import TASK, Lanes, current_versions, execute, make_worker, rows, simple_addons
 from tests.faults.proxy import Proxy
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def blind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Maria]:
         "--lower-case-table-names=1",
         "--innodb-page-size=4k",
         "--innodb-default-row-format=compact",
+        "--log-bin",
     )
     server.start()
     yield server
@@ -148,6 +149,24 @@ async def test_small_pages_hold_the_tables_of_aioworker(
     assert current_versions(connection) == {n: n + 10_000 for n in range(1, 11)}
     database.close()
     connection.close()
+
+
+async def test_a_binary_log_that_cannot_take_what_a_session_writes_is_refused_first(
+    blind: Maria,
+) -> None:
+    """It takes READ COMMITTED by rows alone: the first write would fail with 1665."""
+    with servers.connect(blind.url("mysql")) as connection:
+        execute(connection, "SET GLOBAL binlog_format = 'STATEMENT'")
+        try:
+            with pytest.raises(DatabaseError) as refused:
+                await at(blind.url("mysql")).ready()
+        finally:
+            execute(connection, "SET GLOBAL binlog_format = 'MIXED'")
+
+    assert str(refused.value).endswith(
+        "expected binlog_format MIXED or ROW, got: STATEMENT, which cannot log READ COMMITTED"
+        " transactions; set it on the server"
+    )
 
 
 async def test_a_galera_node_is_refused_unless_its_user_vouches_for_one_writer(

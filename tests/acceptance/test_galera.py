@@ -1,0 +1,58 @@
+"""A Galera cluster: refused by every command alike, unless its user vouches for one writer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+from support import servers, site
+from support.servers import Maria
+from tests.conftest import Lanes, Run
+
+if TYPE_CHECKING:
+    from pymysql.connections import Connection
+    from pymysql.cursors import Cursor
+
+COMMANDS = (("init",), ("consume", "--burst"), ("health",), ("publish-all",), ("status",))
+WORDS = "is a Galera node, whose named locks hold on one node only: set AIOWORKER_GALERA="
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Maria]:
+    """A server that says that it is a node of one."""
+    server = Maria(tmp_path_factory.mktemp("node") / "private", "--wsrep-on=ON")
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def cluster(node: Maria) -> Iterator[Connection[Cursor]]:
+    """The site's tables on it."""
+    connection = servers.connect(node.url("site"), create=True)
+    site.create(connection)
+    yield connection
+    connection.close()
+
+
+def test_every_command_refuses_a_node_unless_its_user_vouches_for_one_writer(
+    run: Run, node: Maria, cluster: object, lanes: Lanes
+) -> None:
+    """`consume` alone did: `init` made the tables, and the workers then refused to start."""
+    url = node.url("site")
+
+    refused = {command: run(*command, AIOWORKER_MYSQL_URL=url) for command in COMMANDS}
+    vouched = {
+        command: run(*command, AIOWORKER_MYSQL_URL=url, AIOWORKER_GALERA="single-writer")
+        for command in COMMANDS
+    }
+
+    for done in refused.values():
+        assert done.returncode == 1
+        assert WORDS in done.stdout + done.stderr
+    for command, done in vouched.items():
+        assert WORDS not in done.stdout + done.stderr
+        assert done.returncode == (1 if command == ("health",) else 0), done.stderr
+    assert "no worker of update_current_version is alive" in vouched["health",].stderr
