@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aioworker import tables
+from aioworker import session, tables
 from aioworker.settings import Settings
 from tests.conftest import Run, execute, rows
 
@@ -37,6 +37,15 @@ COMMANDS = (
     "dead requeue",
     "dead drop",
 )
+
+
+def test_what_a_session_sets_is_told() -> None:
+    """A DBA, and whoever writes a task, wants to know what holds in a transaction."""
+    part = OPERATIONS.partition("## What a session of aioworker sets")[2].partition("\n## ")[0]
+    assigned = re.findall(r"(\w+) = ", session.statement(30))
+
+    assert len(assigned) > 20
+    assert [name for name in assigned if f"`{name}`" not in part] == []
 
 
 def test_the_table_of_settings_is_the_codes() -> None:
