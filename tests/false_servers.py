@@ -163,6 +163,7 @@ def refusal(number: int, words: bytes) -> bytes:
 
 
 LOGGED_IN = packet(2, b"\x00\x00\x00\x02\x00\x00\x00")
+AGREED = packet(1, b"\x00\x00\x00\x02\x00\x00\x00")  # no rows, whatever the statement
 WANTS_A_FILE = packet(1, b"\xfb/etc/passwd")
 
 

@@ -148,6 +148,12 @@ DATABASES: list[tuple[str, str, Part, str]] = [
         "is it a MySQL server?",
     ),
     (
+        "agrees to whatever it is asked",
+        "",
+        says(greeting(), false_servers.LOGGED_IN, *[false_servers.AGREED] * 6),
+        "is it a MySQL server?",
+    ),
+    (
         "silent after the login",
         "",
         says(greeting(), false_servers.LOGGED_IN),
