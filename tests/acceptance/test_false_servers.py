@@ -10,7 +10,7 @@ import pytest
 
 from tests import false_servers
 from tests.conftest import Lanes, Run, Worker, eventually
-from tests.false_servers import FalseServer, greeting, says, switch
+from tests.false_servers import FalseServer, greeting, refusal, says, switch
 
 if TYPE_CHECKING:
     from pymysql.connections import Connection
@@ -25,6 +25,7 @@ DATABASES = {
     "silent": ("", SILENT, "no answer in time"),
     "speaks HTTP": ("", says(false_servers.HTTP), "is it a MySQL server?"),
     "closes": ("", says(greeting(), b"", then_close=True), "Lost connection"),
+    "speaks to the terminal": ("", says(refusal(0, b"go\x1b[2J away")), "go\\x1b[2J away"),
 }
 BROKERS = {
     "no TLS": ("?ssl_mode=required", says(b"AMQP\x00\x00\x09\x01"), "speaks no TLS on this port"),
