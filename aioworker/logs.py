@@ -14,6 +14,8 @@ import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from aioworker.console import as_json, printable
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
@@ -93,7 +95,7 @@ class JsonFormatter(_Formatter):
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+        return as_json(line, default=str)
 
 
 class JournalFormatter(logging.Formatter):
@@ -173,5 +175,4 @@ def _plain(value: object) -> str:
 
 def _indented(line: str) -> str:
     """Return a line that cannot be taken for one of the log's, nor move a terminal's cursor."""
-    shown = (one if one.isprintable() else repr(one)[1:-1] for one in line)
-    return f"    {''.join(shown)}"
+    return f"    {printable(line)}"
