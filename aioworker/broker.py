@@ -273,7 +273,9 @@ class Publisher:
         channel = await self._open()
         try:
             async with asyncio.timeout(self._timeout):
-                await channel.default_exchange.publish(aio_pika.Message(b""), "", mandatory=False)
+                # One without a body gets through while RabbitMQ lets no other in.
+                nothing = aio_pika.Message(b"nothing")
+                await channel.default_exchange.publish(nothing, "", mandatory=False)
         except FAILURES as error:
             raise explain(error, queue) from error
 

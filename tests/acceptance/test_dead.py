@@ -15,11 +15,26 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioworker import topology
-from tests.conftest import AIOWORKER, COMMAND_SECONDS, PREFIX, QUEUES, TASK, Lanes, Run, declare
+from tests.conftest import (
+    AIOWORKER,
+    COMMAND_SECONDS,
+    PREFIX,
+    QUEUES,
+    TASK,
+    Lanes,
+    Run,
+    current_versions,
+    declare,
+    eventually,
+    simple_addons,
+)
 
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable, Iterator
+
+    from pymysql.connections import Connection
+    from pymysql.cursors import Cursor
 
     from support import servers
     from tests.conftest import Worker
@@ -116,6 +131,54 @@ async def test_requeued_ones_begin_anew_in_their_lane(run: Run, three: Lanes) ->
         assert message.body == BODY
         message.headers.pop("x-delivery-count", None)  # RabbitMQ's own
         assert message.headers == {"task": TASK, "id": message_id, "retries": 0}
+
+
+@pytest.mark.parametrize(("command", "done"), [("requeue", "requeued"), ("drop", "dropped")])
+async def test_an_id_that_no_letter_has_is_named_and_the_others_are_done(
+    run: Run, three: Lanes, command: str, done: str
+) -> None:
+    """It said `requeued 0`, and that all was well."""
+    yes = ["--yes"] if command == "drop" else []
+
+    asked = run("dead", command, "--id", "nope", "--id", "b", "--id", "gone", *yes)
+
+    assert (asked.returncode, asked.stdout) == (1, f"{done} 1 dead letter of {TASK}\n")
+    assert asked.stderr == f"aioworker: no dead letter of {TASK} has the id 'gone', 'nope'\n"
+    assert await three.count(QUEUES.dead) == 2
+
+
+async def test_what_has_expired_is_run_once_it_is_brought_back(
+    run: Run, lanes: Lanes, shop: Connection[Cursor]
+) -> None:
+    """It was acknowledged unrun, and nowhere to be found."""
+    simple_addons(shop, 7)
+    await letter(lanes, "late", "expired", expires="2026-01-02T03:04:05+00:00", eta="2026-01-02")
+
+    assert run("dead", "requeue").returncode == 0
+    done = run("consume", "--burst", "--rate-limit", "100/s")
+
+    assert done.stdout.startswith("done 1 message in 1 start; dead letters 0")
+    assert current_versions(shop)[7] == 10_007
+
+
+async def test_no_letter_is_touched_while_rabbitmq_is_short_of_memory(
+    run: Run, three: Lanes, broker: servers.Broker
+) -> None:
+    """A copy would not be confirmed, and the letter in hand be given back: counted."""
+    policy = ("set_policy", "alarmed", f"^{QUEUES.dead}$", '{"delivery-limit": 0}')
+    broker.control(*policy)
+    broker.control("set_vm_memory_high_watermark", "0.000001")
+    try:
+        alarms = ("eval", "rabbit_alarm:get_alarms().")
+        eventually(lambda: "memory" in broker.control(*alarms), "an alarm")
+        listed = run("dead", "list", AIOWORKER_CONNECT_TIMEOUT="2")
+    finally:
+        broker.control("set_vm_memory_high_watermark", "absolute", "512MB")
+
+    assert (listed.returncode, listed.stdout) == (1, "")
+    assert "out of memory or disk perhaps" in listed.stderr
+    assert ids(run("dead", "list")) == ["a", "b", "c"]
+    broker.control("clear_policy", "alarmed")
 
 
 async def test_dropping_asks_first(run: Run, three: Lanes) -> None:
