@@ -125,6 +125,6 @@ def test_the_printed_rights_are_the_prefixs_own(two: tuple[Project, Project]) ->
         line for line in second.run("init", "--print").splitlines() if "set_permissions" in line
     ]
 
-    assert len(permissions) >= 2
     assert all("aioworker" not in line for line in permissions)
-    assert all(r"^blog-2\." in line for line in permissions)
+    # Who only publishes, and who only looks, needs no queue of its own.
+    assert len([line for line in permissions if r"^blog-2\." in line]) == 2
