@@ -167,6 +167,25 @@ def test_a_budget_of_each_worker_needs_no_database(run: Run, status: Any, lanes:
     assert (found["budget"]["scope"], found["budget"]["rate"]) == ("worker", "2/m")
 
 
+async def test_a_worker_that_waits_for_somebody_s_lock_says_so(
+    start: Start, status: Any, lanes: Lanes, shop: Connection[Cursor], pair: servers.Servers
+) -> None:
+    """An ALTER, or a backup's LOCK TABLES: the database is there, and no message is taken."""
+    simple_addons(shop, 1)
+    with servers.connect(pair.mysql_url) as theirs:
+        execute(theirs, "LOCK TABLES addons WRITE")
+        worker = start("consume", "--rate-limit", "100/s")
+        await lanes.send(b"[[[1]], {}, null]")
+        words = "(1205); somebody else holds a lock that this waits for"
+        eventually(lambda: words in worker.log, "the worker says so")
+
+        assert status()["waits"].endswith(words)
+
+    eventually(lambda: rows(shop, "SELECT current_version FROM addons") == [(10_001,)], "written")
+    assert "unreachable" not in worker.log
+    assert "attempt=1" in worker.log
+
+
 def test_a_turn_names_its_holder(
     run: Run, status: Any, lanes: Lanes, shop: Connection[Cursor], database: Database
 ) -> None:
