@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from yarl import URL
 
-SHOWN_BYTES = 2_000  # of the properties themselves: their hexadecimal digits are twice as many
+SHOWN_BYTES = 30_000  # of the properties themselves, which leaves room for other headers
 _FIXED_BYTES = 12  # class, weight, size of the body
 _METHOD_BYTES = 4
 _TAG_BYTES = 9  # of a delivery, and whether it comes again
