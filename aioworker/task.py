@@ -303,7 +303,9 @@ def _checked_options(
     if not isinstance(constants, list | tuple):
         raise TaskError(f"task {name!r}: expected constants as a tuple, got: {brief(constants)}")
     if rate_limit is not None and not isinstance(rate_limit, str):
-        raise TaskError(f"task {name!r}: expected rate_limit such as '2/m', got: {rate_limit!r}")
+        raise TaskError(
+            f"task {name!r}: expected rate_limit such as '2/m', or none, got: {rate_limit!r}"
+        )
     try:
         rate = None if rate_limit is None else in_force(parse_limit(rate_limit), None)
     except RateLimitError as error:
