@@ -213,7 +213,7 @@ def test_properties_that_cannot_be_decoded(place: Place, queue: str) -> None:
     assert place.charged() == 1
     assert_told(place)
     letters = place.run("dead", "show", f"unknown-{hashlib.sha256(b'no JSON').hexdigest()[:16]}")
-    assert letters.stdout.count("\nno JSON\n") == len(junk.UNDECODABLE)
+    assert letters.stdout.count("\nbody: no JSON\n") == len(junk.UNDECODABLE)
     assert place.run("dead", "requeue").returncode == 0
     eventually(lambda: place.queued() == NOTHING | {QUEUES.dead: (count, 0)}, "they are again")
     assert_told(place, requeued=True)
