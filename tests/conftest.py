@@ -204,6 +204,11 @@ def make_worker(
     return Supervisor(task, database, budget, consumer, presence, options)
 
 
+def database_name(pair: servers.Servers) -> str:
+    """Return the name of the tests' database."""
+    return DatabaseAddress.parse(pair.mysql_url).database
+
+
 def make_producer(pair: servers.Servers) -> Producer:
     """Make a producer."""
     return Producer(pair.amqp_url, timeout=10)

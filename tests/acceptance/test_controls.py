@@ -9,11 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.conftest import Lanes, Run, Worker, eventually, execute, rows, simple_addons
+from tests.conftest import (
+    Lanes,
+    Run,
+    Worker,
+    database_name,
+    eventually,
+    execute,
+    rows,
+    simple_addons,
+)
 
 if TYPE_CHECKING:
     from pymysql.connections import Connection
     from pymysql.cursors import Cursor
+
+    from support.servers import Servers
 
 Start = Callable[..., Worker]
 
@@ -224,14 +235,15 @@ def test_a_wrong_control_is_refused_in_one_line(
 
 @pytest.mark.parametrize("command", [("pause",), ("resume",), ("rate-limit", "2/m")])
 def test_without_the_table_the_cure_is_named(
-    run: Run, shop: Connection[Cursor], command: tuple[str, ...]
+    run: Run, pair: Servers, shop: Connection[Cursor], command: tuple[str, ...]
 ) -> None:
     execute(shop, "DROP TABLE aioworker_budget")
 
     refused = run(*command)
 
     assert refused.returncode == 1
-    assert refused.stderr.startswith("aioworker: Table 'aioworker.aioworker_budget' doesn't exist")
+    table = f"{database_name(pair)}.aioworker_budget"
+    assert refused.stderr.startswith(f"aioworker: Table '{table}' doesn't exist")
     assert refused.stderr.endswith(": run `aioworker init`, or set AIOWORKER_BUDGET=worker\n")
     assert refused.stderr.count("\n") == 1
 

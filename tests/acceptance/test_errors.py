@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING
 import pytest
 
 from support import servers
-from tests.conftest import AIOWORKER, COMMAND_SECONDS, QUEUES, TASK, Lanes, Run, execute
+from tests.conftest import (
+    AIOWORKER,
+    COMMAND_SECONDS,
+    QUEUES,
+    TASK,
+    Lanes,
+    Run,
+    database_name,
+    execute,
+)
 
 if TYPE_CHECKING:
     from pymysql.connections import Connection
@@ -151,7 +160,8 @@ def test_a_table_that_is_not_there(
 
     assert done.returncode == 1
     assert last_line(done) == (
-        f"cannot use MySQL at {pair.mysql_url}: Table 'aioworker.{table}' doesn't exist (1146);"
+        f"cannot use MySQL at {pair.mysql_url}: Table '{database_name(pair)}.{table}' doesn't"
+        " exist (1146);"
         " is this the right database? check AIOWORKER_MYSQL_URL"
     )
 

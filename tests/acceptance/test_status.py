@@ -20,7 +20,17 @@ from aioworker.settings import Settings
 from aioworker.status import Status, look
 from aioworker.status_text import lines
 from support import servers
-from tests.conftest import TASK, Lanes, Run, Worker, eventually, execute, rows, simple_addons
+from tests.conftest import (
+    TASK,
+    Lanes,
+    Run,
+    Worker,
+    database_name,
+    eventually,
+    execute,
+    rows,
+    simple_addons,
+)
 
 if TYPE_CHECKING:
     from pymysql.connections import Connection
@@ -137,12 +147,16 @@ def test_a_database_that_is_down(status: Any, lanes: Lanes) -> None:
     assert (found["budget"], found["workers"]) == (None, None)
 
 
-def test_no_table(status: Any, lanes: Lanes, shop: Connection[Cursor]) -> None:
+def test_no_table(
+    status: Any, pair: servers.Servers, lanes: Lanes, shop: Connection[Cursor]
+) -> None:
     execute(shop, "DROP TABLE aioworker_budget")
 
     found = status()
 
-    assert found["waits"].startswith("Table 'aioworker.aioworker_budget' doesn't exist (1146)")
+    assert found["waits"].startswith(
+        f"Table '{database_name(pair)}.aioworker_budget' doesn't exist (1146)"
+    )
     assert found["waits"].endswith("run `aioworker init`, or set AIOWORKER_BUDGET=worker")
 
 
