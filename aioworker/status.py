@@ -6,6 +6,7 @@ when the other is away.
 
 from __future__ import annotations
 
+import asyncio
 import math
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
@@ -21,7 +22,7 @@ from aioworker.presence import STEADY
 from aioworker.tables import ALIVE_SECONDS, Row, holder, peek
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Sequence
 
     from aioworker.db import Database
     from aioworker.settings import Settings
@@ -174,6 +175,10 @@ class _Told:
     ahead: float | None = None
 
 
+# The tasks that are meant, what is told of each, and why nothing is.
+_Database = tuple[list[str], dict[str, _Told], DatabaseError | None]
+
+
 async def look(
     settings: Settings, names: Sequence[str], before: Sequence[str] = ()
 ) -> list[Status]:
@@ -188,14 +193,18 @@ async def look(
         UnknownTaskError: A name is unknown.
         AioworkerError: No task is there, or nobody can tell which are.
     """
-    tasks, told, database_error = await _ask_database(settings, names, before)
-    queues = {name: topology.Queues.of(name, settings.queue_prefix) for name in tasks}
-    queued, broker_error = await _ask_broker(settings, queues)
+    asking = asyncio.create_task(_ask_database(settings, names, before))
+    try:
+        queued, broker_error = await _ask_broker(settings, asking)
+        tasks, told, database_error = await asking
+    finally:
+        asking.cancel()
     found = []
     for name in tasks:
         of_task = told.get(name, _Told())
         limit = _limit(settings, name, of_task) if database_error is None else None
-        waits = _why(queues[name], queued.get(name), broker_error, limit, of_task, database_error)
+        queues = topology.Queues.of(name, settings.queue_prefix)
+        waits = _why(queues, queued.get(name), broker_error, limit, of_task, database_error)
         found.append(
             Status(
                 task=name,
@@ -221,13 +230,16 @@ def _backlog_seconds(queued: Queued | None, limit: Limit | None) -> float | None
 
 
 async def _ask_broker(
-    settings: Settings, tasks: dict[str, topology.Queues]
+    settings: Settings, database: Awaitable[_Database]
 ) -> tuple[dict[str, Queued], BrokerError | None]:
+    """Connect while *database* finds out which tasks are meant; then ask for their queues."""
     timeout = settings.connect_timeout
     found = {}
     try:
         async with broker.connection(settings.nodes(), timeout, "aioworker status") as connection:
-            for task, queues in tasks.items():
+            tasks, _told, _error = await database
+            for task in tasks:
+                queues = topology.Queues.of(task, settings.queue_prefix)
                 names = (queues.urgent, queues.bulk, queues.retry, queues.dead)
                 found[task] = Queued(*[await topology.count(connection, n, timeout) for n in names])
     except BrokerError as error:
@@ -237,7 +249,7 @@ async def _ask_broker(
 
 async def _ask_database(
     settings: Settings, names: Sequence[str], before: Sequence[str]
-) -> tuple[list[str], dict[str, _Told], DatabaseError | None]:
+) -> _Database:
     """Return the tasks that are meant, and what the database tells of each."""
     if settings.budget != "shared":
         return list(names), {}, None
