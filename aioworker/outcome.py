@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import reprlib
-import struct
 import traceback
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import aio_pika
-from pamqp.encode import encode_table_value
 from pymysql.err import MySQLError
 
 from aioworker import broker, trouble
@@ -24,6 +21,7 @@ from aioworker.errors import (
     RowsRefusedError,
     TaskExitError,
 )
+from aioworker.headers import LEFT_OUT, TEXT_BYTES, fitting, portable
 from aioworker.message import PROPERTIES, UNREADABLE, retries
 from aioworker.trouble import Trouble
 
@@ -36,12 +34,12 @@ if TYPE_CHECKING:
 TRACEBACK_LINES = 20
 KEY_LENGTH = 64
 ID_BYTES = 200  # of what others call their messages: AMQP has room for 255
-TEXT_BYTES = 16_000  # of a reason or a traceback: a thousand ids are 11,000
-FOREIGN_HEADER_BYTES = 64 * 1024
 TIME_LENGTH = 64  # of a moment in ISO 8601
 _COUNTS = frozenset({"x-delivery-count", "x-acquired-count"})
 # Whoever publishes these has RabbitMQ send the message to other queues too.
 _ROUTES = frozenset({"CC", "BCC"})
+# What of ours tells of the message as it was published.
+_STAYING = frozenset({UNREADABLE, PROPERTIES, LEFT_OUT})
 # When a message is to run: somebody who brings it back says now.
 _TIMES = frozenset({"eta", "expires"})
 _BROKERS = (
@@ -205,18 +203,14 @@ def retry(delivery: AbstractIncomingMessage, outcome: Outcome, now: datetime) ->
 
 def revived(delivery: AbstractIncomingMessage) -> aio_pika.Message:
     """Copy a dead letter for its lane: as it was published first, to be run whatever the time."""
-    copy = _copy(delivery, {"retries": 0})
-    copy.headers = {
-        name: value
-        for name, value in copy.headers.items()
-        if name not in _TIMES
-        and (not name.startswith("x-aioworker-") or name in (UNREADABLE, PROPERTIES))
-    }
-    return copy
+    ours = {name for name in delivery.headers if name.startswith("x-aioworker-")}
+    return _copy(delivery, {"retries": 0}, without=_TIMES | (ours - _STAYING))
 
 
 def kept(delivery: AbstractIncomingMessage, users: Collection[str]) -> aio_pika.Message:
     """Copy a dead letter to lie where it lay: all that RabbitMQ will not act on stays as it is.
+
+    What finds no room in a frame, beside what RabbitMQ added, is left out.
 
     Args:
         delivery: The letter.
@@ -225,12 +219,12 @@ def kept(delivery: AbstractIncomingMessage, users: Collection[str]) -> aio_pika.
     headers = {}
     for name, value in delivery.headers.items():
         if name not in _COUNTS:
-            headers[f"x-aioworker-{name}" if name in _ROUTES else name] = _portable(value)
+            headers[f"x-aioworker-{name}" if name in _ROUTES else name] = portable(value)
     user = delivery.user_id
     # RabbitMQ takes a message in its publisher's own name only.
     if user is not None and set(users) != {user}:
         headers["x-aioworker-user-id"], user = user, None
-    return aio_pika.Message(
+    copy = aio_pika.Message(
         delivery.body,
         headers=headers,
         content_type=delivery.content_type,
@@ -244,6 +238,7 @@ def kept(delivery: AbstractIncomingMessage, users: Collection[str]) -> aio_pika.
         user_id=user,
         app_id=delivery.app_id,
     )
+    return fitting(copy)
 
 
 def dead_letter(
@@ -279,45 +274,26 @@ def _is_time(value: Any) -> TypeGuard[str]:
     return isinstance(value, str) and len(value) <= TIME_LENGTH and value.isascii()
 
 
-def _copy(delivery: AbstractIncomingMessage, headers: dict[str, Any]) -> aio_pika.Message:
+def _copy(
+    delivery: AbstractIncomingMessage,
+    headers: dict[str, Any],
+    without: Collection[str] = frozenset(),
+) -> aio_pika.Message:
     """Copy a delivery's body and headers; RabbitMQ's own headers begin anew."""
-    kept: dict[str, Any] = {}
-    room = FOREIGN_HEADER_BYTES
-    for name, value in delivery.headers.items():
-        # Headers travel in one frame, and ours need their place in it.
-        room -= len(name) + len(encode_table_value(portable := _portable(value)))
-        if name not in _BROKERS and room >= 0:
-            kept[name] = portable
-    return aio_pika.Message(
+    copied = {
+        name: portable(value)
+        for name, value in delivery.headers.items()
+        if name not in _BROKERS and name not in without
+    }
+    copy = aio_pika.Message(
         delivery.body,
-        headers=kept | headers,
-        content_type=_portable(delivery.content_type),
-        content_encoding=_portable(delivery.content_encoding),
-        correlation_id=_portable(delivery.correlation_id),
-        message_id=_portable(delivery.message_id) or message_id(delivery),
+        headers=copied | headers,
+        content_type=portable(delivery.content_type),
+        content_encoding=portable(delivery.content_encoding),
+        correlation_id=portable(delivery.correlation_id),
+        message_id=portable(delivery.message_id) or message_id(delivery),
     )
-
-
-def _portable(value: Any) -> Any:
-    """Return what AMQP can carry: some of what it can bring, it cannot take back."""
-    try:
-        carried = _with_bytes(value)
-        encode_table_value(carried)
-    except (TypeError, ValueError, OverflowError, RecursionError, struct.error):
-        return reprlib.repr(value)
-    return carried
-
-
-def _with_bytes(value: Any) -> Any:
-    """Return text that is no UTF-8, which arrives as bytes, as an array of bytes."""
-    match value:
-        case bytes():
-            return bytearray(value)
-        case list():
-            return [_with_bytes(one) for one in value]
-        case dict():
-            return {name: _with_bytes(one) for name, one in value.items()}
-    return value
+    return fitting(copy, headers)
 
 
 def attempt(delivery: AbstractIncomingMessage) -> int:

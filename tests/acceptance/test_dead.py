@@ -399,6 +399,25 @@ async def test_those_that_rabbitmq_set_aside_are_read_too(run: Run, lanes: Lanes
     assert "x-death" not in (await lanes.take(QUEUES.bulk)).headers
 
 
+async def test_a_letter_that_rabbitmq_made_too_large_for_a_frame_hides_no_other(
+    run: Run, lanes: Lanes
+) -> None:
+    """No copy of it could be sent: each look ended there, with a delivery more."""
+    large = {"task": TASK, "id": "edge", "x": "y" * 130_900}
+    await lanes.send(BODY, headers=large, expiration=0.2)
+
+    async with asyncio.timeout(COMMAND_SECONDS):
+        while not await lanes.count(QUEUES.dead):
+            pass  # each count asks RabbitMQ
+    await letter(lanes, "behind", "refused")
+
+    for _ in range(3):
+        assert ids(run("dead", "list")) == ["edge", "behind"]
+    assert "x-aioworker-left-out: x\n" in run("dead", "show", "edge").stdout
+    assert run("dead", "requeue", "--id", "edge").returncode == 0
+    assert (await lanes.take(QUEUES.bulk)).headers["x-aioworker-left-out"] == "x"
+
+
 async def test_those_that_rabbitmq_set_aside_after_a_retry_say_both(run: Run, lanes: Lanes) -> None:
     """A copy for the retry queue carries the reason of that retry."""
     retried = {

@@ -7,7 +7,7 @@ from typing import Any
 
 import aio_pika
 from aiormq.abc import DeliveredMessage
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pamqp.commands import Basic
 from pamqp.header import ContentHeader
@@ -47,12 +47,16 @@ _headers = st.dictionaries(
     | st.integers(-(2**63), 2**63 - 1)
     | st.sampled_from([40_000, 65_000, MOST_HEADERS_BYTES]).map(lambda size: "x" * size),
     max_size=3,
-).filter(lambda drawn: len(str(drawn)) <= MOST_HEADERS_BYTES)
+)
+DEATH = [{"queue": "aioworker.shop", "reason": "expired", "count": 1, "routing-keys": ["a" * 200]}]
 
 
+@settings(deadline=None)
 @given(headers=_headers, message_id=_properties, correlation_id=_properties, kind=_properties)
 @example({"id": NO_ASCII * 100}, None, None, None)
 @example({"x-aioworker-first-failed-at": "x" * MOST_HEADERS_BYTES}, None, None, None)
+@example({"id": "edge", "x": "y" * MOST_HEADERS_BYTES, "x-death": DEATH}, None, None, None)
+@example({f"{'n' * 100} {number}": 1 for number in range(1300)}, None, None, None)
 def test_a_copy_fits_into_its_frame(
     headers: dict[str, Any],
     message_id: str | None,
@@ -78,6 +82,37 @@ def test_a_copy_fits_into_its_frame(
         sent = ContentHeader(body_size=4, properties=copy.properties).marshal()
         assert len(sent) <= FRAME_BYTES
         assert copy.message_id
+
+
+def test_a_copy_without_room_leaves_out_the_largest_header_and_names_it() -> None:
+    """What RabbitMQ adds to a message made it one that no copy could be sent of."""
+    headers = {"id": "edge", "small": 1, "x": "y" * MOST_HEADERS_BYTES, "x-death": DEATH}
+
+    copy = outcome.kept(delivered(headers=headers), {"guest"})
+
+    assert copy.headers == {
+        "id": "edge",
+        "small": 1,
+        "x-death": DEATH,
+        "x-aioworker-left-out": "x",
+    }
+
+
+def test_a_copy_with_room_leaves_out_nothing() -> None:
+    """Sixty-four KiB of others' headers were the most, though a frame holds twice that."""
+    headers = {"id": "a", "task": "t", "first": "x" * 50_000, "second": "y" * 60_000}
+    delivery = delivered(headers=headers)
+
+    assert outcome.kept(delivery, {"guest"}).headers == headers
+    assert outcome.revived(delivery).headers == headers | {"retries": 0}
+
+
+def test_an_older_name_of_a_header_left_out_is_told_on() -> None:
+    headers = {"x-aioworker-left-out": "before", "now": "y" * 100_000, "also": "z" * 40_000}
+
+    copy = outcome.revived(delivered(headers=headers))
+
+    assert copy.headers["x-aioworker-left-out"] == "before, now"
 
 
 def test_an_id_is_cut_between_two_characters() -> None:

@@ -1,0 +1,79 @@
+"""Headers that a copy of a message carries on: as AMQP can send them, in one frame."""
+
+from __future__ import annotations
+
+import reprlib
+import struct
+from typing import TYPE_CHECKING, Any
+
+from pamqp.encode import encode_table_value, field_table
+from pamqp.header import ContentHeader
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    import aio_pika
+
+FRAME_BYTES = 131_072 - 8  # RabbitMQ's `frame_max`, less what surrounds a frame's content
+TEXT_BYTES = 16_000  # of a reason or a traceback: a thousand ids are 11,000
+NAME_BYTES = 128  # of a header: pamqp sends no more
+LEFT_OUT = "x-aioworker-left-out"  # the names of headers that found no room in a copy
+LEFT_OUT_BYTES = 1000
+# What says why a letter lies where it does begins so.
+_TELLING = ("x-aioworker-", "x-death", "x-first-death-", "x-last-death-")
+
+
+def portable(value: Any) -> Any:
+    """Return what AMQP can carry: some of what it can bring, it cannot take back."""
+    try:
+        carried = _with_bytes(value)
+        encode_table_value(carried)
+    except (TypeError, ValueError, OverflowError, RecursionError, struct.error):
+        return reprlib.repr(value)
+    return carried
+
+
+def _with_bytes(value: Any) -> Any:
+    """Return text that is no UTF-8, which arrives as bytes, as an array of bytes."""
+    match value:
+        case bytes():
+            return bytearray(value)
+        case list():
+            return [_with_bytes(one) for one in value]
+        case dict():
+            return {name: _with_bytes(one) for name, one in value.items()}
+    return value
+
+
+def fitting(copy: aio_pika.Message, own: Collection[str] = ()) -> aio_pika.Message:
+    """Leave headers out of a copy that is too large for a frame; their names stay, as `LEFT_OUT`.
+
+    All properties of a message travel in one frame, and RabbitMQ ends the connection at one
+    that is too large. Yet it sends such messages itself, once it has added `x-death`.
+
+    Args:
+        copy: The copy, which is changed.
+        own: The headers that stay: the copy is made for them.
+    """
+    header = ContentHeader(body_size=len(copy.body), properties=copy.properties)
+    excess = len(header.marshal()) - FRAME_BYTES
+    if excess <= 0:
+        return copy
+    sizes = {name: len(field_table({name: value})) for name, value in copy.headers.items()}
+
+    def rank(name: str) -> tuple[bool, bool, int]:
+        telling = name.startswith(_TELLING) and sizes[name] <= TEXT_BYTES + NAME_BYTES
+        return name in own, telling, -sizes[name]
+
+    excess += LEFT_OUT_BYTES + NAME_BYTES
+    before = copy.headers.get(LEFT_OUT)
+    left_out = [] if before is None else [str(before)]
+    for name in sorted(sizes, key=rank):
+        if excess <= 0:
+            break
+        excess -= sizes[name] - len(field_table({}))
+        del copy.headers[name]
+        left_out.append(name)
+    names = ", ".join(left_out).encode(errors="replace")[:LEFT_OUT_BYTES]
+    copy.headers[LEFT_OUT] = names.decode(errors="ignore")
+    return copy
