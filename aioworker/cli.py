@@ -15,14 +15,15 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from aioworker import cli_dead, console, signals
 from aioworker.errors import AioworkerError, UnknownTaskError, UsageError
 from aioworker.logs import journal_mark
 from aioworker.running import (
     App,
-    TaskCommand,
     TaskName,
+    TaskOption,
     app_task,
     app_tasks,
     end,
@@ -48,7 +49,7 @@ app = typer.Typer(
 app.add_typer(cli_dead.app)
 
 
-class _WithSettings(TaskCommand):
+class _WithSettings(TyperCommand):
     """A command whose help ends with the settings, as `Settings` has them."""
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
@@ -75,9 +76,10 @@ def main_options(
         typer.echo(ctx.get_help())
 
 
-@app.command(cls=TaskCommand)
+@app.command()
 def init(
     names: TaskNames = None,
+    option: TaskOption = None,
     app_names: App = None,
     show: Annotated[
         bool, typer.Option("--print", help="Show what it would do, and the least privileges.")
@@ -93,7 +95,7 @@ def init(
     from aioworker import setup
 
     settings = prepare(app=app_names)
-    tasks = app_tasks(settings, names or [])
+    tasks = app_tasks(settings, [*(names or []), *(option or [])])
     if show:
         console.say_all(setup.setup_text(settings, tasks))
     else:
@@ -103,6 +105,7 @@ def init(
 @app.command(cls=_WithSettings)
 def consume(
     names: TaskNames = None,
+    option: TaskOption = None,
     app_names: App = None,
     rate_limit: Annotated[
         str | None,
@@ -131,7 +134,7 @@ def consume(
     raise_early = signals.keep_early()
     origin = reload.Origin.of_this_process()
     settings = prepare(app=app_names, rate_limit=rate_limit)
-    tasks = app_tasks(settings, names or [])
+    tasks = app_tasks(settings, [*(names or []), *(option or [])])
     settings.nodes()  # what their files lack is said before anything is done
     if settings.budget == "shared" or any(task.needs_database for task in tasks):
         settings.database()
@@ -167,9 +170,10 @@ def consume(
     raise typer.Exit(asyncio.run(serve()))
 
 
-@app.command("publish-all", cls=TaskCommand)
-def publish_all(
+@app.command("publish-all")
+def publish_all(  # noqa: PLR0913 - as many as the command has options
     name: TaskName = None,
+    option: TaskOption = None,
     app_names: App = None,
     chunk_size: Annotated[
         str | None, typer.Option(metavar="N", help="Ids in one message, 1 to 1000.")
@@ -197,7 +201,7 @@ def publish_all(
     from aioworker import publishing
 
     settings = prepare(app=app_names, chunk_size=chunk_size)
-    task = app_task(settings, named(name))
+    task = app_task(settings, named(name, option))
     raise typer.Exit(
         run(
             publishing.publish_all(
@@ -212,15 +216,15 @@ def publish_all(
     )
 
 
-@app.command(cls=TaskCommand)
+@app.command()
 def publish(
     words: Annotated[
         list[str],
         typer.Argument(
-            metavar="[TASK] ID",
-            help="The task, also as --task TASK, and ids; - reads them from standard input.",
+            metavar="[TASK] ID", help="The task, and ids; - reads them from standard input."
         ),
     ],
+    option: TaskOption = None,
     app_names: App = None,
     bulk: Annotated[
         bool, typer.Option("--bulk", help="Use the bulk lane, behind the sweeps.")
@@ -236,7 +240,7 @@ def publish(
     settings = prepare(app=app_names)
     first = [] if _is_id(words[0]) else words[:1]
     try:
-        task = app_task(settings, named(*first))
+        task = app_task(settings, named(first, option))
     except UnknownTaskError as error:
         raise UsageError(f"{'expected ids, or a task first: ' if first else ''}{error}") from None
     ids = _numbers(words[len(first) :])
@@ -245,9 +249,10 @@ def publish(
     run(publishing.publish(settings, task, ids, urgent=not bulk))
 
 
-@app.command(cls=TaskCommand)
+@app.command()
 def status(
     name: TaskName = None,
+    option: TaskOption = None,
     app_names: App = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object a line and task, for programs.")
@@ -265,7 +270,7 @@ def status(
     from aioworker.status_text import text
 
     settings = prepare(app=app_names)
-    names = to_look(settings, named(name))
+    names = to_look(settings, named(name, option))
     complete = True
     before: list[str] = []
 
@@ -290,8 +295,8 @@ def status(
     raise typer.Exit(0 if complete else 1)
 
 
-@app.command(cls=TaskCommand)
-def health(name: TaskName = None, app_names: App = None) -> None:
+@app.command()
+def health(name: TaskName = None, option: TaskOption = None, app_names: App = None) -> None:
     """Tell whether this machine's workers of a task, or of all, are alive and get on with it.
 
     Without a TASK: all that have a budget in the database, each of which has to have a worker
@@ -302,7 +307,7 @@ def health(name: TaskName = None, app_names: App = None) -> None:
     settings = prepare(app=app_names)
     from aioworker.health import check
 
-    console.say_all(run(check(settings, named(name))))
+    console.say_all(run(check(settings, named(name, option))))
 
 
 Why = Annotated[
@@ -310,17 +315,13 @@ Why = Annotated[
 ]
 
 
-@app.command(
-    "rate-limit", cls=TaskCommand, context_settings={"ignore_unknown_options": True}
-)  # such as -1/m
+@app.command("rate-limit", context_settings={"ignore_unknown_options": True})  # such as -1/m
 def rate_limit(
     words: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[TASK] RATE",
-            help="The task, also as --task TASK; and its rate: 10/m, or none.",
-        ),
+        typer.Argument(metavar="[TASK] RATE", help="The task, and its rate: 10/m, or none."),
     ] = None,
+    option: TaskOption = None,
     reset: Annotated[
         bool, typer.Option("--reset", help="Take the rate back: the workers' own counts again.")
     ] = False,
@@ -343,11 +344,13 @@ def rate_limit(
     from aioworker import controls
 
     why = controls.checked_reason(settings, why)
-    run(controls.set_rate(settings, named(*given), rate, why))
+    run(controls.set_rate(settings, named(given, option), rate, why))
 
 
-@app.command(cls=TaskCommand)
-def pause(name: TaskName = None, why: Why = None, app_names: App = None) -> None:
+@app.command()
+def pause(
+    name: TaskName = None, option: TaskOption = None, why: Why = None, app_names: App = None
+) -> None:
     """Let no start of a task begin, on any worker, until `resume`; it outlives them.
 
     What runs ends as usual. Messages stay queued.
@@ -356,17 +359,19 @@ def pause(name: TaskName = None, why: Why = None, app_names: App = None) -> None
     from aioworker import controls
 
     why = controls.checked_reason(settings, why)
-    run(controls.pause(settings, named(name), why))
+    run(controls.pause(settings, named(name, option), why))
 
 
-@app.command(cls=TaskCommand)
-def resume(name: TaskName = None, why: Why = None, app_names: App = None) -> None:
+@app.command()
+def resume(
+    name: TaskName = None, option: TaskOption = None, why: Why = None, app_names: App = None
+) -> None:
     """End a pause of a task, on every worker."""
     settings = prepare(app=app_names)
     from aioworker import controls
 
     why = controls.checked_reason(settings, why)
-    run(controls.resume(settings, named(name), why))
+    run(controls.resume(settings, named(name, option), why))
 
 
 def _is_id(word: str) -> bool:

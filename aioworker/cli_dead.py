@@ -11,7 +11,7 @@ import typer
 
 from aioworker import console
 from aioworker.errors import AioworkerError, QueueMissingError, UsageError
-from aioworker.running import App, TaskCommand, TaskName, named, prepare, run, to_look
+from aioworker.running import App, TaskName, TaskOption, named, prepare, run, to_look
 
 if TYPE_CHECKING:
     from aioworker.letters import Filter
@@ -44,9 +44,10 @@ def dead(ctx: typer.Context) -> None:
         typer.echo(ctx.get_help())
 
 
-@app.command("list", cls=TaskCommand)
+@app.command("list")
 def show_list(
     name: TaskName = None,
+    option: TaskOption = None,
     app_names: App = None,
     ids: Ids = None,
     reason: Reason = None,
@@ -62,7 +63,7 @@ def show_list(
     from aioworker import dead
 
     missing: list[QueueMissingError] = []
-    tasks = _meant(settings, named(name))
+    tasks = _meant(settings, named(name, option))
     for task in tasks:
         several = len(tasks) > 1
         try:
@@ -73,29 +74,29 @@ def show_list(
         raise missing[0]
 
 
-@app.command("show", cls=TaskCommand)
+@app.command("show")
 def show_one(
     words: Annotated[
         list[str],
-        typer.Argument(
-            metavar="[TASK] ID", help="The task, also as --task TASK, and the message's id."
-        ),
+        typer.Argument(metavar="[TASK] ID", help="The task, and the message's id."),
     ],
+    option: TaskOption = None,
     app_names: App = None,
     as_json: AsJson = False,
 ) -> None:
     """Show one dead letter whole: its headers and its body."""
     *first, message_id = words
-    names = named(*first)
+    names = named(first, option)
     settings = prepare(app=app_names)
     from aioworker import dead
 
     run(dead.show_one(settings, _one(settings, names), message_id, as_json=as_json))
 
 
-@app.command(cls=TaskCommand)
+@app.command()
 def requeue(
     name: TaskName = None,
+    option: TaskOption = None,
     app_names: App = None,
     ids: Ids = None,
     reason: Reason = None,
@@ -110,12 +111,13 @@ def requeue(
     settings = prepare(app=app_names)
     from aioworker import dead
 
-    run(dead.requeue(settings, _one(settings, named(name)), wanted))
+    run(dead.requeue(settings, _one(settings, named(name, option)), wanted))
 
 
-@app.command(cls=TaskCommand)
+@app.command()
 def drop(
     name: TaskName = None,
+    option: TaskOption = None,
     app_names: App = None,
     ids: Ids = None,
     reason: Reason = None,
@@ -127,7 +129,7 @@ def drop(
     settings = prepare(app=app_names)
     from aioworker import dead
 
-    task = _one(settings, named(name))
+    task = _one(settings, named(name, option))
     shown = None
     if not yes:
         # Nothing is held, and no event loop runs, while a person thinks.

@@ -11,7 +11,6 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
-from typer.core import TyperCommand
 
 from aioworker import console
 from aioworker.errors import AioworkerError, UsageError
@@ -27,9 +26,22 @@ if TYPE_CHECKING:
 _Result = TypeVar("_Result")
 
 EXIT_SECONDS = 2.0
+
+
+def _checked(names: list[str] | None) -> list[str] | None:
+    """Refuse what an empty variable of the shell leaves behind `--task`: nothing, or an option."""
+    for name in names or []:
+        if not name.strip() or name.startswith("-"):
+            raise UsageError(f"expected --task TASK, got: {name!r}")
+    return names
+
+
 TaskName = Annotated[
-    str | None,
-    typer.Argument(metavar="TASK", help="The task, where there are several; or --task TASK."),
+    list[str] | None, typer.Argument(metavar="TASK", help="The task, if there are several; one.")
+]
+TaskOption = Annotated[
+    list[str] | None,
+    typer.Option("--task", metavar="TASK", callback=_checked, help="The same as TASK."),
 ]
 App = Annotated[
     str | None,
@@ -37,34 +49,13 @@ App = Annotated[
 ]
 
 
-class TaskCommand(TyperCommand):
-    """A command whose first word may be a task; `--task TASK` anywhere is the same."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put what `--task` names before all other words."""
-        options = list(args)
-        first: list[str] = []
-        rest: list[str] = []
-        while options and options[0] != "--":
-            word, equals, value = options.pop(0).partition("=")
-            if word != "--task":
-                rest.append(f"{word}{equals}{value}")
-            elif equals:
-                first.append(value)
-            elif options:
-                first.append(options.pop(0))
-            else:
-                raise UsageError("expected --task TASK, got: --task at the end")
-        return super().parse_args(ctx, [*first, *rest, *options])
-
-
-def named(*names: str | None) -> list[str]:
-    """Return the task that is named; none for none.
+def named(*words: list[str] | None) -> list[str]:
+    """Return the task that is named, as TASK or by `--task`; none for none.
 
     Raises:
         UsageError: Several are.
     """
-    found = [name for name in names if name is not None]
+    found = [name for names in words for name in names or []]
     if len(found) > 1:
         raise UsageError(f"expected one task, got: {' '.join(found)}")
     return found

@@ -242,12 +242,28 @@ USAGE = [
         {},
         "expected publish [TASK] ID..., got no id: update_current_version",
     ),
+    (("pause", "a", "--task=b"), {}, "expected one task, got: a b"),
+    (("status", "boom", "hello"), {}, "expected one task, got: boom hello"),
+    (("dead", "list", "boom", "--task", "boom"), {}, "expected one task, got: boom boom"),
+    (("publish", "--task", "a", "b", "7"), {}, "expected one task, got: b a"),
+    (("pause", "--task", "--reason", "deploy"), {}, "expected --task TASK, got: '--reason'"),
+    (("dead", "drop", "--task", "--yes"), {}, "expected --task TASK, got: '--yes'"),
+    (("publish", "--task=", "7"), {}, "expected --task TASK, got: ''"),
     (
-        ("pause", "a", "--task=b"),
+        ("pause", "--task"),
         {},
-        "Got unexpected extra argument(s) (a) `aioworker pause --help` shows the usage.",
+        "Option '--task' requires an argument. `aioworker --help` shows the usage.",
     ),
-    (("pause", "--task"), {}, "expected --task TASK, got: --task at the end"),
+    (
+        ("dead", "show", "--task", "boom"),
+        {},
+        "Missing argument '[TASK] ID'. `aioworker dead show --help` shows the usage.",
+    ),
+    (
+        ("publish", "--task", "5", "7"),  # of which 5 is no id
+        {},
+        "unknown task '5': without --app or AIOWORKER_APP only update_current_version is known",
+    ),
     (("publish", "7", "0"), {}, "expected ids from 1 to 4294967295, got: 0"),
     (
         ("publish",),
