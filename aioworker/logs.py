@@ -73,12 +73,15 @@ class ConsoleFormatter(_Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
         values = "".join(
-            f" {_plain(name)}={_plain(value)}"
+            f" {_quoted(name)}={_quoted(value)}"
             for name, value in getattr(record, "fields", {}).items()
         )
-        head = f"{_time(record)} {record.levelname:<7} {record.name} {record.getMessage()}"
+        phrase = record.getMessage().rstrip()  # a captured warning ends with a newline
+        head = f"{_time(record)} {record.levelname:<7} {record.name} {phrase}{values}"
         traceback = self.formatException(record.exc_info) if record.exc_info else ""
-        return "\n".join([head + values, *map(_indented, traceback.splitlines())])
+        indented = (f"    {line}" for line in traceback.splitlines())
+        # What others have in it begins no line that could be taken for one of the log's.
+        return "\n".join(map(printable, [head, *indented]))
 
 
 class JsonFormatter(_Formatter):
@@ -156,6 +159,7 @@ def configure(level: str, form: str) -> None:
     for name in list(logging.root.manager.loggerDict):
         if name == ours.name or name.startswith(f"{ours.name}."):
             logging.getLogger(name).disabled = False
+    logging.captureWarnings(capture=True)  # Python would print them as they are
     # What goes wrong on a connection is ours to say, once and with its cure.
     for library in ("aio_pika", "aiormq", "aiomysql"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
@@ -166,13 +170,7 @@ def _time(record: logging.LogRecord) -> str:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _plain(value: object) -> str:
+def _quoted(value: object) -> str:
     text = f"{value:.3f}" if isinstance(value, float) else str(value)
-    if not text.isprintable():
-        return json.dumps(text)
-    return json.dumps(text, ensure_ascii=False) if not text or set(text) & set(' ="') else text
-
-
-def _indented(line: str) -> str:
-    """Return a line that cannot be taken for one of the log's, nor move a terminal's cursor."""
-    return f"    {printable(line)}"
+    plain = text.isprintable() and text and not set(text) & set(' ="')
+    return text if plain else json.dumps(text, ensure_ascii=False)

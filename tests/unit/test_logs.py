@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -47,6 +49,50 @@ def test_no_line_of_a_traceback_passes_for_one_of_the_logs() -> None:
     assert [line for line in lines[1:] if not line.startswith("    ")] == []
     assert [line for line in lines if not line.isprintable()] == []
     assert lines[-2:] == ["    \\x1b[2J", "    \\u202e"]
+
+
+FORGED = "\x1b[31mred\x7f\n2026-01-01T00:00:00.000Z INFO    aioworker.worker worker stopped\r\u2028"
+
+
+@pytest.mark.parametrize(
+    ("name", "level", "phrase", "values"),
+    [
+        ("aioworker", "INFO", FORGED, {}),
+        (FORGED, "INFO", "done", {}),
+        ("aioworker", FORGED, "done", {}),
+        ("aioworker", "INFO", "done", {FORGED: FORGED}),
+    ],
+    ids=["phrase", "logger", "level", "field"],
+)
+def test_nothing_of_a_record_begins_a_line_of_its_own(
+    name: str, level: str, phrase: str, values: dict[str, str]
+) -> None:
+    """A task logs what a message brings; the journal would give each line a priority, too."""
+    record = logging.LogRecord(name, logging.INFO, "", 0, "bad name %s", (phrase,), None)
+    record.levelname = level
+    record.fields = values
+
+    line = JournalFormatter(ConsoleFormatter()).format(record)
+
+    assert line.isprintable()
+    assert line.startswith("<6>2")
+
+
+def test_a_warning_is_one_line_of_the_log() -> None:
+    """A module's `warnings.warn` may show what a message brings."""
+    program = (
+        "import warnings; from aioworker import logs; logs.configure('info', 'console');"
+        f"warnings.warn({FORGED!r}, stacklevel=1)"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+
+    [line] = done.stderr.splitlines()
+    assert line.isprintable()
+    assert " WARNING py.warnings <string>:1: UserWarning: \\x1b[31mred\\x7f\\n2026-" in line
+    assert not line.endswith("\\n")
 
 
 def test_a_traceback_is_a_field_of_a_json_line() -> None:
