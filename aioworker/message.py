@@ -36,7 +36,9 @@ _REPR = reprlib.Repr()
 _REPR.maxstring = 80
 CONTENT_TYPE = "application/json"
 CONTENT_ENCODING = "utf-8"
-_ENCODINGS = (CONTENT_ENCODING, "utf8", "us-ascii", "ascii", "binary")  # JSON's, by kombu's names
+# What UTF-8 is called: in part if it is ASCII, and by those who mean that nothing encodes it.
+_ENCODINGS = {"utf-8", "utf8", "us-ascii", "ascii", "7bit", "8bit", "binary", "identity"}
+_QUOTES = " \t'\""  # which some put around an encoding
 _EMPTY: tuple[object, ...] = (
     None,
     [],
@@ -46,7 +48,7 @@ _KINDS = (list, dict, dict)  # of a body: arguments, keyword arguments, what to 
 _DIGITS = re.compile(r"[0-9]{1,20}(\.[0-9]{1,9})?")  # a number, of clients whose headers are text
 _FIRST_EPOCH, _LAST_EPOCH = 10**9, 10**11  # seconds: the years 2001 to 5138
 _EPOCH_UNITS = (1, 10**3, 10**6, 10**9)  # seconds, and milliseconds, as JavaScript counts, and less
-_KOMBU_TYPE = b'"__type__"'  # how kombu writes a date, a Decimal, a UUID, bytes
+_KOMBU_TYPE = '"__type__"'  # how kombu writes a date, a Decimal, a UUID, bytes
 _GZIP = "application/x-gzip"  # kombu's name for what is zlib's format
 ORIGIN = f"{os.getpid()}@{socket.gethostname()}"
 # What a message asks of its worker after the run; aioworker keeps no results to pass on.
@@ -158,8 +160,10 @@ def decode(
         raise MessageRefusedError(
             f"expected header retries from 0 to {RETRIES_LIMIT}, got: {brief(headers['retries'])}"
         )
-    if headers.get("eta"):
-        raise MessageRefusedError("expected no eta or countdown: aioworker runs what is due")
+    if not _says_nothing(headers.get("eta")):
+        raise MessageRefusedError(
+            "expected no eta or countdown: aioworker keeps no message for later"
+        )
     args, kwargs = _read_body(_unpacked(headers.get("compression"), body))
     return Call(args, kwargs, _expires(headers), _time_limit(headers))
 
@@ -184,7 +188,7 @@ def _is_json(content_type: str) -> bool:
 
 
 def _is_text_of_json(encoding: str) -> bool:
-    return encoding.strip().lower().replace("_", "-") in _ENCODINGS
+    return encoding.strip(_QUOTES).lower().replace("_", "-") in _ENCODINGS
 
 
 def retries(headers: Mapping[str, Any]) -> int | None:
@@ -194,6 +198,11 @@ def retries(headers: Mapping[str, Any]) -> int | None:
     if number is None or not 0 <= number <= RETRIES_LIMIT or not number.is_integer():
         return None
     return int(number)
+
+
+def _says_nothing(found: Any) -> bool:
+    """Whether a header is as good as none: PHP's clients write 0 or false for none."""
+    return not found or _number(found) == 0
 
 
 def _number(value: Any) -> float | None:
@@ -207,7 +216,7 @@ def _unpacked(compression: Any, body: bytes) -> bytes:
         raise MessageRefusedError(
             f"expected a body of at most {BODY_LIMIT} bytes, got: {len(body)}"
         )
-    if not compression:
+    if _says_nothing(compression):
         return body
     if compression != _GZIP:
         raise MessageRefusedError(f"expected compression {_GZIP}, got: {brief(compression)}")
@@ -223,13 +232,15 @@ def _unpacked(compression: Any, body: bytes) -> bytes:
 
 def _read_body(body: bytes) -> tuple[list[Any], dict[str, Any]]:
     try:
+        # `json` would guess the encoding of bytes. Some put a mark before UTF-8.
+        text = body.decode("utf-8-sig")
         # Only a body that may hold one is read with the slower hook.
-        content = json.loads(body, object_hook=_plain if _KOMBU_TYPE in body else None)
+        content = json.loads(text, object_hook=_plain if _KOMBU_TYPE in text else None)
     except MessageRefusedError:
         raise
     except (ValueError, RecursionError) as error:
         problem = str(error).partition("\n")[0][:200]
-        raise MessageRefusedError(f"expected a body of JSON, got: {problem}") from error
+        raise MessageRefusedError(f"expected a body of JSON in UTF-8, got: {problem}") from error
     parts = content if isinstance(content, list) and len(content) == 3 else [content]
     match [kind() if part in _EMPTY else part for part, kind in zip(parts, _KINDS, strict=False)]:
         case [list() as args, dict() as kwargs, dict() as embed]:
@@ -258,7 +269,7 @@ def _plain(found: dict[str, Any]) -> dict[str, Any]:
 
 def _expires(headers: Mapping[str, Any]) -> datetime | None:
     found = headers.get("expires")
-    if found in (None, ""):
+    if _says_nothing(found):
         return None
     try:
         return _moment(found)
@@ -285,7 +296,7 @@ def _moment(found: Any) -> datetime:
 def _time_limit(headers: Mapping[str, Any]) -> float | None:
     """Return the shorter of the hard and the soft limit; to Celery, 0 is none."""
     limits = headers.get("timelimit")
-    if limits in (None, ""):
+    if _says_nothing(limits):
         return None
     if isinstance(limits, dict):  # a list of PHP's, sent as a table
         limits = list(limits.values())

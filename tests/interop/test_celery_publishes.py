@@ -150,15 +150,15 @@ REFUSED: dict[str, tuple[str, Send]] = {
         lambda note: note.apply_async(([1],), compression="lzma"),
     ),
     "countdown": (
-        "expected no eta or countdown: aioworker runs what is due",
+        "expected no eta or countdown: aioworker keeps no message for later",
         lambda note: note.apply_async(([1],), countdown=1),
     ),
     "eta": (
-        "expected no eta or countdown: aioworker runs what is due",
+        "expected no eta or countdown: aioworker keeps no message for later",
         lambda note: note.apply_async(([1],), eta=datetime.now(UTC) - timedelta(hours=1)),
     ),
     "retry": (
-        "expected no eta or countdown: aioworker runs what is due",
+        "expected no eta or countdown: aioworker keeps no message for later",
         lambda note: _retry(note, 0),
     ),
     "link": (

@@ -70,7 +70,21 @@ def test_a_message_is_one_of_celerys_protocol_2() -> None:
 
 
 @pytest.mark.parametrize(
-    "encoding", [None, "", "utf-8", "UTF-8", "UTF_8", " utf8 ", "us-ascii", "binary"]
+    "encoding",
+    [
+        None,
+        "",
+        "utf-8",
+        "UTF-8",
+        "UTF_8",
+        " utf8 ",
+        "'utf-8'",
+        "us-ascii",
+        "binary",
+        "identity",
+        "8bit",
+        "7bit",
+    ],
 )
 def test_json_by_any_of_its_encodings_is_read(encoding: str | None) -> None:
     call = decode(TASK, HEADERS, None, body([3615]), encoding)
@@ -87,6 +101,7 @@ def test_json_by_any_of_its_encodings_is_read(encoding: str | None) -> None:
         "Application/JSON",
         "application/json; charset=utf-8",
         'application/json;charset="UTF-8"',
+        "application/json; charset='utf-8'",
         "application/json; charset=us-ascii",
         "application/json; charset=utf8; profile=shop",
         " application/json ; Charset=UTF_8",
@@ -231,12 +246,21 @@ def test_a_moment_is_read_however_it_is_written(expires: object) -> None:
 
 @pytest.mark.parametrize(
     "expires",
-    [600, 0, "600", -1, True, 1.5, math.inf, math.nan, 10**11, "soon", [], b"2026-11-28"],
+    [600, "600", -1, True, 1.5, math.inf, math.nan, 10**11, "soon", [1], b"2026-11-28"],
 )
 def test_a_moment_that_is_not_sure_is_refused(expires: object) -> None:
     """600 may be ten minutes from a moment that nobody knows."""
     with pytest.raises(MessageRefusedError, match=r"^expected header expires in ISO 8601"):
         decode(TASK, HEADERS | {"expires": expires}, None, body([1]))
+
+
+@pytest.mark.parametrize("found", [None, "", 0, 0.0, "0", Decimal(0), False, [], {}])
+@pytest.mark.parametrize("header", ["expires", "eta", "timelimit", "retries", "compression"])
+def test_a_header_that_says_nothing_is_as_good_as_none(header: str, found: object) -> None:
+    """PHP's clients write false or 0 for no time to expire, and an empty list for an empty map."""
+    call = decode(TASK, HEADERS | {header: found}, None, body([1]))
+
+    assert (call.args, call.expires, call.time_limit) == ([[1]], None, None)
 
 
 def test_a_body_that_unpacks_to_more_than_is_allowed_is_refused() -> None:
@@ -258,6 +282,20 @@ def test_text_in_another_encoding_is_refused() -> None:
         decode(TASK, HEADERS, None, content, "iso-8859-1")
 
     assert str(refusal.value) == "expected content encoding utf-8, got: 'iso-8859-1'"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1"])
+def test_a_body_in_another_encoding_is_refused_whatever_it_is_said_to_be(encoding: str) -> None:
+    """Nobody guesses: what is guessed wrong is another text."""
+    content = '[["é"], {}, null]'.encode(encoding)
+
+    with pytest.raises(MessageRefusedError, match=r"^expected a body of JSON in UTF-8, got: "):
+        decode(TASK, HEADERS, None, content, "utf-8")
+
+
+def test_a_mark_before_a_body_in_utf_8_is_no_part_of_it() -> None:
+    """So .NET's writers begin."""
+    assert decode(TASK, HEADERS, None, b"\xef\xbb\xbf" + body([1])).args == [[1]]
 
 
 @pytest.mark.parametrize(
@@ -327,13 +365,13 @@ REFUSED: list[tuple[str, dict[str, Any], str | None, bytes]] = [
         body([1]),
     ),
     (
-        "expected no eta or countdown: aioworker runs what is due",
+        "expected no eta or countdown: aioworker keeps no message for later",
         HEADERS | {"eta": "2030-01-01T00:00:00"},
         None,
         body([1]),
     ),
     (
-        "expected a body of JSON, got: Expecting value: line 1 column 1 (char 0)",
+        "expected a body of JSON in UTF-8, got: Expecting value: line 1 column 1 (char 0)",
         HEADERS,
         None,
         b"",
