@@ -24,7 +24,10 @@ app = typer.Typer(
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 Ids = Annotated[
-    list[str] | None, typer.Option("--id", metavar="ID", help="Only this message; repeatable.")
+    list[str] | None,
+    typer.Option(
+        "--id", metavar="ID", help="Only this message, by its id as it was printed; repeatable."
+    ),
 ]
 Reason = Annotated[
     str | None,

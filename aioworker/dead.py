@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from aioworker.settings import Settings
 
+INDENT = 4 * " "
+
 
 async def show_list(
     settings: Settings, name: str, wanted: Filter, *, as_json: bool, of_several: bool = False
@@ -71,7 +73,7 @@ async def show_one(settings: Settings, name: str, message_id: str, *, as_json: b
 
     def show(letter: Letter, delivery: AbstractIncomingMessage) -> str:
         if wanted.matches(letter):
-            found.add(letter.id)
+            found.update(letter.names)
             _show_whole(name, letter, delivery, as_json=as_json)
         return look.queues.dead
 
@@ -90,10 +92,11 @@ def _show_whole(
         say(console.as_json(whole))
         return
     say(letter.line)
+    # Indented, since a sender chooses the names too: none can look like a line of ours.
     for header, value in sorted(delivery.headers.items()):
-        say(f"{header}: {text(value)}")
+        say(f"{INDENT}{header}: {text(value)}")
     say("")
-    say(f"body: {body}")
+    say(f"{INDENT}body: {body}")
 
 
 async def requeue(settings: Settings, name: str, wanted: Filter) -> None:
@@ -112,7 +115,7 @@ async def requeue(settings: Settings, name: str, wanted: Filter) -> None:
     def bring_back(letter: Letter, _delivery: AbstractIncomingMessage) -> str:
         if not wanted.matches(letter):
             return look.queues.dead
-        found.add(letter.id)
+        found.update(letter.names)
         return look.queues.urgent if letter.lane == "urgent" else look.queues.bulk
 
     def note() -> str:
@@ -172,7 +175,7 @@ async def drop(
             return look.queues.dead
         if left is not None:
             left[letter] -= 1
-        found.add(letter.id)
+        found.update(letter.names)
         return None
 
     def note() -> str:

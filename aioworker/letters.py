@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from aioworker import message, outcome
+from aioworker import console, message, outcome
 
 if TYPE_CHECKING:
     from aio_pika.abc import AbstractIncomingMessage
+
+NO_REASON = "no reason is noted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +50,21 @@ class Letter:
         if "x-aioworker-failed-at" in headers:
             return cls(
                 id=outcome.message_id(delivery),
-                reason=text(headers.get("x-aioworker-reason")) or "unknown reason",
+                reason=text(headers.get("x-aioworker-reason")) or NO_REASON,
                 error=text(headers.get("x-aioworker-error")),
                 attempts=_number(headers.get("x-aioworker-attempts")),
-                lane=text(headers.get("x-aioworker-lane")) or "bulk",
-                first_failed_at=text(headers.get("x-aioworker-first-failed-at")),
-                failed_at=text(headers["x-aioworker-failed-at"]),
+                lane=_lane(urgent=text(headers.get("x-aioworker-lane")) == "urgent"),
+                first_failed_at=_time(headers.get("x-aioworker-first-failed-at")),
+                failed_at=_time(headers["x-aioworker-failed-at"]),
                 worker=text(headers.get("x-aioworker-worker")),
             )
         deaths = headers.get("x-death")
         death = deaths[0] if isinstance(deaths, list) and deaths else {}
         death = death if isinstance(death, dict) else {}
-        queue, at = text(death.get("queue")) or "", death.get("time")
-        why = f"set aside by RabbitMQ: {text(death.get('reason')) or 'unknown reason'}"
+        queue = text(death.get("queue")) or ""
+        why = NO_REASON
+        if death:
+            why = f"set aside by RabbitMQ: {text(death.get('reason')) or 'unknown reason'}"
         if (before := text(headers.get("x-aioworker-reason"))) is not None:
             why += f"; the last retry was for: {before}"
         return cls(
@@ -68,18 +72,29 @@ class Letter:
             reason=message.unreadable(headers) or why,
             error=None,
             attempts=None,
-            lane="urgent" if queue.endswith(".urgent") else "bulk",
-            first_failed_at=text(headers.get("x-aioworker-first-failed-at")),
-            failed_at=at.replace(tzinfo=UTC).isoformat() if isinstance(at, datetime) else None,
+            lane=_lane(urgent=queue.endswith(".urgent")),
+            first_failed_at=_time(headers.get("x-aioworker-first-failed-at")),
+            failed_at=_time(death.get("time")),
             worker=None,
         )
 
     @property
+    def names(self) -> frozenset[str]:
+        """What a person may call it by: its id, or that as a terminal has it, of ASCII too."""
+        ascii_word = self._word.encode("ascii", "backslashreplace").decode()
+        return frozenset({self.id, self._word, ascii_word})
+
+    @property
+    def _word(self) -> str:
+        """The id as one word, so that the fields behind it are ours."""
+        return console.printable(self.id).replace(" ", "\\x20")
+
+    @property
     def line(self) -> str:
-        """The letter in one line: id, when, attempts, lane, reason."""
+        """The letter in one line: id, when, lane, attempts, reason."""
         when = self.failed_at or "unknown time"
         runs = "" if self.attempts is None else f" attempts={self.attempts}"
-        return f"{self.id} {when} lane={self.lane}{runs} {' '.join(self.reason.split())}"
+        return f"{self._word} {when} lane={self.lane}{runs} {' '.join(self.reason.split())}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +102,7 @@ class Filter:
     """Which dead letters are meant; without any condition, all of them.
 
     Args:
-        ids: One of these message ids; empty for any.
+        ids: One of these message ids, each as it is or as it is shown; empty for any.
         reason: A part of the reason; empty for any.
         older_than: Set aside longer ago than this; None for any.
     """
@@ -98,13 +113,13 @@ class Filter:
 
     def matches(self, letter: Letter) -> bool:
         """Return whether a letter is meant; one without a time is not older than anything."""
-        if self.ids and letter.id not in self.ids:
+        if self.ids and self.ids.isdisjoint(letter.names):
             return False
         if self.reason.lower() not in letter.reason.lower():
             return False
         if self.older_than is None:
             return True
-        failed = _moment(letter.failed_at)
+        failed = outcome.moment(letter.failed_at)
         return failed is not None and datetime.now(UTC) - failed > self.older_than
 
 
@@ -119,9 +134,11 @@ def _number(value: Any) -> int | None:
     return value if type(value) is int else None
 
 
-def _moment(value: str | None) -> datetime | None:
-    try:
-        moment = datetime.fromisoformat(value or "")
-    except ValueError:
-        return None
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+def _lane(*, urgent: bool) -> str:
+    return "urgent" if urgent else "bulk"
+
+
+def _time(value: Any) -> str | None:
+    """Return a time in ISO 8601; None for what is no time, though anybody may send it as one."""
+    found = outcome.moment(text(value))
+    return None if found is None else found.isoformat()

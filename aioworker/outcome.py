@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import traceback
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import aio_pika
 from pymysql.err import MySQLError
@@ -27,14 +28,12 @@ from aioworker.trouble import Trouble
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Hashable, Iterator
-    from datetime import datetime
 
     from aio_pika.abc import AbstractIncomingMessage
 
 TRACEBACK_LINES = 20
 KEY_LENGTH = 64
 ID_BYTES = 200  # of what others call their messages: AMQP has room for 255
-TIME_LENGTH = 64  # of a moment in ISO 8601
 _COUNTS = frozenset({"x-delivery-count", "x-acquired-count"})
 # Whoever publishes these has RabbitMQ send the message to other queues too.
 _ROUTES = frozenset({"CC", "BCC"})
@@ -266,12 +265,16 @@ def _shown(now: datetime) -> str:
 
 def _first_failed_at(delivery: AbstractIncomingMessage, now: datetime) -> str:
     noted = delivery.headers.get("x-aioworker-first-failed-at")
-    return noted if _is_time(noted) else _shown(now)
+    return _shown(moment(noted if isinstance(noted, str) else None) or now)
 
 
-def _is_time(value: Any) -> TypeGuard[str]:
-    """Whether a header that anybody may send can be one of ours."""
-    return isinstance(value, str) and len(value) <= TIME_LENGTH and value.isascii()
+def moment(text: str | None) -> datetime | None:
+    """Return a time in ISO 8601, UTC unless it says otherwise; None for what is none."""
+    try:
+        found = datetime.fromisoformat(text or "")
+    except ValueError:
+        return None
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
 def _copy(

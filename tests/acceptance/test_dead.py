@@ -112,13 +112,24 @@ async def test_filters_narrow_them(run: Run, three: Lanes) -> None:
 async def test_one_is_shown_whole(run: Run, three: Lanes) -> None:
     shown = run("dead", "show", "b").stdout
 
-    assert "x-aioworker-attempts: 6\n" in shown
-    assert shown.endswith(f"\n\nbody: {BODY.decode()}\n")
+    assert "\n    x-aioworker-attempts: 6\n" in shown
+    assert shown.endswith(f"\n\n    body: {BODY.decode()}\n")
     missing = run("dead", "show", "nope")
     assert (missing.returncode, missing.stderr) == (
         1,
         f"aioworker: no dead letter of {TASK} has the id 'nope'\n",
     )
+
+
+async def test_no_header_passes_for_a_line_of_ours(run: Run, lanes: Lanes) -> None:
+    """`aioworker: queue gone` stood there as if the command had failed."""
+    await letter(lanes, "a", "why", **{"aioworker": "queue gone", "b 2026-01-01 lane=bulk": "so"})
+
+    first, *rest = run("dead", "show", "a").stdout.splitlines()
+
+    assert first.startswith("a 2026-01-02T03:04:05+00:00 ")
+    assert "    aioworker: queue gone" in rest
+    assert all(line.startswith("    ") for line in rest if line)
 
 
 async def test_requeued_ones_begin_anew_in_their_lane(run: Run, three: Lanes) -> None:
@@ -413,7 +424,7 @@ async def test_a_letter_that_rabbitmq_made_too_large_for_a_frame_hides_no_other(
 
     for _ in range(3):
         assert ids(run("dead", "list")) == ["edge", "behind"]
-    assert "x-aioworker-left-out: x\n" in run("dead", "show", "edge").stdout
+    assert "\n    x-aioworker-left-out: x\n" in run("dead", "show", "edge").stdout
     assert run("dead", "requeue", "--id", "edge").returncode == 0
     assert (await lanes.take(QUEUES.bulk)).headers["x-aioworker-left-out"] == "x"
 

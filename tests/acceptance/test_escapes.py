@@ -61,9 +61,26 @@ async def test_dead_letters_print_no_escapes(
         assert_seen(done.stdout + done.stderr)
         assert "\\x1b[2J" in done.stdout + done.stderr
     shown = run("dead", "show", f"id{FORGED}").stdout
-    assert "\nbody: \\x1b[2J" in shown
+    first, *rest = shown.splitlines()
+    assert first.startswith("id\\x1b[2J")
+    assert [line for line in rest if not line.startswith("    ")] == [""]
+    assert rest[rest.index("") + 1].startswith("    body: \\x1b[2J")
     assert json.loads(run("dead", "show", f"id{FORGED}", "--json").stdout)["body"] == FORGED
     assert json.loads(run("dead", "list", "--json").stdout)["reason"] == FORGED
+
+
+async def test_a_letter_is_found_by_the_id_that_was_printed(
+    run: Run, lanes: Lanes, shop: Connection[Cursor]
+) -> None:
+    """Its escapes were shown as text, by which no letter was known."""
+    await letter(lanes)
+
+    for encoding in ("utf-8", "ascii"):
+        printed = run("dead", "list", PYTHONIOENCODING=encoding).stdout.split()[0]
+        assert run("dead", "list", "--id", printed).stdout.count("\n") == 1
+        assert run("dead", "show", printed).returncode == 0
+    dropped = run("dead", "drop", "--id", printed, "--yes")
+    assert (dropped.returncode, dropped.stderr) == (0, "")
 
 
 async def test_an_odd_encoding_shows_what_it_can(
