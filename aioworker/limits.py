@@ -96,12 +96,12 @@ class NoLimit(Enum):
 
 
 def parse_limit(text: str) -> RateLimit | NoLimit:
-    """Read COUNT/UNIT, or ``"none"``, which is no limit.
+    """Read COUNT/UNIT, or ``"none"``, in any case and with spaces around it, which is no limit.
 
     Raises:
         RateLimitError: The text is anything else; see `RateLimit.parse`.
     """
-    return NoLimit.NONE if text == NoLimit.NONE.value else RateLimit.parse(text)
+    return NoLimit.NONE if text.strip().lower() == NoLimit.NONE.value else RateLimit.parse(text)
 
 
 def in_force(said: RateLimit | NoLimit | None, own: RateLimit | None) -> RateLimit | None:

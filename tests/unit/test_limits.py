@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from aioworker.errors import RateLimitError
-from aioworker.limits import Limiter, RateLimit, in_force, parse_limit, shown_interval
+from aioworker.limits import Limiter, NoLimit, RateLimit, in_force, parse_limit, shown_interval
 from tests.fakes import FakeClock
 
 
@@ -32,7 +32,7 @@ def test_a_rate_is_read_as_the_seconds_between_starts(text: str, interval: float
         ("nan/m", "; write '0/m' to pause, or 'none' for no limit"),
         ("inf/m", "; write '0/m' to pause, or 'none' for no limit"),
         ("-1/m", "; write '0/m' to pause, or 'none' for no limit"),
-        ("None", "; write 'none' for no limit"),
+        ("null", "; write 'none' for no limit"),
         ("unlimited", "; write 'none' for no limit"),
         ("1/day", ""),
         ("0.0001/h", ""),
@@ -49,6 +49,18 @@ def test_anything_but_count_and_unit_is_refused_with_what_to_write(text: str, cu
     assert str(refusal.value) == (
         f"expected rate limit as COUNT/UNIT, such as '2/m', or none, got: {text!r}{cure}"
     )
+
+
+@pytest.mark.parametrize("text", ["none", "None", "NONE", " none", "none\n"])
+def test_none_is_no_limit_however_it_is_written(text: str) -> None:
+    """Python writes it with a capital letter, a secret's file with a newline."""
+    assert parse_limit(text) is NoLimit.NONE
+
+
+@pytest.mark.parametrize("text", ["", "null", "nolimit", "no ne", "none/m"])
+def test_nothing_but_none_is_no_limit(text: str) -> None:
+    with pytest.raises(RateLimitError, match=r"^expected rate limit as COUNT/UNIT"):
+        parse_limit(text)
 
 
 @pytest.mark.parametrize(
