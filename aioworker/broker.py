@@ -33,7 +33,7 @@ from pamqp.commands import Connection
 from aioworker import tls
 from aioworker.console import command
 from aioworker.errors import BrokerError, QueueMissingError, TlsFileError
-from aioworker.frames import CarefulConnection, PlainConnection
+from aioworker.frames import CarefulConnection, ForeignError, PlainConnection
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -135,12 +135,12 @@ def _explain_connect(error: Exception, address: BrokerAddress) -> str:
             return f"{at}: {_refusal(error, address)}, check AIOWORKER_AMQP_URL"
         case TimeoutError():
             return f"{at}: no answer in time, check AIOWORKER_AMQP_URL"
-        case TlsFileError():
+        case TlsFileError() | ForeignError():
             return f"{at}: {error}; check AIOWORKER_AMQP_URL"
         case AuthenticationError():
             return f"{at}: it logs in by {error.args[0]} alone, check auth in AIOWORKER_AMQP_URL"
         case _ if tls.cut_off(error) or isinstance(error, ValueError):
-            # What a port of TLS makes of plain text: it closes, or sends what is no frame.
+            # A port of TLS may close at plain text without a word.
             return (
                 f"{at}: {describe(error)}; is it running, and without TLS? check AIOWORKER_AMQP_URL"
             )

@@ -17,7 +17,7 @@ import aiormq
 from aiormq.connection import TCPTransportFactory, TLSTransportFactory
 from aiormq.exceptions import InvalidFrameError
 from pamqp.commands import Basic
-from pamqp.constants import FRAME_END_CHAR, FRAME_HEADER, FRAME_METHOD
+from pamqp.constants import AMQP, FRAME_END_CHAR, FRAME_HEADER, FRAME_METHOD
 from pamqp.header import ContentHeader
 
 from aioworker.message import PROPERTIES, UNREADABLE
@@ -34,6 +34,8 @@ _TAG_BYTES = 9  # of a delivery, and whether it comes again
 _NO_ASCII = bytes(byte if byte < 128 else ord("?") for byte in range(256))
 LOGIN_FRAME_BYTES = 65_536  # RabbitMQ's own are a few hundred
 _LOGIN_PARTS = 9  # three frames, each read in three parts
+_FIRST = (bytes([FRAME_METHOD, 0, 0]), AMQP)  # a method on channel 0, or the version it speaks
+_TLS_ALERT = b"\x15\x03"
 _REST_BYTES = 6  # of a frame's first seven bytes: its type is read before them
 # What decoding raises; a table in a table in a table, without end, the last of them.
 _FAILURES = (ValueError, OverflowError, OSError, struct.error, RecursionError)
@@ -44,6 +46,10 @@ def undecodable(error: BaseException | None) -> bool:
     if isinstance(error, InvalidFrameError | OverflowError | RecursionError):
         return True
     return type(error) is OSError  # a time beyond the platform's; the network's are its kinds
+
+
+class ForeignError(ValueError):
+    """What answers is something else than RabbitMQ, or speaks TLS; the text says which."""
 
 
 class PlainConnection(aio_pika.Connection):
@@ -85,19 +91,35 @@ class _First:
         self.read = reader.read
         self._read = reader.readexactly
         self._left = _LOGIN_PARTS
+        self._head = b""
 
     async def readexactly(self, count: int) -> bytes:
         """Return the next part of a frame.
 
         Raises:
             IncompleteReadError: The connection ended before.
+            ForeignError: The first frame is none of RabbitMQ's.
             ValueError: It is larger than any of a login.
         """
-        if self._left > 0:
-            if count > LOGIN_FRAME_BYTES:
-                raise ValueError(f"a frame of {count} bytes before the login")
-            self._left -= 1
-        return await self._read(count)
+        if not self._left:
+            return await self._read(count)
+        if count > LOGIN_FRAME_BYTES:
+            raise ValueError(f"a frame of {count} bytes before the login")
+        self._left -= 1
+        part = await self._read(count)
+        if len(self._head) <= _REST_BYTES:
+            self._head += part
+            _check_first(self._head)
+        return part
+
+
+def _check_first(head: bytes) -> None:
+    """Refuse what no RabbitMQ says first, such as a database's greeting, once it is there."""
+    if len(head) <= _REST_BYTES or head.startswith(_FIRST):
+        return
+    if head.startswith(_TLS_ALERT):
+        raise ForeignError("it speaks TLS on this port, which amqps:// is for")
+    raise ForeignError("what answers there is no RabbitMQ")
 
 
 class Frames:

@@ -189,8 +189,16 @@ async def test_a_database_that_is_none_gets_nothing_and_holds_nobody_up(
 BROKERS: list[tuple[str, str, Part, str]] = [
     ("silent", "", says(b""), SILENCE),
     ("closes at once", "", says(b"", then_close=True), "is it running, and without TLS?"),
-    ("speaks HTTP", "", says(false_servers.HTTP), "check AIOWORKER_AMQP_URL"),
-    ("random bytes", "", says(false_servers.RANDOM), "check AIOWORKER_AMQP_URL"),
+    ("speaks HTTP", "", says(false_servers.HTTP), "what answers there is no RabbitMQ; check"),
+    ("random bytes", "", says(false_servers.RANDOM), "what answers there is no RabbitMQ; check"),
+    ("a database", "", says(greeting()), "what answers there is no RabbitMQ; check"),
+    (
+        "a database that refuses",
+        "",
+        says(refusal(0, b"too many of you")),
+        "what answers there is no RabbitMQ; check",
+    ),
+    ("a port of TLS", "", says(b"\x15\x03\x03\0\x02\x02\x28"), "it speaks TLS on this port"),
     ("huge frame", "", says(false_servers.A_HUGE_FRAME), "4294967296 bytes before the login"),
     (
         "huge frames without end",
