@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
+    from rich.console import Console, ConsoleOptions
+    from rich.text import Text
+
 LINE_SECONDS = 5.0
 MINUTE, HOUR = 60, 3600
 _app = ""  # as the user gave it to this command, for those that a hint names
@@ -122,13 +125,32 @@ async def _show_again(show: Callable[[], Awaitable[str]], seconds: float) -> Non
             say_all(await show())
             await asyncio.sleep(seconds)
     from rich.live import Live
-    from rich.text import Text
 
     with Live(auto_refresh=False, screen=True) as live:
         while True:
-            shown = "\n".join(map(printable, (await show()).split("\n")))
-            live.update(Text(shown), refresh=True)
+            live.update(_Fitting(await show()), refresh=True)
             await asyncio.sleep(seconds)
+
+
+class _Fitting:
+    """A text as far as the terminal has room for it; a last line says how much it has not.
+
+    Args:
+        text: What is to be seen.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._text = "\n".join(map(printable, text.split("\n")))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        from rich.text import Text
+
+        lines = list(Text(self._text).wrap(console, options.max_width))
+        height = options.height or console.height
+        if len(lines) > height:
+            hidden = len(lines) - (height - 1)
+            lines[height - 1 :] = [Text(f"… {hidden} more lines do not fit")]
+        yield Text("\n").join(lines)
 
 
 @contextmanager

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
 
 import pytest
 from hypothesis import given
@@ -38,3 +46,70 @@ def test_a_line_stays_one_line_that_is_printable(value: str) -> None:
 def test_json_stays_json(value: str) -> None:
     """Also after it was made printable: a program reads it."""
     assert json.loads(console.printable(console.as_json({value: [value]}))) == {value: [value]}
+
+
+WATCH = """
+import asyncio, sys
+from aioworker import console
+
+async def main():
+    stop, shown = asyncio.Event(), []
+
+    async def show():
+        shown.append(1)
+        if len(shown) > 1:
+            stop.set()
+        return sys.argv[1]
+
+    await console.watch(show, 0, stop)
+
+asyncio.run(main())
+"""
+
+
+def watched(text: str, rows: int, columns: int) -> list[str]:
+    """Return the lines that a terminal of this size has when a text is watched."""
+    controller, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", WATCH, text],
+        stdin=terminal,
+        stdout=terminal,
+        env=environment | {"TERM": "xterm"},
+    )
+    os.close(terminal)
+    printed = b""
+    try:
+        while part := os.read(controller, 4096):
+            printed += part
+    except OSError:  # its end
+        pass
+    os.close(controller)
+    assert process.wait(timeout=60) == 0
+    *_, last = printed.decode().split("\x1b[H")  # each is drawn from the upper left corner on
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", last).split("\n")
+    return [line.rstrip() for line in lines[:rows]]
+
+
+def lines_up_to(number: int) -> list[str]:
+    """Return so many lines."""
+    return [f"line {n}" for n in range(1, number + 1)]
+
+
+def test_what_a_terminal_has_no_room_for_is_counted() -> None:
+    """Workers beyond the last line were cut off without a word."""
+    assert watched("\n".join(lines_up_to(9)), 5, 40) == [
+        *lines_up_to(4),
+        "… 5 more lines do not fit",
+    ]
+
+
+def test_a_terminal_with_room_for_all_shows_all() -> None:
+    assert watched("\n".join(lines_up_to(5)), 5, 40) == lines_up_to(5)
+
+
+def test_a_line_that_is_broken_takes_the_room_of_several() -> None:
+    text = "\n".join([" ".join(["words"] * 12), *lines_up_to(4)])
+
+    assert watched(text, 5, 30)[-2:] == ["line 1", "… 3 more lines do not fit"]
