@@ -239,7 +239,7 @@ class Database:
         with _closing_on_error(connection):
             with login.expecting_mysql():
                 server = await session.begin(connection, self.timeout)
-            reason = server.unfit(single_writer=self._single_writer)
+            reason = server.unfit(self.address.database, single_writer=self._single_writer)
             if reason is not None:
                 raise DatabaseError(f"cannot use MySQL at {self.address.shown}: {reason}")
         self._server = server

@@ -63,6 +63,9 @@ TIMEOUTS_MARIADB = (
     "idle_write_transaction_timeout",
 )
 
+# Before all else, whatever `completion_type` says: `autocommit = 1` alone ends no transaction.
+ROLLBACK = "ROLLBACK AND NO CHAIN NO RELEASE"
+
 # The two servers call these variables by different names; this they both understand.
 ISOLATION = "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED, READ WRITE"
 
@@ -91,6 +94,13 @@ def statement(timeout: float) -> str:
     )
 
 
+async def _settle(connection: Any, timeout: float) -> None:
+    """End whatever transaction is open, and set all that a session relies on."""
+    await connection.query(ROLLBACK)
+    await connection.query(statement(timeout))
+    await connection.query(ISOLATION)
+
+
 def _assigned(values: dict[str, str | int]) -> str:
     return ", ".join(f"SESSION {name} = {value!r}" for name, value in values.items())
 
@@ -100,7 +110,9 @@ class Server:
     """What the server of a connection says of itself.
 
     Args:
-        schema: The database's name as the server has it; lower-cased, if it is blind to case.
+        schema: The database's name as the server has it; lower-cased, if it is blind to case;
+            empty if the session has none.
+        blind: Whether it is blind to the case of names.
         lock: A lock that this session alone holds, by which it can be found; None if the
             server refuses one.
         galera: Whether it is a node of a Galera cluster.
@@ -109,17 +121,24 @@ class Server:
     """
 
     schema: str
+    blind: bool
     lock: str | None
     galera: bool
     packet_bytes: int
     unlogged: bool
 
-    def unfit(self, *, single_writer: bool) -> str | None:
+    def unfit(self, database: str, *, single_writer: bool) -> str | None:
         """Return in one line why this server will not do, and the cure; None if it will.
 
         Args:
+            database: The database's name as the address has it.
             single_writer: Whether all workers write through one node of a Galera cluster.
         """
+        if self.schema != (database.lower() if self.blind else database):
+            return (
+                f"expected a session in database {database!r}, got: {self.schema or 'none'!r};"
+                " does the server's init_connect say USE?"
+            )
         if self.galera and not single_writer:
             return (
                 "it is a Galera node, whose named locks hold on one node only: set"
@@ -149,8 +168,7 @@ async def begin(connection: Any, timeout: float) -> Server:
     Raises:
         MySQLError: The server refuses a setting.
     """
-    await connection.query(statement(timeout))
-    await connection.query(ISOLATION)
+    await _settle(connection, timeout)
     lock = f"aioworker:session:{secrets.token_hex(16)}"
     async with connection.cursor() as cursor:
         try:
@@ -160,8 +178,10 @@ async def begin(connection: Any, timeout: float) -> Server:
         schema, held = await cursor.fetchone()
         await cursor.execute(_SHOW)
         found = {str(name).lower(): str(value) for name, value in await cursor.fetchall()}
+    schema, blind = schema or "", found.get("lower_case_table_names", "0") != "0"
     return Server(
-        schema=schema if found.get("lower_case_table_names", "0") == "0" else schema.lower(),
+        schema=schema.lower() if blind else schema,
+        blind=blind,
         lock=lock if held == 1 else None,
         galera=found.get("wsrep_on") == "ON" or found.get("wsrep_provider", "") not in _NO_PROVIDER,
         packet_bytes=int(found.get("max_allowed_packet", SMALLEST_PACKET_BYTES)),

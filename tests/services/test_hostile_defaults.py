@@ -27,6 +27,7 @@ from tests.conftest import (
     Lanes,
     Run,
     current_versions,
+    database_name,
     execute,
     make_database,
     make_worker,
@@ -169,7 +170,7 @@ def ground(pair: servers.Servers) -> Iterator[Connection[Cursor]]:
 def site_of_stale_rows(ground: Connection[Cursor]) -> Connection[Cursor]:
     """The same, as if nothing had run yet."""
     execute(ground, "UPDATE addons SET current_version = NULL", "DELETE FROM ratings")
-    execute(ground, "UPDATE aioworker_budget SET last_start = '2000-01-01'")
+    execute(ground, "UPDATE aioworker_budget SET last_start = '2000-01-01', paused = 0")
     return ground
 
 
@@ -281,6 +282,48 @@ async def test_what_a_server_runs_first_in_a_session_changes_nothing(
     )
     with hostile(site_of_stale_rows, "init_connect", first):
         await run_everything(site_of_stale_rows, plain, lanes)
+
+
+@pytest.mark.parametrize("budget", ["shared", "worker"])
+def test_a_transaction_that_a_server_opens_in_a_session_takes_no_write_back(
+    site_of_stale_rows: Connection[Cursor],
+    plain: servers.Servers,
+    lanes: Lanes,
+    run: Run,
+    budget: str,
+) -> None:
+    """The log said `changed=250` twice, and not one row was written."""
+    variables = {"AIOWORKER_MYSQL_URL": plain.mysql_url, "AIOWORKER_BUDGET": budget}
+    with hostile(site_of_stale_rows, "init_connect", "START TRANSACTION"):
+        published = run("publish-all", "--chunk-size", str(CHUNK), **variables)
+        done = run("consume", "--burst", "--rate-limit", "1000/s", **variables)
+
+    assert (published.returncode, done.returncode) == (0, 0), published.stderr + done.stderr
+    assert rows(site_of_stale_rows, "SELECT COUNT(*) FROM addons WHERE current_version > 0") == [
+        (STALE_ROWS,)
+    ]
+
+
+def test_a_pause_holds_if_a_server_opens_a_transaction_in_a_session(
+    site_of_stale_rows: Connection[Cursor], plain: servers.Servers, run: Run
+) -> None:
+    with hostile(site_of_stale_rows, "init_connect", "START TRANSACTION"):
+        done = run("pause", AIOWORKER_MYSQL_URL=plain.mysql_url)
+
+    assert done.stdout.startswith(f"{TASK}: paused")
+    assert rows(site_of_stale_rows, "SELECT paused FROM aioworker_budget") == [(1,)]
+
+
+async def test_a_session_in_another_database_than_the_address_s_is_refused_first(
+    site_of_stale_rows: Connection[Cursor], plain: servers.Servers, lanes: Lanes
+) -> None:
+    with hostile(site_of_stale_rows, "init_connect", "USE information_schema"):
+        words = await refused(plain, lanes)
+
+    assert words.endswith(
+        f": expected a session in database {database_name(plain)!r}, got: 'information_schema';"
+        " does the server's init_connect say USE?"
+    )
 
 
 @pytest.mark.parametrize(
