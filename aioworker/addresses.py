@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from pydantic import SecretStr
 
@@ -16,8 +17,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 # What other clients' addresses begin with works as it is: Celery's, and SQLAlchemy's with a driver.
+# No other: what stands behind a + may ask for TLS, which nobody must lose without a word.
 _AMQP_SCHEMES = {"amqp": "amqp", "amqps": "amqps", "pyamqp": "amqp", "librabbitmq": "amqp"}
-_MYSQL_SCHEMES = {"mysql": "mysql", "mariadb": "mysql"}
+_MYSQL_DRIVERS = "aiomysql asyncmy cymysql mariadbconnector mysqlconnector mysqldb pymysql pyodbc"
+_MYSQL_SCHEMES = {
+    scheme + driver: "mysql"
+    for scheme in ("mysql", "mariadb")
+    for driver in ("", *(f"+{name}" for name in _MYSQL_DRIVERS.split()))
+}
 _AMQP_EXAMPLE = "amqp://user:password@host:5672/vhost"
 _MYSQL_EXAMPLE = "mysql://user:password@host:3306/database"
 _TLS_WORDS = {word: word for word in tls.WORDS}
@@ -31,6 +38,8 @@ _AUTH = ("plain", "external")
 LONGEST_SECONDS = 3600
 _QUOTES = "\"'`\u2018\u2019\u201c\u201d\xab\xbb"  # a word processor's too
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+_SCHEME = re.compile(r"[a-z][a-z0-9+._-]*(?=://)", re.IGNORECASE)
+_SECURE = re.compile(r".*\+(ssl|tls)")
 _NEXT_NODE = re.compile(r"\s*,\s*(?=[a-z+]+://)", re.IGNORECASE)
 _SEMICOLON = re.compile(r";\s*[a-z+]+://", re.IGNORECASE)
 
@@ -75,6 +84,8 @@ class BrokerAddress:
     @classmethod
     def _parse(cls, text: str) -> BrokerAddress:
         parts = _split(text, _AMQP_SCHEMES, _AMQP_EXAMPLE)
+        if not parts.hostname:
+            raise ValueError(f"expected a host, such as {_AMQP_EXAMPLE}, got none")
         if "," in parts.path:
             raise ValueError(_one_host(","))
         given = _parameters(parts.query, _AMQP_PARAMETERS)
@@ -83,7 +94,7 @@ class BrokerAddress:
             secure=parts.scheme == "amqps",
         )
         scheme, port = ("amqp", 5672) if asked is None else ("amqps", 5671)
-        user = _decoded(parts.username or "guest")
+        user = _user(parts) or "guest"
         vhost = _decoded(parts.path[1:]) or "/"
         userinfo = ":".join(quote(each, "") for each in (user, _password(parts) or "guest"))
         auth = given.get("auth", "plain").lower()
@@ -135,52 +146,86 @@ class DatabaseAddress:
                 contradicts another.
         """
         parts = _split(text, _MYSQL_SCHEMES, _MYSQL_EXAMPLE)
-        database = _decoded(parts.path[1:])
-        if not database or "/" in database:
-            raise ValueError(f"expected a database, such as {_MYSQL_EXAMPLE}, got: {_shown(parts)}")
         given = _parameters(parts.query, _MYSQL_PARAMETERS)
+        socket = given.get("unix_socket")
+        if not parts.hostname and socket is None:
+            raise ValueError(f"expected a host, such as {_MYSQL_EXAMPLE}, got none")
+        database = _decoded(parts.path[1:])
+        if not database or "/" in database or ";" in parts.path:
+            raise ValueError(f"expected a database, such as {_MYSQL_EXAMPLE}, got: {_shown(parts)}")
+        shown = _without_password(parts)
         return cls(
             host=parts.hostname or "127.0.0.1",
             port=parts.port or 3306,
-            user=_decoded(parts.username or "root"),
+            user=_user(parts) or "root",
             password=SecretStr(_password(parts)),
             database=database,
-            shown=_without_password(parts),
+            shown=f"{shown}?unix_socket={quote(socket, '/+')}" if socket else shown,
             tls=Tls.parse({word: given[word] for word in tls.WORDS if word in given}),
-            unix_socket=given.get("unix_socket"),
+            unix_socket=socket,
         )
 
 
 def _split(text: str, schemes: Mapping[str, str], example: str) -> SplitResult:
-    """Split a URL, and refuse one whose scheme, host or port cannot be used."""
+    """Split a URL, and refuse one that cannot be used; no error holds a part of a password."""
     expected = f"expected a URL such as {example}, got"
     text = text.strip()
     if (quotes := set(text[:1] + text[-1:]) & set(_QUOTES)) and text:
         raise ValueError(f"{expected} one in quotes ({min(quotes)}): leave them out")
     if _UNPRINTABLE.search(text):
         raise ValueError(f"{expected} one with a control character, or not in UTF-8")
-    if "://" not in text:
-        raise ValueError(f"{expected} one without {next(iter(schemes))}:// at its beginning")
+    scheme = _scheme(text, schemes, expected)
     between = {",", ";"} & set(_host_as_written(text))
     if between:
         raise ValueError(_one_host(min(between)))
     try:
         parts = urlsplit(text)
-        port = parts.port  # raises when it is not a number up to 65535
-        for each in (parts.username, parts.password, parts.path):
-            unquote(each or "", errors="strict")
     except ValueError:
-        raise ValueError(f"{expected} one that cannot be read") from None
+        raise ValueError(f"{expected} one whose host is no name and no address") from None
     if "@" in parts.path + parts.query + parts.fragment:
         # Whatever stands before it may be a part of the password: show none of it.
         raise ValueError(
             f"{expected} one with '@' behind its host: in a user or"
             " password write / as %2F, @ as %40, : as %3A, # as %23, ? as %3F"
         )
-    scheme = schemes.get(parts.scheme.partition("+")[0])
-    if scheme is None or not parts.hostname or port == 0 or " " in parts.hostname:
-        raise ValueError(f"{expected}: {_shown(parts)}")
+    if "#" in text:
+        raise ValueError(f"{expected} one with '#': write it as %23")
+    if not _is_port(parts):
+        raise ValueError(f"{expected} one whose port is no number from 1 to 65535")
+    if parts.hostname and not _is_host(parts.hostname):
+        raise ValueError(f"{expected} one whose host is no name and no address")
     return parts._replace(scheme=scheme)
+
+
+def _scheme(text: str, schemes: Mapping[str, str], expected: str) -> str:
+    """Return what a URL's beginning means here."""
+    begins = _SCHEME.match(text)
+    if begins is None:
+        raise ValueError(f"{expected} one without {next(iter(schemes))}:// at its beginning")
+    given = begins[0].lower()
+    if given in schemes:
+        return schemes[given]
+    cure = ""
+    if asks := _SECURE.fullmatch(given):
+        cure = f"; for TLS write ssl_mode=verify_identity behind a ? in place of +{asks[1]}"
+    raise ValueError(f"{expected} one that begins with {given + '://'!r}{cure}")
+
+
+def _is_port(parts: SplitResult) -> bool:
+    try:
+        return parts.port != 0  # raises if it is no number up to 65535
+    except ValueError:
+        return False
+
+
+def _is_host(host: str) -> bool:
+    """Return whether it can be looked up: an address, or a name that DNS could have."""
+    try:
+        if ":" in host:
+            return bool(ipaddress.IPv6Address(host))
+        return bool(host.encode("idna")) and not set(host) & set(" %")
+    except ValueError:
+        return False
 
 
 def _host_as_written(text: str) -> str:
@@ -196,12 +241,16 @@ def _one_host(between: str) -> str:
 def _parameters(query: str, known: Mapping[str, str]) -> dict[str, str]:
     """Return a query's parameters by their names here, however they are spelt."""
     found: dict[str, str] = {}
-    for word, value in parse_qsl(query, keep_blank_values=True):
+    for part in filter(None, query.split("&")):
+        # A + is one, as in all other parts: forms write a space so, paths and base64 do not.
+        word, _, value = map(_decoded, part.partition("="))
         name = known.get(word.lower().replace("-", "_"))
         if name is None:
             raise ValueError(f"expected query parameters of {', '.join(known)}, got: {word!r}")
         if name in found:
             raise ValueError(f"expected {name} once, got it twice")
+        if not value:
+            raise ValueError(f"expected a value for {name}, got none")
         found[name] = value
     return found
 
@@ -216,7 +265,24 @@ def _seconds(name: str, given: Mapping[str, str]) -> int | None:
 
 
 def _decoded(text: str) -> str:
-    return unquote(text, errors="strict")
+    """Return a part of a URL as it is meant; one with a NUL means nothing to any server."""
+    try:
+        decoded = unquote(text, errors="strict")
+    except UnicodeDecodeError:
+        decoded = "\0"
+    if "\0" in decoded:
+        raise ValueError(
+            "expected UTF-8 without NUL behind each %, such as %C3%A9, got other bytes"
+        )
+    return decoded
+
+
+def _user(parts: SplitResult) -> str:
+    user = _decoded(parts.username or "")
+    if ":" in user and not parts.password:
+        # It is shown, and what stands behind the colon is a password.
+        raise ValueError("expected ':' itself between user and password, got %3A")
+    return user
 
 
 def _password(parts: SplitResult) -> str:

@@ -68,9 +68,6 @@ class Tls:
         Raises:
             ValueError: A value is none, or contradicts another.
         """
-        for word, value in words.items():
-            if not value:
-                raise ValueError(f"expected a value for {word}, got none")
         if "ssl_key" in words and "ssl_cert" not in words:
             raise ValueError("expected ssl_cert beside ssl_key, got ssl_key alone")
         mode = _mode(words, secure=secure)
@@ -220,8 +217,7 @@ def _is_on(word: str, value: str) -> bool:
     return value.lower() in _ON
 
 
-def _base64(value: str) -> str:
-    text = value.replace(" ", "+")  # a query's + is a space
+def _base64(text: str) -> str:
     try:
         base64.b64decode(text, validate=True)
     except ValueError:

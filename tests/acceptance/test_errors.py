@@ -217,7 +217,7 @@ USAGE = [
         ("init",),
         {"AIOWORKER_AMQP_URL": "http://me:s3cret@h/"},
         "AIOWORKER_AMQP_URL: expected a URL such as amqp://user:password@host:5672/vhost,"
-        " got: 'http://me@h/'",
+        " got one that begins with 'http://'",
     ),
     (
         ("publish-all", "--chunk-size", "5000"),

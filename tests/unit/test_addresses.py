@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from urllib.parse import quote
 
 import pytest
@@ -69,25 +70,47 @@ AT_SIGN = (
     "one with '@' behind its host: in a user or password write / as %2F, @ as %40,"
     " : as %3A, # as %23, ? as %3F"
 )
+PORT = "one whose port is no number from 1 to 65535"
+HOST = "one whose host is no name and no address"
+NO_HOST = "expected a host, such as amqp://user:password@host:5672/vhost, got none"
+BEHIND_PERCENT = "expected UTF-8 without NUL behind each %, such as %C3%A9, got other bytes"
 BETWEEN = "expected one host in each URL, and ',' between whole URLs of nodes, got"
 
 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("http://me:s3cret@h/", f"{AMQP}: 'http://me@h/'"),
-        ("amqp://me:s3cret@h:x/", f"{AMQP} one that cannot be read"),
-        ("amqp://me:s3cret@h:0/", f"{AMQP}: 'amqp://me@h/'"),
-        ("amqp:///s3cret", f"{AMQP}: 'amqp://…'"),
+        ("http://me:s3cret@h/", f"{AMQP} one that begins with 'http://'"),
+        ("amqp+x://me:s3cret@h/", f"{AMQP} one that begins with 'amqp+x://'"),
+        ("amqp+://me:s3cret@h/", f"{AMQP} one that begins with 'amqp+://'"),
+        ("url=amqp://me:s3cret@h/", f"{AMQP} one without amqp:// at its beginning"),
+        ("jdbc:amqp://me:s3cret@h/", f"{AMQP} one without amqp:// at its beginning"),
+        ("export URL=amqp://me:s3cret@h/", f"{AMQP} one without amqp:// at its beginning"),
+        ("amqp://me:s3cret@h:x/", f"{AMQP} {PORT}"),
+        ("amqp://me:s3cret@h:0/", f"{AMQP} {PORT}"),
+        ("amqp://me:s3cret@h:65536/", f"{AMQP} {PORT}"),
+        ("amqp:///s3cret", NO_HOST),
+        ("amqp://me:s3cret@/v", NO_HOST),
+        ("amqp://me:s3cret@a..h/v", f"{AMQP} {HOST}"),
+        (f"amqp://me:s3cret@{'h' * 64}/v", f"{AMQP} {HOST}"),
+        ("amqp://me%3As3cret%40h/v", f"{AMQP} {HOST}"),
+        ("amqp://me:s3cret@[h/v", f"{AMQP} {HOST}"),
+        ("amqp://me:s3cret@[::x]/v", f"{AMQP} {HOST}"),
+        ("amqp://me%3As3cret@h/v", "expected ':' itself between user and password, got %3A"),
+        ("amqp://h/rev_a#2", f"{AMQP} one with '#': write it as %23"),
+        ("amqp://h/rev_a#", f"{AMQP} one with '#': write it as %23"),
         ("", f"{AMQP} one without amqp:// at its beginning"),
         ("me:s3cret@h", f"{AMQP} one without amqp:// at its beginning"),
         ("amqp://me:12/s3cret@h/v", f"{AMQP} {AT_SIGN}"),
-        ("amqp://me:s3cret#@h/v", f"{AMQP} one that cannot be read"),
+        ("amqp://me:s3cret#@h/v", f"{AMQP} {AT_SIGN}"),
         ("amqp://me:s3@cret/x@h/v", f"{AMQP} {AT_SIGN}"),
-        ("amqp://me:s3cr%E9t@h/v", f"{AMQP} one that cannot be read"),
+        ("amqp://me:s3cr%E9t@h/v", BEHIND_PERCENT),
+        ("amqp://me%00:s3cret@h/v", BEHIND_PERCENT),
+        ("amqp://me:s3cret@h/%00", BEHIND_PERCENT),
+        ("amqp://me:s3cret@h/v?ssl_ca=%00", BEHIND_PERCENT),
         ("amqp://me:s3\ncret@h/v", f"{AMQP} one with a control character, or not in UTF-8"),
         ("amqp://me:s3\udce9cret@h/v", f"{AMQP} one with a control character, or not in UTF-8"),
-        ("amqp://me:s3cret@a host/v", f"{AMQP}: 'amqp://me@a host/v'"),
+        ("amqp://me:s3cret@a host/v", f"{AMQP} {HOST}"),
         ("'amqp://me:s3cret@h/v'", f"{AMQP} one in quotes ('): leave them out"),
         ('"amqp://me:s3cret@h/v"', f'{AMQP} one in quotes ("): leave them out'),
         ("\u201camqp://me:s3cret@h/v\u201d", f"{AMQP} one in quotes (\u201c): leave them out"),
@@ -136,7 +159,19 @@ def test_a_broker_address_that_is_none_is_refused_without_its_password(
         ),
         ("'mysql://me:s3cret@db/site'", f"{MYSQL} one in quotes ('): leave them out"),
         ("me:s3cret@db/site", f"{MYSQL} one without mysql:// at its beginning"),
-        ("postgres://me:s3cret@db/site", f"{MYSQL}: 'postgres://me@db/site'"),
+        ("postgres://me:s3cret@db/site", f"{MYSQL} one that begins with 'postgres://'"),
+        ("mysql+x://me:s3cret@db/site", f"{MYSQL} one that begins with 'mysql+x://'"),
+        ("mysql://db/site#x", f"{MYSQL} one with '#': write it as %23"),
+        ("mysql://db/site?unix_socket=", "expected a value for unix_socket, got none"),
+        (
+            "mysql://me:s3cret@db/site;",
+            "expected a database, such as mysql://user:password@host:3306/database,"
+            " got: 'mysql://me@db/site;'",
+        ),
+        (
+            "mysql://me:s3cret@/site",
+            "expected a host, such as mysql://user:password@host:3306/database, got none",
+        ),
     ],
 )
 def test_a_database_address_that_is_none_is_refused_without_its_password(
@@ -148,8 +183,44 @@ def test_a_database_address_that_is_none_is_refused_without_its_password(
     assert str(refusal.value) == problem
 
 
+@pytest.mark.parametrize("parse", [BrokerAddress.parse_all, DatabaseAddress.parse])
+@pytest.mark.parametrize("scheme", ["amqp", "pyamqp", "mysql", "mariadb"])
+@pytest.mark.parametrize("driver", ["ssl", "tls", "SSL", "pymysql+ssl"])
+def test_a_scheme_that_asks_for_tls_is_never_plain_text(
+    parse: Callable[[str], object], scheme: str, driver: str
+) -> None:
+    """The password went out unencrypted: what stood behind the + was dropped."""
+    with pytest.raises(ValueError, match=r"for TLS write ssl_mode=verify_identity behind a \?"):
+        parse(f"{scheme}+{driver}://me:s3cret@h/v")
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("me:s3cret@db", "mysql://me@db/site?unix_socket=/run/a+b.sock"),
+        ("me:s3cret@", "mysql://me@/site?unix_socket=/run/a+b.sock"),
+        ("", "mysql:///site?unix_socket=/run/a+b.sock"),
+    ],
+)
+def test_a_socket_needs_no_host_and_is_shown(written: str, shown: str) -> None:
+    """A + is a + in a path, not a form's space."""
+    address = DatabaseAddress.parse(f"mysql://{written}/site?unix_socket=/run/a+b.sock")
+
+    assert (address.unix_socket, address.shown) == ("/run/a+b.sock", shown)
+
+
+@pytest.mark.parametrize("host", ["[::1]", "[fe80::1%eth0]", "a_b", "m\xfcnchen.example", "mq."])
+def test_a_host_is_whatever_can_be_looked_up(host: str) -> None:
+    [address] = BrokerAddress.parse_all(f"amqp://{host}/")
+
+    assert address.shown == f"amqp://{host}/"
+
+
 PASSWORDS = st.text(min_size=1).map(lambda text: f"s3c{text}r3t")
 FORMS = [
+    "export URL={scheme}://me:{password}@host/v",
+    "{scheme}+ssl://me:{password}@host/v",
+    "{scheme}://me:{password}@host..name/v#{password}",
     "{scheme}://me:{password}@host/v",
     "'{scheme}://me:{password}@host/v'",
     "me:{password}@host/v",
@@ -173,7 +244,7 @@ def test_no_error_of_an_address_holds_a_part_of_its_password(form: str, password
         assert "r3t" not in found
 
 
-@given(password=st.text(st.characters(codec="utf-8"), min_size=1))
+@given(password=st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1))
 def test_any_password_is_read_as_it_was_written(password: str) -> None:
     written = quote(password, "")
 

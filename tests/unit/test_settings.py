@@ -91,7 +91,7 @@ BAD = [
         "AIOWORKER_MYSQL_URL",
         "postgres://me:s3cret@db/site",
         "expected a URL such as mysql://user:password@host:3306/database,"
-        " got: 'postgres://me@db/site'",
+        " got one that begins with 'postgres://'",
     ),
 ]
 
