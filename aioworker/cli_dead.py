@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from aioworker import console
-from aioworker.errors import AioworkerError, QueueMissingError, UsageError
+from aioworker.errors import AioworkerError, UsageError
 from aioworker.running import App, TaskName, TaskOption, named, prepare, run, to_look
 
 if TYPE_CHECKING:
@@ -59,22 +59,15 @@ def show_list(
 ) -> None:
     """List the dead letters of a task, or of all: id, when, lane, attempts, reason.
 
-    Without a TASK: all that have a budget in the database.
+    Without a TASK: all that have a budget in the database. Those that cannot be listed are
+    named at the end, exit status 1.
     """
     wanted = _filter(ids, reason, older_than)
     settings = prepare(app=app_names)
     from aioworker import dead
 
-    missing: list[QueueMissingError] = []
     tasks = _meant(settings, named(name, option))
-    for task in tasks:
-        several = len(tasks) > 1
-        try:
-            run(dead.show_list(settings, task, wanted, as_json=as_json, of_several=several))
-        except QueueMissingError as error:
-            missing.append(error)
-    if missing:
-        raise missing[0]
+    run(dead.show_list(settings, tasks, wanted, as_json=as_json))
 
 
 @app.command("show")

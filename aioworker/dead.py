@@ -16,9 +16,9 @@ from aioworker.letters import Filter, Letter, text
 from aioworker.look import Look
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 
-    from aio_pika.abc import AbstractIncomingMessage
+    from aio_pika.abc import AbstractConnection, AbstractIncomingMessage
 
     from aioworker.settings import Settings
 
@@ -26,20 +26,40 @@ INDENT = 4 * " "
 
 
 async def show_list(
-    settings: Settings, name: str, wanted: Filter, *, as_json: bool, of_several: bool = False
+    settings: Settings, names: Sequence[str], wanted: Filter, *, as_json: bool
 ) -> None:
-    """Print the dead letters of a task, one a line.
+    """Print the dead letters of tasks, one a line; of several each line begins with the task.
 
     Args:
         settings: The settings.
-        name: The task's name.
-        wanted: Which are meant.
+        names: The tasks' names.
+        wanted: Which letters are meant.
         as_json: Print JSON.
-        of_several: Begin each line with the task, since those of others are listed too.
 
     Raises:
         BrokerError: RabbitMQ cannot be asked; a note says how many were listed before.
+        AioworkerError: Those of several tasks cannot be listed, for these reasons; those of
+            the others are.
     """
+    failures: list[AioworkerError] = []
+    several = len(names) > 1
+    async with _connected(settings) as letters:
+        for name in names:
+            try:
+                async with letters.of(name) as look:
+                    await _list(look, name, wanted, as_json=as_json, of_several=several)
+            except AioworkerError as error:
+                failures.append(error)
+                if letters.lost:
+                    break
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        texts = ["; ".join([str(one), *getattr(one, "__notes__", [])]) for one in failures]
+        raise AioworkerError("; ".join(texts)) from ExceptionGroup("not listed", failures)
+
+
+async def _list(look: Look, name: str, wanted: Filter, *, as_json: bool, of_several: bool) -> None:
     listed = 0
 
     def show(letter: Letter, _delivery: AbstractIncomingMessage) -> str:
@@ -51,12 +71,12 @@ async def show_list(
         return look.queues.dead
 
     def note() -> str:
+        of = f" of {name}" if of_several else ""
         twice = ", and the last may lie there twice" if look.unsure else ""
-        return f"listed {count(listed, 'dead letter')} before that{twice}"
+        return f"listed {count(listed, 'dead letter')}{of} before that{twice}"
 
-    async with _open(settings, name) as look:
-        with _noting(note):
-            await look.each(show, "looked at", quiet=sys.stdout.isatty())
+    with _noting(note):
+        await look.each(show, "looked at", quiet=sys.stdout.isatty())
     if not as_json:
         console.tell(f"{count(listed, 'dead letter')} of {name}")
 
@@ -212,28 +232,58 @@ def _noting(note: Callable[[], str]) -> Iterator[None]:
         raise
 
 
-@asynccontextmanager
-async def _open(settings: Settings, name: str) -> AsyncIterator[Look]:
-    """Look at the dead letters of a task, registered or not.
+class _Letters:
+    """The dead letters of one task after another, over the same two connections."""
 
-    Raises:
-        UnknownTaskError: Neither the task nor its queue is known; the text has the nearest name.
-        BrokerError: RabbitMQ cannot be asked.
-    """
+    def __init__(
+        self, settings: Settings, connection: AbstractConnection, publisher: broker.Publisher
+    ) -> None:
+        self._settings = settings
+        self._connection = connection
+        self._publisher = publisher
+        self._users = {node.user for node in settings.nodes()}
+
+    @property
+    def lost(self) -> bool:
+        """Whether no more can be seen, of any task."""
+        return self._connection.is_closed
+
+    @asynccontextmanager
+    async def of(self, name: str) -> AsyncIterator[Look]:
+        """Look at the dead letters of a task, registered or not.
+
+        Raises:
+            UnknownTaskError: Neither the task nor its queue is known; the text has the nearest
+                name.
+            BrokerError: RabbitMQ cannot be asked.
+        """
+        queues = topology.Queues.of(name, self._settings.queue_prefix)
+        timeout = self._settings.connect_timeout
+        look = Look(queues, self._users, self._connection, self._publisher, timeout)
+        try:
+            await look.open()
+        except QueueMissingError as error:
+            if unknown := await meant.is_unknown(self._settings, name):
+                raise UnknownTaskError(f"queue {queues.dead} does not exist: {unknown}") from error
+            raise
+        try:
+            yield look
+        finally:
+            await look.close()
+
+
+@asynccontextmanager
+async def _connected(settings: Settings) -> AsyncIterator[_Letters]:
     nodes, timeout, own = settings.nodes(), settings.connect_timeout, "aioworker dead"
     async with (
         broker.connection(nodes, timeout, own, careful=True) as connection,
         broker.Publisher(nodes, timeout, own) as publisher,
     ):
-        queues = topology.Queues.of(name, settings.queue_prefix)
-        users = {node.user for node in nodes}
-        look = Look(queues, users, connection, publisher, timeout)
-        try:
-            await look.open()
-        except QueueMissingError as error:
-            if unknown := await meant.is_unknown(settings, name):
-                raise UnknownTaskError(
-                    f"queue {look.queues.dead} does not exist: {unknown}"
-                ) from error
-            raise
+        yield _Letters(settings, connection, publisher)
+
+
+@asynccontextmanager
+async def _open(settings: Settings, name: str) -> AsyncIterator[Look]:
+    """Look at the dead letters of a task, as `_Letters.of` does."""
+    async with _connected(settings) as letters, letters.of(name) as look:
         yield look

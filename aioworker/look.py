@@ -88,6 +88,12 @@ class Look:
         self._queue: AbstractQueue = await self._channel.get_queue(self.queues.dead, ensure=False)
         self._there, _consumers = await self._ask()
 
+    async def close(self) -> None:
+        """End it; a letter still in hand goes back to where it lay."""
+        with suppress(*broker.FAILURES):
+            async with asyncio.timeout(broker.CLOSE_SECONDS):
+                await self._channel.close()
+
     async def each(
         self, decide: Decide, what: str, *, quiet: bool = False, copies: bool = True
     ) -> None:

@@ -12,9 +12,13 @@ from contextlib import suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+import aio_pika
 import pytest
 
-from aioworker import topology
+from aioworker import dead, topology
+from aioworker.errors import AioworkerError
+from aioworker.letters import Filter
+from aioworker.settings import Settings
 from tests.conftest import (
     AIOWORKER,
     COMMAND_SECONDS,
@@ -354,6 +358,49 @@ async def test_a_program_that_consumes_the_letters_is_said(run: Run, three: Lane
         f"aioworker: somebody else looks at the dead letters in {QUEUES.dead}, or another program"
         " consumes them: try again when that has ended; listed 0 dead letters before that\n"
     )
+
+
+async def test_what_hides_one_tasks_letters_hides_no_others(
+    pair: servers.Servers,
+    lanes: Lanes,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A queue that somebody consumes ended the list; a connection was opened twice a task."""
+    held, last = (topology.Queues.of(name, PREFIX) for name in ("held", "last"))
+    for queues in (held, last):
+        await declare(lanes.connection, queues)
+        await (await lanes.channel.get_queue(queues.dead, ensure=False)).purge()
+    for queue in (QUEUES.dead, held.dead, last.dead):
+        await letter(lanes, f"of {queue}", "refused", queue=queue)
+    consumed = await lanes.channel.get_queue(held.dead, ensure=False)
+    await consumed.consume(asyncio.Queue[object]().put)
+    monkeypatch.setenv("AIOWORKER_AMQP_URL", pair.amqp_url)
+    monkeypatch.setenv("AIOWORKER_MYSQL_URL", pair.mysql_url)
+    settings = Settings.load(connect_timeout="1", budget="worker")
+    opened: list[object] = []
+    connect = aio_pika.connect
+
+    async def counted(*arguments: Any, **options: Any) -> Any:
+        opened.append(arguments)
+        return await connect(*arguments, **options)
+
+    monkeypatch.setattr(aio_pika, "connect", counted)
+
+    with pytest.raises(AioworkerError) as caught:
+        names = [TASK, "held", "update_current_versio", "last"]
+        await dead.show_list(settings, names, Filter(), as_json=False)
+
+    told = capsys.readouterr()
+    assert [line.split()[0] for line in told.out.splitlines()] == [f"{TASK}:", "last:"]
+    assert told.err == f"1 dead letter of {TASK}\n1 dead letter of last\n"
+    assert str(caught.value) == (
+        f"somebody else looks at the dead letters in {held.dead}, or another program consumes"
+        " them: try again when that has ended; listed 0 dead letters of held before that; queue"
+        " aioworker.update_current_versio.dead does not exist: unknown task"
+        f" 'update_current_versio', did you mean {TASK}?"
+    )
+    assert len(opened) == 2
 
 
 @pytest.mark.parametrize("option", ["--reason", "--id"])

@@ -205,7 +205,7 @@ async def test_no_look_ends_a_letter(
     settings = Settings.load()
 
     for look in range(LOOKS):
-        await dead.show_list(settings, name, Filter(), as_json=look % 2 == 1)
+        await dead.show_list(settings, [name], Filter(), as_json=look % 2 == 1)
         told = capsys.readouterr()
         assert told.out.count("\n") == len(IDS), (look, told)
     await dead.show_one(settings, name, "c", as_json=False)
