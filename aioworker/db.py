@@ -8,6 +8,7 @@ statement that is cut off is killed on the server too, which would finish it oth
 from __future__ import annotations
 
 import asyncio
+import logging
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,15 @@ from pymysql.err import MySQLError
 
 from aioworker import login, session, trouble
 from aioworker.errors import DatabaseError, NestedTransactionError
+from aioworker.logs import fields
 from aioworker.trouble import Trouble
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
     from aioworker.addresses import DatabaseAddress
+
+log = logging.getLogger(__name__)
 
 KILL_SECONDS = 3
 _LOGIN_REFUSED = (ER.ACCESS_DENIED_ERROR, trouble.Lacking.SECURE_TRANSPORT_REQUIRED)
@@ -270,8 +274,21 @@ class Database:
                     await connection.query(f"KILL QUERY IS_USED_LOCK('{lock}')")
                 connection.close()
         except (MySQLError, OSError) as error:
-            # Gone already, or out of reach: its row locks then end with its lock wait.
-            return isinstance(error, MySQLError) and trouble.code(error) == ER.NO_SUCH_THREAD
+            return self._told(error)
+        return True
+
+    def _told(self, error: MySQLError | OSError) -> bool:
+        """Say why a statement was not ended; return whether that is the server's own word.
+
+        One that runs on holds its row locks to its end.
+        """
+        if not isinstance(error, MySQLError) or not trouble.answers(error):
+            return False
+        if trouble.code(error) != ER.NO_SUCH_THREAD:  # it has ended by itself
+            log.warning(
+                "statement runs on, which was to be ended",
+                extra=fields(reason=trouble.describe(error)),
+            )
         return True
 
     def explain(self, error: Exception) -> DatabaseError:

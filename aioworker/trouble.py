@@ -231,6 +231,15 @@ def sort(error: BaseException) -> Trouble | None:
     return Trouble.UNAVAILABLE if _only_reads(error) else _TROUBLES.get(code(error))
 
 
+def answers(error: Exception) -> bool:
+    """Whether an error is the word of a server that serves, if not this time."""
+    if not isinstance(error, MySQLError):
+        return False
+    number = code(error)
+    of_the_client = number == 0 or CR.CR_ERROR_FIRST <= number <= CR.CR_ERROR_LAST
+    return not of_the_client and number not in _AWAY
+
+
 def _only_reads(error: MySQLError) -> bool:
     """Whether a server refuses to write: one number stands for whatever an option forbids."""
     number = code(error)

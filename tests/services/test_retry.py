@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,14 +14,17 @@ from pymysql.err import OperationalError
 
 from aioworker.consumer import MOST_RETURNS, MOST_ROUNDS
 from aioworker.context import Context
+from aioworker.errors import DatabaseError
 from aioworker.outcome import Kind
 from aioworker.task import AnyTask, Task
+from support.servers import Servers
 from tests.conftest import (
     QUEUES,
     TASK,
     Lanes,
     current_versions,
     execute,
+    make_database,
     make_worker,
     simple_addons,
 )
@@ -33,7 +36,6 @@ if TYPE_CHECKING:
     from pymysql.cursors import Cursor
 
     from aioworker.db import Database
-    from support.servers import Servers
 
 
 def chunk(ids: list[int]) -> bytes:
@@ -105,6 +107,48 @@ async def test_a_locked_row_is_tried_again_in_a_minute(
     assert (copy.headers["retries"], copy.headers["id"]) == (1, "one")
     assert "1205" in str(copy.headers["x-aioworker-reason"])
     assert "x-death" not in copy.headers
+
+
+@pytest.fixture
+def lonely(pair: Servers, shop: Connection[Cursor]) -> Iterator[Database]:
+    """The database as a user has it who may connect once at a time."""
+    execute(
+        shop,
+        "CREATE USER lonely@'%' WITH MAX_USER_CONNECTIONS 1",
+        "GRANT SELECT ON *.* TO lonely@'%'",
+    )
+    lone = Servers(pair.amqp_url, pair.mysql_url.replace("root@", "lonely@"))
+    database = make_database(lone)
+    yield database
+    database.close()
+    execute(shop, "DROP USER lonely@'%'")
+
+
+async def test_a_run_that_is_cut_off_counts_if_the_server_refuses_to_end_its_statement(
+    pair: Servers,
+    lanes: Lanes,
+    lonely: Database,
+    stop: asyncio.Event,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Too many connections are an answer: a message was tried for ever, as if there were none."""
+    caplog.set_level(logging.WARNING, "aioworker")
+
+    async def sleep(ctx: Context, _ids: list[int]) -> None:
+        async with ctx.transaction() as cursor:
+            await cursor.execute("SELECT SLEEP(5)")
+
+    await lanes.send(chunk([1]), headers=headers(0))
+    worker = make_worker(pair, lonely, task=Task(TASK, sleep, keys=no_keys), task_timeout=0.5)
+
+    with suppress(DatabaseError):  # until the statement ends by itself, nobody is let in
+        await worker.run(stop)
+
+    copy = await lanes.take(QUEUES.retry)
+    assert copy.headers["retries"] == 1
+    assert "took longer than 0.5 s and was cut off" in str(copy.headers["x-aioworker-reason"])
+    [refused] = [one for one in caplog.records if one.message.startswith("statement runs on")]
+    assert "'max_user_connections'" in vars(refused)["fields"]["reason"]
 
 
 async def test_the_last_attempt_ends_as_a_dead_letter(
