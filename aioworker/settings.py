@@ -14,7 +14,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -23,6 +23,7 @@ from aioworker.chunk import CHUNK_LIMIT
 from aioworker.errors import TlsFileError, UsageError
 from aioworker.limits import NoLimit, RateLimit, parse_limit
 from aioworker.message import LONGEST_RUN_SECONDS, RETRIES_LIMIT
+from aioworker.tls import refuse_pipe
 
 if TYPE_CHECKING:
     from aioworker.db import Database
@@ -97,7 +98,11 @@ class Settings(BaseSettings):
     """The settings, with the only defaults there are; `Settings.load` reads them."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_ignore_empty=True, extra="ignore", arbitrary_types_allowed=True
+        env_prefix=PREFIX,
+        env_ignore_empty=True,
+        extra="ignore",
+        arbitrary_types_allowed=True,
+        hide_input_in_errors=True,
     )
 
     amqp_url: Annotated[tuple[BrokerAddress, ...], NoDecode, _parsed(BrokerAddress.parse_all)] = (
@@ -166,15 +171,22 @@ class Settings(BaseSettings):
         """
         given = {name: value for name, value in options.items() if value is not None}
         env_file = _env_file()
-        secrets = os.environ.get(SECRETS_DIR) or env_file.get(SECRETS_DIR) or None
-        _refuse_unknown([*os.environ, *env_file, *_secret_files(secrets)])
+        secrets = _secrets(os.environ.get(SECRETS_DIR) or env_file.get(SECRETS_DIR))
+        _refuse_unknown([*os.environ, *env_file, *secrets])
+        # The last one that says something wins.
+        found = {
+            name.upper(): value
+            for source in (secrets, env_file, os.environ)
+            for name, value in source.items()
+            if value
+        }
+        values = {
+            name: found[PREFIX + name.upper()]
+            for name in cls.model_fields
+            if PREFIX + name.upper() in found
+        }
         try:
-            return cls(
-                _env_file=ENV_FILE,  # type: ignore[call-arg]
-                _env_file_encoding="utf-8",
-                _secrets_dir=secrets,
-                **given,  # type: ignore[arg-type]
-            )
+            return cls(**values | given)  # type: ignore[arg-type]
         except ValidationError as error:
             # The first is enough: one line, one cure.
             first = error.errors(include_url=False, include_input=False)[0]
@@ -242,44 +254,56 @@ def _default(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _env_file() -> dict[str, str | None]:
-    """Return what `.env` says, nothing if there is none.
+def _env_file() -> dict[str, str]:
+    """Return what `.env` says, nothing if there is none; `$` and `${…}` stand for themselves.
 
     Raises:
-        UsageError: It is no text that can be read.
+        UsageError: It is no text, or a line of it cannot be read.
     """
     path = Path(ENV_FILE)
-    return dotenv_values(stream=StringIO(_text(path))) if os.path.lexists(path) else {}
+    found: dict[str, str] = {}
+    for binding in parse_stream(StringIO(_text(path))) if os.path.lexists(path) else ():
+        name = binding.key or ""
+        nothing = binding.value is None and name.upper().startswith(PREFIX)
+        if binding.error or nothing:
+            text = binding.original.string
+            line = binding.original.line + text[: -len(text.lstrip())].count("\n")
+            # What stands there may be a secret.
+            raise UsageError(
+                f"expected NAME=value, quotes closed, in line {line} of {path.absolute()}"
+            )
+        if name and binding.value is not None:
+            found[name] = binding.value
+    return found
 
 
-def _secret_files(folder: str | None) -> list[str]:
-    """Return the names in the folder of secrets.
+def _secrets(folder: str | None) -> dict[str, str]:
+    """Return what the files in the folder of secrets say, by their names.
 
     Raises:
         UsageError: It is none, or a secret in it is no text that can be read.
     """
-    if folder is None:
-        return []
+    if not folder:
+        return {}
     try:
         paths = list(Path(folder).iterdir())
     except OSError as error:
         raise UsageError(
             f"{SECRETS_DIR}: expected a folder, got: {folder!r} ({error.strerror})"
         ) from None
-    for path in paths:
-        if path.name.upper().startswith(PREFIX):
-            _text(path)
-    return [path.name for path in paths]
+    ours = [path for path in paths if path.name.upper().startswith(PREFIX)]
+    return {path.name: _text(path).strip() for path in ours}
 
 
 def _text(path: Path) -> str:
-    """Return a file's text.
+    """Return a file's text, without the mark that some editors begin UTF-8 with.
 
     Raises:
         UsageError: It cannot be read, or is no UTF-8; the text names the file.
     """
     try:
-        text = path.read_text("utf-8")
+        refuse_pipe(path)
+        text = path.read_text("utf-8-sig")
     except UnicodeDecodeError:
         text = "\0"
     except OSError as error:

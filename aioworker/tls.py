@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import os
 import ssl
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from aioworker.errors import TlsFileError
@@ -102,9 +104,11 @@ class Tls:
         if self.cert is not None:
             # OpenSSL does not say which of the two files it means.
             with _naming("ssl_cert", self.cert, "a certificate in PEM"):
+                refuse_pipe(self.cert)
                 ssl.create_default_context(cafile=self.cert)
             own = f"the key of {self.cert!r} in PEM, without a passphrase"
             with _naming("ssl_key", self.key or self.cert, own):
+                refuse_pipe(self.key or self.cert)
                 # Without a password OpenSSL would ask the terminal for one.
                 context.load_cert_chain(self.cert, self.key, password="")
         return context
@@ -150,11 +154,22 @@ class Tls:
         if path is None and self.authorities is not None:
             named, path, what = "cadata", "…", "certificates in DER, in base64"
         with _naming(named, path or "", what):
+            refuse_pipe(self.ca or "")
             return ssl.create_default_context(
                 cafile=self.ca,
                 capath=self.folder,
                 cadata=base64.b64decode(self.authorities) if self.authorities else None,
             )
+
+
+def refuse_pipe(path: str | Path) -> None:
+    """Refuse a file to whose reader nobody may ever say anything; no signal would end the wait.
+
+    Raises:
+        OSError: It is a named pipe, or its folder cannot be read.
+    """
+    if Path(path).is_fifo():
+        raise OSError(errno.EINVAL, "a named pipe")
 
 
 async def names(error: BaseException, shake_hands: Callable[[], Awaitable[Certificate]]) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from aioworker import Producer
 from aioworker.errors import UsageError
@@ -115,6 +117,72 @@ def test_a_bad_option_is_refused_by_its_option() -> None:
     assert str(refusal.value) == "--chunk-size: expected a whole number from 1 to 1000, got: '0'"
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "AIOWORKER_MYSQL_URL: mysql://me:s3cret@db/site",
+        "AIOWORKER_MYSQL_URL mysql://me:s3cret@db/site",
+        "AIOWORKER_MYSQL_URL",
+        "aioworker_mysql_url",
+        'AIOWORKER_MYSQL_URL="mysql://me:s3cret@db/site',
+        "AIOWORKER_MYSQL_URL='mysql://me:s3cret@db/site",
+        "AIOWORKER_MYSQL_URL='mysql://me:s3cret@db/site' and more",
+        "OTHERS: line",
+    ],
+)
+@pytest.mark.parametrize("end", ["", "\n", "\n\n# the end\n"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_a_line_of_the_env_file_that_cannot_be_read_is_named(
+    newline: str, end: str, line: str, empty_folder: Path
+) -> None:
+    """It was dropped, and the command went to the database of the defaults."""
+    file = empty_folder / ".env"
+    file.write_text(f"A=1\n\n  \n{line}{end}", newline=newline)
+
+    with pytest.raises(UsageError) as refusal:
+        Settings.load()
+
+    assert str(refusal.value) == f"expected NAME=value, quotes closed, in line 4 of {file}"
+
+
+def test_the_env_file_means_what_is_written(empty_folder: Path) -> None:
+    """As systemd and Docker read it: `${n}` in a password was replaced by nothing."""
+    (empty_folder / ".env").write_text(
+        "\ufeffAIOWORKER_MYSQL_URL = 'mysql://me:a${n}b$c@db/site'  # ours\n"
+        "export AIOWORKER_CHUNK_SIZE=10\n"
+        "OTHERS\n"
+    )
+
+    settings = Settings.load()
+
+    assert settings.mysql_url.password.get_secret_value() == "a${n}b$c"
+    assert settings.chunk_size == 10
+
+
+def test_a_secret_may_begin_with_the_mark_of_utf_8(
+    empty_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some editors write one, which nobody sees."""
+    (empty_folder / "aioworker_amqp_url").write_text("amqp://me:s3cret@mq/\r\n", "utf-8-sig")
+    monkeypatch.setenv("AIOWORKER_SECRETS_DIR", str(empty_folder))
+
+    assert [node.shown for node in Settings.load().amqp_url] == ["amqp://me@mq/"]
+
+
+def test_an_env_file_may_be_the_null_device(empty_folder: Path) -> None:
+    """So a container's own is hidden."""
+    (empty_folder / ".env").symlink_to("/dev/null")
+
+    assert Settings.load().chunk_size == 1000
+
+
+def test_no_error_of_a_value_given_in_code_shows_it() -> None:
+    with pytest.raises(ValidationError) as refusal:
+        Settings(amqp_url="amqp://u:s3cret/x@h/")  # type: ignore[arg-type, call-arg]
+
+    assert "s3cret" not in str(refusal.value)
+
+
 @pytest.mark.parametrize("where", ["environment", "file", "secrets"])
 def test_a_misspelt_name_is_refused_with_the_nearest_one(
     where: str, empty_folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -172,6 +240,7 @@ UNREADABLE: dict[str, Callable[[Path], object]] = {
     "UTF-16, unmarked": lambda path: path.write_text("AIOWORKER_RATE_LIMIT=2/m\n", "utf-16-le"),
     "Latin-1": lambda path: path.write_text("AIOWORKER_APP=caf\xe9\n", "latin-1"),
     "folder": lambda path: path.mkdir(),
+    "named pipe": lambda path: os.mkfifo(path),
     "link to itself": lambda path: path.symlink_to(path),
 }
 

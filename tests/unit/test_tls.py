@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import ssl
 import subprocess
 from collections.abc import Callable
@@ -183,6 +184,7 @@ def files(authority: Authority) -> Path:
     folder = authority.ca.parent
     good, _other = authority.certify("good"), authority.certify("other")
     (folder / "junk.pem").write_text("no PEM")
+    os.mkfifo(folder / "pipe")
     (folder / "both.pem").write_text(good.cert.read_text() + good.key.read_text())
     subprocess.run(
         [
@@ -200,6 +202,12 @@ def files(authority: Authority) -> Path:
         ({"ca": "gone"}, "ssl_ca: expected certificates in PEM, got: 'gone' (No such file or"),
         ({"ca": "junk.pem"}, "ssl_ca: expected certificates in PEM, got: 'junk.pem' (no certi"),
         ({"ca": "."}, "ssl_ca: expected certificates in PEM, got: '.' (Is a directory)"),
+        ({"ca": "pipe"}, "ssl_ca: expected certificates in PEM, got: 'pipe' (a named pipe)"),
+        ({"cert": "pipe"}, "ssl_cert: expected a certificate in PEM, got: 'pipe' (a named pipe)"),
+        (
+            {"cert": "good.pem", "key": "pipe"},
+            "ssl_key: expected the key of 'good.pem' in PEM, without a passphrase, got: 'pipe' (a",
+        ),
         ({"folder": "gone"}, "capath: expected a folder of certificates, got: 'gone'"),
         ({"authorities": "QUJD"}, "cadata: expected certificates in DER, in base64, got: '…' ("),
         ({"cert": "gone"}, "ssl_cert: expected a certificate in PEM, got: 'gone' (No such file"),
