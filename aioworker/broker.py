@@ -32,7 +32,7 @@ from pamqp.commands import Connection
 
 from aioworker import tls
 from aioworker.console import command
-from aioworker.errors import BrokerError, QueueMissingError, TlsFileError
+from aioworker.errors import BrokerError, NotTakenError, QueueMissingError, TlsFileError
 from aioworker.frames import CarefulConnection, ForeignError, PlainConnection
 
 if TYPE_CHECKING:
@@ -328,7 +328,7 @@ def explain(error: Exception, queue: str) -> BrokerError:
         case PublishError() | ChannelNotFoundEntity():
             return missing(queue)
         case DeliveryError():  # a nack, which says nothing else
-            return BrokerError(
+            return NotTakenError(
                 f"RabbitMQ did not take the message for queue {queue}: it is full, or most of its"
                 " nodes are down"
             )

@@ -108,6 +108,10 @@ class StalledError(BrokerError):
     """Messages wait, the budget is free, and nothing starts."""
 
 
+class NotTakenError(BrokerError):
+    """RabbitMQ answered that it did not take a message for a queue."""
+
+
 class QueueMissingError(BrokerError):
     """A queue is not declared."""
 

@@ -4,6 +4,7 @@ A letter can only be seen by taking it, and RabbitMQ counts how often each is ta
 back: under a policy `delivery-limit` it would end one that was looked at too often. So none is
 given back. Each is taken alone, a copy of it confirmed where it goes, then it is acknowledged:
 one that stays goes behind the others, and when all were seen they lie in their old order.
+Only a queue over a limit with `reject-publish` takes no copy: there the letter in hand goes back.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from aioworker import broker, console, outcome, topology
 from aioworker.console import count
-from aioworker.errors import BrokerError
+from aioworker.errors import BrokerError, NotTakenError
 from aioworker.letters import Letter
 
 if TYPE_CHECKING:
@@ -178,14 +179,28 @@ class Look:
         """Let a letter go where it is to go; behind the last one nothing more is sent."""
         self._leaves = to != self.queues.dead
         if to is not None:
-            copy = outcome.revived(delivery)
-            if not self._leaves:
-                copy = outcome.kept(delivery, self._users)
-            await self._publisher.publish(to, copy)
+            await self._copy(delivery, to)
         self.unsure = True
         if self._ending or self.seen >= self._there:
             await self._cancel()
         await self._bounded(delivery.ack())
+
+    async def _copy(self, delivery: AbstractIncomingMessage, to: str) -> None:
+        if self._leaves:
+            await self._publisher.publish(to, outcome.revived(delivery))
+            return
+        try:
+            await self._publisher.publish(to, outcome.kept(delivery, self._users))
+        except NotTakenError as error:
+            # No probe can tell before: it would push a letter out where a limit has no
+            # reject-publish.
+            raise NotTakenError(
+                f"RabbitMQ did not take the copy of a dead letter for queue {to}: it is over its"
+                " limit, or most of its nodes are down; raise the limit, or free the queue by"
+                f" `{console.command('dead requeue')}` or `{console.command('dead drop --yes')}`"
+                " without a filter: until then each look counts as a delivery of the first"
+                " letter, and a policy delivery-limit ends it"
+            ) from error
 
     async def _next(self) -> AbstractIncomingMessage | None:
         """Return the next letter, None when there are no more."""

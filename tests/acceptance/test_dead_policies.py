@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from datetime import UTC, datetime
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import aio_pika
 import pytest
 
-from aioworker import dead, topology
+from aioworker import dead, outcome, topology
+from aioworker.errors import NotTakenError
 from aioworker.letters import Filter
 from aioworker.settings import Settings
 from support import servers
-from tests.conftest import PREFIX, QUEUES, TASK, Run
+from tests.conftest import COMMAND_SECONDS, PREFIX, QUEUES, TASK, Run
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -234,6 +236,42 @@ async def test_a_requeue_and_a_drop_keep_what_they_do_not_mean(
 
     assert [(await take(channel, queues.dead)).headers["id"] for _ in range(2)] == ["a", "d"]
     assert (await take(channel, queues.bulk)).headers["id"] == "b"
+
+
+@pytest.mark.parametrize("free", [dead.requeue, dead.drop])
+async def test_a_queue_over_its_limit_says_that_looks_count_and_can_be_freed(
+    channel: aio_pika.abc.AbstractChannel, broker: servers.Broker, free: Any
+) -> None:
+    """The letter in hand can only go back; the error named neither that nor a way out."""
+    name = f"over-{free.__name__}"
+    queues = await lay(channel, name, "quorum")
+    limits = {"max-length": 2, "overflow": "reject-publish", "delivery-limit": 5}
+    policy = ("-p", "policies", "--priority", "9", name, f"^{queues.dead}$", json.dumps(limits))
+    broker.control("set_policy", *policy)
+    settings = Settings.load()
+
+    for _ in range(2):
+        with pytest.raises(NotTakenError) as caught:
+            async with asyncio.timeout(COMMAND_SECONDS):
+                while True:  # until the policy holds
+                    await dead.show_list(settings, [name], Filter(), as_json=False)
+        assert str(caught.value) == (
+            f"RabbitMQ did not take the copy of a dead letter for queue {queues.dead}: it is over"
+            " its limit, or most of its nodes are down; raise the limit, or free the queue by"
+            " `aioworker dead requeue` or `aioworker dead drop --yes` without a filter: until then"
+            " each look counts as a delivery of the first letter, and a policy delivery-limit"
+            " ends it"
+        )
+    found = await (await channel.get_queue(queues.dead, ensure=False)).get(timeout=10)
+    assert outcome.deliveries(found) == 2 or not outcome.counts_releases(found)
+    await found.nack(requeue=True)
+    await free(settings, name, Filter())
+
+    lies, runs = [
+        (await channel.declare_queue(queue, passive=True)).declaration_result.message_count
+        for queue in (queues.dead, queues.bulk)
+    ]
+    assert (lies, runs) == (0, len(IDS) if free is dead.requeue else 0)
 
 
 async def test_a_monitors_look_ends_no_letter(
