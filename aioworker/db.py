@@ -144,6 +144,7 @@ class Database:
         self._in_transaction = True
         try:
             async with self._use() as connection:
+                await session.restore(connection, self.timeout)
                 await connection.query("START TRANSACTION")  # BEGIN begins a block in Oracle's mode
                 async with connection.cursor(Cursor) as cursor:
                     yield cursor
@@ -193,6 +194,8 @@ class Database:
         connection = self._connection
         try:
             async with asyncio.timeout(self.timeout):
+                if not self._in_transaction:
+                    await session.restore(connection, self.timeout)
                 yield connection
         except (asyncio.CancelledError, TimeoutError):
             await self.cut_off()

@@ -12,6 +12,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
+from pymysql.constants import SERVER_STATUS
 from pymysql.err import MySQLError
 
 IDLE_SECONDS = 30  # after its longest statement the server may end a session
@@ -69,6 +70,8 @@ ROLLBACK = "ROLLBACK AND NO CHAIN NO RELEASE"
 # The two servers call these variables by different names; this they both understand.
 ISOLATION = "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED, READ WRITE"
 
+_FLAGS = SERVER_STATUS.SERVER_STATUS_AUTOCOMMIT | SERVER_STATUS.SERVER_STATUS_IN_TRANS
+
 # Read by SHOW: a variable that a server does not have is no error there.
 _READ = (
     *("binlog_format", "log_bin", "lower_case_table_names", "max_allowed_packet"),
@@ -92,6 +95,23 @@ def statement(timeout: float) -> str:
         f" /*M! , system_versioning_asof = DEFAULT, {_assigned(mariadb)} */"
         f" /*!80000 , max_execution_time = {seconds * 1000} */"
     )
+
+
+async def restore(connection: Any, timeout: float) -> None:
+    """Undo what a task's statements did to a session, as far as the server's answers show it.
+
+    A transaction that is open is rolled back, and a session without autocommit is set again.
+    It costs nothing otherwise: each answer to a statement that reads no rows has both flags.
+
+    Args:
+        connection: aiomysql's, in no transaction of ours.
+        timeout: Seconds that its longest statement may take.
+
+    Raises:
+        MySQLError: The server refuses a setting.
+    """
+    if connection.server_status & _FLAGS != SERVER_STATUS.SERVER_STATUS_AUTOCOMMIT:
+        await _settle(connection, timeout)
 
 
 async def _settle(connection: Any, timeout: float) -> None:

@@ -101,6 +101,40 @@ async def test_a_plain_function_runs_in_a_thread_of_its_own(serve: Served) -> No
     assert beats > 10
 
 
+@pytest.mark.parametrize(
+    "statement", ["SET autocommit = 0", "SET completion_type = CHAIN, autocommit = 0"]
+)
+async def test_a_transaction_that_a_task_leaves_open_takes_nothing_of_ours_back(
+    pair: Servers,
+    lanes: Lanes,
+    database: Database,
+    ratings: Connection[Cursor],
+    stop: asyncio.Event,
+    caplog: pytest.LogCaptureFixture,
+    statement: str,
+) -> None:
+    """Its next charge was not committed, a pause got 1205, and a death was noted that was none."""
+
+    async def rate(ctx: Context, number: int) -> None:
+        async with ctx.transaction() as cursor:
+            await cursor.execute(statement)
+            await cursor.execute("INSERT INTO ratings VALUES (%s, 1)", (number,))
+
+    for number in (1, 2):
+        await lanes.send(json.dumps([[number], {}, None]).encode())
+    worker = make_worker(pair, database, task=Task(TASK, rate), rate_limit="1000/s")
+
+    assert await worker.run(stop)
+
+    # Another session reads and writes the row: nothing is left open, nothing is kept back.
+    execute(ratings, "SET innodb_lock_wait_timeout = 1", "UPDATE aioworker_budget SET paused = 1")
+    assert rows(ratings, "SELECT starts, running, deaths FROM aioworker_budget") == [
+        (2, None, None)
+    ]
+    assert [number for number, _score in written(ratings)] == [1, 2]
+    assert "worker died" not in caplog.text
+
+
 async def test_a_coroutines_transaction_is_whole_or_nothing(
     serve: Served, ratings: Connection[Cursor]
 ) -> None:
