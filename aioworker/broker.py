@@ -32,7 +32,7 @@ from pamqp.commands import Connection
 
 from aioworker import tls
 from aioworker.console import command
-from aioworker.errors import BrokerError, NotTakenError, QueueMissingError, TlsFileError
+from aioworker.errors import BrokerError, NotTakenError, QueueMissingError, TlsFileError, let_go
 from aioworker.frames import CarefulConnection, ForeignError, PlainConnection
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ async def connect(
         except CONNECT_FAILURES as error:
             failures.append(await _refused(error, address))
             failures[-1].__cause__ = error
+            let_go(error)
     raise _of_all(failures)
 
 

@@ -22,6 +22,7 @@ from aioworker.errors import (
     CrashLoopError,
     MessageRefusedError,
     UsageError,
+    let_go,
 )
 from aioworker.gate import Gate
 from aioworker.logs import fields
@@ -194,7 +195,7 @@ class Consumer:
             log.warning("not settled", extra=fields(**values, reason=str(error)))
             raise
         finally:
-            outcome.let_go(failure)
+            let_go(failure)
             await self._budget.ended(attempt.key)
         self.settled[result.kind] += 1
         self.failures += result.failed

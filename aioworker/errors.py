@@ -5,7 +5,12 @@ Each text is one line that names the offending value and, where there is one, th
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from aioworker.console import count
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class AioworkerError(Exception):
@@ -138,3 +143,26 @@ class UnhealthyError(AioworkerError):
 
 class TurnLostError(DatabaseError):
     """The turn to work on a task was lost in the middle of it."""
+
+
+def let_go(error: BaseException | None) -> None:
+    """Drop the tracebacks of an error that is told, and of what it came from.
+
+    Their frames hold a message, whose body would stay in memory until Python looks for cycles,
+    or a password, which tools that collect the variables of all frames would send away.
+    """
+    for one in family(error):
+        one.with_traceback(None)  # which a frozen dataclass allows too
+
+
+def family(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, what it came from and what it is a group of, each once."""
+    rest: list[BaseException | None] = [error]
+    seen = set()
+    while rest:
+        one = rest.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            yield one
+            rest += [one.__cause__, one.__context__]
+            rest += one.exceptions if isinstance(one, BaseExceptionGroup) else ()

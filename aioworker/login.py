@@ -15,7 +15,7 @@ from pymysql.constants import CLIENT, CR
 from pymysql.err import MySQLError, OperationalError
 
 from aioworker import tls
-from aioworker.errors import TlsFileError
+from aioworker.errors import TlsFileError, let_go
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,6 +49,7 @@ async def connect(address: DatabaseAddress, **settings: Any) -> Connection:
     except BaseException as error:
         connection.close()
         explained = await _explained(error, address) if isinstance(error, Exception) else None
+        let_go(error)
         if explained is None:
             raise
         raise explained from error

@@ -21,13 +21,14 @@ from aioworker.errors import (
     MessageRefusedError,
     RowsRefusedError,
     TaskExitError,
+    family,
 )
 from aioworker.headers import LEFT_OUT, TEXT_BYTES, fitting, portable
 from aioworker.message import PROPERTIES, UNREADABLE, retries
 from aioworker.trouble import Trouble
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Hashable, Iterator
+    from collections.abc import Collection, Hashable
 
     from aio_pika.abc import AbstractIncomingMessage
 
@@ -148,7 +149,7 @@ def explained(error: BaseException) -> bool:
 
 def kind_of(error: BaseException) -> Hashable:
     """Return what two errors share that are of one kind: types, and the lines that raised them."""
-    return frozenset((type(one).__qualname__, *_line_of(one)) for one in _family(error))
+    return frozenset((type(one).__qualname__, *_line_of(one)) for one in family(error))
 
 
 def _line_of(error: BaseException) -> tuple[str, int]:
@@ -156,28 +157,6 @@ def _line_of(error: BaseException) -> tuple[str, int]:
     for frame, line in traceback.walk_tb(error.__traceback__):
         found = (frame.f_code.co_filename, line)
     return found
-
-
-def let_go(error: BaseException | None) -> None:
-    """Drop the tracebacks of an error that is told, and of what it came from.
-
-    Their frames hold the message: its body would stay in memory until Python looks for cycles.
-    """
-    for one in _family(error):
-        one.with_traceback(None)  # which a frozen dataclass allows too
-
-
-def _family(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error, what it came from and what it is a group of, each once."""
-    rest: list[BaseException | None] = [error]
-    seen = set()
-    while rest:
-        one = rest.pop()
-        if one is not None and id(one) not in seen:
-            seen.add(id(one))
-            yield one
-            rest += [one.__cause__, one.__context__]
-            rest += one.exceptions if isinstance(one, BaseExceptionGroup) else ()
 
 
 _GENTLEST = (Kind.RELEASED, Kind.RETRY, Kind.DEAD_LETTER)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import Awaitable
+from traceback import TracebackException
 from urllib.parse import quote
 
 import pytest
@@ -18,6 +19,7 @@ from tests import false_servers
 from tests.false_servers import FalseServer, Part, greeting, packet, refusal, says, slowly, switch
 
 PASSWORD = "s3cr€t"
+OTHER = "0ther"  # which is sent to who says the right words
 TLS = "?ssl_mode=required"
 SILENCE = "no answer in time"
 MUCH_LATER = 60.0  # nothing here takes longer than the connect timeout
@@ -39,8 +41,10 @@ async def refused_by(
 
     words = str(refused.value)
     assert len(words.splitlines()) == 1
-    for text in (words, repr(refused.value.__cause__)):
-        assert PASSWORD not in text
+    all_that_is_known = TracebackException.from_exception(refused.value, capture_locals=True)
+    for text in (words, repr(refused.value.__cause__), "".join(all_that_is_known.format())):
+        for password in (PASSWORD, quote(PASSWORD), PASSWORD.encode().decode("latin-1"), OTHER):
+            assert password not in text
     assert PASSWORD.encode() not in server.received
     assert PASSWORD.encode().decode("latin-1").encode() not in server.received
     return words
@@ -276,7 +280,7 @@ async def test_a_broker_that_stops_in_the_middle_holds_nobody_up(
 ) -> None:
     """It has the password then: without TLS that is how RabbitMQ logs in."""
     with FalseServer(part) as server:
-        said = await refused_by(server, connecting(server, query, "other", words), BrokerError)
+        said = await refused_by(server, connecting(server, query, OTHER, words), BrokerError)
 
     assert said.startswith("cannot connect to RabbitMQ at amqp://me@")
     assert words in said

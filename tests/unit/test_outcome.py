@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import pytest
 from pymysql.err import DataError, OperationalError
 
-from aioworker.errors import DeadLetter, MessageRefusedError, RowsRefusedError
-from aioworker.outcome import Kind, judge, let_go
+from aioworker.errors import DeadLetter, MessageRefusedError, RowsRefusedError, let_go
+from aioworker.outcome import Kind, judge
 
 
 @dataclass(frozen=True)
