@@ -264,7 +264,8 @@ def status(
     """Show queues, budget and workers of a task, or of all, and why it waits now.
 
     Without a TASK: all that have a budget in the database. Exits 0, or 1 when RabbitMQ or the
-    database could not be asked: what the other one tells is shown all the same.
+    database could not be asked: what the other one tells is shown all the same. Of the main job,
+    if the database is away and there is neither a TASK nor an app.
     """
     from aioworker import status as asking
     from aioworker.status_text import text

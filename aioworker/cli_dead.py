@@ -59,8 +59,9 @@ def show_list(
 ) -> None:
     """List the dead letters of a task, or of all: id, when, lane, attempts, reason.
 
-    Without a TASK: all that have a budget in the database. Those that cannot be listed are
-    named at the end, exit status 1.
+    Without a TASK: all that have a budget in the database. If that cannot be read and there is
+    no app, the main job is meant, and a line says so. Those that cannot be listed are named at
+    the end, exit status 1.
     """
     wanted = _filter(ids, reason, older_than)
     settings = prepare(app=app_names)
@@ -80,7 +81,10 @@ def show_one(
     app_names: App = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show one dead letter whole: its headers and its body."""
+    """Show one dead letter whole: its headers and its body.
+
+    Without a TASK: as `dead list`, if that means only one.
+    """
     *first, message_id = words
     names = named(first, option)
     settings = prepare(app=app_names)
@@ -100,14 +104,15 @@ def requeue(
 ) -> None:
     """Put dead letters back into their lanes; their attempts are counted anew.
 
-    Without a filter, all of the task. Each is confirmed in its lane before it leaves the
+    Without a TASK: the only one that has a budget in the database; if that cannot be read, name
+    it. Without a filter, all of the task. Each is confirmed in its lane before it leaves the
     dead letters. Exits 1 if no letter has one of the ids; the others are done.
     """
     wanted = _filter(ids, reason, older_than)
     settings = prepare(app=app_names)
     from aioworker import dead
 
-    run(dead.requeue(settings, _one(settings, named(name, option)), wanted))
+    run(dead.requeue(settings, _one(settings, named(name, option), changing=True), wanted))
 
 
 @app.command()
@@ -120,12 +125,16 @@ def drop(
     older_than: OlderThan = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Take dead letters away for good, after asking. Without a filter, all of the task."""
+    """Take dead letters away for good, after asking.
+
+    Without a TASK: the only one that has a budget in the database; if that cannot be read, name
+    it. Without a filter, all of the task.
+    """
     wanted = _filter(ids, reason, older_than)
     settings = prepare(app=app_names)
     from aioworker import dead
 
-    task = _one(settings, named(name, option))
+    task = _one(settings, named(name, option), changing=True)
     shown = None
     if not yes:
         # Nothing is held, and no event loop runs, while a person thinks.
@@ -136,19 +145,19 @@ def drop(
     run(dead.drop(settings, task, wanted, shown))
 
 
-def _meant(settings: Settings, names: list[str]) -> list[str]:
+def _meant(settings: Settings, names: list[str], *, changing: bool = False) -> list[str]:
     """Return the tasks that are meant; one that is named may not be registered any more."""
     from aioworker import meant
 
     if not names:
         names = to_look(settings, names)
-    return run(meant.of_queues(settings, names))
+    return run(meant.of_queues(settings, names, changing=changing))
 
 
-def _one(settings: Settings, names: list[str]) -> str:
+def _one(settings: Settings, names: list[str], *, changing: bool = False) -> str:
     from aioworker import meant
 
-    return meant.only(_meant(settings, names))
+    return meant.only(_meant(settings, names, changing=changing))
 
 
 def _ask(question: str) -> bool:

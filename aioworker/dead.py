@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from aioworker import broker, console, meant, topology
 from aioworker.console import count, say
-from aioworker.errors import AioworkerError, QueueMissingError, UnknownTaskError
+from aioworker.errors import AioworkerError, QueueMissingError
 from aioworker.letters import Filter, Letter, text
 from aioworker.look import Look
 
@@ -263,9 +263,7 @@ class _Letters:
         try:
             await look.open()
         except QueueMissingError as error:
-            if unknown := await meant.is_unknown(self._settings, name):
-                raise UnknownTaskError(f"queue {queues.dead} does not exist: {unknown}") from error
-            raise
+            raise await meant.missing(self._settings, name, queues.dead) from error
         try:
             yield look
         finally:

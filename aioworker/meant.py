@@ -8,11 +8,18 @@ it imports no module of a user's. The only task is the default.
 from __future__ import annotations
 
 import difflib
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from aioworker import addons, apps, tables
-from aioworker.console import command
-from aioworker.errors import AioworkerError, DatabaseError, UnknownTaskError, UsageError
+from aioworker import addons, apps, broker, tables
+from aioworker.console import command, tell
+from aioworker.errors import (
+    AioworkerError,
+    DatabaseError,
+    QueueMissingError,
+    UnknownTaskError,
+    UsageError,
+)
 from aioworker.task import check_name, find, registered
 
 if TYPE_CHECKING:
@@ -44,20 +51,14 @@ def of_app(settings: Settings, names: Sequence[str]) -> list[AnyTask]:
     if settings.app and not theirs:
         places = ", ".join(apps.located(module) for module in settings.app)
         raise UsageError(f"expected {places} to register a task with @task")
-    if names:
-        return [_registered(settings, name) for name in dict.fromkeys(names)]
-    return [find(name) for name in theirs or [MAIN_JOB]]
-
-
-def _registered(settings: Settings, name: str) -> AnyTask:
-    try:
-        return find(name)
-    except UnknownTaskError:
-        if settings.app:
-            raise
+    unknown = [name for name in names if name not in registered()]
+    if unknown and settings.app:
+        raise UnknownTaskError(_unknown(unknown[0], theirs))
+    if unknown:
         raise UnknownTaskError(
-            f"unknown task {name!r}: without --app or AIOWORKER_APP only {MAIN_JOB} is known"
-        ) from None
+            f"unknown task {unknown[0]!r}: without --app or AIOWORKER_APP only {MAIN_JOB} is known"
+        )
+    return [find(name) for name in dict.fromkeys(names or theirs or [MAIN_JOB])]
 
 
 async def of_table(database: Database, names: Sequence[str]) -> list[str]:
@@ -83,8 +84,15 @@ async def of_table(database: Database, names: Sequence[str]) -> list[str]:
     return list(names) or known
 
 
-async def of_queues(settings: Settings, names: Sequence[str]) -> list[str]:
+async def of_queues(
+    settings: Settings, names: Sequence[str], *, changing: bool = False
+) -> list[str]:
     """Return the tasks whose queues are meant; a task that is named needs no database.
+
+    Args:
+        settings: The settings.
+        names: The tasks' names; none for all that have a budget.
+        changing: Whether what lies in the queues is to be changed: nothing is guessed then.
 
     Raises:
         AioworkerError: None is named, and none is there, or nobody can tell which are.
@@ -97,25 +105,18 @@ async def of_queues(settings: Settings, names: Sequence[str]) -> list[str]:
         async with settings.database() as database:
             return await of_table(database, ())
     except DatabaseError as error:
-        return untold(settings, names, error)
-
-
-async def is_unknown(settings: Settings, name: str) -> str | None:
-    """Return what is wrong with a name, None for nothing, or where the table cannot be read."""
-    if settings.budget != "shared":
-        known = registered()
-    else:
-        try:
-            async with settings.database() as database:
-                with tables.explaining(database):
-                    known = await tables.tasks(database)
-        except DatabaseError:
-            return None
-    return None if name in known or not known else _unknown(name, known)
+        if changing:
+            raise _unnamed(error) from error
+        [guess] = untold(settings, names, error)
+        tell(
+            f"aioworker: {guess} is meant, since the database cannot tell which tasks there are:"
+            f" {error}"
+        )
+        return [guess]
 
 
 def untold(settings: Settings, names: Sequence[str], error: DatabaseError) -> list[str]:
-    """Return the tasks that are meant while the table cannot be read.
+    """Return the tasks to look at while the table cannot be read.
 
     A name is believed; without an app only the main job can be meant.
 
@@ -125,10 +126,38 @@ def untold(settings: Settings, names: Sequence[str], error: DatabaseError) -> li
     for name in names:
         check_name(name)
     if settings.app and not names:
-        raise DatabaseError(
-            f"name the task, since the database cannot tell which are there: {error}"
-        )
+        raise _unnamed(error) from error
     return list(names) or [MAIN_JOB]
+
+
+def _unnamed(error: DatabaseError) -> DatabaseError:
+    return DatabaseError(f"name the task, since the database cannot tell which are there: {error}")
+
+
+async def missing(settings: Settings, name: str, queue: str) -> AioworkerError:
+    """Return the error for a task's queue that is not there, by what else is known of the task."""
+    known: list[str] = []
+    if settings.budget == "shared":
+        with suppress(DatabaseError):
+            async with settings.database() as database:
+                with tables.explaining(database):
+                    known = await tables.tasks(database)
+    if name in known:
+        return without_queue(name, queue)
+    absent = f"queue {queue} does not exist"
+    if known:
+        return UnknownTaskError(f"{absent}: {_unknown(name, known)}")
+    app = "" if settings.app else " and the app (--app, AIOWORKER_APP)"
+    return QueueMissingError(
+        f"{absent}: check the task's name, {name!r},{app} then run `{command('init')}`"
+    )
+
+
+def without_queue(name: str, queue: str) -> QueueMissingError:
+    """Return the error for a queue that is not there, of a task that has a budget."""
+    return QueueMissingError(
+        f"{broker.missing(queue)}; if {name} is retired, see docs/operations.md, Retire a task"
+    )
 
 
 def only(names: Sequence[str]) -> str:

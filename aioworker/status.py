@@ -204,7 +204,7 @@ async def look(
         of_task = told.get(name, _Told())
         limit = _limit(settings, name, of_task) if database_error is None else None
         queues = topology.Queues.of(name, settings.queue_prefix)
-        waits = _why(queues, queued.get(name), broker_error, limit, of_task, database_error)
+        waits = _why(name, queues, queued.get(name), broker_error, limit, of_task, database_error)
         found.append(
             Status(
                 task=name,
@@ -316,6 +316,7 @@ def _interval(rate: str, gap_us: int | None) -> float | None:
 
 
 def _why(
+    task: str,
     queues: topology.Queues,
     queued: Queued | None,
     broker_error: BrokerError | None,
@@ -335,7 +336,8 @@ def _why(
         return str(database_error)
     for name, messages in asdict(queued).items():
         if messages is None:
-            return str(broker.missing(getattr(queues, name)))
+            queue = getattr(queues, name)
+            return str(broker.missing(queue) if row is None else meant.without_queue(task, queue))
     if limit.paused:
         return row.pause if row is not None and row.paused else f"paused: rate limit {limit.rate}"
     if not queued.urgent and not queued.bulk:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 import inspect
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
@@ -387,13 +386,12 @@ def find(name: str) -> AnyTask:
     """Return the task of this name.
 
     Raises:
-        UnknownTaskError: None is registered; the text has the nearest name.
+        UnknownTaskError: None is registered.
     """
     try:
         return _registry[name]
     except KeyError:
-        known = difflib.get_close_matches(name, _registry, n=1, cutoff=0) or ["none"]
-        raise UnknownTaskError(f"unknown task {name!r}, did you mean {known[0]}?") from None
+        raise UnknownTaskError(f"unknown task {name!r}") from None
 
 
 def check_publishable(

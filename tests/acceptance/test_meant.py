@@ -45,6 +45,7 @@ RUN = ("init", "consume")
 PUBLISH = ("publish", "publish-all")
 SHOW = ("status", "health", "dead list")
 ONE = ("pause", "resume", "rate-limit", "dead show", "dead requeue", "dead drop")
+CHANGE = ("dead requeue", "dead drop")  # what lies in queues, so they guess no task
 TABLE = ("health", "pause", "resume", "rate-limit")  # need it, whatever is named
 CODE = """
     from aioworker import task
@@ -130,6 +131,16 @@ CASES = {
         ),
         name=("shop.rigth",),
     ),
+    "two tasks, another named with the app": Case(
+        "two",
+        each(
+            RUN + PUBLISH,
+            "unknown task 'update_current_versio', did you mean shop.left?"
+            " There are: shop.left, shop.right",
+        ),
+        name=("update_current_versio",),
+        app="shop_two",
+    ),
     "no task": Case(
         "none",
         each(RUN + PUBLISH, MAIN)
@@ -138,7 +149,9 @@ CASES = {
     ),
     "no table": Case(
         "bare",
-        each(tuple(COMMANDS), MAIN) | each(TABLE, ": run `aioworker init`, or set"),
+        each(tuple(COMMANDS), MAIN)
+        | each(TABLE, ": run `aioworker init`, or set")
+        | each(CHANGE, "name the task, since the database cannot tell"),
     ),
     "no table, with an app": Case(
         "bare",
@@ -150,7 +163,8 @@ CASES = {
     ),
     "a database that is away": Case(
         "one",
-        each(("status", "dead list", "dead show", "dead requeue", "dead drop"), MAIN)
+        each(("status", "dead list", "dead show"), MAIN)
+        | each(CHANGE, "name the task, since the database cannot tell")
         | each(TABLE, "cannot use MySQL at mysql://"),
         variables=AWAY,
     ),
@@ -307,3 +321,69 @@ def test_health_names_the_sick_ones_alone(do: Do, two: Connection[Cursor]) -> No
     assert "shop.left" not in sick.stderr
     assert (left.returncode, left.stdout.split(":", 1)[1]) == (0, "7 waiting: nothing\n")
     assert "rate       3/m of all workers, the workers' own\n" in rate.stdout
+
+
+PREFIX = "meant-untold"
+UNTOLD = "the database cannot tell which"
+
+
+async def test_no_dead_letter_is_touched_on_a_guess(do: Do, pair: servers.Servers) -> None:
+    """With a wrong password `dead drop --yes` dropped the main job's, in a project of others."""
+    dead = f"{PREFIX}.{TASK}.dead"
+    wrong = urlsplit(url(pair, "two"))
+    wrong = wrong._replace(netloc=f"nobody:wrong@{wrong.hostname}:{wrong.port}")
+    own = {"AIOWORKER_QUEUE_PREFIX": PREFIX}
+    made = do("two", "init", app=None, AIOWORKER_BUDGET="worker", **own)
+    assert made.returncode == 0, made.stderr
+    async with await aio_pika.connect(pair.amqp_url, timeout=10) as connection:
+        channel = await connection.channel()
+        letter = aio_pika.Message(b"[]", headers={"task": TASK, "id": "kept"})
+        await channel.default_exchange.publish(letter, dead)
+    own["AIOWORKER_MYSQL_URL"] = urlunsplit(wrong)
+
+    drop = do("two", "dead", "drop", "--yes", app=None, **own)
+    requeue = do("two", "dead", "requeue", app=None, **own)
+    listed = do("two", "dead", "list", app=None, **own)
+
+    for done in (drop, requeue):
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert done.stderr.startswith(f"aioworker: name the task, since {UNTOLD} are there: ")
+        assert "Access denied" in done.stderr
+    assert (listed.returncode, listed.stdout.split()[0]) == (0, "kept")
+    assert listed.stderr.startswith(f"aioworker: {TASK} is meant, since {UNTOLD} tasks there are: ")
+
+
+def test_a_queue_that_is_missing_has_the_cure_of_its_task(do: Do) -> None:
+    """A retired task's row made `dead list` fail for ever, and nothing told how to end it."""
+    own = {"AIOWORKER_QUEUE_PREFIX": "meant-nothing"}
+    away = AWAY | own
+    worker = own | {"AIOWORKER_BUDGET": "worker"}
+
+    errors = {
+        "retired": do("two", "dead", "list", "shop.left", app=None, **own).stderr,
+        "misspelt": do("two", "dead", "list", "shop.rigth", app=None, **away).stderr,
+        "with the app": do("two", "dead", "list", "shop.rigth", app="shop_two", **away).stderr,
+        "without the app": do("two", "dead", "list", app=None, **worker).stderr,
+    }
+
+    app = " and the app (--app, AIOWORKER_APP)"
+    assert errors == {
+        "retired": _missing(
+            "shop.left",
+            "run `aioworker init`; if shop.left is retired, see docs/operations.md, Retire a task",
+        ),
+        "misspelt": _missing(
+            "shop.rigth", f"check the task's name, 'shop.rigth',{app} then run `aioworker init`"
+        ),
+        "with the app": _missing(
+            "shop.rigth",
+            "check the task's name, 'shop.rigth', then run `aioworker init --app shop_two`",
+        ),
+        "without the app": _missing(
+            TASK, f"check the task's name, '{TASK}',{app} then run `aioworker init`"
+        ),
+    }
+
+
+def _missing(task: str, cure: str) -> str:
+    return f"aioworker: queue meant-nothing.{task}.dead does not exist: {cure}\n"

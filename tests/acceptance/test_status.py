@@ -170,7 +170,8 @@ def test_no_queue(status: Any, broker: servers.Broker, shop: Connection[Cursor])
 
     assert found["queued"] == {"urgent": None, "bulk": None, "retry": None, "dead": None}
     assert found["waits"] == (
-        "queue aioworker.update_current_version.urgent does not exist: run `aioworker init`"
+        "queue aioworker.update_current_version.urgent does not exist: run `aioworker init`;"
+        " if update_current_version is retired, see docs/operations.md, Retire a task"
     )
 
 
