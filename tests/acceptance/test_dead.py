@@ -397,8 +397,8 @@ async def test_what_hides_one_tasks_letters_hides_no_others(
     assert str(caught.value) == (
         f"somebody else looks at the dead letters in {held.dead}, or another program consumes"
         " them: try again when that has ended; listed 0 dead letters of held before that; queue"
-        " aioworker.update_current_versio.dead does not exist: unknown task"
-        f" 'update_current_versio', did you mean {TASK}?"
+        " aioworker.update_current_versio.dead does not exist: check the task's name,"
+        " 'update_current_versio', and the app (--app, AIOWORKER_APP), then run `aioworker init`"
     )
     assert len(opened) == 2
 
