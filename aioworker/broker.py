@@ -110,7 +110,7 @@ async def _refused(error: Exception, address: BrokerAddress) -> BrokerError:
     asked = address.tls
     reason = None if asked is None else asked.explain(error)
     if asked is not None and reason is not None:
-        reason += await tls.names(error, lambda: _certificate(address, asked.of_any_host()))
+        reason += await tls.cure_of_host(error, lambda: _certificate(address, asked.of_any_host()))
         text = f"{_CANNOT}at {address.shown}: {reason}; check AIOWORKER_AMQP_URL"
         return BrokerError(text, unreachable=tls.cut_off(error))
     # What answers and refuses is not away.

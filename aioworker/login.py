@@ -90,7 +90,7 @@ async def _explained(error: Exception, address: DatabaseAddress) -> OperationalE
     reason = None if asked is None else asked.explain(error)
     if asked is None or reason is None:
         return None
-    reason += await tls.names(error, lambda: _certificate(address, asked.of_any_host()))
+    reason += await tls.cure_of_host(error, lambda: _certificate(address, asked.of_any_host()))
     lost = tls.cut_off(error)
     return OperationalError(CR.CR_SERVER_LOST if lost else CR.CR_SSL_CONNECTION_ERROR, reason)
 

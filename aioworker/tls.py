@@ -33,6 +33,7 @@ NAMES_SECONDS = 2.0
 _ON, _OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 _OTHER_HOST = (62, 64)  # OpenSSL's numbers: a host's name, an address
 _OUT_OF_DATE = (9, 10)
+_OTHER_USE = 26
 # What OpenSSL says of bytes that are no TLS, in its versions.
 _NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG")
 _TOO_OLD = ("UNSUPPORTED_PROTOCOL", "TLSV1_ALERT_PROTOCOL_VERSION", "NO_PROTOCOLS_AVAILABLE")
@@ -138,7 +139,9 @@ class Tls:
     def _about_certificate(self, error: ssl.SSLCertVerificationError) -> str:
         words = f"TLS failed: {error.verify_message.rstrip('.')}"
         if error.verify_code in _OTHER_HOST:
-            return f"{words}; use a host that its certificate names"
+            return words  # `cure_of_host` has the rest
+        if error.verify_code == _OTHER_USE:
+            return f"{words}; the server's certificate is not one for servers (serverAuth)"
         if error.verify_code in _OUT_OF_DATE:
             return f"{words}; renew the server's certificate, or set this machine's clock"
         named = self.ca or self.folder or (self.authorities and "cadata")
@@ -150,16 +153,14 @@ class Tls:
         """Return a context that trusts the authorities that are named, or the system's."""
         if self.folder is not None and not os.path.isdir(self.folder):
             raise TlsFileError(f"capath: expected a folder of certificates, got: {self.folder!r}")
-        named, path, what = "ssl_ca", self.ca, "certificates in PEM"
-        if path is None and self.authorities is not None:
-            named, path, what = "cadata", "…", "certificates in DER, in base64"
-        with _naming(named, path or "", what):
+        der = None if self.authorities is None else base64.b64decode(self.authorities)
+        if der is not None:
+            # OpenSSL does not say which of them it means.
+            with _naming("cadata", "…", "certificates in DER, in base64"):
+                ssl.create_default_context(cadata=der)
+        with _naming("ssl_ca", self.ca or "", "certificates in PEM"):
             refuse_pipe(self.ca or "")
-            return ssl.create_default_context(
-                cafile=self.ca,
-                capath=self.folder,
-                cadata=base64.b64decode(self.authorities) if self.authorities else None,
-            )
+            return ssl.create_default_context(cafile=self.ca, capath=self.folder, cadata=der)
 
 
 def refuse_pipe(path: str | Path) -> None:
@@ -172,8 +173,10 @@ def refuse_pipe(path: str | Path) -> None:
         raise OSError(errno.EINVAL, "a named pipe")
 
 
-async def names(error: BaseException, shake_hands: Callable[[], Awaitable[Certificate]]) -> str:
-    """Return what to write behind an error's words: what a certificate for another host names.
+async def cure_of_host(
+    error: BaseException, shake_hands: Callable[[], Awaitable[Certificate]]
+) -> str:
+    """Return what to write behind an error's words if a certificate is for another host.
 
     Args:
         error: What connecting ended with.
@@ -186,8 +189,15 @@ async def names(error: BaseException, shake_hands: Callable[[], Awaitable[Certif
         async with asyncio.timeout(NAMES_SECONDS):
             certificate = await shake_hands()
     except Exception:  # noqa: BLE001 - the error is told without them
-        return ""
-    return ": " + ", ".join(value for _kind, value in certificate.get("subjectAltName", ()))
+        return "; use a host that its certificate names"
+    named = certificate.get("subjectAltName", ())
+    hosts = [value for kind, value in named if kind in ("DNS", "IP Address")]
+    if not hosts:  # the first that users of MySQL meet
+        return (
+            "; the server's certificate names no host, as those that MySQL makes for itself:"
+            " ssl_mode=verify_ca takes any host of the authority in ssl_ca"
+        )
+    return f"; use a host that its certificate names: {', '.join(hosts)}"
 
 
 def cut_off(error: BaseException) -> bool:

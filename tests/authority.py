@@ -30,12 +30,16 @@ class Authority:
         )
 
     def certify(
-        self, name: str, names: str = "IP:127.0.0.1,DNS:localhost", days: int = 30
+        self,
+        name: str,
+        names: str = "IP:127.0.0.1,DNS:localhost",
+        days: int = 30,
+        use: str = "serverAuth,clientAuth",
     ) -> Certificate:
         """Return a certificate for *names*; one of -1 days has expired."""
         made = Certificate(self._folder / f"{name}.pem", self._folder / f"{name}-key.pem")
         request, extension = self._folder / f"{name}.csr", self._folder / f"{name}.ext"
-        extension.write_text(f"subjectAltName={names}\n")
+        extension.write_text(f"subjectAltName={names}\nextendedKeyUsage={use}\n")
         _openssl("req", *_KEY, "-keyout", made.key, "-out", request, "-subj", f"/CN={name}")
         _openssl(
             *("x509", "-req", "-in", request, "-CA", self.ca, "-CAkey", self._key),

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import pytest
@@ -223,13 +223,35 @@ async def test_a_client_certificate_that_is_refused_is_named(encrypted: Encrypte
         assert f"it may not know the authority of ssl_cert '{own}.pem'" in str(refused.value)
 
 
-async def test_an_expired_certificate_is_named_as_that(encrypted: Encrypted) -> None:
-    expired = encrypted.authority.certify("expired", days=-1)
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            {"name": "expired", "days": -1},
+            "certificate has expired; renew the server's certificate, or set this machine's clock",
+        ),
+        (
+            {"name": "hostless", "names": "email:root@db.internal"},
+            "IP address mismatch, certificate is not valid for '127.0.0.1'; the server's"
+            " certificate names no host, as those that MySQL makes for itself:"
+            " ssl_mode=verify_ca takes any host of the authority in ssl_ca",
+        ),
+        (
+            {"name": "of_a_client", "use": "clientAuth"},
+            "unsuitable certificate purpose; the server's certificate is not one for servers"
+            " (serverAuth)",
+        ),
+    ],
+)
+async def test_what_is_wrong_with_a_server_s_certificate_is_said_with_its_cure(
+    encrypted: Encrypted, given: dict[str, Any], words: str
+) -> None:
+    made = encrypted.authority.certify(**given)
     files = [encrypted.folder / "authority" / name for name in ("server.pem", "server-key.pem")]
     good = [file.read_bytes() for file in files]
     admin: Connection[Cursor] = servers.connect(encrypted.maria.url("mysql"))
     try:
-        for file, other in zip(files, (expired.cert, expired.key), strict=True):
+        for file, other in zip(files, (made.cert, made.key), strict=True):
             file.write_bytes(other.read_bytes())
         execute(admin, "FLUSH SSL")
         with pytest.raises(DatabaseError) as refused:
@@ -241,8 +263,7 @@ async def test_an_expired_certificate_is_named_as_that(encrypted: Encrypted) -> 
         admin.close()
 
     assert str(refused.value).endswith(
-        "/mysql: TLS failed: certificate has expired; renew the server's certificate, or set this"
-        " machine's clock (2026); check AIOWORKER_MYSQL_URL"
+        f"/mysql: TLS failed: {words} (2026); check AIOWORKER_MYSQL_URL"
     )
 
 

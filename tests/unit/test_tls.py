@@ -209,6 +209,10 @@ def files(authority: Authority) -> Path:
             "ssl_key: expected the key of 'good.pem' in PEM, without a passphrase, got: 'pipe' (a",
         ),
         ({"folder": "gone"}, "capath: expected a folder of certificates, got: 'gone'"),
+        (
+            {"ca": "ca.pem", "authorities": "QUJD"},
+            "cadata: expected certificates in DER, in base64, got: '…' (",
+        ),
         ({"authorities": "QUJD"}, "cadata: expected certificates in DER, in base64, got: '…' ("),
         ({"cert": "gone"}, "ssl_cert: expected a certificate in PEM, got: 'gone' (No such file"),
         ({"cert": "junk.pem"}, "ssl_cert: expected a certificate in PEM, got: 'junk.pem' (no c"),
