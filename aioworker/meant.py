@@ -147,7 +147,7 @@ async def missing(settings: Settings, name: str, queue: str) -> AioworkerError:
     absent = f"queue {queue} does not exist"
     if known:
         return UnknownTaskError(f"{absent}: {_unknown(name, known)}")
-    app = "" if settings.app else " and the app (--app, AIOWORKER_APP)"
+    app = "" if settings.app else " and the app (--app, AIOWORKER_APP),"
     return QueueMissingError(
         f"{absent}: check the task's name, {name!r},{app} then run `{command('init')}`"
     )

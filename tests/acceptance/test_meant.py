@@ -366,7 +366,7 @@ def test_a_queue_that_is_missing_has_the_cure_of_its_task(do: Do) -> None:
         "without the app": do("two", "dead", "list", app=None, **worker).stderr,
     }
 
-    app = " and the app (--app, AIOWORKER_APP)"
+    app = " and the app (--app, AIOWORKER_APP),"
     assert errors == {
         "retired": _missing(
             "shop.left",
