@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shlex
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from aio_pika.abc import AbstractConnection
 
+    from aioworker.addresses import BrokerAddress
     from aioworker.settings import Settings
     from aioworker.task import AnyTask
 
@@ -24,10 +26,14 @@ POLICIES = (
     " these queues, unseen by aioworker: `rabbitmqctl list_policies` shows it, docs/operations.md"
     " what it does"
 )
+_PUBLISH = r"^amq\.default$"  # the right to write to the default exchange
 
 
 async def init(settings: Settings, tasks: Sequence[AnyTask]) -> None:
     """Make the budget's tables, declare the tasks' queues and wait until they are safe.
+
+    What is there is compared first: if a queue differs, nothing is changed; if a table
+    differs or may not be made, no queue is declared.
 
     Raises:
         DatabaseError: The database cannot be used, or a table differs.
@@ -42,11 +48,14 @@ async def init(settings: Settings, tasks: Sequence[AnyTask]) -> None:
         connection = await stack.enter_async_context(
             broker.connection(settings.nodes(), timeout, "aioworker init")
         )
-        await _declare(connection, queues, timeout)
+        found = await topology.compare(connection, queues, timeout)
         if database is not None:
-            made = await tables.create(database, [task.name for task in tasks])
+            made = await tables.create(database)
             for name in tables.NAMES:
                 say(f"table {name}: {'made' if name in made else 'was there'}")
+        await _declare(connection, queues, found, timeout)
+        if database is not None:  # last: a row lets its task start
+            await tables.add_rows(database, [task.name for task in tasks])
         tell(POLICIES)
         # Also when they were there: another init may have made them a moment ago.
         tell(f"waiting {topology.SAFE_AFTER_SECONDS:g} s until the queues are safe")
@@ -63,18 +72,25 @@ def _arguments(settings: Settings, tasks: Sequence[AnyTask]) -> dict[str, dict[s
 
 
 async def _declare(
-    connection: AbstractConnection, queues: Mapping[str, dict[str, Any]], timeout: float
+    connection: AbstractConnection,
+    queues: Mapping[str, dict[str, Any]],
+    found: Mapping[str, int | None],
+    timeout: float,
 ) -> None:
     """Declare the queues that are not there, and say what became of each.
 
-    All that are there are compared first: where one differs, nothing is changed.
+    Args:
+        connection: To RabbitMQ.
+        queues: The arguments of each.
+        found: How many messages wait in each, None for a queue that is not there.
+        timeout: Seconds for each.
 
     Raises:
-        BrokerError: A queue differs, or cannot be declared; a note names those that were.
+        BrokerError: A queue cannot be declared; a note names those that were.
     """
     declared: list[str] = []
     try:
-        for name, waiting in (await topology.compare(connection, queues, timeout)).items():
+        for name, waiting in found.items():
             if waiting is not None:
                 say(f"queue {name}: was there, {count(waiting, 'message')}")
                 continue
@@ -93,19 +109,19 @@ def setup_text(settings: Settings, tasks: Sequence[AnyTask]) -> str:
     queues = _arguments(settings, tasks)
     ours = rf"{settings.queue_prefix}\."
     main_job = any(task.name == repo.TASK for task in tasks)
-    permit = f"rabbitmqctl set_permissions -p '{amqp.vhost}' '{amqp.user}'"
     needed = [*repo.PRIVILEGES] if main_job else []
     made: list[str] = []
     if settings.budget == "shared":
         needed += tables.PRIVILEGES
-        rows = [tables.FIRST_ROW % {"task": f"'{task.name}'"} for task in tasks]
+        rows = [tables.FIRST_ROW % {"task": _sql_text(task.name)} for task in tasks]
         made = [
             "# MySQL: the tables that init makes; its user needs CREATE beside what follows",
             *(f"{statement};" for statement in (tables.BUDGET, tables.WORKER, *rows)),
             "",
         ]
+    database = "`{}`".format(mysql.database.replace("`", "``"))
     grants = [
-        f"GRANT {privilege} ON `{mysql.database}`.`{table}` TO '{mysql.user}'@'%';"
+        f"GRANT {privilege} ON {database}.`{table}` TO {_sql_text(mysql.user)}@'%';"
         for privilege, table in needed
     ]
     lines = [
@@ -114,17 +130,17 @@ def setup_text(settings: Settings, tasks: Sequence[AnyTask]) -> str:
         *(f"queue {name} {json.dumps(arguments)}" for name, arguments in queues.items()),
         "",
         "# RabbitMQ: the least that the user of init needs",
-        rf"{permit} '^{ours}' '^amq\.default$' '^{ours}'",
+        _permit(amqp, f"^{ours}", _PUBLISH, f"^{ours}"),
         "",
         "# RabbitMQ: the least that the user of consume and dead needs",
-        rf"{permit} '' '^amq\.default$' '^{ours}'",
+        _permit(amqp, "", _PUBLISH, f"^{ours}"),
         "",
         "# RabbitMQ: the least that the user of publish, publish-all and Producer needs; it reaches"
         " every queue of the virtual host",
-        rf"{permit} '' '^amq\.default$' ''",
+        _permit(amqp, "", _PUBLISH, ""),
         "",
         "# RabbitMQ: the least that the user of status needs",
-        f"{permit} '' '' ''",
+        _permit(amqp, "", "", ""),
         "",
         "# MySQL: the least that the user of consume and publish-all needs",
         *grants,
@@ -138,3 +154,15 @@ def setup_text(settings: Settings, tasks: Sequence[AnyTask]) -> str:
     else:
         lines += ["# and what the tasks themselves read and write"]
     return "\n".join(lines)
+
+
+def _permit(amqp: BrokerAddress, configure: str, write: str, read: str) -> str:
+    """Return the command that gives a user these rights and no others, for a shell."""
+    rights = (amqp.user, configure, write, read)
+    return shlex.join(["rabbitmqctl", "set_permissions", "-p", amqp.vhost, *rights])
+
+
+def _sql_text(value: str) -> str:
+    """Return a text as a statement has it."""
+    doubled = value.replace("\\", "\\\\").replace("'", "''")
+    return f"'{doubled}'"

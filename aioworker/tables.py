@@ -148,8 +148,8 @@ class Row:
         return " ".join(f"paused{by}{since}{why}".split())
 
 
-async def create(database: Database, tasks: Sequence[str]) -> set[str]:
-    """Make the tables and the tasks' rows where they are not there; change nothing else.
+async def create(database: Database) -> set[str]:
+    """Make the tables that are not there; change nothing else.
 
     Returns:
         The names of the tables that were made.
@@ -170,9 +170,18 @@ async def create(database: Database, tasks: Sequence[str]) -> set[str]:
                 await database.execute(statement)
         for statement in _COLUMNS:
             await database.query(statement)
+    return made
+
+
+async def add_rows(database: Database, tasks: Sequence[str]) -> None:
+    """Make the tasks' rows that are not there: each lets its task start at once.
+
+    Raises:
+        DatabaseError: The user may not.
+    """
+    with explaining(database):
         for task in tasks:
             await database.execute(FIRST_ROW, {"task": task})
-    return made
 
 
 @contextmanager

@@ -150,7 +150,8 @@ class Place:
         """Do what `init` does, but for its wait until the queues outlive a crash."""
         address = DatabaseAddress.parse(self.servers.mysql_url)
         async with Database(address, connect_timeout=SECONDS, timeout=SECONDS) as database:
-            await tables.create(database, [TASK])
+            await tables.create(database)
+            await tables.add_rows(database, [TASK])
         async with await self._connect() as connection:
             await declare(connection)
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pymysql.cursors import Cursor
 
 
+MAIN_TABLES = ("addons", "versions", "files", *tables.NAMES)
 ALL = (QUEUES.dead, QUEUES.bulk, QUEUES.urgent, QUEUES.retry)
 
 
@@ -73,8 +74,8 @@ def test_the_queues_are_declared_once_and_again(
 
     assert (first.returncode, second.returncode) == (0, 0)
     assert first.stdout == "".join(
-        [f"queue {name}: declared\n" for name in ALL]
-        + [f"table {name}: made\n" for name in tables.NAMES]
+        [f"table {name}: made\n" for name in tables.NAMES]
+        + [f"queue {name}: declared\n" for name in ALL]
     )
     assert first.stderr == second.stderr
     policies, waiting = first.stderr.splitlines()
@@ -112,15 +113,30 @@ async def test_a_queue_that_differs_is_named_with_both_values_and_nothing_is_cha
 
 
 def test_a_table_of_another_shape_is_named_and_left(
-    run: Run, lanes: Lanes, shop: Connection[Cursor]
+    run: Run, vhost: str, broker: servers.Broker, shop: Connection[Cursor]
 ) -> None:
+    """No queue is declared before the tables are known to do."""
     execute(shop, "ALTER TABLE aioworker_budget DROP COLUMN gap_us")
 
-    done = run("init")
+    done = run("init", AIOWORKER_AMQP_URL=vhost)
 
-    assert done.returncode == 1
+    assert (done.returncode, done.stdout, arguments_of(broker)) == (1, "", {})
     assert done.stderr.startswith("aioworker: Unknown column 'gap_us'")
     assert done.stderr.endswith("drop it, then run `aioworker init`\n")
+
+
+def test_no_queue_is_declared_by_a_user_who_may_make_no_table(
+    run: Run, vhost: str, broker: servers.Broker, maria: servers.Maria, shop: Connection[Cursor]
+) -> None:
+    execute(shop, "DROP TABLE aioworker_budget, aioworker_worker")
+    execute(shop, "CREATE OR REPLACE USER reader", "GRANT SELECT ON *.* TO reader")
+    address = {"AIOWORKER_AMQP_URL": vhost, "AIOWORKER_MYSQL_URL": maria.url("aioworker", "reader")}
+
+    done = run("init", **address)
+
+    execute(shop, "DROP USER reader")
+    assert (done.returncode, done.stdout, arguments_of(broker)) == (1, "", {})
+    assert "(1142)" in done.stderr
 
 
 def test_a_worker_of_its_own_budget_needs_no_database_to_set_up(run: Run, vhost: str) -> None:
@@ -286,6 +302,32 @@ async def test_the_printed_statements_are_those_the_server_sees(
     }
     assert any(one.startswith(statements[0].split("%s")[0]) for one in ours)
     execute(shop, "TRUNCATE TABLE mysql.general_log")
+
+
+def test_what_is_printed_holds_names_with_quotes_in_them(
+    run: Run, broker: servers.Broker, shop: Connection[Cursor]
+) -> None:
+    """They are pasted into a shell and a client of MySQL: a quote must not end a name."""
+    execute(
+        shop,
+        "CREATE OR REPLACE USER 'o''neil'@'%'",
+        "DROP DATABASE IF EXISTS `b``c`",
+        "CREATE DATABASE `b``c`",
+        *(f"CREATE TABLE `b``c`.{name} (id INT, current_version INT)" for name in MAIN_TABLES),
+    )
+    done = run(
+        "init",
+        "--print",
+        AIOWORKER_AMQP_URL="amqp://o%27neil:x@h/it%27s%20%24HOME",
+        AIOWORKER_MYSQL_URL="mysql://o%27neil@h/b%60c",
+    )
+
+    for line in printed(done.stdout, "rabbitmqctl "):
+        assert shlex.split(line)[2:5] == ["-p", "it's $HOME", "o'neil"]
+    execute(shop, *printed(done.stdout, "GRANT "))
+    grants = rows(shop, "SHOW GRANTS FOR 'o''neil'@'%'")
+    execute(shop, "DROP DATABASE `b``c`", "DROP USER 'o''neil'@'%'")
+    assert len(grants) == 1 + len(MAIN_TABLES)
 
 
 def test_printing_needs_no_server(run: Run) -> None:

@@ -96,7 +96,8 @@ async def test_two_spellings_of_a_database_are_one_turn(blind: Maria) -> None:
     """Workers with `…/shop` and `…/SHOP` are workers of one table: never two at once."""
     servers.connect(blind.url("shop"), create=True).close()
     first, second = at(blind.url("shop")), at(blind.url("SHOP"))
-    await tables.create(first, [TASK])
+    await tables.create(first)
+    await tables.add_rows(first, [TASK])
     one, other = (
         SharedBudget(database, TASK, RateLimit.parse("1/h"), "worker")
         for database in (first, second)
@@ -141,7 +142,8 @@ async def test_small_pages_hold_the_tables_of_aioworker(
     simple_addons(connection, 10)
     database = at(small.mysql_url)
 
-    await tables.create(database, [TASK])
+    await tables.create(database)
+    await tables.add_rows(database, [TASK])
     await lanes.send(json.dumps([[list(range(1, 11))], {}, None]).encode())
     done = await make_worker(small, database, rate_limit="100/s").run(stop)
 
