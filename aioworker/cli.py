@@ -73,7 +73,7 @@ def main_options(
     global _debug
     _debug = debug
     if ctx.invoked_subcommand is None:
-        typer.echo(ctx.get_help())
+        console.say_all(ctx.get_help())
 
 
 @app.command()
@@ -404,6 +404,9 @@ def main() -> None:
     except _usage_error as error:
         status = 2
         _fail(error, f"{error.format_message()} `{_path(error)} --help` shows the usage.")
+    except console.OutputError as error:
+        status = 1
+        _fail(error, f"cannot write to standard output: {error}")
     except Exception as error:  # noqa: BLE001 - a fault of ours, still one line
         status = 1
         _fail(error, f"unexpected {type(error).__name__}: {error}; --debug shows where")

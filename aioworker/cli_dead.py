@@ -44,7 +44,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line, fo
 def dead(ctx: typer.Context) -> None:
     """See, bring back and take away dead letters: messages set aside with a reason."""
     if ctx.invoked_subcommand is None:
-        typer.echo(ctx.get_help())
+        console.say_all(ctx.get_help())
 
 
 @app.command("list")

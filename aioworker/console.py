@@ -61,10 +61,25 @@ def as_json(value: object, default: Callable[[Any], str] | None = None) -> str:
     return json.dumps(value, default=default).replace("\x7f", "\\u007f")
 
 
+class OutputError(Exception):
+    """Standard output takes nothing, as on a full disk; its text is the system's reason."""
+
+
 def say(line: str) -> None:
-    """Print a result in one line, to standard output."""
-    sys.stdout.write(printable(line) + "\n")
-    sys.stdout.flush()
+    """Print a result in one line, to standard output.
+
+    Raises:
+        OutputError: It takes nothing.
+    """
+    try:
+        sys.stdout.write(printable(line) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise  # whoever reads has seen enough
+    except OSError as error:
+        # Python would try again at its end, and say so in lines of its own.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OutputError(error.strerror) from error
 
 
 def say_all(text: str) -> None:

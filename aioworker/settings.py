@@ -89,8 +89,8 @@ def checked_prefix(text: object) -> str:
 def _modules(text: str) -> tuple[str, ...]:
     names = tuple(part.strip() for part in text.split(","))
     for name in names:
-        if not all(part.isidentifier() for part in name.split(".")):
-            raise ValueError(f"expected modules such as shop.tasks, got: {name!r}")
+        if name.endswith(".py") or not all(part.isidentifier() for part in name.split(".")):
+            raise ValueError(f"expected modules such as shop.tasks, without .py, got: {name!r}")
     return names
 
 

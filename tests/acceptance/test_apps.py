@@ -270,12 +270,17 @@ def test_an_app_that_cannot_work_is_one_line(
     assert done.stderr.startswith(f"aioworker: {line}")
 
 
-def test_a_name_that_is_no_module_is_refused(run: Run) -> None:
-    done = run("consume", "--app", "shop/tasks.py")
+@pytest.mark.parametrize("name", ["shop/tasks.py", "tasks.py"])
+def test_a_file_is_no_name_of_a_module(run: Run, tmp_path: Path, name: str) -> None:
+    """`tasks.py` was taken for the part `py` of a package, and its code executed before that."""
+    (tmp_path / "tasks.py").write_text("print('executed')")
 
-    assert (done.returncode, done.stderr) == (
+    done = run("consume", "--app", name)
+
+    assert (done.returncode, done.stdout, done.stderr) == (
         2,
-        "aioworker: --app: expected modules such as shop.tasks, got: 'shop/tasks.py'\n",
+        "",
+        f"aioworker: --app: expected modules such as shop.tasks, without .py, got: {name!r}\n",
     )
 
 

@@ -385,6 +385,20 @@ def test_a_reader_that_goes_away_is_no_fault_of_ours(
     assert (done.stdout, done.stderr) in (("0\n", ""), ("1\n", ""))
 
 
+@pytest.mark.parametrize("command", ["", "status --json", "init --print", "dead list"])
+async def test_a_disk_that_is_full_is_said_in_one_line(
+    pair: servers.Servers, shop: object, lanes: Lanes, command: str
+) -> None:
+    """It was `unexpected OSError`, as if it were a fault of ours. No letter is lost by that."""
+    await lanes.send(b"[]", QUEUES.dead, headers={"task": TASK, "id": "letter"})
+
+    done = shell(pair, f"{AIOWORKER} {command} > /dev/full")
+
+    line = "aioworker: cannot write to standard output: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, line)
+    assert await lanes.count(QUEUES.dead) == 1
+
+
 def test_what_the_terminal_cannot_show_is_escaped(run: Run, shop: object) -> None:
     run("pause", "--reason", "façade")
 
