@@ -151,7 +151,7 @@ async def _row(
     settings: Settings, names: Sequence[str]
 ) -> AsyncIterator[tuple[Database, str, Row]]:
     """Yield the database, the task that is meant, and its row."""
-    async with settings.database() as database:
+    async with settings.database(locks=False) as database:
         name = meant.only(await meant.of_table(database, names))
         with tables.explaining(database):
             yield database, name, await tables.read(database, name)

@@ -61,8 +61,8 @@ class Database:
         connect_timeout: Seconds for a connection to stand, session settings included.
         timeout: Seconds for a `query` or a `transaction`; an idle session is ended by the
             server 30 s later than that.
-        single_writer: Whether all workers write through one node, if it is a Galera cluster;
-            otherwise a node of one is refused.
+        any_node: Whether a node of a Galera cluster will do, whose named locks hold on it
+            alone; otherwise it is refused.
     """
 
     def __init__(
@@ -71,11 +71,11 @@ class Database:
         *,
         connect_timeout: float,
         timeout: float,
-        single_writer: bool = False,
+        any_node: bool = False,
     ) -> None:
         self.address = address
         self.timeout = timeout
-        self._single_writer = single_writer
+        self._any_node = any_node
         self._server: session.Server | None = None
         self._connect_timeout = connect_timeout
         self._connection: Any = None
@@ -246,7 +246,7 @@ class Database:
         with _closing_on_error(connection):
             with login.expecting_mysql():
                 server = await session.begin(connection, self.timeout)
-            reason = server.unfit(self.address.database, single_writer=self._single_writer)
+            reason = server.unfit(self.address.database, any_node=self._any_node)
             if reason is not None:
                 raise DatabaseError(f"cannot use MySQL at {self.address.shown}: {reason}")
         self._server = server

@@ -102,7 +102,7 @@ async def of_queues(
     if names:
         return list(names)
     try:
-        async with settings.database() as database:
+        async with settings.database(locks=False) as database:
             return await of_table(database, ())
     except DatabaseError as error:
         if changing:
@@ -139,7 +139,7 @@ async def missing(settings: Settings, name: str, queue: str) -> AioworkerError:
     known: list[str] = []
     if settings.budget == "shared":
         with suppress(DatabaseError):
-            async with settings.database() as database:
+            async with settings.database(locks=False) as database:
                 with tables.explaining(database):
                     known = await tables.tasks(database)
     if name in known:

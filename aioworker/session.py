@@ -147,19 +147,19 @@ class Server:
     packet_bytes: int
     unlogged: bool
 
-    def unfit(self, database: str, *, single_writer: bool) -> str | None:
+    def unfit(self, database: str, *, any_node: bool) -> str | None:
         """Return in one line why this server will not do, and the cure; None if it will.
 
         Args:
             database: The database's name as the address has it.
-            single_writer: Whether all workers write through one node of a Galera cluster.
+            any_node: Whether a node of a Galera cluster will do.
         """
         if self.schema != (database.lower() if self.blind else database):
             return (
                 f"expected a session in database {database!r}, got: {self.schema or 'none'!r};"
                 " does the server's init_connect say USE?"
             )
-        if self.galera and not single_writer:
+        if self.galera and not any_node:
             return (
                 "it is a Galera node, whose named locks hold on one node only: set"
                 " AIOWORKER_GALERA=single-writer if all workers write through this one,"

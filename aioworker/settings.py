@@ -205,12 +205,16 @@ class Settings(BaseSettings):
             _check_files("amqp_url", node)
         return self.amqp_url
 
-    def database(self, timeout: float | None = None, *, check: bool = True) -> Database:
+    def database(
+        self, timeout: float | None = None, *, check: bool = True, locks: bool = True
+    ) -> Database:
         """Return the database, not yet connected.
 
         Args:
             timeout: Seconds for each use; without it `task_timeout`.
             check: Whether to look at files for TLS now too, and not only at each connect.
+            locks: Whether named locks are relied on; what needs none works on any node of a
+                Galera cluster.
 
         Raises:
             UsageError: A file that its address names for TLS cannot be used.
@@ -225,7 +229,7 @@ class Settings(BaseSettings):
             connect_timeout=self.connect_timeout,
             timeout=self.task_timeout if timeout is None else timeout,
             # With a budget of its own no worker relies on a lock.
-            single_writer=self.galera is not None or self.budget == "worker",
+            any_node=not locks or self.galera is not None or self.budget == "worker",
         )
 
     @classmethod

@@ -254,7 +254,7 @@ async def _ask_database(
     if settings.budget != "shared":
         return list(names), {}, None
     try:
-        async with settings.database() as database:
+        async with settings.database(locks=False) as database:
             tasks = await meant.of_table(database, names)
             with tables.explaining(database):
                 return tasks, {name: await _told(database, name) for name in tasks}, None

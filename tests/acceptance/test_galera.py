@@ -1,4 +1,4 @@
-"""A Galera cluster: refused by every command alike, unless its user vouches for one writer."""
+"""A Galera cluster: refused by what needs named locks, unless its user vouches for one writer."""
 
 from __future__ import annotations
 
@@ -7,15 +7,23 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from aioworker import tables
 from support import servers, site
 from support.servers import Maria
-from tests.conftest import Lanes, Run
+from tests.conftest import TASK, Lanes, Run, execute, rows
 
 if TYPE_CHECKING:
     from pymysql.connections import Connection
     from pymysql.cursors import Cursor
 
-COMMANDS = (("init",), ("consume", "--burst"), ("health",), ("publish-all",), ("status",))
+COMMANDS = (("init",), ("consume", "--burst"), ("health",), ("publish-all",))
+WITHOUT_LOCKS = (
+    ("pause",),
+    ("resume",),
+    ("rate-limit", "3/m"),
+    ("status",),
+    ("dead", "list"),
+)
 WORDS = "is a Galera node, whose named locks hold on one node only: set AIOWORKER_GALERA="
 
 
@@ -37,7 +45,7 @@ def cluster(node: Maria) -> Iterator[Connection[Cursor]]:
     connection.close()
 
 
-def test_every_command_refuses_a_node_unless_its_user_vouches_for_one_writer(
+def test_all_that_needs_locks_refuses_a_node_unless_its_user_vouches_for_one_writer(
     run: Run, node: Maria, cluster: object, lanes: Lanes
 ) -> None:
     """`consume` alone did: `init` made the tables, and the workers then refused to start."""
@@ -56,3 +64,16 @@ def test_every_command_refuses_a_node_unless_its_user_vouches_for_one_writer(
         assert WORDS not in done.stdout + done.stderr
         assert done.returncode == (1 if command == ("health",) else 0), done.stderr
     assert "no worker of update_current_version is alive" in vouched["health",].stderr
+
+
+def test_what_needs_no_lock_works_on_any_node(
+    run: Run, node: Maria, cluster: Connection[Cursor], lanes: Lanes
+) -> None:
+    """An operator's shell has not the environment of the workers, and could not even pause."""
+    execute(cluster, tables.BUDGET, tables.WORKER, tables.FIRST_ROW % {"task": f"'{TASK}'"})
+
+    done = [run(*command, AIOWORKER_MYSQL_URL=node.url("site")) for command in WITHOUT_LOCKS]
+
+    assert [one.returncode for one in done] == [0] * len(WITHOUT_LOCKS), done
+    assert not [one for one in done if WORDS in one.stdout + one.stderr]
+    assert rows(cluster, "SELECT paused, gap_us FROM aioworker_budget") == [(0, 20_000_000)]

@@ -51,10 +51,10 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Maria]:
     server.stop()
 
 
-def at(url: str, *, timeout: float = 30, single_writer: bool = False) -> Database:
+def at(url: str, *, timeout: float = 30, any_node: bool = False) -> Database:
     """Return a database by its address, not yet connected."""
     address = DatabaseAddress.parse(url)
-    return Database(address, connect_timeout=10, timeout=timeout, single_writer=single_writer)
+    return Database(address, connect_timeout=10, timeout=timeout, any_node=any_node)
 
 
 def number_of(connection: Connection[Cursor]) -> int:
@@ -183,7 +183,7 @@ async def test_a_galera_node_is_refused_unless_its_user_vouches_for_one_writer(
         " one node only: set AIOWORKER_GALERA=single-writer if all workers write through this"
         " one, or AIOWORKER_BUDGET=worker"
     )
-    vouched = at(node.url("mysql"), single_writer=True)
+    vouched = at(node.url("mysql"), any_node=True)
     await vouched.ready()
     vouched.close()
 
