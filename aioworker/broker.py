@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 HEARTBEAT_SECONDS = 15
 _CANNOT = "cannot connect to RabbitMQ "
+_WRONGLY = "what answers there speaks RabbitMQ's protocol wrongly"
 _CURE = re.compile(r"[,;]? check AIOWORKER_AMQP_URL$")
 # RabbitMQ's words, whole: behind them it tells of a limit, or of a virtual host that is down.
 _NO_VHOST = re.compile(r"NOT_ALLOWED - vhost .+ not found")
@@ -76,18 +77,28 @@ async def connect(
         try:
             share = timeout / len(addresses)
             async with asyncio.timeout(min(share, address.timeout or share)):
-                return await aio_pika.connect(
+                opened = await aio_pika.connect(
                     address.url.get_secret_value(),
                     ssl_context=None if address.tls is None else address.tls.context(),
                     heartbeat=address.heartbeat or HEARTBEAT_SECONDS,
                     client_properties={"connection_name": address.name or name},
                     connection_class=CarefulConnection if careful else PlainConnection,
                 )
+                return await _confirming(opened)
         except CONNECT_FAILURES as error:
             failures.append(await _refused(error, address))
             failures[-1].__cause__ = error
             let_go(error)
     raise _of_all(failures)
+
+
+async def _confirming(opened: AbstractConnection) -> AbstractConnection:
+    """Return a connection, and close one whose server confirms nothing: no channel opens there."""
+    named = opened.transport and opened.transport.connection.server_properties.get("capabilities")
+    if not isinstance(named, dict) or not named.get("publisher_confirms"):
+        await close(opened)
+        raise ForeignError("what answers there confirms no message, as RabbitMQ does")
+    return opened
 
 
 def _of_all(failures: Sequence[BrokerError]) -> BrokerError:
@@ -132,6 +143,8 @@ def _explain_connect(error: Exception, address: BrokerAddress) -> str:
     match error:
         case ProbableAuthenticationError() if "Login was refused" in str(error):
             return f"{at}: user or password refused, check AIOWORKER_AMQP_URL"
+        case InvalidFrameError() if not _words_of_close(error):
+            return f"{at}: {_WRONGLY}; check AIOWORKER_AMQP_URL"
         case ProbableAuthenticationError() | InvalidFrameError():
             return f"{at}: {_refusal(error, address)}, check AIOWORKER_AMQP_URL"
         case TimeoutError():
@@ -139,7 +152,8 @@ def _explain_connect(error: Exception, address: BrokerAddress) -> str:
         case TlsFileError() | ForeignError():
             return f"{at}: {error}; check AIOWORKER_AMQP_URL"
         case AuthenticationError():
-            return f"{at}: it logs in by {error.args[0]} alone, check auth in AIOWORKER_AMQP_URL"
+            ways = f"it logs in by {error.args[0]} alone" if error.args[0] else "it lets nobody in"
+            return f"{at}: {ways}, check auth in AIOWORKER_AMQP_URL"
         case _ if tls.cut_off(error) or isinstance(error, ValueError):
             # A port of TLS may close at plain text without a word.
             return (

@@ -85,8 +85,13 @@ def _unopened(
 
 
 async def _explained(error: Exception, address: DatabaseAddress) -> OperationalError | None:
-    """Return what went wrong with TLS, if it was that."""
+    """Return what went wrong with TLS or with a socket, if it was that."""
     asked = address.tls
+    if address.unix_socket is not None and error.args[:1] == (CR.CR_CONN_HOST_ERROR,):
+        # aiomysql blames a host, which nobody asked.
+        why = getattr(error.__cause__, "strerror", None) or "no answer"
+        words = f"Can't connect through the socket {address.unix_socket!r}: {why}"
+        return OperationalError(CR.CR_CONN_HOST_ERROR, words)
     reason = None if asked is None else asked.explain(error)
     if asked is None or reason is None:
         return None
@@ -143,8 +148,12 @@ class Connection(aiomysql.Connection):  # type: ignore[misc]  # aiomysql has no 
         if plugin not in _HASHED and not (plugin == _CLEAR and self._secure):
             raise OperationalError(
                 CR.CR_AUTH_PLUGIN_CANNOT_LOAD,
-                f"the server asks for the password by {plugin!r}, which is not done"
-                + (" without TLS (ssl_mode, ssl_ca)" if plugin == _CLEAR else ""),
+                f"cannot log in by {plugin!r}"
+                + (
+                    " without TLS (ssl_mode, ssl_ca)"
+                    if plugin == _CLEAR
+                    else ": use mysql_native_password or caching_sha2_password"
+                ),
             )
 
     async def caching_sha2_password_auth(self, pkt: Any) -> Any:

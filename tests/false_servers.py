@@ -15,6 +15,8 @@ from pymysql.constants import CLIENT
 if TYPE_CHECKING:
     from asyncio import StreamReader, StreamWriter
 
+    from pamqp.common import FieldTable
+
 PIECE = 65_536
 SALT = b"eight bytes, and twelve"[:20]
 HTTP = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"
@@ -167,12 +169,16 @@ AGREED = packet(1, b"\x00\x00\x00\x02\x00\x00\x00")  # no rows, whatever the sta
 WANTS_A_FILE = packet(1, b"\xfb/etc/passwd")
 
 
-def start(mechanisms: str = "PLAIN") -> bytes:
+def start(mechanisms: str = "PLAIN", **properties: FieldTable) -> bytes:
     """Return a RabbitMQ server's first frame."""
-    return frame.marshal(commands.Connection.Start(server_properties={}, mechanisms=mechanisms), 0)
+    start = commands.Connection.Start(server_properties={**properties}, mechanisms=mechanisms)
+    return frame.marshal(start, 0)
 
 
 TUNE = frame.marshal(commands.Connection.Tune(channel_max=10, frame_max=131_072, heartbeat=60), 0)
+OPENED = frame.marshal(commands.Connection.OpenOk(), 0)
+CLOSED = frame.marshal(commands.Connection.CloseOk(), 0)
+NO_FRAME = b"\x01\x00\x00\x00\x00\x00\x04\x00\x0a\x00\xff\xce"
 WANTS_MORE = frame.marshal(commands.Connection.Secure(challenge="who?"), 0)
 A_HUGE_FRAME = b"\x01\x00\x00\xff\xff\xff\xff"
 A_HUGE_PACKET = b"\xff\xff\xff\x00"

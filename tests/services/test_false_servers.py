@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import Awaitable
+from pathlib import Path
 from traceback import TracebackException
 from urllib.parse import quote
 
@@ -21,6 +22,8 @@ from tests.false_servers import FalseServer, Part, greeting, packet, refusal, sa
 PASSWORD = "s3cr€t"
 OTHER = "0ther"  # which is sent to who says the right words
 TLS = "?ssl_mode=required"
+USE = "use mysql_native_password or caching_sha2_password"
+WRONGLY = "what answers there speaks RabbitMQ's protocol wrongly"
 SILENCE = "no answer in time"
 MUCH_LATER = 60.0  # nothing here takes longer than the connect timeout
 
@@ -97,20 +100,25 @@ DATABASES: list[tuple[str, str, Part, str]] = [
         "wants the password at once",
         "",
         says(greeting(b"mysql_clear_password")),
-        "asks for the password by 'mysql_clear_password', which is not done without TLS",
+        "cannot log in by 'mysql_clear_password' without TLS",
     ),
     (
         "wants the password",
         "",
         says(greeting(), switch(b"mysql_clear_password")),
-        "asks for the password by 'mysql_clear_password', which is not done without TLS",
+        "cannot log in by 'mysql_clear_password' without TLS",
     ),
-    ("wants a dialog", "", says(greeting(), switch(b"dialog")), "by 'dialog', which is not done"),
+    (
+        "wants a dialog",
+        "",
+        says(greeting(), switch(b"dialog")),
+        f"cannot log in by 'dialog': {USE}",
+    ),
     (
         "wants the old hash",
         "",
         says(greeting(), switch(b"mysql_old_password")),
-        "by 'mysql_old_password', which is not done",
+        f"cannot log in by 'mysql_old_password': {USE}",
     ),
     (
         "wants the old hash, unnamed",
@@ -168,7 +176,7 @@ DATABASES: list[tuple[str, str, Part, str]] = [
         "a plugin with a strange name",
         "",
         says(greeting(), switch(b"caf\xe9\x1b[2J")),
-        "which is not done",
+        USE,
     ),
 ]
 
@@ -220,7 +228,9 @@ BROKERS: list[tuple[str, str, Part, str]] = [
     ("slow", "", slowly(false_servers.start()), SILENCE),
     ("another protocol", "", says(b"AMQP\x00\x01\x00\x00"), "check AIOWORKER_AMQP_URL"),
     ("another login", "", says(false_servers.start("GSSAPI")), "it logs in by GSSAPI alone"),
-    ("a wrong frame", "", says(false_servers.TUNE), "check AIOWORKER_AMQP_URL"),
+    ("no way to log in", "", says(false_servers.start("")), ": it lets nobody in, check auth"),
+    ("a wrong frame", "", says(false_servers.TUNE), WRONGLY),
+    ("a frame that is none", "", says(false_servers.NO_FRAME), WRONGLY),
     ("TLS that is none", TLS, says(b"AMQP\x00\x00\x09\x01"), "speaks no TLS on this port"),
     ("TLS that is HTTP", TLS, says(false_servers.HTTP), "speaks no TLS on this port"),
     ("silent in place of TLS", TLS, says(b""), SILENCE),
@@ -240,7 +250,25 @@ BROKERS_LATER: list[tuple[str, str, Part, str]] = [
         "wants to know more",
         "",
         says(false_servers.start(), false_servers.WANTS_MORE),
-        "check AIOWORKER_AMQP_URL",
+        WRONGLY,
+    ),
+    (
+        "names nothing it can",
+        "",
+        says(
+            false_servers.start(),
+            false_servers.TUNE + false_servers.OPENED + false_servers.CLOSED,
+        ),
+        "what answers there confirms no message, as RabbitMQ does; check",
+    ),
+    (
+        "confirms nothing",
+        "",
+        says(
+            false_servers.start(capabilities={}),
+            false_servers.TUNE + false_servers.OPENED + false_servers.CLOSED,
+        ),
+        "what answers there confirms no message, as RabbitMQ does; check",
     ),
     (
         "silent after tuning",
@@ -293,3 +321,17 @@ async def test_a_node_s_own_timeout_is_kept() -> None:
         said = await refused_by(server, broker.connect(addresses, MUCH_LATER, "test"), BrokerError)
 
     assert SILENCE in said
+
+
+async def test_a_socket_that_is_not_there_is_named_and_no_host(tmp_path: Path) -> None:
+    path = tmp_path / "mysqld.sock"
+    address = DatabaseAddress.parse(f"mysql://me@/site?unix_socket={path}")
+
+    with pytest.raises(DatabaseError) as refused:
+        await Database(address, connect_timeout=20, timeout=20).ready()
+
+    assert str(refused.value) == (
+        f"cannot use MySQL at mysql://me@/site?unix_socket={path}: Can't connect through the socket"
+        f" '{path}': No such file or directory (2003); is it running? check AIOWORKER_MYSQL_URL"
+    )
+    assert refused.value.unreachable
