@@ -131,7 +131,7 @@ def test_the_statements_for_a_dba_run_as_written(shop: Connection[Cursor]) -> No
         for statement in block.split(";\n")
         if statement.strip()
     ]
-    assert len(statements) == 5
+    assert len(statements) == 7
 
     execute(shop, *statements)
 
