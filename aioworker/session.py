@@ -55,6 +55,9 @@ MARIADB: dict[str, str | int] = {
     "max_session_mem_used": 2**63 - 1,
     "tmp_disk_table_size": _MOST,
 }
+MYSQL: dict[str, str | int] = {
+    "range_optimizer_max_mem_size": 0,  # no limit: beyond one, a page reads all rows before it
+}
 # Seconds, the longest statement and `IDLE_SECONDS`: our own timeouts come first.
 TIMEOUTS_EVERYWHERE = ("wait_timeout",)
 TIMEOUTS_MARIADB = (
@@ -93,7 +96,7 @@ def statement(timeout: float) -> str:
     return (
         f"SET NAMES utf8mb4 COLLATE utf8mb4_general_ci, {_assigned(everywhere)}"
         f" /*M! , system_versioning_asof = DEFAULT, {_assigned(mariadb)} */"
-        f" /*!80000 , max_execution_time = {seconds * 1000} */"
+        f" /*!80000 , max_execution_time = {seconds * 1000}, {_assigned(MYSQL)} */"
     )
 
 

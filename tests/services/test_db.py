@@ -97,6 +97,14 @@ async def test_a_session_is_as_documented(database: Database) -> None:
     assert {level for _name, level in await database.query(levels)} == {"READ-COMMITTED"}
 
 
+async def test_a_session_sets_what_only_its_kind_of_server_has(database: Database) -> None:
+    [[version]] = await database.query("SELECT VERSION()")
+    expected = session.MARIADB if "MariaDB" in version else session.MYSQL
+    [found] = await database.query("SELECT " + ", ".join(f"@@{name}" for name in expected))
+
+    assert dict(zip(expected, found, strict=True)) == expected
+
+
 async def test_a_database_that_does_not_answer_is_given_up_in_time() -> None:
     """A connection that is accepted and never served: aiomysql itself would wait for ever."""
     accepted: list[asyncio.StreamWriter] = []

@@ -98,6 +98,7 @@ HARMLESS: tuple[tuple[str, str | int], ...] = (
     ("max_session_mem_used", 8192),
     ("tmp_disk_table_size", 1024),
     ("max_execution_time", 1),
+    ("range_optimizer_max_mem_size", 1),
     ("default_collation_for_utf8mb4", "utf8mb4_general_ci"),
     ("internal_tmp_mem_storage_engine", "MEMORY"),
     ("sql_require_primary_key", 1),
