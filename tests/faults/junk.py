@@ -170,12 +170,17 @@ def _can_be_message(body: bytes) -> bool:
 
 def _is_count(value: object) -> bool:
     """Whether it may say how often a message was tried; nothing says never."""
-    return retries({"retries": value}) is not None
+    return retries({"retries": _on_arrival(value)}) is not None
 
 
 def _says_nothing(value: object) -> bool:
     """Whether a header is as good as none: null, 0, false, nothing in it."""
-    return retries({"retries": value}) == 0
+    return retries({"retries": _on_arrival(value)}) == 0
+
+
+def _on_arrival(value: object) -> object:
+    """Return a header's value as it is decoded: text is text, whatever class encoded it."""
+    return str(value) if isinstance(value, str) else value
 
 
 def _is_mapping(value: object) -> bool:
