@@ -212,7 +212,7 @@ def _write_the_task(reader: Reader) -> None:
 def _set_up(reader: Reader) -> None:
     reader.root("add_vhost shop")
     said = reader.shell("aioworker init\n")
-    permit = "rabbitmqctl set_permissions -p 'shop' 'shop'"
+    permit = "rabbitmqctl set_permissions -p shop shop"
     assert f"{permit} '' '^amq\\.default$' '^aioworker\\.'\n" in said
     assert "queue aioworker.refresh_ratings: declared\n" in said
     reader.root("set_permissions -p shop shop '' ")
