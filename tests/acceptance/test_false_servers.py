@@ -21,7 +21,11 @@ COMMANDS = [("init",), ("status",), ("consume", "--burst")]
 SILENT = says(b"")
 DATABASES = {
     "no TLS": ("?ssl_mode=verify_identity", says(greeting()), "the server offers no TLS"),
-    "wants the password": ("", says(greeting(), switch(b"mysql_clear_password")), "cannot log in by"),
+    "wants the password": (
+        "",
+        says(greeting(), switch(b"mysql_clear_password")),
+        "cannot log in by",
+    ),
     "silent": ("", SILENT, "no answer in time"),
     "speaks HTTP": ("", says(false_servers.HTTP), "is it a MySQL server?"),
     "closes": ("", says(greeting(), b"", then_close=True), "Lost connection"),
