@@ -28,7 +28,7 @@ from tests.faults import junk
 from tests.faults.junk import Bad
 from tests.place import NOTHING, Place, chunk
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)  # ten thousand messages: minutes on an idle machine
 SEED = int(os.environ.get("JUNK_SEED") or random.randrange(2**32))
 COUNT = 10_000
 FIRST = 1_000  # after so many, a worker has met what it needs memory for
