@@ -85,12 +85,12 @@ def init(
         bool, typer.Option("--print", help="Show what it would do, and the least privileges.")
     ] = False,
 ) -> None:
-    """Make the budget's tables and declare the queues; can be run again.
+    """Make or upgrade the budget's tables and declare the queues; can be run again.
 
-    Makes two tables in the database (none with AIOWORKER_BUDGET=worker), declares each
-    task's four queues and waits until they outlive a broker that is killed. What is there
-    and differs is reported, and not changed. Without a TASK: all that the app registers, or
-    the main job.
+    Makes two tables in the database (none with AIOWORKER_BUDGET=worker), or adds what those of
+    an earlier version lack, declares each task's four queues and waits until they outlive a
+    broker that is killed. A queue that is there and differs is reported, and not changed.
+    Without a TASK: all that the app registers, or the main job.
     """
     from aioworker import setup
 

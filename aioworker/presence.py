@@ -140,7 +140,7 @@ class Presence:
         try before the next heartbeat.
 
         Raises:
-            DatabaseError: The server is away, or the table is not there.
+            DatabaseError: The server is away, or the table needs `init`.
         """
         if self._database is None:
             return
@@ -154,7 +154,7 @@ class Presence:
             with tables.explaining(self._database):
                 await self._write(self._database, now)
         except DatabaseError as error:
-            if error.unreachable or tables.is_missing(error):
+            if error.unreachable or tables.needs_init(error):
                 raise
             self._refused_at = time.monotonic()
             self._tell_unwritten(error)

@@ -8,7 +8,7 @@ import shlex
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
-from aioworker import broker, repo, tables, topology
+from aioworker import broker, repo, schema, tables, topology
 from aioworker.console import count, say, tell
 from aioworker.errors import BrokerError
 
@@ -32,11 +32,11 @@ _PUBLISH = r"^amq\.default$"  # the right to write to the default exchange
 async def init(settings: Settings, tasks: Sequence[AnyTask]) -> None:
     """Make the budget's tables, declare the tasks' queues and wait until they are safe.
 
-    What is there is compared first: if a queue differs, nothing is changed; if a table
-    differs or may not be made, no queue is declared.
+    What is there is compared first: if a queue differs, nothing is changed; if a table may not
+    be made, or changed, no queue is declared.
 
     Raises:
-        DatabaseError: The database cannot be used, or a table differs.
+        DatabaseError: The database cannot be used, or others hold a lock on a table.
         BrokerError: RabbitMQ cannot be used, or a queue differs.
     """
     timeout = settings.connect_timeout
@@ -50,9 +50,9 @@ async def init(settings: Settings, tasks: Sequence[AnyTask]) -> None:
         )
         found = await topology.compare(connection, queues, timeout)
         if database is not None:
-            made = await tables.create(database)
-            for name in tables.NAMES:
-                say(f"table {name}: {'made' if name in made else 'was there'}")
+            for name in schema.NAMES:
+                with tables.explaining(database):
+                    say(f"table {name}: {await schema.settle(database, name)}")
         await _declare(connection, queues, found, timeout)
         if database is not None:  # last: a row lets its task start
             await tables.add_rows(database, [task.name for task in tasks])
@@ -116,7 +116,7 @@ def setup_text(settings: Settings, tasks: Sequence[AnyTask]) -> str:
         rows = [tables.FIRST_ROW % {"task": _sql_text(task.name)} for task in tasks]
         made = [
             "# MySQL: the tables that init makes; its user needs CREATE beside what follows",
-            *(f"{statement};" for statement in (tables.BUDGET, tables.WORKER, *rows)),
+            *(f"{statement};" for statement in (schema.BUDGET, schema.WORKER, *rows)),
             "",
         ]
     database = "`{}`".format(mysql.database.replace("`", "``"))

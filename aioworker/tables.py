@@ -1,7 +1,8 @@
-"""aioworker's own two tables, in the database that is being protected.
+"""aioworker's own two tables, in the database that is being protected: read and explained.
 
-`aioworker init` makes them, and nothing else does. Their times are UTC, by that database's
-clock. `docs/operations.md` tells what an operator may read and set by plain SQL.
+`aioworker init` makes them, and nothing else does; `schema` has their columns. Their times are
+UTC, by that database's clock. `docs/operations.md` tells what an operator may read and set by
+plain SQL.
 """
 
 from __future__ import annotations
@@ -26,40 +27,6 @@ if TYPE_CHECKING:
 
     from aioworker.db import Database
 
-NAMES = ("aioworker_budget", "aioworker_worker")
-
-BUDGET = """CREATE TABLE IF NOT EXISTS aioworker_budget (
-    task VARCHAR(190) CHARACTER SET ascii COLLATE ascii_bin NOT NULL PRIMARY KEY,
-    last_start DATETIME(6) NOT NULL,
-    server VARCHAR(100) NOT NULL,
-    starts BIGINT UNSIGNED NOT NULL DEFAULT 0,
-    holder VARCHAR(190) NULL,
-    paused BOOLEAN NOT NULL DEFAULT FALSE,
-    paused_by VARCHAR(190) NULL,
-    paused_at DATETIME(6) NULL,
-    paused_why VARCHAR(500) NULL,
-    gap_us BIGINT UNSIGNED NULL,
-    set_by VARCHAR(190) NULL,
-    set_at DATETIME(6) NULL,
-    set_why VARCHAR(500) NULL,
-    running TEXT NULL,
-    deaths TEXT NULL
-) ENGINE=InnoDB ROW_FORMAT=DYNAMIC DEFAULT CHARACTER SET utf8mb4"""
-
-WORKER = """CREATE TABLE IF NOT EXISTS aioworker_worker (
-    id CHAR(12) CHARACTER SET ascii COLLATE ascii_bin NOT NULL PRIMARY KEY,
-    host VARCHAR(100) NOT NULL,
-    pid INT UNSIGNED NOT NULL,
-    task VARCHAR(190) CHARACTER SET ascii COLLATE ascii_bin NOT NULL,
-    version VARCHAR(40) NOT NULL,
-    rate VARCHAR(20) NULL,
-    session BIGINT UNSIGNED NOT NULL,
-    state VARCHAR(20) NOT NULL,
-    reason VARCHAR(500) NOT NULL,
-    since DATETIME(6) NOT NULL,
-    seen DATETIME(6) NOT NULL
-) ENGINE=InnoDB ROW_FORMAT=DYNAMIC DEFAULT CHARACTER SET utf8mb4"""
-
 # Which server wrote a row: another one has another clock.
 SERVER = "CONCAT(@@hostname, ':', @@port, ':', @@server_id)"
 
@@ -79,18 +46,13 @@ PRIVILEGES = (
     ("SELECT, INSERT, UPDATE, DELETE", "aioworker_worker"),
 )
 
-_COLUMNS = (
-    "SELECT task, last_start, server, starts, holder, paused, paused_by, paused_at, paused_why,"
-    " gap_us, set_by, set_at, set_why, running, deaths FROM aioworker_budget LIMIT 0",
-    "SELECT id, host, pid, task, version, rate, session, state, reason, since, seen"
-    " FROM aioworker_worker LIMIT 0",
-)
 ALIVE_SECONDS = 90  # a worker not seen for so long counts for nothing
 _HOLDER = f"""SELECT host, pid, seen > SYSDATE(6) - INTERVAL {ALIVE_SECONDS} SECOND
 FROM aioworker_worker WHERE session = %s AND task = %s ORDER BY seen DESC LIMIT 1"""
 _TASKS = "SELECT task FROM aioworker_budget ORDER BY task"
 _RATES = f"""SELECT DISTINCT COALESCE(rate, 'none') FROM aioworker_worker
 WHERE task = %s AND seen > SYSDATE(6) - INTERVAL {ALIVE_SECONDS} SECOND"""
+_NEED_INIT = frozenset({ER.NO_SUCH_TABLE, ER.BAD_FIELD_ERROR})
 # What an operator writes may be beyond any calendar.
 LONGEST_GAP_US = 366 * 86_400 * 1_000_000
 
@@ -148,31 +110,6 @@ class Row:
         return " ".join(f"paused{by}{since}{why}".split())
 
 
-async def create(database: Database) -> set[str]:
-    """Make the tables that are not there; change nothing else.
-
-    Returns:
-        The names of the tables that were made.
-
-    Raises:
-        DatabaseError: The user may not, or a table is there with other columns.
-    """
-    with explaining(database):
-        existing = await database.query(
-            "SELECT table_name FROM information_schema.tables"
-            " WHERE table_schema = DATABASE() AND table_name IN (%s, %s)",
-            NAMES,
-        )
-        # IF NOT EXISTS alone would ask for the privilege to CREATE again.
-        made = set(NAMES) - {row[0] for row in existing}
-        for name, statement in zip(NAMES, (BUDGET, WORKER), strict=True):
-            if name in made:
-                await database.execute(statement)
-        for statement in _COLUMNS:
-            await database.query(statement)
-    return made
-
-
 async def add_rows(database: Database, tasks: Sequence[str]) -> None:
     """Make the tasks' rows that are not there: each lets its task start at once.
 
@@ -186,7 +123,7 @@ async def add_rows(database: Database, tasks: Sequence[str]) -> None:
 
 @contextmanager
 def explaining(database: Database) -> Iterator[None]:
-    """Turn what goes wrong inside into one `DatabaseError`; a missing table has its cure.
+    """Turn what goes wrong inside into one `DatabaseError`; a table to be made has its cure.
 
     Raises:
         DatabaseError: Anything of the database failed.
@@ -201,18 +138,18 @@ def explaining(database: Database) -> Iterator[None]:
             ) from error
         if trouble.code(error) == ER.BAD_FIELD_ERROR:
             raise DatabaseError(
-                f"{words}: the table is not of this version of aioworker; drop it,"
-                f" then run `{command('init')}`"
+                f"{words}: the table is of an earlier version of aioworker: run"
+                f" `{command('init')}`, which keeps what is in it"
             ) from error
         raise database.explain(error) from error
     except TimeoutError as error:
         raise database.explain(error) from error
 
 
-def is_missing(error: DatabaseError) -> bool:
-    """Whether an error is that a table is not there."""
+def needs_init(error: DatabaseError) -> bool:
+    """Whether an error is that a table is not there, or of an earlier version."""
     cause = error.__cause__
-    return isinstance(cause, MySQLError) and trouble.code(cause) == ER.NO_SUCH_TABLE
+    return isinstance(cause, MySQLError) and trouble.code(cause) in _NEED_INIT
 
 
 def lock_name(schema: str, task: str, purpose: str = "aioworker") -> str:

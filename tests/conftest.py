@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import aio_pika
 import pytest
 
-from aioworker import tables, topology
+from aioworker import schema, tables, topology
 from aioworker.addons import update_current_version
 from aioworker.addresses import BrokerAddress, DatabaseAddress
 from aioworker.budget import SharedBudget
@@ -102,7 +102,7 @@ def shop(pair: servers.Servers) -> Iterator[Connection[Cursor]]:
     connection = servers.connect(pair.mysql_url, create=True)
     site.create(connection)
     with connection.cursor() as cursor:
-        for statement in (tables.BUDGET, tables.WORKER, tables.FIRST_ROW % {"task": f"'{TASK}'"}):
+        for statement in (schema.BUDGET, schema.WORKER, tables.FIRST_ROW % {"task": f"'{TASK}'"}):
             cursor.execute(statement)
     connection.commit()
     yield connection

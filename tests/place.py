@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import aio_pika
 
-from aioworker import tables
+from aioworker import schema, tables
 from aioworker.addresses import DatabaseAddress
 from aioworker.db import Database
 from support import servers, site
@@ -150,7 +150,8 @@ class Place:
         """Do what `init` does, but for its wait until the queues outlive a crash."""
         address = DatabaseAddress.parse(self.servers.mysql_url)
         async with Database(address, connect_timeout=SECONDS, timeout=SECONDS) as database:
-            await tables.create(database)
+            for name in schema.NAMES:
+                await schema.settle(database, name)
             await tables.add_rows(database, [TASK])
         async with await self._connect() as connection:
             await declare(connection)

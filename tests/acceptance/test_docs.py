@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aioworker import session, tables
+from aioworker import schema, session
 from aioworker.settings import Settings
 from tests.conftest import Run, execute, rows
 
@@ -139,7 +139,7 @@ def test_the_statements_for_a_dba_run_as_written(shop: Connection[Cursor]) -> No
     assert found == [(None, 0, "night window", "backup")]
 
 
-@pytest.mark.parametrize("table", tables.NAMES)
+@pytest.mark.parametrize("table", schema.NAMES)
 def test_every_column_of_the_tables_is_documented(table: str, shop: Connection[Cursor]) -> None:
     section = OPERATIONS.partition(f"| `{table}` |")[2].partition("\n\n")[0]
     documented = [

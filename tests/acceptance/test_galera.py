@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aioworker import tables
+from aioworker import schema, tables
 from support import servers, site
 from support.servers import Maria
 from tests.conftest import TASK, Lanes, Run, execute, rows
@@ -70,7 +70,7 @@ def test_what_needs_no_lock_works_on_any_node(
     run: Run, node: Maria, cluster: Connection[Cursor], lanes: Lanes
 ) -> None:
     """An operator's shell has not the environment of the workers, and could not even pause."""
-    execute(cluster, tables.BUDGET, tables.WORKER, tables.FIRST_ROW % {"task": f"'{TASK}'"})
+    execute(cluster, schema.BUDGET, schema.WORKER, tables.FIRST_ROW % {"task": f"'{TASK}'"})
 
     done = [run(*command, AIOWORKER_MYSQL_URL=node.url("site")) for command in WITHOUT_LOCKS]
 

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit, urlunsplit
 import aio_pika
 import pytest
 
-from aioworker import tables
+from aioworker import schema
 from support import servers
 from tests.conftest import AIOWORKER, COMMAND_SECONDS, TASK, execute
 
@@ -215,7 +215,7 @@ def do(pair: servers.Servers, tmp_path_factory: pytest.TempPathFactory) -> Do:
     for project in ("one", "two", "none", "bare"):
         connection = servers.connect(url(pair, project), create=True)
         if project == "none":
-            execute(connection, tables.BUDGET, tables.WORKER)
+            execute(connection, schema.BUDGET, schema.WORKER)
         connection.close()
     for project in ("one", "two"):
         done = run_command(project, "init", app=f"shop_{project}")

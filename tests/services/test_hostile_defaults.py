@@ -16,7 +16,7 @@ import pytest
 from pymysql.constants import ER
 from pymysql.err import MySQLError
 
-from aioworker import Context, tables
+from aioworker import Context, schema, tables
 from aioworker.addons import update_current_version
 from aioworker.errors import DatabaseError
 from aioworker.task import AnyTask, Task
@@ -159,7 +159,7 @@ def ground(pair: servers.Servers) -> Iterator[Connection[Cursor]]:
     simple_addons(connection, STALE_ROWS)
     execute(
         connection,
-        *(tables.BUDGET, tables.WORKER, tables.FIRST_ROW % {"task": f"'{TASK}'"}),
+        *(schema.BUDGET, schema.WORKER, tables.FIRST_ROW % {"task": f"'{TASK}'"}),
         "CREATE TABLE ratings (id INT PRIMARY KEY, words VARCHAR(100) CHARACTER SET utf8mb4,"
         " n INT NOT NULL, at DATETIME NOT NULL)",
     )

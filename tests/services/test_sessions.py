@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pymysql
 import pytest
 
-from aioworker import repo, tables
+from aioworker import repo, schema, tables
 from aioworker.addresses import DatabaseAddress
 from aioworker.budget import SharedBudget
 from aioworker.db import Database
@@ -96,7 +96,8 @@ async def test_two_spellings_of_a_database_are_one_turn(blind: Maria) -> None:
     """Workers with `…/shop` and `…/SHOP` are workers of one table: never two at once."""
     servers.connect(blind.url("shop"), create=True).close()
     first, second = at(blind.url("shop")), at(blind.url("SHOP"))
-    await tables.create(first)
+    for name in schema.NAMES:
+        await schema.settle(first, name)
     await tables.add_rows(first, [TASK])
     one, other = (
         SharedBudget(database, TASK, RateLimit.parse("1/h"), "worker")
@@ -142,7 +143,8 @@ async def test_small_pages_hold_the_tables_of_aioworker(
     simple_addons(connection, 10)
     database = at(small.mysql_url)
 
-    await tables.create(database)
+    for name in schema.NAMES:
+        await schema.settle(database, name)
     await tables.add_rows(database, [TASK])
     await lanes.send(json.dumps([[list(range(1, 11))], {}, None]).encode())
     done = await make_worker(small, database, rate_limit="100/s").run(stop)
