@@ -26,7 +26,7 @@ from aioworker.recovery import FailedRuns, Outage, Stall
 from aioworker.task import AnyTask
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from aio_pika.abc import AbstractConnection, AbstractIncomingMessage
 
@@ -51,6 +51,7 @@ class Options:
         connect_timeout: Seconds for each step with RabbitMQ.
         worker: This worker's name, in connections.
         needs_database: Whether anything of it does.
+        stood_still: Returns what did, a moment ago, and cost a connection perhaps.
     """
 
     addresses: Sequence[BrokerAddress]
@@ -58,6 +59,7 @@ class Options:
     connect_timeout: float
     worker: str
     needs_database: bool = True
+    stood_still: Callable[[], str] = str
 
 
 class Supervisor:
@@ -121,7 +123,7 @@ class Supervisor:
                 else:
                     self._moves()
                     level = logging.WARNING if error.unreachable else logging.ERROR
-                    self._presence.tell("waiting", outage.tell(error), level)
+                    self._presence.tell("waiting", self._reason(outage, error), level)
                 await self._presence.keep_if_possible()
                 await _first_of(outage.seconds(error), stop)
         return not self.consumer.failures
@@ -157,7 +159,13 @@ class Supervisor:
                     level = logging.WARNING if error.unreachable else logging.ERROR
                     writes = self._database.is_open or not error.unreachable
                     seconds = outage.seconds(error)
-                    await self._back_off(outage.tell(error), seconds, level, writes=writes)
+                    reason = self._reason(outage, error)
+                    await self._back_off(reason, seconds, level, writes=writes)
+
+    def _reason(self, outage: Outage, error: BrokerError | DatabaseError) -> str:
+        """Return the reason to wait: a server is not blamed for what this process did."""
+        own = self._options.stood_still()
+        return f"{outage.tell(error)}; {own}" if own else outage.tell(error)
 
     def _watch(self, connection: AbstractConnection) -> None:
         """Notice a lost connection also while waiting: aio-pika's `closed()` never tells."""

@@ -18,6 +18,7 @@ from aioworker.errors import RateLimitError, TaskError, TaskExitError, UnknownTa
 from aioworker.limits import RateLimit, in_force, parse_limit
 from aioworker.message import LONGEST_RUN_SECONDS, RETRIES_LIMIT, brief
 from aioworker.signature import Signature
+from aioworker.standstill import NAME
 
 if TYPE_CHECKING:
     from aioworker.db import Database
@@ -185,6 +186,8 @@ class Task(Generic[P, R]):
             TaskExitError: It raised what would end the worker: `sys.exit()`, a cancellation of
                 something of its own.
         """
+        if (running := asyncio.current_task()) is not None:
+            running.set_name(f"{NAME}{self.name}")  # whose it is, for whoever looks on
         try:
             found = call() if coroutine else await threads.run(call, database, self.name)
             # What looked like a plain function may have made something to await.
@@ -194,7 +197,6 @@ class Task(Generic[P, R]):
         except SystemExit as error:
             raise TaskExitError(f"the task called sys.exit({error.code!r})") from error
         except BaseException as error:
-            running = asyncio.current_task()
             if isinstance(error, asyncio.CancelledError) and running and running.cancelling():
                 raise  # not the task's: its time is up, or the worker ends
             raise TaskExitError(f"the task let out {type(error).__name__}: {error}") from error

@@ -19,6 +19,7 @@ from aioworker.limits import WorkerBudget, in_force
 from aioworker.logs import fields
 from aioworker.outcome import Kind
 from aioworker.presence import Presence
+from aioworker.standstill import Lookout
 from aioworker.supervisor import Options, Supervisor
 
 if TYPE_CHECKING:
@@ -86,13 +87,16 @@ async def consume(
     """
     doing = _Doing(notifier, alone=len(tasks) == 1)
     gate = Gate()
-    served = [_serve(settings, task, burst, doing, gate) for task in tasks]
+    lookout = Lookout()
+    served = [_serve(settings, task, burst, doing, gate, lookout) for task in tasks]
     if settings.budget != "shared":
         log.warning("the rate limit counts this process's starts alone: AIOWORKER_BUDGET=worker")
     notifier.send(READY="1", STATUS="starting")
     running = [asyncio.create_task(one.supervisor.run(stop)) for one in served]
     try:
-        if not await _until_stopped(running, stop, settings.shutdown_timeout):
+        with lookout:
+            in_time = await _until_stopped(running, stop, settings.shutdown_timeout)
+        if not in_time:
             log.error("not done in time", extra=fields(seconds=settings.shutdown_timeout))
             return 1
         complete = all(one.result() for one in running)
@@ -107,7 +111,9 @@ async def consume(
     return 0 if complete or not burst else 1
 
 
-def _serve(settings: Settings, task: AnyTask, burst: bool, doing: _Doing, gate: Gate) -> _Served:
+def _serve(
+    settings: Settings, task: AnyTask, burst: bool, doing: _Doing, gate: Gate, lookout: Lookout
+) -> _Served:
     """Make what serves a task."""
     options = task.options
     rate = in_force(settings.rate_limit, options.rate_limit)
@@ -131,7 +137,12 @@ def _serve(settings: Settings, task: AnyTask, burst: bool, doing: _Doing, gate: 
     consumer = Consumer(task, database, budget, presence, terms, worker, gate)
     needs_database = shared or task.needs_database
     supervising = Options(
-        settings.amqp_url, burst, settings.connect_timeout, worker, needs_database
+        settings.amqp_url,
+        burst,
+        settings.connect_timeout,
+        worker,
+        needs_database,
+        lookout.lately,
     )
     log.info(
         "worker started",
