@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from aioworker import schema
+from aioworker import schema, tables
+from aioworker.budget import SharedBudget
 from aioworker.errors import DatabaseError
+from aioworker.limits import RateLimit
 from support import servers
-from tests.conftest import TASK, execute, rows
+from tests.conftest import TASK, database_name, execute, rows
 
 if TYPE_CHECKING:
     from pymysql.connections import Connection
@@ -18,7 +21,9 @@ if TYPE_CHECKING:
 
     from aioworker.db import Database
 
-EARLIER = sorted((Path(__file__).parent.parent / "data/schema").glob("*.sql"))
+# A folder for each: its tables, and what its workers and commands say to them.
+EARLIER = sorted((Path(__file__).parent.parent / "data/schema").iterdir())
+VERSIONS = pytest.mark.parametrize("version", EARLIER, ids=lambda path: path.name)
 # What a DBA, and the workers, have written into it.
 KEPT = {
     "task": f"'{TASK}'",
@@ -37,6 +42,17 @@ KEPT = {
     "running": """'["a"]'""",
     "deaths": """'{"a": 4}'""",
 }
+# What the statements of earlier versions are given.
+GIVEN = {
+    **{"task": TASK, "gap": 30_000_000, "worker": "web1:42"},
+    **{"id": "0123456789ab", "host": "web1", "pid": 42, "version": "0.1.0", "rate": "2/m"},
+    **{"session": 7, "state": "waiting", "reason": "budget", "ahead": 0},
+    **{"running": '["a"]', "deaths": '{"a": 1}', "value": 0, "who": "dba", "why": "window"},
+}
+LONG_AGO = (
+    "UPDATE aioworker_budget SET last_start = '2000-01-01', last_charge = '2000-01-01',"
+    f" last_write = '2000-01-01', paused = FALSE, gap_us = NULL, server = {tables.SERVER}"
+)
 WORKER = (
     "INSERT INTO aioworker_worker"
     " (host, pid, task, version, session, state, reason, since, seen)"
@@ -52,11 +68,17 @@ def columns(shop: Connection[Cursor], table: str) -> list[tuple[str, ...]]:
 def make(shop: Connection[Cursor], version: Path) -> list[str]:
     """Make an earlier version's tables, and rows in them; return the columns of the budget's."""
     execute(shop, "DROP TABLE aioworker_budget, aioworker_worker")
-    execute(shop, *filter(str.strip, version.read_text().split(";\n")))
+    execute(shop, *filter(str.strip, (version / "tables.sql").read_text().split(";\n")))
     there = [name for name, *_rest in columns(shop, "aioworker_budget")]
     values = ", ".join(KEPT[name] for name in there)
     execute(shop, f"INSERT INTO aioworker_budget ({', '.join(there)}) VALUES ({values})")
     return there
+
+
+def statements(version: Path) -> list[tuple[str, str]]:
+    """Return the name and the text of each statement of an earlier version."""
+    text = (version / "statements.sql").read_text()
+    return re.findall(r"^-- (\w+)\n(.+?);$", text, re.DOTALL | re.MULTILINE)
 
 
 async def upgrade(database: Database) -> list[str]:
@@ -64,7 +86,7 @@ async def upgrade(database: Database) -> list[str]:
     return [await schema.settle(database, name) for name in schema.NAMES]
 
 
-@pytest.mark.parametrize("version", EARLIER, ids=lambda path: path.stem)
+@VERSIONS
 async def test_an_upgrade_keeps_all_that_an_earlier_version_knew(
     shop: Connection[Cursor], database: Database, version: Path
 ) -> None:
@@ -80,6 +102,62 @@ async def test_an_upgrade_keeps_all_that_an_earlier_version_knew(
     assert rows(shop, kept) == before
     assert await upgrade(database) == ["was there", "was there"]
     assert await schema.changes(database) == {}
+
+
+@VERSIONS
+async def test_all_that_earlier_workers_and_commands_say_works_after_an_upgrade(
+    pair: servers.Servers, shop: Connection[Cursor], database: Database, version: Path
+) -> None:
+    """They run on beside newer ones until the last of them is restarted."""
+    make(shop, version)
+    await upgrade(database)
+    lock = tables.lock_name(database_name(pair), TASK)
+    execute(shop, f"SELECT GET_LOCK('{lock}', 0)")
+
+    with shop.cursor() as cursor:
+        matched = [
+            (name, cursor.execute(text, {**GIVEN, "lock": lock}))
+            for name, text in statements(version)
+        ]
+    shop.commit()
+
+    wrote = {name for name, count in matched if count}
+    assert {"adopt", "stamp", "insert", "leave", "set_rate", "set_paused"} <= wrote
+    assert rows(shop, "SELECT task, paused FROM aioworker_budget") == [(TASK, 0)]
+
+
+@VERSIONS
+async def test_an_earlier_worker_and_a_newer_one_keep_their_distance(
+    pair: servers.Servers, shop: Connection[Cursor], database: Database, version: Path
+) -> None:
+    """The one's start holds the other's back, whichever columns each of them knows."""
+    make(shop, version)
+    await upgrade(database)
+    lock = tables.lock_name(database_name(pair), TASK)
+    budget = SharedBudget(database, TASK, RateLimit.parse("2/m"), "web2:1")
+    [text] = [text for name, text in statements(version) if name == "charge"]
+
+    def charges() -> int:
+        with shop.cursor() as cursor:
+            cursor.execute(f"SELECT GET_LOCK('{lock}', 0)")
+            matched = int(cursor.execute(text, {**GIVEN, "lock": lock}))
+            cursor.execute(f"SELECT RELEASE_LOCK('{lock}')")
+        shop.commit()
+        return matched
+
+    execute(shop, LONG_AGO)
+    assert await budget.look() is None
+    assert charges() == 1
+    wait = await budget.look()
+    assert wait is not None
+    assert wait.reason.startswith("budget: next start at ")
+
+    execute(shop, LONG_AGO)
+    async with budget.turn() as wait:
+        assert wait is None
+        assert await budget.charge("a") is None
+        await budget.ended("a")
+    assert charges() == 0
 
 
 async def test_an_upgrade_tells_workers_of_the_first_version_apart(
