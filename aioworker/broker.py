@@ -11,7 +11,7 @@ import contextlib
 import re
 import struct
 import traceback
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -36,7 +36,7 @@ from aioworker.errors import BrokerError, NotTakenError, QueueMissingError, TlsF
 from aioworker.frames import CarefulConnection, ForeignError, PlainConnection
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Iterator, Sequence
 
     from aio_pika.abc import AbstractChannel, AbstractConnection
 
@@ -333,6 +333,15 @@ class Publisher:
         except BrokerError as error:
             return error
         return BrokerError(f"RabbitMQ found no queue {queue} for the message, though it is there")
+
+
+@contextmanager
+def explaining(queue: str) -> Iterator[None]:
+    """Turn what goes wrong inside, about *queue*, into one `BrokerError`."""
+    try:
+        yield
+    except FAILURES as error:
+        raise explain(error, queue) from error
 
 
 def explain(error: Exception, queue: str) -> BrokerError:

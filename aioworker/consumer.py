@@ -1,39 +1,47 @@
-"""A delivery's life: decode, ask what is needed, charge, run, settle.
+"""A delivery's life: decode, ask what is needed, charge, run, judge, settle.
 
-The `supervisor` hands each one over in its turn; what it came to is counted here.
+The `supervisor` hands each one over in its turn; what it came to is counted here. Whatever
+happens between a delivery and its settling is that delivery's outcome.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from pymysql.err import MySQLError
+
 from aioworker import broker, outcome
+from aioworker.breaker import Breaker
 from aioworker.console import count, duration
 from aioworker.context import Context
 from aioworker.crashes import MOST_DEATHS
+from aioworker.ends import Ends
 from aioworker.errors import (
     AioworkerError,
     BrokerError,
     CrashLoopError,
+    DatabaseError,
     MessageRefusedError,
     UsageError,
     let_go,
 )
-from aioworker.gate import Gate
-from aioworker.logs import fields
+from aioworker.failure import Failure, Fault
 from aioworker.message import Call, decode
 from aioworker.outcome import Kind, Outcome
 from aioworker.presence import Presence
-from aioworker.report import Report
+from aioworker.report import Report, Times
 from aioworker.task import AnyTask
-from aioworker.topology import Queues
+from aioworker.topology import Lanes, Queues
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from aio_pika.abc import AbstractIncomingMessage
 
     from aioworker.db import Database
@@ -41,17 +49,34 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SUSPECT_RETURNS = 2  # to its lane, and a message runs alone
-MOST_NOTED = 1000  # messages whose returns are known
-MOST_DOOMED = 3  # messages in a row that fail for good, before the task is doubted
-MOST_ROUNDS = 3  # of one message behind the others, before it is set aside all the same
 MOST_RETURNS = 20  # to its lane, before a message goes behind: RabbitMQ sets it aside at a hundred
-CONFIGURATION_SECONDS = 60.0  # until the next message is tried then
-ALARM_SECONDS = 30.0  # until the next, where RabbitMQ confirms nothing
+SEEN_SECONDS = 1.0  # in which one look at the database will do for several runs that failed
+LEAST_LOST = 3  # attempts, before a message that loses its connection is set aside
 
 
 class _NotStartedError(AioworkerError):
     """The budget did not let the start begin: the message is given back, nothing failed."""
+
+
+class _CannotStartError(AioworkerError):
+    """The database did not let the start begin: its cause says why."""
+
+    def __init__(self, why: DatabaseError) -> None:
+        super().__init__(str(why))
+        self.why = why
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What belongs to one connection to RabbitMQ.
+
+    Args:
+        lanes: Where deliveries come from.
+        publisher: What publishes their copies.
+    """
+
+    lanes: Lanes
+    publisher: broker.Publisher
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,21 +96,19 @@ class Terms:
     queue_prefix: str
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Attempt:
     """What is known of a delivery while it lives.
 
     Args:
         key: What its message is known by.
         ctx: What its run gets.
-        taken: When it was taken.
-        began: When its run did; 0 before that.
+        times: When it went how far.
     """
 
     key: str
     ctx: Context
-    taken: float
-    began: float = 0.0
+    times: Times
 
 
 class Consumer:
@@ -98,10 +121,9 @@ class Consumer:
         presence: Told what runs.
         terms: What each may take.
         worker: This worker's name, in dead letters.
-        gate: Lets runs in; shared by all tasks of the process.
 
     Attributes:
-        gate: The same.
+        breaker: Whether the task works at all.
         queues: The task's.
         settled: How many deliveries came to each kind of outcome.
         starts: How many runs were begun.
@@ -116,9 +138,8 @@ class Consumer:
         presence: Presence,
         terms: Terms,
         worker: str,
-        gate: Gate,
     ) -> None:
-        self.gate = gate
+        self.breaker = Breaker()
         self.settled: Counter[Kind] = Counter()
         self.starts = 0
         self.failures = 0
@@ -130,72 +151,37 @@ class Consumer:
         self._terms = terms
         self._worker = worker
         self._report = Report(terms.max_retries)
-        self._doomed: set[str] = set()  # messages in a row that failed for good
-        self._put_behind: Counter[str] = Counter()  # how often each went behind the others
-        self._returned: Counter[str] = Counter()  # how often each was given back, the last ones
+        self._ends = Ends()
+        self._serving = 0
+        self._seeing = asyncio.Lock()
+        self._seen_at = -math.inf  # when the database took a write of ours
 
     @property
     def longest_run(self) -> float:
         """Seconds after which a run has not ended in time, twice what it may take."""
         return 2 * self._terms.task_timeout
 
-    async def serve(
-        self, delivery: AbstractIncomingMessage, publisher: broker.Publisher
-    ) -> Outcome:
+    async def serve(self, delivery: AbstractIncomingMessage, link: Link) -> Outcome:
         """Take a delivery as far as it goes, and settle it; return what it came to.
 
         Raises:
             BrokerError: It could not be settled: RabbitMQ will deliver it again.
         """
         attempt = self._attempt(delivery)
-        task, alone = self._task.name, self._runs_alone(delivery, attempt)
-        if not self.gate.enter(task, alone=alone):
-            reason = self.gate.closed_to(task) or "not now"
-            result = await self._settle(delivery, Outcome(Kind.RELEASED, reason), publisher)
-            self.settled[result.kind] += 1
-            self._report.settled(result, self._told(delivery, attempt))
-            return result
+        self._serving += 1
         try:
-            return await self._serve(delivery, attempt, publisher)
-        finally:
-            self.gate.leave(task, alone=alone)
-
-    def _runs_alone(self, delivery: AbstractIncomingMessage, attempt: _Attempt) -> bool:
-        """Whether a message may have killed its worker: no other task is to run beside it."""
-        return self._budget.deaths(attempt.key) > 0 or self.suspects(delivery)
-
-    def suspects(self, delivery: AbstractIncomingMessage) -> bool:
-        """Return whether a message may have killed its worker, by how often it came back.
-
-        What this worker gave back itself is no sign of that.
-        """
-        returns = outcome.deliveries(delivery)
-        if returns and outcome.counts_releases(delivery):
-            returns -= self._returned[outcome.key(delivery)]
-        return returns >= SUSPECT_RETURNS
-
-    def note_return(self, delivery: AbstractIncomingMessage) -> None:
-        """Note that this worker gave a message back."""
-        key = outcome.key(delivery)
-        self._returned[key] = self._returned.pop(key, 0) + 1
-        while len(self._returned) > MOST_NOTED:
-            del self._returned[next(iter(self._returned))]
-
-    async def _serve(
-        self, delivery: AbstractIncomingMessage, attempt: _Attempt, publisher: broker.Publisher
-    ) -> Outcome:
-        result = await self._work(delivery, attempt)
-        values = self._told(delivery, attempt)
-        result = self._doubt(result, attempt)
-        failure = result.error
-        try:
-            result = await self._settle(delivery, result, publisher)
-            self._report.settled(result, values, failure)
+            ended = self._ends.take(delivery)
+            if ended is not None:
+                result = await self._acknowledge(delivery, ended)
+            else:
+                result = await self._work(delivery, attempt, link.lanes)
+                result = await self._settle(delivery, result, link.publisher)
+            self._report.settled(delivery, attempt.ctx, result, attempt.times)
         except BrokerError as error:
-            log.warning("not settled", extra=fields(**values, reason=str(error)))
+            self._report.unsettled(delivery, attempt.ctx, error, attempt.times)
             raise
         finally:
-            let_go(failure)
+            self._serving -= 1
             await self._budget.ended(attempt.key)
         self.settled[result.kind] += 1
         self.failures += result.failed
@@ -210,14 +196,13 @@ class Consumer:
         )
         if self._task.takes_chunks:
             ctx.counts["ids"] = 0
-        return _Attempt(outcome.key(delivery), ctx, time.monotonic())
+        return _Attempt(outcome.key(delivery), ctx, Times(time.monotonic()))
 
-    def _told(self, delivery: AbstractIncomingMessage, attempt: _Attempt) -> dict[str, Any]:
-        return self._report.values(delivery, attempt.ctx, attempt.taken, attempt.began)
+    # 3 to 6. Decode, ask what is needed, charge and run; judge what that came to.
 
-    # 3 to 6. Decode, ask what is needed, charge and run.
-
-    async def _work(self, delivery: AbstractIncomingMessage, attempt: _Attempt) -> Outcome:
+    async def _work(
+        self, delivery: AbstractIncomingMessage, attempt: _Attempt, lanes: Lanes
+    ) -> Outcome:
         """Take a delivery up to its end; whatever happens is its outcome."""
         ctx = attempt.ctx
         try:
@@ -236,17 +221,121 @@ class Consumer:
             await self._run_in_time(attempt, args, call)
         except _NotStartedError as error:
             return Outcome(Kind.RELEASED, str(error))
-        except Exception as error:  # noqa: BLE001 - whatever a task raises is an outcome
-            return self._judge(error, ctx.attempt)
+        except _CannotStartError as error:
+            return Outcome(Kind.RELEASED, str(error), away=error.why)
+        except BaseException as error:
+            running = asyncio.current_task()
+            if running is not None and running.cancelling():
+                raise  # the worker ends
+            attempt.times.ended = time.monotonic()
+            failure = Failure.of(error)
+            if failure.error is None:
+                let_go(error)
+            return await self._judge(delivery, failure, attempt, lanes)
+        attempt.times.ended = time.monotonic()
+        if attempt.times.began:
+            self.breaker.succeed(self._budget.now())
         return Outcome(Kind.ACK)
 
-    def _judge(self, error: Exception, attempt: int) -> Outcome:
-        """Return what a failed attempt comes to: after the last one, a dead letter."""
-        result = outcome.judge(self._database.blamed(error))
-        if result.kind is Kind.RETRY and attempt > self._terms.max_retries:
-            reason = f"{result.reason}; attempt {attempt} of {self._terms.max_retries + 1}"
-            return Outcome(Kind.DEAD_LETTER, reason, result.error)
+    async def _judge(
+        self,
+        delivery: AbstractIncomingMessage,
+        failure: Failure,
+        attempt: _Attempt,
+        lanes: Lanes,
+    ) -> Outcome:
+        """Return what a failed attempt comes to.
+
+        A database that takes no write of ours is away, whatever the error was called: nothing
+        counts. If it takes one, the failure is the message's: it counts as an attempt, and
+        after the last one the message is a dead letter; unless it may be the task that fails.
+        """
+        if failure.fault is Fault.MESSAGE:
+            return Outcome(Kind.DEAD_LETTER, failure.words, failure)
+        lost = failure.lost or (self._task.needs_database and not self._database.is_open)
+        if lost:
+            self._seen_at = -math.inf
+        try:
+            await self.see_database()
+        except DatabaseError as away:
+            return Outcome(Kind.RELEASED, f"{failure.words}; {away}", failure, away)
+        result = self._count(failure, attempt.ctx.attempt, lost=lost)
+        first_failed = outcome.first_failed(delivery, self._budget.now())
+        if await self._is_spared(result, first_failed, attempt, lanes):
+            return Outcome(Kind.POSTPONED, failure.words, failure)
         return result
+
+    def _count(self, failure: Failure, attempt: int, *, lost: bool) -> Outcome:
+        """Return what a failure comes to that is the message's own."""
+        attempts = self._terms.max_retries + 1
+        if failure.fault is Fault.DATA:
+            return Outcome(Kind.DEAD_LETTER, failure.words, failure)
+        if attempt < (max(attempts, LEAST_LOST) if lost else attempts):
+            return Outcome(Kind.RETRY, failure.words, failure)
+        reason = f"{failure.words}; attempt {attempt} of {attempts}"
+        return Outcome(Kind.DEAD_LETTER, reason, failure)
+
+    async def _is_spared(
+        self, result: Outcome, first_failed: datetime, attempt: _Attempt, lanes: Lanes
+    ) -> bool:
+        """Whether a failure may be the task's: it is not to cost the message an attempt."""
+        breaker, failure, was_open = self.breaker, result.failure, bool(self.breaker.reason)
+        if failure is None:
+            return False
+        if was_open:
+            breaker.fail_test()
+        if failure.fault is Fault.EVERY_MESSAGE and breaker.blames_all(first_failed, failure.words):
+            return True
+        if result.kind is Kind.DEAD_LETTER:
+            if not breaker.doubts(attempt.key, first_failed, failure.words):
+                return False
+        elif not was_open:
+            return False
+        # Nothing can succeed since a first failure, and nothing beside a message that is alone:
+        # that is no sign of anything.
+        counts = attempt.ctx.attempt == 1 and not breaker.reason
+        if not (counts or await self._is_alone(lanes)):
+            return True
+        return result.kind is Kind.DEAD_LETTER and not breaker.may_set_aside(attempt.key)
+
+    async def _is_alone(self, lanes: Lanes) -> bool:
+        """Whether no other message could show that the task works."""
+        if self._serving > 1:
+            return False
+        try:
+            return not await lanes.hold_something()
+        except BrokerError:
+            return False
+
+    async def see_database(self) -> None:
+        """See that the protected database takes writes, by one of our own.
+
+        Raises:
+            DatabaseError: It does not.
+        """
+        if not (self._presence.keeps_row or self._task.needs_database):
+            return
+        # Several runs may fail at once, of a task that uses no database.
+        async with self._seeing:
+            if time.monotonic() - self._seen_at > SEEN_SECONDS:
+                self._seen_at = -math.inf
+                await self._write_to_database()
+                self._seen_at = time.monotonic()
+
+    async def _write_to_database(self) -> None:
+        """Write by the run's own connection; one that was lost held the turn, and is left alone."""
+        own = self._task.needs_database and self._database.is_open
+        database = self._database if own else self._database.another()
+        if own:
+            database.stamp_first_write(None)  # ours is no write of the run
+        try:
+            async with asyncio.timeout(self._terms.settle_timeout):
+                await self._presence.prove(database)
+        except (MySQLError, TimeoutError) as error:
+            raise database.explain(error) from error
+        finally:
+            if not own:
+                database.close()
 
     def _refuse_killer(self, key: str) -> None:
         if self._budget.deaths(key) >= MOST_DEATHS:
@@ -291,35 +380,18 @@ class Consumer:
             if not args[0]:
                 return
             doing += f", {count(len(args[0]), 'id')}"
-        if self._budget.limited:
-            self._presence.tell("running", doing, logging.DEBUG)
-            await self._presence.keep()
-        refusal = await self._budget.charge(attempt.key)
+        try:
+            if self._budget.limited:
+                self._presence.tell("running", doing, logging.DEBUG)
+                await self._presence.keep()
+            refusal = await self._budget.charge(attempt.key)
+        except DatabaseError as error:
+            raise _CannotStartError(error) from error
         if refusal is not None:
             raise _NotStartedError(refusal.reason)
         self.starts += 1
-        attempt.began = time.monotonic()
+        attempt.times.began = time.monotonic()
         await self._task.run(ctx, args, kwargs)
-
-    def _doubt(self, result: Outcome, attempt: _Attempt) -> Outcome:
-        """Set no message aside when those before it failed for good too.
-
-        It may be the task or the database: a bad deploy must not drain the queue into the
-        dead letters. The message goes behind the others, and the next one is the test.
-        """
-        if result.kind is Kind.ACK and attempt.began:
-            self._doomed.clear()
-            self._put_behind.clear()
-        if not result.doubtful:
-            return result
-        self._doomed.add(attempt.key)
-        self._put_behind[attempt.key] += len(self._doomed) >= MOST_DOOMED
-        if len(self._doomed) < MOST_DOOMED or self._put_behind[attempt.key] > MOST_ROUNDS:
-            return result
-        reason = f"configuration: {MOST_DOOMED} messages in a row failed for good: {result.reason}"
-        return Outcome(
-            Kind.RELEASED, reason, result.error, behind=True, pause=CONFIGURATION_SECONDS
-        )
 
     # 7. Settle, once.
 
@@ -334,32 +406,38 @@ class Consumer:
         Raises:
             BrokerError: The connection is lost; RabbitMQ will deliver the message again.
         """
-        copied, now = True, self._budget.now()
         if result.kind is Kind.RELEASED and outcome.deliveries(delivery) >= MOST_RETURNS:
-            result = replace(result, behind=True)
+            result = replace(result, kind=Kind.POSTPONED)
         try:
-            if result.kind is Kind.DEAD_LETTER:
-                letter = outcome.dead_letter(delivery, result, self._worker, now)
-                await publisher.publish(self.queues.dead, letter)
-            elif result.kind is Kind.RETRY or result.behind:
-                await publisher.publish(self.queues.retry, outcome.retry(delivery, result, now))
-            else:
-                copied = result.kind is Kind.ACK
+            await self._copy(delivery, result, publisher)
         except BrokerError as error:
             reason = f"copy not confirmed: {error}; it is to be copied because of: {result.reason}"
-            pause = ALARM_SECONDS if error.unreachable else 0.0
-            result = Outcome(Kind.RELEASED, reason, error, pause=pause)
-            copied = False
-        try:
+            result = Outcome(Kind.RELEASED, reason, result.failure, error)
+        if result.kind is not Kind.RELEASED:
+            return await self._acknowledge(delivery, result)
+        with broker.explaining(self.queues.bulk):
             async with asyncio.timeout(self._terms.settle_timeout):
-                if copied:
+                await delivery.nack(requeue=True)
+        return result
+
+    async def _copy(
+        self, delivery: AbstractIncomingMessage, result: Outcome, publisher: broker.Publisher
+    ) -> None:
+        """Publish the copy that an outcome asks for."""
+        now = self._budget.now()
+        if result.kind is Kind.DEAD_LETTER:
+            letter = outcome.dead_letter(delivery, result, self._worker, now)
+            await publisher.publish(self.queues.dead, letter)
+        elif result.kind in (Kind.RETRY, Kind.POSTPONED):
+            await publisher.publish(self.queues.retry, outcome.retry(delivery, result, now))
+
+    async def _acknowledge(self, delivery: AbstractIncomingMessage, result: Outcome) -> Outcome:
+        """Acknowledge what has ended; if that fails, its end is remembered."""
+        try:
+            with broker.explaining(self.queues.bulk):
+                async with asyncio.timeout(self._terms.settle_timeout):
                     await delivery.ack()
-                else:
-                    await delivery.nack(requeue=True)
-        except broker.FAILURES as error:
-            raise broker.explain(error, self.queues.bulk) from error
-        if copied:
-            self._returned.pop(outcome.key(delivery), None)
-        else:
-            self.note_return(delivery)
+        except BrokerError:
+            self._ends.remember(delivery, result)
+            raise
         return result

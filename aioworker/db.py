@@ -19,7 +19,6 @@ from pymysql.err import MySQLError
 from aioworker import login, session, trouble
 from aioworker.errors import DatabaseError, NestedTransactionError
 from aioworker.logs import fields
-from aioworker.trouble import Trouble
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -81,7 +80,6 @@ class Database:
         self._connection: Any = None
         self._pinned = False
         self._in_transaction = False
-        self._silent = False  # whether the server did not answer when a statement was cut off
         self._stamp: Callable[[Cursor], Awaitable[None]] | None = None
 
     async def __aenter__(self) -> Database:
@@ -90,6 +88,15 @@ class Database:
 
     async def __aexit__(self, *exc_info: object) -> None:
         self.close()
+
+    def another(self) -> Database:
+        """Return another connection to the same database, not open yet."""
+        return Database(
+            self.address,
+            connect_timeout=self._connect_timeout,
+            timeout=self.timeout,
+            any_node=self._any_node,
+        )
 
     @property
     def is_open(self) -> bool:
@@ -108,7 +115,6 @@ class Database:
                     self.close()
                 if self._connection is None:
                     self._connection = await self._connect()
-                self._silent = False
         except (MySQLError, OSError) as error:
             self.close()
             raise self.explain(error) from error
@@ -131,6 +137,16 @@ class Database:
                 return await cursor.execute(statement, args)
         async with self._use() as connection, connection.cursor() as cursor:
             return int(await cursor.execute(statement, args))
+
+    async def begin_to_write(self) -> None:
+        """Begin a transaction that may write, and end it: a server that only reads refuses.
+
+        Raises:
+            MySQLError: It does, or is away.
+        """
+        async with self._use() as connection:
+            await connection.query("START TRANSACTION READ WRITE")
+            await connection.rollback()
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Cursor]:
@@ -213,13 +229,7 @@ class Database:
         lock = self._server.lock if self._server else None
         self.close()
         if lock is not None:
-            self._silent = not await self._kill(lock)
-
-    def blamed(self, error: Exception) -> Exception:
-        """Return a run's error; the database's, where that did not answer when it was cut off."""
-        if self._silent and isinstance(error, TimeoutError):
-            return self.explain(TimeoutError())
-        return error
+            await self._kill(lock)
 
     async def _roll_back(self) -> None:
         try:
@@ -261,14 +271,12 @@ class Database:
             program_name="aioworker",
         )
 
-    async def _kill(self, lock: str) -> bool:
+    async def _kill(self, lock: str) -> None:
         """End the statement of the session that holds a lock: the server would finish it.
 
         The number of a session is no name: behind a failover or a proxy it is somebody
-        else's. There nobody holds the lock, and nothing is ended.
-
-        Returns:
-            Whether the server answered.
+        else's. There nobody holds the lock, and nothing is ended. One that runs on holds its row
+        locks to its end.
         """
         try:
             async with asyncio.timeout(KILL_SECONDS):
@@ -276,28 +284,19 @@ class Database:
                 with _closing_on_error(connection), login.expecting_mysql():
                     await connection.query(f"KILL QUERY IS_USED_LOCK('{lock}')")
                 connection.close()
-        except (MySQLError, OSError) as error:
-            return self._told(error)
-        return True
-
-    def _told(self, error: MySQLError | OSError) -> bool:
-        """Say why a statement was not ended; return whether that is the server's own word.
-
-        One that runs on holds its row locks to its end.
-        """
-        if not isinstance(error, MySQLError) or not trouble.answers(error):
-            return False
-        if trouble.code(error) != ER.NO_SUCH_THREAD:  # it has ended by itself
-            log.warning(
-                "statement runs on, which was to be ended",
-                extra=fields(reason=trouble.describe(error)),
-            )
-        return True
+        except MySQLError as error:
+            ended = trouble.code(error) == ER.NO_SUCH_THREAD  # by itself
+            if trouble.is_the_servers(error) and not ended:
+                log.warning(
+                    "statement runs on, which was to be ended",
+                    extra=fields(reason=trouble.describe(error)),
+                )
+        except OSError:
+            return  # the server does not answer: whoever asks it next says so
 
     def explain(self, error: Exception) -> DatabaseError:
         """Say in one line why this database cannot be used, and what to do."""
-        sort = trouble.sort(error)
-        away = sort is Trouble.UNAVAILABLE or not isinstance(error, MySQLError)
+        away = trouble.sort(error) is None
         if isinstance(error, TimeoutError):
             reason = "no answer in time; check AIOWORKER_MYSQL_URL"
         elif isinstance(error, MySQLError):

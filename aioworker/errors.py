@@ -145,6 +145,14 @@ class TurnLostError(DatabaseError):
     """The turn to work on a task was lost in the middle of it."""
 
 
+def name_of(error: BaseException) -> str:
+    """Return the name of an error's class, which no code of that class can change."""
+    return str.__str__(_class_name(type(error)))
+
+
+_class_name = type.__dict__["__name__"].__get__
+
+
 def let_go(error: BaseException | None) -> None:
     """Drop the tracebacks of an error that is told, and of what it came from.
 
@@ -152,11 +160,14 @@ def let_go(error: BaseException | None) -> None:
     or a password, which tools that collect the variables of all frames would send away.
     """
     for one in family(error):
-        one.with_traceback(None)  # which a frozen dataclass allows too
+        BaseException.with_traceback(one, None)  # a class may have another, or be frozen
 
 
 def family(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error, what it came from and what it is a group of, each once."""
+    """Yield an error, what it came from and what it is a group of, each once.
+
+    Asks the errors' own code nothing.
+    """
     rest: list[BaseException | None] = [error]
     seen = set()
     while rest:
@@ -164,5 +175,10 @@ def family(error: BaseException | None) -> Iterator[BaseException]:
         if one is not None and id(one) not in seen:
             seen.add(id(one))
             yield one
-            rest += [one.__cause__, one.__context__]
-            rest += one.exceptions if isinstance(one, BaseExceptionGroup) else ()
+            rest += [_cause(one), _context(one)]
+            rest += _parts(one) if issubclass(type(one), BaseExceptionGroup) else ()
+
+
+_cause = BaseException.__dict__["__cause__"].__get__
+_context = BaseException.__dict__["__context__"].__get__
+_parts = BaseExceptionGroup.__dict__["exceptions"].__get__

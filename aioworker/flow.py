@@ -10,7 +10,7 @@ import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from aioworker.outcome import Kind, Outcome
+from aioworker.outcome import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -75,8 +75,8 @@ class Flow:
             finally:
                 self._moves(-1)
             self.served += 1
-            if result.kind is Kind.RELEASED:
-                self.failure = result if result.failed else None
+            if result.uncounted:
+                self.failure = result
                 self.ended.set()
 
     def _moves(self, more: int) -> None:

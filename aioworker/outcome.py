@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import traceback
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 import aio_pika
-from pymysql.err import MySQLError
 
-from aioworker import broker, trouble
-from aioworker.errors import (
-    AioworkerError,
-    CrashLoopError,
-    DatabaseError,
-    DeadLetter,
-    MessageRefusedError,
-    RowsRefusedError,
-    TaskExitError,
-    family,
-)
-from aioworker.headers import LEFT_OUT, TEXT_BYTES, fitting, portable
+from aioworker.failure import line
+from aioworker.headers import LEFT_OUT, fitting, portable
 from aioworker.message import PROPERTIES, UNREADABLE, retries
-from aioworker.trouble import Trouble
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Hashable
+    from collections.abc import Collection
 
     from aio_pika.abc import AbstractIncomingMessage
 
-TRACEBACK_LINES = 20
+    from aioworker.errors import BrokerError, DatabaseError
+    from aioworker.failure import Failure
+
 KEY_LENGTH = 64
 ID_BYTES = 200  # of what others call their messages: AMQP has room for 255
 _COUNTS = frozenset({"x-delivery-count", "x-acquired-count"})
@@ -64,119 +53,46 @@ class Kind(StrEnum):
     DEAD_LETTER = "dead_letter"
     RETRY = "retry"  # a copy waits in the retry queue, and counts this attempt
     RELEASED = "released"  # given back, as it was: no attempt is counted
+    POSTPONED = "postponed"  # goes behind the others by way of the retry queue, uncounted
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a delivery is settled, and why when it is not an ack.
+    """How a delivery is settled, and why if it is not an ack.
 
     Args:
         kind: How.
-        reason: Why; empty for an ack.
-        error: What went wrong, where something did.
-        behind: Whether a message that is released goes behind the others, by way of the
-            retry queue, this attempt not counted.
-        pause: Seconds in which no other message is taken; 0 leaves it to the supervisor.
+        reason: Why, in one line; empty for an ack.
+        failure: What went wrong, if something did.
+        away: What is wrong with a server, which is why it is given back: the database takes no
+            writes, or RabbitMQ no copies.
     """
 
     kind: Kind
     reason: str = ""
-    error: Exception | None = None
-    behind: bool = False
-    pause: float = 0.0
+    failure: Failure | None = None
+    away: BrokerError | DatabaseError | None = None
+
+    @property
+    def uncounted(self) -> bool:
+        """Whether the message is to run again as if it had not: somebody is to look why."""
+        return self.kind in (Kind.RELEASED, Kind.POSTPONED)
 
     @property
     def failed(self) -> bool:
         """Whether the message was not done because something went wrong."""
-        return self.error is not None
-
-    @property
-    def doubtful(self) -> bool:
-        """Whether a message is set aside for what may be no fault of its own."""
-        if isinstance(self.error, RowsRefusedError):
-            return not self.error.written
-        return self.kind is Kind.DEAD_LETTER and not isinstance(
-            self.error, MessageRefusedError | CrashLoopError | DeadLetter
-        )
-
-
-def judge(error: Exception) -> Outcome:
-    """Decide what a failed attempt comes to.
-
-    What no other attempt could mend is a dead letter: a message that cannot be read, rows
-    that the data refuses. What is no fault of the message is given back: a database that is
-    away, a wrong table or privilege. Everything else is tried again later. A group of errors
-    comes to what is gentlest for the message.
-    """
-    match error:
-        case MessageRefusedError() | RowsRefusedError() | CrashLoopError() | DeadLetter():
-            return Outcome(Kind.DEAD_LETTER, str(error), error)
-        case DatabaseError():
-            return Outcome(Kind.RELEASED, str(error), error)
-        case AioworkerError():
-            reason = str(error)
-        case MySQLError():
-            sort = trouble.sort(error)
-            reason = f"database, {sort or 'unknown error'}: {trouble.describe(error)}"
-            return Outcome(_OF_TROUBLE.get(sort, Kind.RETRY), reason, error)
-        case ExceptionGroup():
-            parts = [judge(one) for one in error.exceptions]
-            kind = next(kind for kind in _GENTLEST if any(part.kind is kind for part in parts))
-            reason = "; ".join(part.reason for part in parts)
-            return Outcome(kind, reason, parts[0].error if len(parts) == 1 else error)
-        case _:
-            name, words = type(error).__name__, broker.describe(error)
-            reason = name if words == name else f"{name}: {words}"
-    return Outcome(Kind.RETRY, reason, error)
-
-
-def explained(error: BaseException) -> bool:
-    """Whether an error's words say all there is to know: no traceback would add to them.
-
-    So do ours, which name the cure, and those of a database that is away.
-    """
-    match error:
-        case TaskExitError():
-            return False
-        case AioworkerError():
-            return True
-        case MySQLError():
-            return trouble.sort(error) is Trouble.UNAVAILABLE
-        case BaseExceptionGroup():
-            return all(map(explained, error.exceptions))
-    return False
-
-
-def kind_of(error: BaseException) -> Hashable:
-    """Return what two errors share that are of one kind: types, and the lines that raised them."""
-    return frozenset((type(one).__qualname__, *_line_of(one)) for one in family(error))
-
-
-def _line_of(error: BaseException) -> tuple[str, int]:
-    found = ("", 0)
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        found = (frame.f_code.co_filename, line)
-    return found
-
-
-_GENTLEST = (Kind.RELEASED, Kind.RETRY, Kind.DEAD_LETTER)
-_OF_TROUBLE: dict[Trouble | None, Kind] = {
-    Trouble.DATA: Kind.DEAD_LETTER,
-    Trouble.UNAVAILABLE: Kind.RELEASED,
-    Trouble.EVERY_MESSAGE: Kind.RELEASED,
-}
+        return self.failure is not None or self.away is not None
 
 
 def retry(delivery: AbstractIncomingMessage, outcome: Outcome, now: datetime) -> aio_pika.Message:
     """Copy a delivery for the retry queue: one attempt older, if this one counts."""
-    return _copy(
-        delivery,
-        {
-            "retries": attempt(delivery) - outcome.behind,
-            "x-aioworker-reason": line(outcome.reason),
-            "x-aioworker-first-failed-at": _first_failed_at(delivery, now),
-        },
-    )
+    headers = {
+        "retries": attempt(delivery) - (outcome.kind is Kind.POSTPONED),
+        "x-aioworker-reason": line(outcome.reason),
+    }
+    if outcome.failed:
+        headers["x-aioworker-first-failed-at"] = _shown(first_failed(delivery, now))
+    return _copy(delivery, headers)
 
 
 def revived(delivery: AbstractIncomingMessage) -> aio_pika.Message:
@@ -223,15 +139,16 @@ def dead_letter(
     delivery: AbstractIncomingMessage, outcome: Outcome, worker: str, now: datetime
 ) -> aio_pika.Message:
     """Copy a delivery, body and headers, and add the reason and where it failed."""
+    failure = outcome.failure
     return _copy(
         delivery,
         {
             "x-aioworker-reason": line(outcome.reason),
-            "x-aioworker-error": type(outcome.error).__name__,
-            "x-aioworker-traceback": _traceback(outcome.error),
+            "x-aioworker-error": "" if failure is None else failure.name,
+            "x-aioworker-traceback": "" if failure is None else failure.traceback,
             "x-aioworker-attempts": attempt(delivery),
             "x-aioworker-lane": lane(delivery),
-            "x-aioworker-first-failed-at": _first_failed_at(delivery, now),
+            "x-aioworker-first-failed-at": _shown(first_failed(delivery, now)),
             "x-aioworker-failed-at": _shown(now),
             "x-aioworker-worker": worker,
         },
@@ -239,12 +156,13 @@ def dead_letter(
 
 
 def _shown(now: datetime) -> str:
-    return now.isoformat(timespec="seconds")
+    return now.isoformat(timespec="milliseconds")
 
 
-def _first_failed_at(delivery: AbstractIncomingMessage, now: datetime) -> str:
+def first_failed(delivery: AbstractIncomingMessage, now: datetime) -> datetime:
+    """Return when a message failed first, as its headers have it; now if they do not."""
     noted = delivery.headers.get("x-aioworker-first-failed-at")
-    return _shown(moment(noted if isinstance(noted, str) else None) or now)
+    return moment(noted if isinstance(noted, str) else None) or now
 
 
 def moment(text: str | None) -> datetime | None:
@@ -292,15 +210,10 @@ def deliveries(delivery: AbstractIncomingMessage) -> int:
     """Return how often a message was delivered before, as quorum queues count it.
 
     As of RabbitMQ 4.3 what a worker gives back is not counted, only what it held when
-    it died or lost its connection; see `counts_releases`.
+    it died or lost its connection.
     """
     count = delivery.headers.get("x-delivery-count")
     return count if type(count) is int else 0
-
-
-def counts_releases(delivery: AbstractIncomingMessage) -> bool:
-    """Whether `deliveries` counts what a worker gave back; RabbitMQ 4.3 has another header."""
-    return "x-acquired-count" not in delivery.headers
 
 
 def key(delivery: AbstractIncomingMessage) -> str:
@@ -320,19 +233,6 @@ def message_id(delivery: AbstractIncomingMessage) -> str:
     if not known:
         return f"unknown-{hashlib.sha256(delivery.body).hexdigest()[:16]}"
     return _text(str(known).encode(errors="replace")[:ID_BYTES])
-
-
-def _traceback(error: Exception | None) -> str:
-    """Return the last lines of a traceback; nothing if the reason alone says it all."""
-    if error is None or explained(error):
-        return ""
-    lines = "".join(traceback.format_exception(error)).splitlines()
-    return _text("\n".join(lines[-TRACEBACK_LINES:]).encode(errors="replace")[-TEXT_BYTES:])
-
-
-def line(reason: str) -> str:
-    """Return a reason as it is told: in one line, and no longer than a header may be."""
-    return _text(" ".join(reason.split()).encode(errors="replace")[:TEXT_BYTES])
 
 
 def _text(cut: bytes) -> str:

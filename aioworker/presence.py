@@ -14,10 +14,13 @@ import time
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from aioworker import tables
+from pymysql.err import MySQLError
+
+from aioworker import tables, trouble
 from aioworker.errors import DatabaseError
 from aioworker.logs import Seldom, fields
 from aioworker.tables import ALIVE_SECONDS
+from aioworker.trouble import Trouble
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -158,6 +161,33 @@ class Presence:
                 raise
             self._refused_at = time.monotonic()
             self._tell_unwritten(error)
+
+    @property
+    def keeps_row(self) -> bool:
+        """Whether it has a row in the database."""
+        return self._database is not None
+
+    async def prove(self, database: Database) -> None:
+        """Write the row, or without one begin to write: the database takes writes.
+
+        Args:
+            database: The connection to write by; the worker's own, or another one.
+
+        Raises:
+            MySQLError: It takes none.
+            TimeoutError: It does not answer.
+        """
+        if self._database is not None:
+            try:
+                await self._write(database, (self._state, self._reason[:REASON_LENGTH]))
+            except MySQLError as error:
+                if trouble.sort(error) is not Trouble.EVERY_MESSAGE:
+                    raise
+            else:
+                if database is not self._database:
+                    self._written = ("", "")  # it names a session that ends now
+                return
+        await database.begin_to_write()
 
     async def keep_if_possible(self) -> None:
         """Write the row if the database lets it: another wait goes on meanwhile."""

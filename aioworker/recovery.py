@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 FIRST_SECONDS = 0.5
 # A start begins again within 10 s of a broker that is back, within 5 s of a database.
 LONGEST_AWAY_SECONDS = 3.0
-# A server that answers and refuses, a run that fails: asking often mends nothing.
+# A server that answers and refuses: asking often mends nothing.
 LONGEST_REFUSED_SECONDS = 30.0
-LONGEST_RUN_SECONDS = 60.0
 HEALED_SECONDS = 30.0  # a server that answered for so long is asked soon again
 STALL_SECONDS = 10.0  # a worker stands still after two intervals, and not before this
 WATCH_SECONDS = 1.0
@@ -69,22 +68,6 @@ class Outage:
             return str(error)
         self._since = self._since or datetime.now(UTC)
         return f"{self._what} unreachable since {self._since:%H:%M:%S} UTC: {error}"
-
-
-class FailedRuns:
-    """Runs that failed one after the other, and the wait before the next."""
-
-    def __init__(self) -> None:
-        self._failures = 0
-
-    def end(self) -> None:
-        """One did not."""
-        self._failures = 0
-
-    def seconds(self) -> float:
-        """Return the next wait: longer each time."""
-        self._failures += 1
-        return _backoff(self._failures, LONGEST_RUN_SECONDS)
 
 
 def _backoff(failures: int, longest: float) -> float:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aioworker import outcome
+from aioworker.errors import let_go, name_of
+from aioworker.failure import line
 from aioworker.logs import Seldom, fields
+from aioworker.message import brief
 from aioworker.outcome import Kind, Outcome
 from aioworker.topology import RETRY_TTL_MS
 
@@ -15,6 +19,7 @@ if TYPE_CHECKING:
     from aio_pika.abc import AbstractIncomingMessage
 
     from aioworker.context import Context
+    from aioworker.errors import BrokerError
 
 log = logging.getLogger("aioworker.consumer")
 
@@ -25,6 +30,24 @@ _FIELDS = frozenset(
         *("wait_seconds", "run_seconds", "retry_seconds"),
     }
 )
+
+
+LARGEST = 10**18  # of a count; Python refuses to show numbers of thousands of digits
+
+
+@dataclass(slots=True)
+class Times:
+    """When a delivery went how far, by the monotonic clock.
+
+    Args:
+        taken: When it was taken.
+        began: When its run began; 0 for never.
+        ended: When that ended; 0 for not yet.
+    """
+
+    taken: float
+    began: float = 0.0
+    ended: float = 0.0
 
 
 class Report:
@@ -39,53 +62,65 @@ class Report:
         self._idle_since = time.monotonic()
         self._tracebacks = Seldom()
 
-    def values(
-        self, delivery: AbstractIncomingMessage, ctx: Context, taken: float, began: float
-    ) -> dict[str, Any]:
-        """Return the fields of the line that tells of an attempt, which has just ended.
+    def settled(
+        self, delivery: AbstractIncomingMessage, ctx: Context, result: Outcome, times: Times
+    ) -> None:
+        """Log the one line of a settled delivery.
+
+        It carries the traceback of what failed in a task's own code: once a minute for each
+        kind of failure, and always at the level debug.
 
         Args:
             delivery: What was served.
             ctx: What its run got.
-            taken: When it was taken, by the monotonic clock.
-            began: When its run began; 0 for never.
+            result: What it came to.
+            times: When.
         """
-        began, ended = began or taken, time.monotonic()
+        values = self._values(delivery, ctx, times)
+        if result.reason:
+            values["reason"] = line(result.reason)
+        if result.kind in (Kind.RETRY, Kind.POSTPONED):
+            values |= {"of": self._attempts, "retry_seconds": RETRY_TTL_MS / 1000}
+        values["outcome"] = str(result.kind)
+        phrase, level = _phrase(result)
+        error = result.failure.error if result.failure is not None else None
+        try:
+            shown = error if self._shows_traceback(result, ctx.task, level) else None
+            log.log(level, phrase, exc_info=shown, extra=fields(**values))
+        finally:
+            let_go(error)
+
+    def unsettled(
+        self,
+        delivery: AbstractIncomingMessage,
+        ctx: Context,
+        error: BrokerError,
+        times: Times,
+    ) -> None:
+        """Log that a delivery could not be settled: RabbitMQ delivers it again."""
+        values = self._values(delivery, ctx, times)
+        log.warning("not settled", extra=fields(**values, reason=str(error)))
+
+    def _values(
+        self, delivery: AbstractIncomingMessage, ctx: Context, times: Times
+    ) -> dict[str, Any]:
+        began, ended = times.began or times.taken, times.ended or time.monotonic()
         waited, self._idle_since = max(began - self._idle_since, 0.0), ended
         return {
             "task": ctx.task,
             "message_id": ctx.message_id,
             "lane": outcome.lane(delivery),
             "attempt": ctx.attempt,
-            **{_counted(name): value for name, value in ctx.counts.items()},
+            **_counts(ctx),
             "wait_seconds": waited,
             "run_seconds": ended - began,
         }
 
-    def settled(
-        self, result: Outcome, values: dict[str, Any], error: BaseException | None = None
-    ) -> None:
-        """Log the one line of a settled delivery.
-
-        Args:
-            result: What it came to.
-            values: Its fields.
-            error: What failed in its run: the line carries its traceback, once a minute for each
-                kind of error, and always at the level debug.
-        """
-        if result.reason:
-            values["reason"] = outcome.line(result.reason)
-        if result.kind is Kind.RETRY:
-            values |= {"of": self._attempts, "retry_seconds": RETRY_TTL_MS / 1000}
-        phrase, level = _phrase(result)
-        shown = error if self._shows_traceback(error, values["task"], level) else None
-        values["outcome"] = str(result.kind)
-        log.log(level, phrase, exc_info=shown, extra=fields(**values))
-
-    def _shows_traceback(self, error: BaseException | None, task: str, level: int) -> bool:
-        if error is None or outcome.explained(error) or not log.isEnabledFor(level):
+    def _shows_traceback(self, result: Outcome, task: str, level: int) -> bool:
+        failure = result.failure
+        if failure is None or result.away is not None or not log.isEnabledFor(level):
             return False
-        new = self._tracebacks.allows((task, outcome.kind_of(error)))
+        new = failure.error is not None and self._tracebacks.allows((task, failure.kind))
         return new or log.isEnabledFor(logging.DEBUG)
 
 
@@ -102,6 +137,22 @@ def _phrase(result: Outcome) -> tuple[str, int]:
     return "chunk failed", logging.WARNING
 
 
+def _counts(ctx: Context) -> dict[str, Any]:
+    """Return what a task counted, as plain values: its keys and numbers may be any objects."""
+    try:
+        return {_counted(name): _plain(value) for name, value in list(ctx.counts.items())}
+    except BaseException as error:  # noqa: BLE001 - of a user's code, run by looking at it
+        return {"counts": f"cannot be told: their own code raises {name_of(error)}"}
+
+
 def _counted(name: object) -> str:
     """Return what a task's count is called in the log line: it may not take a name of ours."""
-    return f"counts.{name}" if name in _FIELDS else str(name)
+    plain = str(_plain(name))
+    return f"counts.{plain}" if plain in _FIELDS else plain
+
+
+def _plain(value: object) -> str | int | float | None:
+    if value is None or type(value) in (str, int, float, bool):
+        found: str | int | float | None = value  # type: ignore[assignment]  # one of these
+        return found if type(value) is not int or abs(value) < LARGEST else brief(value)
+    return brief(value)

@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from aioworker import broker, frames, topology
+from aioworker import broker, frames, outcome, topology
 from aioworker.console import count
+from aioworker.consumer import Link
 from aioworker.context import Context
 from aioworker.errors import AioworkerError, BrokerError, DatabaseError, StalledError
 from aioworker.flow import Flow
 from aioworker.limits import POLL_SECONDS, Wait
 from aioworker.outcome import Kind, Outcome
 from aioworker.presence import Presence
-from aioworker.recovery import FailedRuns, Outage, Stall
+from aioworker.recovery import Outage, Stall
 from aioworker.task import AnyTask
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
 
 AT_ONCE = 16  # messages of each lane, for a task without a rate limit that needs no database
 FLOW_SECONDS = 0.2  # without a message, and the lanes are looked at again
-GATE_SECONDS = 0.2  # between looks at a gate that is closed
+SUSPECT_RETURNS = 3  # deliveries that were not settled, and a message is served alone
+ALARM_SECONDS = 30.0  # until the next message, if RabbitMQ confirms no copy
 IDLE_SECONDS = 0.9  # between looks at empty lanes: a message is noticed within a second
 
 
@@ -94,7 +96,7 @@ class Supervisor:
         self._careful = False  # whether a message that could not be decoded cut this worker off
         self._broker_outage = Outage("broker")
         self._database_outage = Outage("database")
-        self._failed_runs = FailedRuns()
+        self._copy_outage = Outage("broker")
         self._stall = Stall(database.timeout + options.connect_timeout)
         self._stop = asyncio.Event()
         self._lost = asyncio.Event()
@@ -150,12 +152,14 @@ class Supervisor:
                 try:
                     await self._look_at_database()
                     with lanes.explaining():
-                        serving = await self._serve(lanes, publisher)
+                        serving = await self._serve(Link(lanes, publisher))
                     outage.end()
                 except DatabaseError as error:
                     if options.burst:
                         raise
                     self._trusted = False
+                    if error.unreachable:
+                        self._database.close()  # its address may lead to another server now
                     level = logging.WARNING if error.unreachable else logging.ERROR
                     writes = self._database.is_open or not error.unreachable
                     seconds = outage.seconds(error)
@@ -189,6 +193,8 @@ class Supervisor:
         """
         if self._options.needs_database:
             await self._database.ready()
+        if not self._trusted:
+            await self.consumer.see_database()
         if not self._trusted and self._task.check is not None:
             with self._database.explaining():
                 await self._task.check(Context(self._database, self._task.name))
@@ -196,7 +202,7 @@ class Supervisor:
 
     # 1. Wait for messages, for the budget and the turn; nothing is held meanwhile.
 
-    async def _serve(self, lanes: topology.Lanes, publisher: broker.Publisher) -> bool:
+    async def _serve(self, link: Link) -> bool:
         """Wait until a start is due, and serve in one turn; return whether to go on."""
         burst = self._options.burst
         await self._presence.keep()
@@ -205,87 +211,93 @@ class Supervisor:
             if burst:
                 raise AioworkerError(wait.reason)
             return await self._wait(wait)
-        closed = self.consumer.gate.closed_to(self._task.name)
-        if closed is not None:
-            return await self._wait(Wait(closed, GATE_SECONDS))
+        if (seconds := self.consumer.breaker.seconds()) > 0:
+            return not burst and await self._wait_for_test(seconds)
         # Without a limit a message just taken is the sign that there are more.
-        if not (self._took and not self._budget.limited) and not await lanes.hold_something():
+        if not (self._took and not self._budget.limited) and not await link.lanes.hold_something():
             return False if burst else await self._wait(Wait("nothing queued", IDLE_SECONDS))
-        failure = None
-        if wait is None and not self._budget.limited:
-            self._stall.due(0)
-            failure = await self._serve_unlimited(lanes, publisher)
-        elif wait is None:
-            self._stall.due(self._budget.interval)
-            async with self._budget.turn() as wait:
-                if wait is None:
-                    failure = await self._serve_in_turn(lanes, publisher)
+        result: Outcome | None = None
+        if wait is None:
+            wait, result = await self._serve_due(link)
         if wait is not None:
             return await self._wait(wait)
-        if failure is not None:
-            self._trusted = False
-            await self._sit_out(failure, publisher)
-            return not burst
+        match result.away if result is not None else None:
+            case DatabaseError() as away:
+                raise away
+            case BrokerError() as refusal:
+                await self._sit_out(refusal, link.publisher)
+                return not burst
         return True
+
+    async def _serve_due(self, link: Link) -> tuple[Wait | None, Outcome | None]:
+        """Serve as a start is due: in the turn if starts are counted.
+
+        Returns:
+            Why nothing was served, and what the last delivery came to, if there was one.
+        """
+        if not self._budget.limited:
+            self._stall.due(0)
+            return None, await self._serve_unlimited(link)
+        self._stall.due(self._budget.interval)
+        async with self._budget.turn() as wait:
+            return wait, None if wait is not None else await self._serve_in_turn(link)
+
+    async def _wait_for_test(self, seconds: float) -> bool:
+        """Wait until the next message may show whether the task works again."""
+        reason = self.consumer.breaker.reason
+        self._presence.stall(f"breaker open: {reason}; the next test is in at most a minute")
+        await self._presence.keep()
+        await _first_of(min(seconds, POLL_SECONDS), self._stop, self._lost)
+        self._notice_loss()
+        return not self._stop.is_set()
 
     # 2. Take, from the urgent lane first.
 
-    async def _serve_in_turn(
-        self, lanes: topology.Lanes, publisher: broker.Publisher
-    ) -> Outcome | None:
+    async def _serve_in_turn(self, link: Link) -> Outcome | None:
         """Take messages until one has started; what needs no start goes beside it, free.
 
         Returns:
-            What the last one came to, where it was given back after a failure.
+            What the last one came to, if it came to anything.
         """
-        starts = self.consumer.starts
+        starts, result = self.consumer.starts, None
         while self.consumer.starts == starts and not self._stop.is_set():
-            result = await self._serve_one(lanes, publisher)
-            if result is None:
+            result = await self._serve_one(link)
+            if result is None or result.uncounted:
                 break
-            if result.kind is Kind.RELEASED:
-                return result if result.failed else None
             await self._presence.keep()
-        return None
+        return result
 
-    async def _serve_unlimited(
-        self, lanes: topology.Lanes, publisher: broker.Publisher
-    ) -> Outcome | None:
+    async def _serve_unlimited(self, link: Link) -> Outcome | None:
         """Take messages without a limit until the next look at the budget.
 
         Returns:
-            What one came to that was given back after a failure.
+            What the last one came to, if it came to anything.
         """
         self._presence.tell("running", self._task.name, logging.DEBUG)
         await self._presence.keep()
-        if not self._task.needs_database:
+        if not self._task.needs_database and not self.consumer.breaker.reason:
             # What comes back again and again is served alone: whatever is held when a worker
             # dies is counted by RabbitMQ, as if it had killed it.
-            first = await lanes.take()
+            first = await link.lanes.take()
             self._took = first is not None
             if first is None:
                 return None
-            if not self.consumer.suspects(first):
-                return await self._serve_flow(lanes, publisher, first)
-            alone = await self._serve_delivery(first, publisher)
-            return alone if alone.failed and alone.kind is Kind.RELEASED else None
+            if outcome.deliveries(first) < SUSPECT_RETURNS:
+                return await self._serve_flow(link, first)
+            return await self._serve_delivery(first, link)
         # Runs that use the database share one connection: one at a time.
-        until = time.monotonic() + POLL_SECONDS
+        result, until = None, time.monotonic() + POLL_SECONDS
         while time.monotonic() < until and not self._stop.is_set():
-            result = await self._serve_one(lanes, publisher)
-            if result is None:
+            result = await self._serve_one(link)
+            if result is None or result.uncounted:
                 break
-            if result.kind is Kind.RELEASED:
-                return result if result.failed else None
-        return None
+        return result
 
-    async def _serve_flow(
-        self, lanes: topology.Lanes, publisher: broker.Publisher, first: AbstractIncomingMessage
-    ) -> Outcome | None:
+    async def _serve_flow(self, link: Link, first: AbstractIncomingMessage) -> Outcome | None:
         """Serve messages as RabbitMQ sends them, several at once, until none comes any more."""
-        flow = Flow(partial(self._serve_delivery, publisher=publisher))
+        flow = Flow(partial(self._serve_delivery, link=link))
         async with (
-            lanes.flow(AT_ONCE, flow.ended.set) as arrived,
+            link.lanes.flow(AT_ONCE, flow.ended.set) as arrived,
             flow.serving(arrived, 2 * AT_ONCE),
         ):
             arrived.put_nowait(first)
@@ -294,7 +306,7 @@ class Supervisor:
                 served = flow.served
                 await _first_of(FLOW_SECONDS, self._stop, self._lost, flow.ended)
                 self._took = flow.running > 0 or flow.served > served
-                if not self._took:
+                if not self._took or self.consumer.breaker.reason:
                     break
                 if time.monotonic() < look_at:
                     continue
@@ -303,9 +315,6 @@ class Supervisor:
                 if await self._budget.look() is not None or self._budget.limited:
                     break
                 look_at = time.monotonic() + POLL_SECONDS
-        while not arrived.empty():
-            if (left := arrived.get_nowait()) is not None:
-                self.consumer.note_return(left)
         return flow.failure
 
     def _look_for_stall(self, flow: Flow) -> None:
@@ -319,21 +328,17 @@ class Supervisor:
             self._presence.stalled = False
             self._presence.tell("running", self._task.name, logging.DEBUG)
 
-    async def _serve_one(
-        self, lanes: topology.Lanes, publisher: broker.Publisher
-    ) -> Outcome | None:
+    async def _serve_one(self, link: Link) -> Outcome | None:
         """Take one message and serve it; return what it came to, None where the lanes are empty."""
-        delivery = await lanes.take()
+        delivery = await link.lanes.take()
         self._took = delivery is not None
-        return None if delivery is None else await self._serve_delivery(delivery, publisher)
+        return None if delivery is None else await self._serve_delivery(delivery, link)
 
-    async def _serve_delivery(
-        self, delivery: AbstractIncomingMessage, publisher: broker.Publisher
-    ) -> Outcome:
+    async def _serve_delivery(self, delivery: AbstractIncomingMessage, link: Link) -> Outcome:
         self._moves()
-        result = await self.consumer.serve(delivery, publisher)
+        result = await self.consumer.serve(delivery, link)
         if result.kind is not Kind.RELEASED:
-            self._failed_runs.end()
+            self._copy_outage.end()
         return result
 
     def _moves(self) -> None:
@@ -357,17 +362,18 @@ class Supervisor:
             self._notice_loss()
         return not self._stop.is_set()
 
-    async def _sit_out(self, failure: Outcome, publisher: broker.Publisher) -> None:
-        """Wait after a run that failed, following what is set at run time meanwhile.
+    async def _sit_out(self, refusal: BrokerError, publisher: broker.Publisher) -> None:
+        """Wait after a copy that was not taken, following what is set at run time meanwhile.
 
-        Where RabbitMQ took no copy for want of memory or disk, no longer than that lasts.
+        If RabbitMQ took none for want of memory or disk, no longer than that lasts.
 
         Raises:
             DatabaseError: The budget cannot be looked at.
         """
         if self._options.burst:
             return
-        until = time.monotonic() + (failure.pause or self._failed_runs.seconds())
+        seconds = ALARM_SECONDS if refusal.unreachable else self._copy_outage.seconds(refusal)
+        until = time.monotonic() + seconds
         unblocked = asyncio.ensure_future(publisher.unblocked())
         await asyncio.sleep(0)
         blocked = not unblocked.done()
@@ -375,9 +381,9 @@ class Supervisor:
             while not self._stop.is_set() and (left := until - time.monotonic()) > 0:
                 if blocked and unblocked.done():
                     break
-                level = logging.ERROR if failure.behind else logging.WARNING
                 seconds, writes = min(left, POLL_SECONDS), self._database.is_open
-                await self._back_off(failure.reason, seconds, level, writes=writes)
+                words = f"copy not confirmed: {refusal}"
+                await self._back_off(words, seconds, logging.WARNING, writes=writes)
                 await self._budget.look()
         finally:
             unblocked.cancel()

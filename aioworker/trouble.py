@@ -15,7 +15,6 @@ DEADLOCKS = frozenset({ER.LOCK_DEADLOCK, ER.CHECKREAD})  # another try at once m
 class Trouble(StrEnum):
     """What an error of the database means for the message at hand."""
 
-    UNAVAILABLE = "unavailable"  # the server is away or full: wait, the message is fine
     CONTENTION = "contention"  # others hold the rows: later
     DATA = "data"  # these rows will never do
     EVERY_MESSAGE = "every message"  # a wrong table or privilege: no message will do
@@ -24,7 +23,6 @@ class Trouble(StrEnum):
 class Lacking(IntEnum):
     """Errors that PyMySQL has no names for, by the servers' own."""
 
-    TOO_MANY_CONCURRENT_TRXS = 1637
     SIGNAL_EXCEPTION = 1644  # of a trigger
     BINLOG_STMT_MODE_AND_ROW_ENGINE = 1665
     LOCK_ABORTED = 1689
@@ -40,23 +38,16 @@ class Lacking(IntEnum):
     INNODB_READ_ONLY = 1874
     TABLE_CORRUPT = 1877
     INNODB_FORCED_RECOVERY = 1881
-    CONNECTION_KILLED = 1927
     NO_SUCH_TABLE_IN_ENGINE = 1932
-    SERVER_OFFLINE_MODE = 3032
     USER_LOCK_DEADLOCK = 3058
     BEFORE_DML_VALIDATION_ERROR = 3098  # of a table that Group Replication cannot replicate
-    RUN_HOOK_ERROR = 3100  # of Group Replication without a majority
     TRANSACTION_ROLLBACK_DURING_COMMIT = 3101  # another member of the group was first
     ACCOUNT_HAS_BEEN_LOCKED = 3118
     INVALID_JSON_TEXT = 3140
     SECURE_TRANSPORT_REQUIRED = 3159
-    SERVER_ISNT_AVAILABLE = 3168
-    SESSION_WAS_KILLED = 3169
     LOCK_NOWAIT = 3572
     CHECK_CONSTRAINT_VIOLATED = 3819
     SCHEMA_READ_ONLY = 3989
-    CLIENT_INTERACTION_TIMEOUT = 4031
-    GLOBAL_CONN_LIMIT = 4082
     USER_IS_BLOCKED = 4150
     ACCOUNT_HAS_BEEN_LOCKED_MARIADB = 4151
 
@@ -70,55 +61,6 @@ _READ_ONLY = frozenset(
         Lacking.INNODB_READ_ONLY,
         Lacking.INNODB_FORCED_RECOVERY,
         Lacking.SCHEMA_READ_ONLY,
-    }
-)
-# It is not there, closes, or lets nobody in.
-_AWAY = frozenset(
-    {
-        CR.CR_CONNECTION_ERROR,
-        CR.CR_CONN_HOST_ERROR,
-        CR.CR_UNKNOWN_HOST,
-        CR.CR_SERVER_GONE_ERROR,
-        CR.CR_SERVER_HANDSHAKE_ERR,
-        CR.CR_SERVER_LOST,
-        CR.CR_SERVER_LOST_EXTENDED,
-        ER.UNKNOWN_COM_ERROR,  # a Galera node that is not ready, to whatever it is asked
-        ER.SERVER_SHUTDOWN,
-        ER.NORMAL_SHUTDOWN,
-        ER.FORCING_CLOSE,
-        ER.ABORTING_CONNECTION,
-        ER.NEW_ABORTING_CONNECTION,
-        ER.HANDSHAKE_ERROR,
-        ER.HOST_IS_BLOCKED,
-        ER.HOST_NOT_PRIVILEGED,
-        ER.NET_READ_ERROR,
-        ER.NET_READ_INTERRUPTED,
-        ER.NET_ERROR_ON_WRITE,
-        ER.NET_WRITE_INTERRUPTED,
-        Lacking.CONNECTION_KILLED,
-        Lacking.SESSION_WAS_KILLED,
-        Lacking.CLIENT_INTERACTION_TIMEOUT,
-        Lacking.SERVER_OFFLINE_MODE,
-        Lacking.SERVER_ISNT_AVAILABLE,
-        Lacking.RUN_HOOK_ERROR,
-    }
-)
-# It has no room left: on its disk, in its memory, for connections.
-_FULL = frozenset(
-    {
-        ER.DISK_FULL,
-        ER.ERROR_ON_WRITE,
-        ER.GET_ERRNO,
-        ER.RECORD_FILE_FULL,
-        ER.OUTOFMEMORY,
-        ER.OUT_OF_RESOURCES,
-        ER.LOCK_TABLE_FULL,
-        ER.CANT_CREATE_THREAD,
-        ER.CON_COUNT_ERROR,
-        ER.TOO_MANY_USER_CONNECTIONS,
-        ER.USER_LIMIT_REACHED,
-        Lacking.TOO_MANY_CONCURRENT_TRXS,
-        Lacking.GLOBAL_CONN_LIMIT,
     }
 )
 _CONTENTION = DEADLOCKS | {
@@ -194,8 +136,6 @@ _WRONG_SCHEMA = frozenset(
     }
 )
 _TROUBLES: dict[int, Trouble] = {
-    0: Trouble.UNAVAILABLE,
-    **dict.fromkeys(_AWAY | _FULL, Trouble.UNAVAILABLE),
     **dict.fromkeys(_CONTENTION, Trouble.CONTENTION),
     **dict.fromkeys(_DATA, Trouble.DATA),
     **dict.fromkeys(_NO_ACCESS | _WRONG_SCHEMA, Trouble.EVERY_MESSAGE),
@@ -225,19 +165,20 @@ _READ_ONLY_CURE = "this server only reads: is it a replica? check AIOWORKER_MYSQ
 
 
 def sort(error: BaseException) -> Trouble | None:
-    """Return what an error means; None when it is not known to be the database's."""
-    if not isinstance(error, MySQLError):
+    """Return what an error means; None for one that tells nothing of the message.
+
+    Such an error may be a server that is away, or full, or that only reads, or the message's
+    own: whoever judges it asks the server, by a write of his own.
+    """
+    if not isinstance(error, MySQLError) or _only_reads(error):
         return None
-    return Trouble.UNAVAILABLE if _only_reads(error) else _TROUBLES.get(code(error))
+    return _TROUBLES.get(code(error))
 
 
-def answers(error: Exception) -> bool:
-    """Whether an error is the word of a server that serves, if not this time."""
-    if not isinstance(error, MySQLError):
-        return False
+def is_the_servers(error: MySQLError) -> bool:
+    """Whether an error is a server's word, not the driver's."""
     number = code(error)
-    of_the_client = number == 0 or CR.CR_ERROR_FIRST <= number <= CR.CR_ERROR_LAST
-    return not of_the_client and number not in _AWAY
+    return number != 0 and not CR.CR_ERROR_FIRST <= number <= CR.CR_ERROR_LAST
 
 
 def _only_reads(error: MySQLError) -> bool:

@@ -14,7 +14,6 @@ from aioworker.budget import SharedBudget
 from aioworker.console import count, say
 from aioworker.consumer import Consumer, Terms
 from aioworker.errors import DatabaseError
-from aioworker.gate import Gate
 from aioworker.limits import WorkerBudget, in_force
 from aioworker.logs import fields
 from aioworker.outcome import Kind
@@ -86,9 +85,8 @@ async def consume(
         end in time after a stop.
     """
     doing = _Doing(notifier, alone=len(tasks) == 1)
-    gate = Gate()
     lookout = Lookout()
-    served = [_serve(settings, task, burst, doing, gate, lookout) for task in tasks]
+    served = [_serve(settings, task, burst, doing, lookout) for task in tasks]
     if settings.budget != "shared":
         log.warning("the rate limit counts this process's starts alone: AIOWORKER_BUDGET=worker")
     notifier.send(READY="1", STATUS="starting")
@@ -112,7 +110,7 @@ async def consume(
 
 
 def _serve(
-    settings: Settings, task: AnyTask, burst: bool, doing: _Doing, gate: Gate, lookout: Lookout
+    settings: Settings, task: AnyTask, burst: bool, doing: _Doing, lookout: Lookout
 ) -> _Served:
     """Make what serves a task."""
     options = task.options
@@ -134,7 +132,7 @@ def _serve(
     )
     budget = SharedBudget(database, task.name, rate, worker) if shared else WorkerBudget(rate)
     terms = Terms(retries, timeout, settings.connect_timeout, settings.queue_prefix)
-    consumer = Consumer(task, database, budget, presence, terms, worker, gate)
+    consumer = Consumer(task, database, budget, presence, terms, worker)
     needs_database = shared or task.needs_database
     supervising = Options(
         settings.amqp_url,
@@ -188,10 +186,10 @@ def _tell(served: Sequence[_Served], burst: bool) -> None:
     for one in served:
         settled += one.supervisor.consumer.settled
         starts += one.supervisor.consumer.starts
-    done, dead, retried, released = (settled[kind] for kind in Kind)
+    done, dead, retried, released, postponed = (settled[kind] for kind in Kind)
     log.info("worker stopped", extra=fields(starts=starts, done=done))
     if burst:
         say(
             f"done {count(done, 'message')} in {count(starts, 'start')};"
-            f" dead letters {dead}, to retry {retried}, given back {released}"
+            f" dead letters {dead}, to retry {retried + postponed}, given back {released}"
         )

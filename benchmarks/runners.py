@@ -18,7 +18,6 @@ import aio_pika
 from aioworker.addons import update_current_version
 from aioworker.budget import SharedBudget
 from aioworker.consumer import Consumer, Terms
-from aioworker.gate import Gate
 from aioworker.presence import Presence
 from aioworker.producer import Producer, Sweep, chunked, outgoing_message, publish_sweep
 from aioworker.settings import Settings
@@ -38,7 +37,7 @@ async def consume() -> None:
     budget = SharedBudget(database, task.name, None, "bench")
     presence = Presence(task.name, "bench", os.getpid(), None, lambda _doing: None, database)
     terms = Terms(5, 30, 10, settings.queue_prefix)
-    consumer = Consumer(task, database, budget, presence, terms, "bench", Gate())
+    consumer = Consumer(task, database, budget, presence, terms, "bench")
     options = Options(settings.amqp_url, burst=True, connect_timeout=10, worker="bench")
     if not await Supervisor(task, database, budget, consumer, presence, options).run(
         asyncio.Event()

@@ -21,7 +21,6 @@ from aioworker.budget import SharedBudget
 from aioworker.clock import Clock
 from aioworker.consumer import Consumer, Terms
 from aioworker.db import Database
-from aioworker.gate import Gate
 from aioworker.limits import Budget, RateLimit, WorkerBudget
 from aioworker.presence import Presence
 from aioworker.producer import Producer
@@ -198,7 +197,7 @@ def make_worker(
         budget = SharedBudget(database, task.name, RateLimit.parse(rate_limit), "test", clock)
     presence = Presence(task.name, "test", 1, None, lambda _doing: None, None)
     consumer = Consumer(
-        task, database, budget, presence, Terms(5, task_timeout, 10, PREFIX), "test", Gate()
+        task, database, budget, presence, Terms(5, task_timeout, 10, PREFIX), "test"
     )
     options = Options(BrokerAddress.parse_all(pair.amqp_url), burst, 10, "test")
     return Supervisor(task, database, budget, consumer, presence, options)

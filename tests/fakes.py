@@ -1,8 +1,14 @@
-"""A clock that a test moves: the only thing that is not real here."""
+"""What is not real here: a clock that a test moves, a delivery that no broker made."""
 
 from __future__ import annotations
 
 import asyncio
+from typing import Any
+
+import aio_pika
+from aiormq.abc import DeliveredMessage
+from pamqp.commands import Basic
+from pamqp.header import ContentHeader
 
 
 class FakeClock:
@@ -22,3 +28,18 @@ class FakeClock:
             if self.now >= end:
                 return
             self.now = min(self.now + step, end)
+
+
+def delivered(
+    body: bytes = b"body", *, redelivered: bool = False, **properties: Any
+) -> aio_pika.IncomingMessage:
+    """Return a delivery as it comes out of its frames."""
+    header = ContentHeader()
+    sent = Basic.Properties(**properties)
+    header.unmarshal(ContentHeader(body_size=len(body), properties=sent).marshal())
+    method = Basic.GetOk(
+        delivery_tag=1, exchange="", routing_key="aioworker.shop", redelivered=redelivered
+    )
+    return aio_pika.IncomingMessage(
+        DeliveredMessage(delivery=method, header=header, body=body, channel=None)  # type: ignore[arg-type]
+    )

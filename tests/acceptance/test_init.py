@@ -135,7 +135,9 @@ def test_no_queue_is_declared_by_a_user_who_may_make_no_table(
     run: Run, vhost: str, broker: servers.Broker, maria: servers.Maria, shop: Connection[Cursor]
 ) -> None:
     execute(shop, "DROP TABLE aioworker_budget, aioworker_worker")
-    execute(shop, "CREATE OR REPLACE USER reader", "GRANT SELECT ON *.* TO reader")
+    execute(
+        shop, "DROP USER IF EXISTS reader", "CREATE USER reader", "GRANT SELECT ON *.* TO reader"
+    )
     address = {"AIOWORKER_AMQP_URL": vhost, "AIOWORKER_MYSQL_URL": maria.url("aioworker", "reader")}
 
     done = run("init", **address)
@@ -316,7 +318,8 @@ def test_what_is_printed_holds_names_with_quotes_in_them(
     """They are pasted into a shell and a client of MySQL: a quote must not end a name."""
     execute(
         shop,
-        "CREATE OR REPLACE USER 'o''neil'@'%'",
+        "DROP USER IF EXISTS 'o''neil'@'%'",
+        "CREATE USER 'o''neil'@'%'",
         "DROP DATABASE IF EXISTS `b``c`",
         "CREATE DATABASE `b``c`",
         *(f"CREATE TABLE `b``c`.{name} (id INT, current_version INT)" for name in MAIN_TABLES),

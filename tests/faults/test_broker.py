@@ -16,7 +16,7 @@ from subprocess import CompletedProcess
 import pytest
 
 from aioworker import topology
-from aioworker.consumer import ALARM_SECONDS
+from aioworker.supervisor import ALARM_SECONDS
 from support import servers
 from tests.acceptance.test_worker import Manager
 from tests.conftest import DEADLINE_SECONDS, QUEUES, eventually, simple_addons

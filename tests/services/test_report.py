@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from pymysql.err import OperationalError
 
 from aioworker import DeadLetter, Retry
 from aioworker.logs import ConsoleFormatter, JsonFormatter
@@ -147,10 +146,9 @@ async def test_every_traceback_is_shown_at_the_level_debug(serve: Serve) -> None
     [
         DeadLetter("no such shop"),
         Retry("not yet"),
-        OperationalError(2006, "gone"),
         ExceptionGroup("all", [DeadLetter("no such shop"), Retry("not yet")]),
     ],
-    ids=["dead letter", "retry", "database away", "group"],
+    ids=["dead letter", "retry", "group"],
 )
 async def test_what_is_expected_shows_no_traceback(serve: Serve, error: Exception) -> None:
     def fail(shop: int) -> None:

@@ -15,7 +15,6 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from pymysql.err import OperationalError
 
 from aioworker import Context, DeadLetter, Retry
 from aioworker.errors import TaskError
@@ -265,30 +264,6 @@ async def test_whatever_a_task_counts_its_line_is_ours(
     ours = "lane=bulk attempt=1 counts.outcome=1 counts.lane=2 5=3"
     assert f'{ours} "(\'a\', 1)"=4 "b\\nc"=5 plain=6 wait_seconds=' in line
     assert line.endswith(" outcome=ack")
-
-
-async def test_what_was_given_back_is_no_suspect(
-    pair: Servers, lanes: Lanes, database: Database, shop: object, stop: asyncio.Event
-) -> None:
-    """A quorum queue counts that as it counts deaths, and other tasks would have to wait."""
-    left = 2
-    closed: list[str | None] = []
-
-    async def fail() -> None:
-        nonlocal left
-        closed.append(worker.consumer.gate.closed_to("another task"))
-        left -= 1
-        if left >= 0:
-            raise OperationalError(2006, "gone away")
-
-    worker = make_worker(pair, database, task=Task(TASK, fail))
-    await lanes.send(json.dumps([[], {}, None]).encode(), headers={"task": TASK, "id": "one"})
-
-    for _ in range(3):
-        await worker.run(stop)
-
-    assert worker.consumer.settled == {Kind.RELEASED: 2, Kind.ACK: 1}
-    assert closed == [None] * 3
 
 
 async def test_a_task_can_set_its_message_aside(serve: Served, lanes: Lanes) -> None:

@@ -5,32 +5,20 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-import aio_pika
-from aiormq.abc import DeliveredMessage
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
 from aioworker import outcome
+from aioworker.failure import Failure
 from aioworker.outcome import Kind, Outcome
+from tests.fakes import delivered
 
 FRAME_BYTES = 131_072 - 8  # what RabbitMQ takes, less a frame's own
 SHORT_BYTES = 255  # of a property
 MOST_HEADERS_BYTES = 130_900  # of those that fit into a frame themselves
 NOW = datetime(2026, 11, 28, tzinfo=UTC)
 NO_ASCII = "\u6ce8"  # three bytes
-
-
-def delivered(**properties: Any) -> aio_pika.IncomingMessage:
-    """Return a message as it comes out of its header frame."""
-    header = ContentHeader()
-    sent = Basic.Properties(**properties)
-    header.unmarshal(ContentHeader(body_size=4, properties=sent).marshal())
-    method = Basic.GetOk(delivery_tag=1, exchange="", routing_key="aioworker.shop")
-    return aio_pika.IncomingMessage(
-        DeliveredMessage(delivery=method, header=header, body=b"body", channel=None)  # type: ignore[arg-type]
-    )
 
 
 def short(text: str) -> str:
@@ -71,7 +59,8 @@ def test_a_copy_fits_into_its_frame(
         content_type=kind,
         content_encoding=kind,
     )
-    why = Outcome(Kind.DEAD_LETTER, NO_ASCII * 20_000, ValueError("x" * 100_000))
+    failure = Failure.of(ValueError("x" * 100_000))
+    why = Outcome(Kind.DEAD_LETTER, NO_ASCII * 20_000, failure)
 
     for copy in (
         outcome.retry(delivery, why, NOW),

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import pytest
 
+from aioworker.failure import Failure
 from aioworker.logs import ConsoleFormatter, JournalFormatter, JsonFormatter, Seldom
-from aioworker.outcome import kind_of
 
 UNSHOWABLE = SyntaxError("no")
 UNSHOWABLE.filename, UNSHOWABLE.lineno = "shop.py", 1
@@ -176,7 +176,7 @@ def test_errors_are_of_one_kind_if_the_same_lines_raised_them(work: Callable[[in
     for at in (1, 1, 2, 3):
         with pytest.raises(Exception) as raised:  # noqa: PT011 - whatever it is
             work(at)
-        kinds.append(kind_of(raised.value))
+        kinds.append(Failure.of(raised.value).kind)
 
     assert kinds[0] == kinds[1]
     assert len(set(kinds)) == 3

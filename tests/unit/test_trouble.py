@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from pymysql.err import MySQLError, OperationalError
 
-from aioworker.outcome import Kind, judge
 from aioworker.trouble import Trouble, describe, sort
 
 READS = "; this server only reads: is it a replica? check AIOWORKER_MYSQL_URL"
@@ -17,32 +16,6 @@ def option(name: str) -> MySQLError:
     return OperationalError(1290, words)
 
 
-@pytest.mark.parametrize(
-    ("number", "words"),
-    [
-        (1036, "Table 'addons' is read only"),
-        (1040, "Too many connections"),
-        (1047, "WSREP has not yet prepared node for application use"),
-        (1206, "The total number of locks exceeds the lock table size"),
-        (1637, "Too many active concurrent transactions"),
-        (1836, "Running in read-only mode"),
-        (1874, "InnoDB is in read only mode"),
-        (1881, "Operation not allowed when innodb_force_recovery > 0."),
-        (3032, "The server is currently in offline mode"),
-        (3100, "Error on observer while running replication hook 'before_commit'."),
-        (3168, "Server isn't available"),
-        (3169, "Session was killed"),
-        (3989, "Schema 'shop' is in read only mode."),
-    ],
-)
-def test_a_server_that_serves_nobody_costs_no_attempt(number: int, words: str) -> None:
-    """A Galera node that joins, a replica, a disk that is full: the message is fine."""
-    error = OperationalError(number, words)
-
-    assert sort(error) is Trouble.UNAVAILABLE
-    assert judge(error).kind is Kind.RELEASED
-
-
 @pytest.mark.parametrize("number", [1036, 1792, 1836, 1874, 1881, 3989])
 def test_a_server_that_only_reads_is_called_so(number: int) -> None:
     assert describe(OperationalError(number, "words")) == f"words ({number}){READS}"
@@ -50,9 +23,7 @@ def test_a_server_that_only_reads_is_called_so(number: int) -> None:
 
 def test_an_option_that_forbids_one_statement_is_not_a_server_that_only_reads() -> None:
     """INTO OUTFILE beside secure_file_priv has the same number: no other server mends it."""
-    assert sort(option("read-only")) is Trouble.UNAVAILABLE
     assert describe(option("super-read-only")).endswith(READS)
-    assert judge(option("secure-file-priv")).kind is Kind.RETRY
     assert describe(option("secure-file-priv")).endswith("(1290)")
 
 

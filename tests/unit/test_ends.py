@@ -1,0 +1,58 @@
+"""Which delivery's run has ended already."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from aio_pika import IncomingMessage
+
+from aioworker.ends import MOST, Ends
+from aioworker.outcome import Kind, Outcome
+from tests.fakes import delivered
+
+DONE = Outcome(Kind.ACK)
+
+
+def again(
+    message: str = "one", retries: int = 0, body: bytes = b"[]", *, redelivered: bool = True
+) -> IncomingMessage:
+    """Return a delivery, by default one that was not settled before."""
+    headers: dict[str, Any] = {"id": message, "retries": retries}
+    return delivered(body, headers=headers, redelivered=redelivered)
+
+
+@pytest.fixture
+def ends() -> Ends:
+    ends = Ends()
+    ends.remember(again(redelivered=False), DONE)
+    return ends
+
+
+def test_an_end_is_known_once(ends: Ends) -> None:
+    assert [ends.take(again()), ends.take(again())] == [DONE, None]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        again(redelivered=False),
+        again("two"),
+        again(retries=1),
+        again(body=b"[1]"),
+    ],
+    ids=["delivered first", "id", "attempt", "body"],
+)
+def test_in_doubt_a_message_runs(ends: Ends, other: IncomingMessage) -> None:
+    """What was published once more, or is another attempt, is another matter."""
+    assert ends.take(other) is None
+    assert ends.take(again()) == DONE
+
+
+def test_the_last_thousand_ends_are_kept() -> None:
+    ends = Ends()
+    for number in range(MOST + 1):
+        ends.remember(again(str(number)), DONE)
+
+    assert ends.take(again("0")) is None
+    assert ends.take(again("1")) == DONE
