@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, quote, unquote, urlsplit
@@ -111,6 +112,11 @@ class BrokerAddress:
             heartbeat=_seconds("heartbeat", given),
             timeout=_seconds("timeout", given),
         )
+
+
+# The nodes of one cluster, the next to be tried first. Whoever fails on one puts it last: a node
+# that is cut off from the others lets everybody connect, and serves nothing.
+Nodes = deque[BrokerAddress]
 
 
 @dataclass(frozen=True, slots=True)

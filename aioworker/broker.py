@@ -31,6 +31,7 @@ from aiormq.exceptions import ChannelAccessRefused, ConnectionNotAllowed, Invali
 from pamqp.commands import Connection
 
 from aioworker import tls
+from aioworker.addresses import Nodes
 from aioworker.console import command
 from aioworker.errors import BrokerError, NotTakenError, QueueMissingError, TlsFileError, let_go
 from aioworker.frames import CarefulConnection, ForeignError, PlainConnection
@@ -59,12 +60,13 @@ CONNECT_FAILURES: tuple[type[Exception], ...] = (*FAILURES, *GARBAGE)
 
 
 async def connect(
-    addresses: Sequence[BrokerAddress], timeout: float, name: str, *, careful: bool = False
+    nodes: Nodes, timeout: float, name: str, *, careful: bool = False
 ) -> AbstractConnection:
     """Connect to the first node that answers.
 
     Args:
-        addresses: The nodes of one cluster, tried in their order.
+        nodes: The nodes of one cluster, tried in their order; the one that answers is first
+            among them afterwards.
         timeout: Seconds for all of them together.
         name: What RabbitMQ lists the connection as.
         careful: Whether a message that cannot be decoded may arrive without ending it.
@@ -72,10 +74,18 @@ async def connect(
     Raises:
         BrokerError: None of them could be used; the text has the reason of each.
     """
+    opened, _failures = await _connect(nodes, timeout, name, careful=careful)
+    return opened
+
+
+async def _connect(
+    nodes: Nodes, timeout: float, name: str, *, careful: bool
+) -> tuple[AbstractConnection, list[BrokerError]]:
+    """Do what `connect` does; return why the nodes tried before could not be used, too."""
     failures: list[BrokerError] = []
-    for address in addresses:
+    for address in tuple(nodes):
         try:
-            share = timeout / len(addresses)
+            share = timeout / len(nodes)
             async with asyncio.timeout(min(share, address.timeout or share)):
                 opened = await aio_pika.connect(
                     address.url.get_secret_value(),
@@ -84,8 +94,9 @@ async def connect(
                     client_properties={"connection_name": address.name or name},
                     connection_class=CarefulConnection if careful else PlainConnection,
                 )
-                return await _confirming(opened)
+                return await _confirming(opened), failures
         except CONNECT_FAILURES as error:
+            nodes.rotate(-1)
             failures.append(await _refused(error, address))
             failures[-1].__cause__ = error
             let_go(error)
@@ -194,12 +205,29 @@ def describe(error: BaseException) -> str:
 
 @asynccontextmanager
 async def connection(
-    addresses: Sequence[BrokerAddress], timeout: float, name: str, *, careful: bool = False
+    nodes: Nodes, timeout: float, name: str, *, careful: bool = False
 ) -> AsyncIterator[AbstractConnection]:
-    """Connect, and close at the end without waiting long for a peer that is gone."""
-    opened = await connect(addresses, timeout, name, careful=careful)
+    """Connect, and close at the end without waiting long for a peer that is gone.
+
+    After a failure inside the node is the last of *nodes*. Of several, an error that it is away
+    names it and those that were tried before it.
+
+    Args:
+        nodes: As for `connect`.
+        timeout: Likewise.
+        name: Likewise.
+        careful: Likewise.
+    """
+    opened, failures = await _connect(nodes, timeout, name, careful=careful)
+    address = nodes[0]
     try:
         yield opened
+    except BaseException as error:
+        nodes.rotate(-1)
+        if isinstance(error, BrokerError) and error.unreachable and len(nodes) > 1:
+            here = BrokerError(f"at {address.shown}: {error}", unreachable=True)
+            raise _of_all([*failures, here]) from error
+        raise
     finally:
         await close(opened)
 
@@ -219,8 +247,8 @@ class Publisher:
     Use as `async with Publisher(…) as publisher`.
     """
 
-    def __init__(self, addresses: Sequence[BrokerAddress], timeout: float, name: str) -> None:
-        self._addresses = addresses
+    def __init__(self, nodes: Sequence[BrokerAddress], timeout: float, name: str) -> None:
+        self._nodes = Nodes(nodes)
         self._timeout = timeout
         self._name = name
         self._connection: AbstractConnection | None = None
@@ -266,7 +294,7 @@ class Publisher:
 
     async def _open_anew(self) -> AbstractChannel:
         await self._close()
-        self._connection = await connect(self._addresses, self._timeout, self._name)
+        self._connection = await connect(self._nodes, self._timeout, self._name)
         try:
             async with asyncio.timeout(self._timeout):
                 self._channel = await self._connection.channel(
@@ -319,7 +347,25 @@ class Publisher:
         except PublishError as error:
             raise await self._unroutable(queue) from error
         except FAILURES as error:
-            raise explain(error, queue) from error
+            explained = explain(error, queue)
+            if explained.unreachable and channel is self._channel and not await self._blocked():
+                self._leave()
+            raise explained from error
+
+    async def _blocked(self) -> bool:
+        """Whether RabbitMQ is short of memory or disk: then so is every node of a cluster."""
+        try:
+            async with asyncio.timeout(0):
+                await self.unblocked()
+        except TimeoutError:
+            return True
+        return False
+
+    def _leave(self) -> None:
+        """Have the next publish connect to the next node, where there is one."""
+        if len(self._nodes) > 1:
+            self._nodes.rotate(-1)
+            self._channel = None
 
     async def _unroutable(self, queue: str) -> BrokerError:
         """Return why RabbitMQ has no such queue for a message, by what it says of the queue."""

@@ -35,11 +35,15 @@ class Outage:
 
     Args:
         what: `broker` or `database`.
+        nodes: How many there are of it: each is tried once without a wait.
         clock: Returns seconds that only ever grow.
     """
 
-    def __init__(self, what: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, what: str, nodes: int = 1, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._what = what
+        self._nodes = nodes
         self._clock = clock
         self._failures = 0
         self._since: datetime | None = None
@@ -56,8 +60,10 @@ class Outage:
             self._failures = 0
         self._healed_at = math.inf
         self._failures += 1
+        if self._failures < self._nodes:
+            return 0.0
         return _backoff(
-            self._failures,
+            self._failures - self._nodes + 1,
             LONGEST_AWAY_SECONDS if error.unreachable else LONGEST_REFUSED_SECONDS,
         )
 

@@ -18,7 +18,7 @@ from dotenv.parser import parse_stream
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from aioworker.addresses import BrokerAddress, DatabaseAddress
+from aioworker.addresses import BrokerAddress, DatabaseAddress, Nodes
 from aioworker.chunk import CHUNK_LIMIT
 from aioworker.errors import TlsFileError, UsageError
 from aioworker.limits import NoLimit, RateLimit, parse_limit
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 PREFIX = "AIOWORKER_"
 ENV_FILE = ".env"
 SECRETS_DIR = f"{PREFIX}SECRETS_DIR"
-Nodes = tuple[BrokerAddress, ...]
 _QUEUE_PREFIX = re.compile(r"[A-Za-z0-9_-]{1,50}")
 # What Kubernetes sets for a service that is called aioworker.
 _KUBERNETES = re.compile(rf"{PREFIX}(PORT|SERVICE)(_|$)")
@@ -203,7 +202,7 @@ class Settings(BaseSettings):
         """
         for node in self.amqp_url:
             _check_files("amqp_url", node)
-        return self.amqp_url
+        return Nodes(self.amqp_url)
 
     def database(
         self, timeout: float | None = None, *, check: bool = True, locks: bool = True

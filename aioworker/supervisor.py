@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from aioworker import broker, frames, outcome, topology
+from aioworker.addresses import Nodes
 from aioworker.console import count
 from aioworker.consumer import Link
 from aioworker.context import Context
@@ -94,7 +95,8 @@ class Supervisor:
         self._trusted = False  # whether the task could read and write since the last failure
         self._took = False  # whether the last look into the lanes found a message
         self._careful = False  # whether a message that could not be decoded cut this worker off
-        self._broker_outage = Outage("broker")
+        self._nodes = Nodes(options.addresses)
+        self._broker_outage = Outage("broker", len(self._nodes))
         self._database_outage = Outage("database")
         self._copy_outage = Outage("broker")
         self._stall = Stall(database.timeout + options.connect_timeout)
@@ -137,9 +139,9 @@ class Supervisor:
         outage = self._database_outage
         async with (
             broker.connection(
-                options.addresses, options.connect_timeout, name, careful=self._careful
+                self._nodes, options.connect_timeout, name, careful=self._careful
             ) as connection,
-            broker.Publisher(options.addresses, options.connect_timeout, name) as publisher,
+            broker.Publisher(self._nodes, options.connect_timeout, name) as publisher,
         ):
             self._watch(connection)
             lanes = await topology.Lanes.open(

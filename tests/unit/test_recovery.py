@@ -34,6 +34,17 @@ def test_a_server_that_refuses_is_asked_less_and_less_often() -> None:
     assert 20 < max(outage.seconds(REFUSED) for _ in range(200)) <= 30
 
 
+def test_each_node_is_tried_once_without_a_wait() -> None:
+    """Another one may work; once all have failed, the usual waits begin."""
+    outage = Outage("broker", nodes=3)
+
+    waits = [outage.seconds(AWAY) for _ in range(5)]
+
+    assert waits[:2] == [0, 0]
+    assert min(waits[2:]) >= 0.1
+    assert waits[2] <= 1.0
+
+
 @pytest.mark.parametrize(("healthy", "longest"), [(31.0, 1.0), (5.0, 3.0)])
 def test_a_server_that_was_back_for_a_while_is_asked_soon_again(
     healthy: float, longest: float
@@ -42,7 +53,7 @@ def test_a_server_that_was_back_for_a_while_is_asked_soon_again(
     waits = []
     for _ in range(100):
         now = 0.0
-        outage = Outage("database", lambda: now)  # noqa: B023 - called before the next round
+        outage = Outage("database", clock=lambda: now)  # noqa: B023 - called before the next round
         for _ in range(10):
             outage.seconds(AWAY)
         outage.end()

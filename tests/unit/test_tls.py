@@ -262,7 +262,7 @@ def test_a_file_of_the_settings_is_looked_at_by_who_uses_it(
     monkeypatch.setenv("AIOWORKER_AMQP_URL", "amqps://me:s3cret@mq/")
     settings = Settings.load()
 
-    assert settings.nodes() == settings.amqp_url
+    assert tuple(settings.nodes()) == settings.amqp_url
     with pytest.raises(UsageError) as refusal:
         settings.database()
 
