@@ -428,6 +428,11 @@ def is_missing(error: ChannelNotFoundEntity) -> bool:
     return "no queue" in str(error)
 
 
+def uncounted(queue: str) -> BrokerError:
+    """Return the error for a queue that holds messages, though RabbitMQ counts none."""
+    return BrokerError(f"RabbitMQ did not count the messages in queue {queue}", unreachable=True)
+
+
 def missing(queue: str) -> QueueMissingError:
     """Return the error for a queue that is not declared."""
     return QueueMissingError(f"queue {queue} does not exist: run `{command('init')}`")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from aioworker import broker, console, outcome, topology
 from aioworker.console import count
-from aioworker.errors import BrokerError, NotTakenError
+from aioworker.errors import BrokerError, NotTakenError, QueueMissingError
 from aioworker.letters import Letter
 
 if TYPE_CHECKING:
@@ -122,6 +122,27 @@ class Look:
             await work
             raise
 
+    async def count(self) -> int:
+        """Return how many letters lie there; none is gone afterwards.
+
+        Raises:
+            BrokerError: The queue does not answer.
+        """
+        for _ in range(2):
+            if (lie := (await self._ask())[0]) or await self._is_empty():
+                return lie
+        raise broker.uncounted(self.queues.dead)
+
+    async def _is_empty(self) -> bool:
+        """Whether the queue itself says so; RabbitMQ also counts nothing where it does not answer.
+
+        A letter that comes right then stays.
+        """
+        delivery = await self._bounded(self._queue.get(fail=False, timeout=self._timeout))
+        if delivery is not None:
+            await self._settle(delivery, self.queues.dead)
+        return delivery is None
+
     async def _each(self, decide: Decide, what: str, *, quiet: bool) -> None:
         if not await self._alone():
             return
@@ -138,19 +159,24 @@ class Look:
         A quorum queue knows no exclusive consumer. So each counts the consumers once it is one
         itself, and steps back where it is not the only one.
         """
+        consumers = 0
         try:
             async with asyncio.timeout(self._timeout):
                 while not self._ending:
                     self._there, consumers = await self._ask()
                     if not consumers:
                         if not self._there:
-                            return False
+                            if await self._is_empty():
+                                return False
+                            continue
                         self._consumer = await self._bounded(self._queue.consume(self._arrived.put))
-                        if (await self._ask())[1] == 1:
+                        if (consumers := (await self._ask())[1]) == 1:
                             return True
                         await self._step_back()
                     await asyncio.sleep(AGAIN_SECONDS * random.random())
-        except TimeoutError:
+        except TimeoutError as error:
+            if not consumers:
+                raise broker.explain(error, self.queues.dead) from error
             raise BrokerError(
                 f"somebody else looks at the dead letters in {self.queues.dead}, or another"
                 " program consumes them: try again when that has ended"
@@ -223,9 +249,16 @@ class Look:
             raise broker.explain(error, self.queues.dead) from error
 
     async def _ask(self) -> tuple[int, int]:
-        """Return how many letters and consumers there are; none that has arrived is counted."""
+        """Return how many letters and consumers there are; none that has arrived is counted.
+
+        Raises:
+            BrokerError: RabbitMQ cannot be asked; or it counts no consumer while this is one: the
+                queue did not answer it.
+        """
         sender = await self._bounded(self._channel.get_underlay_channel())
         found = await self._bounded(sender.queue_declare(self.queues.dead, passive=True))
+        if self._consumer and not found.consumer_count:
+            raise broker.uncounted(self.queues.dead)
         self._answered()
         return found.message_count or 0, found.consumer_count or 0
 
@@ -250,6 +283,22 @@ class Look:
                 return await step
         except broker.FAILURES as error:
             raise broker.explain(error, self.queues.dead) from error
+
+
+async def count_letters(look: Look) -> int | None:
+    """Open a look, and return how many dead letters there are, None when there is no such queue.
+
+    Raises:
+        BrokerError: RabbitMQ cannot be asked, or the queue does not answer.
+    """
+    try:
+        await look.open()
+    except QueueMissingError:
+        return None
+    try:
+        return await look.count()
+    finally:
+        await look.close()
 
 
 @contextmanager

@@ -140,7 +140,7 @@ def setup_text(settings: Settings, tasks: Sequence[AnyTask]) -> str:
         _permit(amqp, "", _PUBLISH, ""),
         "",
         "# RabbitMQ: the least that the user of status needs",
-        _permit(amqp, "", "", ""),
+        _permit(amqp, "", "", f"^{ours}"),
         "",
         "# MySQL: the least that the user of consume and publish-all needs",
         *grants,

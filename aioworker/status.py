@@ -18,6 +18,7 @@ from aioworker.console import as_json, command, duration
 from aioworker.controls import limit_and_source
 from aioworker.errors import BrokerError, DatabaseError
 from aioworker.limits import RateLimit
+from aioworker.look import Look, count_letters
 from aioworker.presence import STEADY
 from aioworker.tables import ALIVE_SECONDS, Row, holder, peek
 
@@ -233,15 +234,21 @@ async def _ask_broker(
     settings: Settings, database: Awaitable[_Database]
 ) -> tuple[dict[str, Queued], BrokerError | None]:
     """Connect while *database* finds out which tasks are meant; then ask for their queues."""
-    timeout = settings.connect_timeout
+    nodes, timeout, own = settings.nodes(), settings.connect_timeout, "aioworker status"
+    users = {node.user for node in nodes}
     found = {}
     try:
-        async with broker.connection(settings.nodes(), timeout, "aioworker status") as connection:
+        async with (
+            broker.connection(nodes, timeout, own) as connection,
+            broker.Publisher(nodes, timeout, own) as publisher,
+        ):
             tasks, _told, _error = await database
             for task in tasks:
                 queues = topology.Queues.of(task, settings.queue_prefix)
-                names = (queues.urgent, queues.bulk, queues.retry, queues.dead)
-                found[task] = Queued(*[await topology.count(connection, n, timeout) for n in names])
+                names = (queues.urgent, queues.bulk, queues.retry)
+                numbers = [await topology.count_surely(connection, n, timeout) for n in names]
+                look = Look(queues, users, connection, publisher, timeout)
+                found[task] = Queued(*[*numbers, await count_letters(look)])
     except BrokerError as error:
         return {}, error
     return found, None

@@ -216,7 +216,9 @@ class Supervisor:
         if (seconds := self.consumer.breaker.seconds()) > 0:
             return not burst and await self._wait_for_test(seconds)
         # Without a limit a message just taken is the sign that there are more.
-        if not (self._took and not self._budget.limited) and not await link.lanes.hold_something():
+        if not (self._took and not self._budget.limited) and not await link.lanes.hold_something(
+            sure=burst
+        ):
             return False if burst else await self._wait(Wait("nothing queued", IDLE_SECONDS))
         result: Outcome | None = None
         if wait is None:

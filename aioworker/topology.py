@@ -7,7 +7,9 @@ exchange, so that there is no binding to lose.
 from __future__ import annotations
 
 import asyncio
+import math
 import re
+import time
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -49,6 +51,8 @@ NO_LIMIT = 1_000_000_000
 # A quorum queue of RabbitMQ 3.10 that is younger than a second is lost with all its confirmed
 # messages when the broker is killed (measured); three seconds leave room.
 SAFE_AFTER_SECONDS = 3.0
+# For so long after a `get` that found nothing, a lane is empty if RabbitMQ counts nothing in it.
+EMPTY_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +174,8 @@ async def check(connection: AbstractConnection, names: Iterable[str], timeout: f
 async def count(connection: AbstractConnection, name: str, timeout: float) -> int | None:
     """Return how many messages wait in a queue, None when there is no such queue.
 
+    RabbitMQ also counts nothing where the queue does not answer it: see `count_surely`.
+
     Raises:
         BrokerError: RabbitMQ refuses, or the connection is lost.
     """
@@ -186,6 +192,32 @@ async def count(connection: AbstractConnection, name: str, timeout: float) -> in
         return queue.declaration_result.message_count
 
     return await _bounded(call, name, timeout)
+
+
+async def count_surely(connection: AbstractConnection, name: str, timeout: float) -> int | None:
+    """Return what `count` does, but nothing only where the queue itself says so to a `get`.
+
+    A message that comes right then is given back.
+
+    Raises:
+        BrokerError: The queue does not answer, RabbitMQ refuses, or the connection is lost.
+    """
+
+    async def holds_something() -> bool:
+        channel = await connection.channel()
+        queue = await channel.get_queue(name, ensure=False)
+        delivery = await queue.get(fail=False, timeout=timeout)
+        if delivery is not None:
+            await delivery.nack()
+        await channel.close()
+        return delivery is not None
+
+    waiting = await count(connection, name, timeout)
+    if waiting == 0 and await _bounded(holds_something, name, timeout):
+        waiting = await count(connection, name, timeout)
+        if not waiting:
+            raise broker.uncounted(name)
+    return waiting
 
 
 class Lanes:
@@ -212,6 +244,7 @@ class Lanes:
         self._queues = (urgent, bulk)
         self._timeout = timeout
         self._refusal: ChannelPreconditionFailed | None = None
+        self._empty_at = -math.inf  # when RabbitMQ last answered that both are, by a clock
         channel.close_callbacks.add(self._closed)
 
     @classmethod
@@ -252,11 +285,17 @@ class Lanes:
             why = broker.describe(self._refusal)
             raise BrokerError(f"RabbitMQ closed the channel: {why}") from error
 
-    async def hold_something(self) -> bool:
-        """Return whether a message waits in either lane; nothing is taken.
+    async def hold_something(self, *, sure: bool = False) -> bool:
+        """Return whether a message waits in either lane; nothing is kept.
+
+        RabbitMQ also counts nothing in a queue that does not answer it. So that is believed for
+        a while after a `get` found nothing. One that finds a message gives it back.
+
+        Args:
+            sure: Whether it is not believed without a `get` now.
 
         Raises:
-            BrokerError: A lane is gone, or the connection is lost.
+            BrokerError: A lane is gone or does not answer, or the connection is lost.
         """
         for queue in self._queues:
             declared = await _bounded(
@@ -266,13 +305,18 @@ class Lanes:
             )
             if declared.declaration_result.message_count:
                 return True
-        return False
+        if not sure and time.monotonic() - self._empty_at < EMPTY_SECONDS:
+            return False
+        delivery = await self.take()
+        if delivery is not None:
+            await _bounded(delivery.nack, delivery.routing_key or "", self._timeout)
+        return delivery is not None
 
     async def take(self) -> AbstractIncomingMessage | None:
         """Take one message, from the urgent lane first; None when both are empty.
 
         Raises:
-            BrokerError: A lane is gone, or the connection is lost.
+            BrokerError: A lane is gone or does not answer, or the connection is lost.
         """
         for queue in self._queues:
             delivery = await _bounded(
@@ -280,6 +324,7 @@ class Lanes:
             )
             if delivery is not None:
                 return delivery
+        self._empty_at = time.monotonic()
         return None
 
     @asynccontextmanager

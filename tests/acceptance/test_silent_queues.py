@@ -1,0 +1,190 @@
+"""A queue that does not answer is not taken for an empty one.
+
+RabbitMQ answers "how many messages?" with 0 where the queue's leader does not tell it in a
+quarter of a second: it is frozen, cut off, or busy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aioworker import topology
+from aioworker.addresses import BrokerAddress, Nodes
+from aioworker.broker import Publisher
+from aioworker.look import Look
+from support import servers
+from tests.conftest import DEADLINE_SECONDS, QUEUES, Lanes, Run, simple_addons
+
+if TYPE_CHECKING:
+    from pymysql.connections import Connection
+    from pymysql.cursors import Cursor
+
+_DO = """
+{{ok, Queue}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"/">>, queue, <<"{}">>)),
+{{Leader, _}} = amqqueue:get_pid(Queue),
+sys:{}(Leader)."""
+SOON = {"AIOWORKER_CONNECT_TIMEOUT": "2"}
+CHUNK = b"[[[1]], {}, null]"
+SILENT = "RabbitMQ did not answer in time about queue {}, out of memory or disk perhaps;"
+
+
+@contextmanager
+def silent(broker: servers.Broker, queue: str) -> Iterator[None]:
+    """Let a queue answer nothing, as one whose leader is frozen."""
+    broker.control("eval", _DO.format(queue, "suspend"))
+    try:
+        yield
+    finally:
+        broker.control("eval", _DO.format(queue, "resume"))
+
+
+async def lie(lanes: Lanes, queue: str) -> None:
+    """Wait until a queue has its one message, also if a `get` that was given up took it."""
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while await lanes.count(queue) != 1:  # noqa: ASYNC110 - another process is waited for
+            await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize("queue", [QUEUES.retry, QUEUES.dead])
+async def test_status_does_not_call_a_silent_queue_empty(
+    run: Run, broker: servers.Broker, lanes: Lanes, shop: Connection[Cursor], queue: str
+) -> None:
+    """Whoever looks during a failover must not read that all is done."""
+    await lanes.send(CHUNK, queue)
+
+    with silent(broker, queue):
+        assert await lanes.count(queue) == 0, "RabbitMQ tells the truth"
+        done = await asyncio.to_thread(run, "status", **SOON)
+
+    assert done.returncode == 1
+    assert f"waits      broker unreachable: {SILENT.format(queue)}" in done.stdout
+    assert f"broker     {SILENT.format(queue)}" in done.stdout
+    assert "queued" not in done.stdout
+    await lie(lanes, queue)
+
+
+async def test_a_burst_is_not_done_while_a_lane_is_silent(
+    run: Run, broker: servers.Broker, lanes: Lanes, shop: Connection[Cursor]
+) -> None:
+    """It said `done 0 messages` and exited 0; whoever counts on that goes on too early."""
+    simple_addons(shop, 1)
+    await lanes.send(CHUNK)
+
+    with silent(broker, QUEUES.bulk):
+        done = await asyncio.to_thread(run, "consume", "--burst", **SOON)
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"aioworker: {SILENT.format(QUEUES.bulk)}" in done.stderr
+    await lie(lanes, QUEUES.bulk)
+    again = await asyncio.to_thread(run, "consume", "--burst")
+    assert (again.returncode, again.stdout.partition(";")[0]) == (0, "done 1 message in 1 start")
+
+
+@pytest.mark.parametrize("command", ["list", "drop"])
+async def test_no_command_calls_silent_dead_letters_none(
+    run: Run, broker: servers.Broker, lanes: Lanes, shop: Connection[Cursor], command: str
+) -> None:
+    await lanes.send(CHUNK, QUEUES.dead)
+    sure = ("--yes",) if command == "drop" else ()
+
+    with silent(broker, QUEUES.dead):
+        done = await asyncio.to_thread(run, "dead", command, *sure, **SOON)
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert SILENT.format(QUEUES.dead) in done.stderr
+    await lie(lanes, QUEUES.dead)
+
+
+@pytest.fixture
+async def taken(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> tuple[topology.Lanes, list[int]]:
+    """The lanes as a worker has them, and the moments at which it asked them by `get`."""
+    opened = await topology.Lanes.open(lanes.connection, QUEUES, 10)
+    asked: list[int] = []
+    take = opened.take
+
+    async def asking() -> object:
+        asked.append(1)
+        return await take()
+
+    monkeypatch.setattr(opened, "take", asking)
+    return opened, asked
+
+
+async def test_an_idle_worker_asks_by_get_twice_a_minute(
+    taken: tuple[topology.Lanes, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each `get` is an entry in the logs of the queue's members, on their disks."""
+    lanes, asked = taken
+
+    for _ in range(10):
+        assert not await lanes.hold_something()
+    assert len(asked) == 1
+    monkeypatch.setattr(topology, "EMPTY_SECONDS", 0)
+    assert not await lanes.hold_something()
+    assert len(asked) == 2
+
+
+async def test_the_end_of_a_burst_is_asked_for_by_get_each_time(
+    taken: tuple[topology.Lanes, list[int]],
+) -> None:
+    lanes, asked = taken
+
+    for _ in range(3):
+        assert not await lanes.hold_something(sure=True)
+
+    assert len(asked) == 3
+
+
+async def test_a_message_that_comes_between_count_and_get_is_given_back(
+    taken: tuple[topology.Lanes, list[int]], lanes: Lanes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not this worker's turn: nothing is held while it waits."""
+    opened, _asked = taken
+    take = opened.take
+
+    async def late() -> object:
+        await lanes.send(CHUNK)
+        return await take()
+
+    monkeypatch.setattr(opened, "take", late)
+
+    assert await opened.hold_something()
+
+    assert (await lanes.take(QUEUES.bulk)).body == CHUNK
+
+
+@pytest.fixture
+def unforgiving(broker: servers.Broker) -> Iterator[None]:
+    """A policy under which RabbitMQ ends a letter that is given back once."""
+    pattern = QUEUES.dead.replace(".", "\\.")
+    broker.control("set_policy", "once", f"^{pattern}$", '{"delivery-limit": 0}')
+    yield
+    broker.control("clear_policy", "once")
+
+
+async def test_a_letter_that_comes_between_count_and_get_is_not_ended(
+    pair: servers.Servers, lanes: Lanes, unforgiving: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No look ends a letter, that of `status` neither."""
+    nodes = Nodes(BrokerAddress.parse_all(pair.amqp_url))
+    async with Publisher(nodes, 10, "test") as publisher:
+        look = Look(QUEUES, {"guest"}, lanes.connection, publisher, 10)
+        ask = look._ask
+
+        async def early() -> tuple[int, int]:
+            found = await ask()
+            monkeypatch.undo()
+            await lanes.send(CHUNK, QUEUES.dead)
+            return found
+
+        await look.open()
+        monkeypatch.setattr(look, "_ask", early)
+        assert await look.count() == 1
+        await look.close()
+
+    assert (await lanes.take(QUEUES.dead)).body == CHUNK
