@@ -306,6 +306,16 @@ def rows(connection: Connection[Cursor], statement: str, *args: object) -> list[
     return found
 
 
+# What each version of aioworker that had other tables made them by, and said to them.
+EARLIER = sorted((Path(__file__).parent / "data/schema").iterdir())
+
+
+def make_tables(connection: Connection[Cursor], version: Path) -> None:
+    """Put the tables of an earlier version, empty, in the place of those that are there."""
+    execute(connection, "DROP TABLE aioworker_budget, aioworker_worker")
+    execute(connection, *filter(str.strip, (version / "tables.sql").read_text().split(";\n")))
+
+
 def execute(connection: Connection[Cursor], *statements: str) -> None:
     """Run statements and commit."""
     with connection.cursor() as cursor:
