@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import re
 import struct
 import traceback
@@ -34,14 +33,7 @@ from pamqp.commands import Connection
 from aioworker import tls
 from aioworker.addresses import Nodes
 from aioworker.console import command
-from aioworker.errors import (
-    BrokerError,
-    ConnectionLostError,
-    NotTakenError,
-    QueueMissingError,
-    TlsFileError,
-    let_go,
-)
+from aioworker.errors import BrokerError, NotTakenError, QueueMissingError, TlsFileError, let_go
 from aioworker.frames import CarefulConnection, ForeignError, PlainConnection
 
 if TYPE_CHECKING:
@@ -65,9 +57,6 @@ GARBAGE = (ValueError, LookupError, struct.error)
 # What aio-pika and the network raise when a connection cannot be used any more.
 FAILURES: tuple[type[Exception], ...] = (*CONNECTION_EXCEPTIONS, asyncio.InvalidStateError)
 CONNECT_FAILURES: tuple[type[Exception], ...] = (*FAILURES, *GARBAGE)
-# What goes wrong on a connection is raised; a program that sets up no logging prints nothing of it.
-for _library in ("aio_pika", "aiormq"):
-    logging.getLogger(_library).addHandler(logging.NullHandler())
 
 
 async def connect(
@@ -423,7 +412,7 @@ def explain(error: Exception, queue: str) -> BrokerError:
         case ConnectionNotAllowed():  # a limit
             return BrokerError(f"RabbitMQ ended the connection: {describe(error)}")
         case ChannelInvalidStateError():  # whose words are an object's address
-            return ConnectionLostError("connection or channel to RabbitMQ closed")
+            return BrokerError("connection or channel to RabbitMQ closed", unreachable=True)
         case TimeoutError():
             return BrokerError(
                 f"RabbitMQ did not answer in time about queue {queue}, out of memory or disk"
@@ -431,7 +420,7 @@ def explain(error: Exception, queue: str) -> BrokerError:
                 unreachable=True,
             )
         case _:
-            return ConnectionLostError(f"connection to RabbitMQ lost: {describe(error)}")
+            return BrokerError(f"connection to RabbitMQ lost: {describe(error)}", unreachable=True)
 
 
 def is_missing(error: ChannelNotFoundEntity) -> bool:

@@ -3,9 +3,11 @@
 It is a row of the protected database, on that database's clock, charged at the moment a
 start begins, whether or not the run succeeds. The task's named lock is the turn: who holds
 it takes, charges, runs and settles, on the one connection that also writes, so that the
-lock outlives no writing statement. The run's first write stamps the row again: a process
-frozen between the charge and its first write would otherwise wake up and write just before
-the next start.
+lock outlives no writing statement. The run's first write waits for its moment and stamps the
+row too: a process frozen between the charge and its first write would otherwise wake up and
+write just before the next start. A start is charged an interval after the last charge, and so
+early that its first write, by what runs usually take to it, falls an interval after the last
+first write: so neither the length of a run nor the time before its first write slows the rate.
 
 Promised, on the database's clock: charges are never less than an interval apart, over all
 workers, through kills, freezes and lost connections; nor are the first writes of two runs
@@ -25,11 +27,15 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from pymysql.err import MySQLError
+
 from aioworker import tables
 from aioworker.clock import Clock
 from aioworker.crashes import Crashes
 from aioworker.errors import DatabaseError, TurnLostError
+from aioworker.first_write import SERVER_SECONDS, Due, FirstWrite, Habits, server_waits
 from aioworker.limits import (
+    LEAD_SECONDS,
     POLL_SECONDS,
     Limiter,
     RateLimit,
@@ -44,28 +50,28 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from datetime import datetime
 
-    from aioworker.db import Cursor, Database
+    from aioworker.db import Database
 
 log = logging.getLogger(__name__)
 
 SHORTEST_POLL_SECONDS = 0.2
-# The turn is taken this much before a start is due, so that taking and reading cost nothing
-# of the budget.
-LEAD_SECONDS = 0.25
 QUEUE_SECONDS = 1  # how long the server lets a contender wait for the turn
 TURN_SECONDS = 0.05  # until the next try
-CHARGES = 3  # tries of one charge, each when it is due: clocks differ by microseconds
 LONGEST_JITTER_SECONDS = 1.0
 
 _ADOPT = f"""UPDATE aioworker_budget SET last_start = SYSDATE(6), server = {tables.SERVER}
 WHERE task = %(task)s AND (last_start > SYSDATE(6) OR server <> {tables.SERVER})"""
+_GAP = "INTERVAL COALESCE(gap_us, %(gap)s) MICROSECOND"
+_DUE = f"""GREATEST({tables.CHARGED} + {_GAP},
+    {tables.WROTE} + {_GAP} - INTERVAL %(usual_us)s MICROSECOND)"""
+_UNTIL_DUE = server_waits(f"(SELECT {_DUE} FROM aioworker_budget WHERE task = %(task)s)")
+# Assigned from left to right, each by what stands to its left.
 _CHARGE = f"""UPDATE aioworker_budget
-SET last_start = SYSDATE(6), starts = starts + 1, holder = %(worker)s, running = %(running)s
+SET last_write = {tables.WROTE}, last_charge = SYSDATE(6), last_start = last_charge,
+    starts = starts + 1, holder = %(worker)s, running = %(running)s
 WHERE task = %(task)s AND NOT paused AND server = {tables.SERVER}
 AND IS_USED_LOCK(%(lock)s) = CONNECTION_ID()
-AND last_start <= SYSDATE(6) - INTERVAL COALESCE(gap_us, %(gap)s) MICROSECOND"""
-_STAMP = """UPDATE aioworker_budget SET last_start = SYSDATE(6)
-WHERE task = %(task)s AND IS_USED_LOCK(%(lock)s) = CONNECTION_ID()"""
+AND last_start <= SYSDATE(6) AND {_DUE} <= SYSDATE(6)"""
 # SYSDATE() stands still like NOW() on a server that is started so; the budget needs it to move.
 _SYSDATE_MOVES = "SELECT TIMESTAMPDIFF(MICROSECOND, NOW(6), SYSDATE(6)) FROM (SELECT SLEEP(0.02)) s"
 
@@ -98,6 +104,8 @@ class SharedBudget:
         self._gap_us: int | None = None
         self._shown = _limit(rate, None)
         self._due_at = 0.0
+        self._habits = Habits()
+        self._write_due = Due(0.0, self._clock.now(), 0.0)
         self._greeted = 0
         self._arguments: dict[str, object] = {
             "task": task,
@@ -154,13 +162,22 @@ class SharedBudget:
         if self._gap_us is None or self._limiter is None:
             return None
         now = asyncio.get_running_loop().time()
-        seconds = max((self._gap_us - row.age_us) / 1e6, self._limiter.due_in())
+        write_in_us = self._gap_us - row.write_age_us
+        moment = row.now + timedelta(microseconds=write_in_us)
+        self._write_due = Due(now + write_in_us / 1e6, moment, now)
+        due_in_us = max(self._gap_us - row.charge_age_us, write_in_us - self._usual_us)
+        seconds = max(due_in_us / 1e6, self._limiter.due_in())
         self._due_at = now + seconds
-        ahead = seconds - min(LEAD_SECONDS, self._gap_us / 4e6)
+        ahead = seconds - LEAD_SECONDS
         if ahead <= 0:
             return None
-        moment = row.last_start + timedelta(microseconds=self._gap_us)
-        return Wait(next_start(moment), min(ahead + _jitter(crowd, self._gap_us), POLL_SECONDS))
+        reason = next_start(row.now + timedelta(seconds=seconds))
+        return Wait(reason, min(ahead + _jitter(crowd, self._gap_us), POLL_SECONDS))
+
+    @property
+    def _usual_us(self) -> int:
+        """What a run usually takes from its charge to its first write, in microseconds."""
+        return int(min(self._habits.from_charge.seconds, self._database.timeout) * 1e6)
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[Wait | None]:
@@ -174,14 +191,12 @@ class SharedBudget:
         if not self.limited:
             yield None
             return
+        patience = QUEUE_SECONDS if self._database.timeout > 2 * QUEUE_SECONDS else 0
         with tables.explaining(self._database):
-            row = await self._read()
-            patient = row.turn and self._database.timeout > 2 * QUEUE_SECONDS
-            seconds = QUEUE_SECONDS if patient else 0
-            [[got]] = await self._database.query(
-                "SELECT GET_LOCK(%s, %s)", (self._arguments["lock"], seconds)
-            )
-        if got != 1:
+            began = time.monotonic()
+            held, row = await tables.take(self._database, self._task, patience)
+            await self._seen(row, time.monotonic() - began)
+        if not held:
             with tables.explaining(self._database):
                 who = await holder(self._database, self._task, row.turn)
             name = who.name if who else "another worker"
@@ -191,7 +206,6 @@ class SharedBudget:
         try:
             with self._database.pinned():
                 with tables.explaining(self._database):
-                    row = await self._read()
                     await self._crashes.review(row)
                 yield await self._judge(row)
                 await self._give_back()
@@ -199,7 +213,7 @@ class SharedBudget:
             self._database.close()
             raise
         finally:
-            self._database.stamp_first_write(None)
+            self._database.expect(None)
             await self._crashes.withdraw()
 
     def deaths(self, message: str) -> int:
@@ -220,62 +234,83 @@ class SharedBudget:
         Raises:
             DatabaseError: The row cannot be written.
         """
-        for _ in range(CHARGES):
-            if self._limiter is None or self._gap_us is None:
-                return None
-            seconds = self._due_at - asyncio.get_running_loop().time()
-            if seconds > 0:
-                await asyncio.sleep(seconds)
-            with tables.explaining(self._database):
-                note = self._crashes.note(message)
-                charged = await self._database.execute(
-                    _CHARGE, {**self._arguments, "running": note}
-                )
-            if charged:
-                await self._limiter.charge()
-                self._database.stamp_first_write(self._stamp)
-                return None
-            self._crashes.void()
-            wait = await self.look()
-            if wait is not None:
-                return wait
-        raise TurnLostError(f"the turn of {self._task} was lost before its start")
+        if self._limiter is None or self._gap_us is None:
+            return None
+        now = asyncio.get_running_loop().time
+        seconds = self._due_at - SERVER_SECONDS - now()
+        if seconds > 0:
+            await asyncio.sleep(seconds)
+        sent_at = now()
+        with tables.explaining(self._database):
+            charging = {
+                **self._arguments,
+                "running": self._crashes.note(message),
+                "usual_us": self._usual_us,
+            }
+            [_, charged] = await self._database.each(_UNTIL_DUE, _CHARGE, args=charging)
+        if not charged.matched:
+            return await self._refused()
+        await self._limiter.charge(max(sent_at, self._due_at))
+        self._database.expect(
+            FirstWrite(self._database, self._arguments, self._write_due, self._habits)
+        )
+        return None
 
-    async def ended(self, message: str) -> None:
-        """Note that a message is settled, or given back, and its worker lives."""
-        self._database.stamp_first_write(None)
-        await self._crashes.ended(message)
-
-    async def _stamp(self, cursor: Cursor) -> None:
-        """Move the start to the run's first write.
+    async def _refused(self) -> Wait:
+        """Return why the row let no start begin.
 
         Raises:
             TurnLostError: Somebody else may hold the turn.
         """
-        if not await cursor.execute(_STAMP, self._arguments):
-            raise TurnLostError(f"the turn of {self._task} was lost before its first write")
+        self._crashes.void()
+        with tables.explaining(self._database):
+            row = await self._read()
+        if row.turn != row.session:
+            raise TurnLostError(f"the turn of {self._task} was lost before its start")
+        wait = await self._judge(row)
+        return wait or Wait("budget: its row was changed meanwhile", TURN_SECONDS)
+
+    async def ended(self, message: str) -> None:
+        """Note that a message is settled, or given back, and its worker lives."""
+        self._database.expect(None)
+        self._crashes.ended(message)
 
     async def _give_back(self) -> None:
-        """Release the turn; a connection that was lost has given it back already."""
+        """Release the turn, with what is owed to the row; a lost connection has given it back.
+
+        Raises:
+            TurnLostError: Somebody else may have held it.
+        """
         if not self._database.is_open:
             return
-        with tables.explaining(self._database):
-            [[released]] = await self._database.query(
-                "SELECT RELEASE_LOCK(%s)", (self._arguments["lock"],)
+        owed = self._crashes.owed()
+        statements, arguments = ([], self._arguments) if owed is None else ([owed[0]], owed[1])
+        try:
+            *noted, released = await self._database.each(
+                *statements, "SELECT RELEASE_LOCK(%(lock)s)", args=arguments
             )
-        if released != 1:
+        except (MySQLError, TimeoutError):
+            self._database.close()  # whoever needs it next says what is wrong
+            return
+        for answer in noted:
+            self._crashes.paid(answer.matched)
+        if released.rows != [(1,)]:
             raise TurnLostError(f"the turn of {self._task} was lost while it ran")
 
     async def _read(self) -> Row:
-        """Return the row; the first time on a connection, see that this server will do."""
-        self._arguments["lock"] = tables.lock_name(await self._database.schema(), self._task)
+        """Return the row."""
         began = time.monotonic()
         row = await tables.read(self._database, self._task)
-        self._clock.set(row.now, time.monotonic() - began)
+        await self._seen(row, time.monotonic() - began)
+        return row
+
+    async def _seen(self, row: Row, took: float) -> None:
+        """Go by the row's clock; the first time on a connection, see that this server will do."""
+        self._clock.set(row.now, took)
         if row.session != self._greeted:
+            self._arguments["lock"] = tables.lock_name(await self._database.schema(), self._task)
             await self._refuse_unfit()
             self._greeted = row.session
-        return row
 
     async def _refuse_unfit(self) -> None:
         """Refuse a server on which the clock stands still in a statement.

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MOST_RETURNS = 20  # to its lane, before a message goes behind: RabbitMQ sets it aside at a hundred
+SEEN_SECONDS = 1.0  # in which one look at the database will do for several runs that failed
 LEAST_LOST = 3  # attempts, before a message that loses its connection is set aside
 
 
@@ -153,7 +154,7 @@ class Consumer:
         self._ends = Ends()
         self._serving = 0
         self._seeing = asyncio.Lock()
-        self._seen_at = -math.inf  # when a look at the database began that went well
+        self._seen_at = -math.inf  # when the database took a write of ours
 
     @property
     def longest_run(self) -> float:
@@ -252,6 +253,8 @@ class Consumer:
         if failure.fault is Fault.MESSAGE:
             return Outcome(Kind.DEAD_LETTER, failure.words, failure)
         lost = failure.lost or (self._task.needs_database and not self._database.is_open)
+        if lost:
+            self._seen_at = -math.inf
         try:
             await self.see_database()
         except DatabaseError as away:
@@ -312,21 +315,19 @@ class Consumer:
         """
         if not (self._presence.keeps_row or self._task.needs_database):
             return
-        asked = time.monotonic()
-        # Of a task that uses no database several runs may fail at once: one look, begun after
-        # the last of them failed, does for all.
+        # Several runs may fail at once, of a task that uses no database.
         async with self._seeing:
-            if self._seen_at < asked:
-                began = time.monotonic()
+            if time.monotonic() - self._seen_at > SEEN_SECONDS:
+                self._seen_at = -math.inf
                 await self._write_to_database()
-                self._seen_at = began
+                self._seen_at = time.monotonic()
 
     async def _write_to_database(self) -> None:
         """Write by the run's own connection; one that was lost held the turn, and is left alone."""
         own = self._task.needs_database and self._database.is_open
         database = self._database if own else self._database.another()
         if own:
-            database.stamp_first_write(None)  # ours is no write of the run
+            database.expect(None)  # ours is no write of the run
         try:
             async with asyncio.timeout(self._terms.settle_timeout):
                 await self._presence.prove(database)
@@ -361,7 +362,7 @@ class Consumer:
         limit = asyncio.timeout(self._time_for(call))
         try:
             async with limit:
-                await self._run(attempt, args, call.kwargs)
+                await self._run(attempt, args, call.kwargs, limit)
         except TimeoutError as error:
             if not limit.expired():
                 raise
@@ -369,8 +370,13 @@ class Consumer:
                 f"the run took longer than {self._time_for(call):g} s and was cut off"
             ) from error
 
-    async def _run(self, attempt: _Attempt, args: list[Any], kwargs: dict[str, Any]) -> None:
-        """Run the task for what needs it; what needs nothing is free of charge."""
+    async def _run(
+        self, attempt: _Attempt, args: list[Any], kwargs: dict[str, Any], limit: asyncio.Timeout
+    ) -> None:
+        """Run the task for what needs it; what needs nothing is free of charge.
+
+        A wait for its first write is no part of *limit*.
+        """
         ctx, doing = attempt.ctx, self._task.name
         if self._task.takes_chunks:
             ctx.counts["ids"] = len(args[0])
@@ -390,7 +396,13 @@ class Consumer:
             raise _NotStartedError(refusal.reason)
         self.starts += 1
         attempt.times.began = time.monotonic()
-        await self._task.run(ctx, args, kwargs)
+
+        def tell(wait: str | None) -> None:
+            state = "running" if wait is None else "waiting"
+            self._presence.tell(state, wait or doing, logging.DEBUG)
+
+        with self._database.bounded(limit, tell):
+            await self._task.run(ctx, args, kwargs)
 
     # 7. Settle, once.
 

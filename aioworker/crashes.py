@@ -47,6 +47,7 @@ class Crashes:
         self._arguments = arguments
         self._deaths: Counter[str] = Counter()
         self._running: str | None = None  # what this worker noted and has not taken back
+        self._over = False  # whether that ended, and the row does not say so yet
 
     def of(self, message: str) -> int:
         """Return how often a worker died while this message ran, as of the last `review`."""
@@ -54,7 +55,7 @@ class Crashes:
 
     def note(self, message: str) -> str:
         """Return the note for a charge that lets a message run."""
-        self._running = message
+        self._running, self._over = message, False
         return json.dumps([message])
 
     def void(self) -> None:
@@ -84,18 +85,23 @@ class Crashes:
                 extra=fields(worker=row.holder, message_id=message, deaths=self._deaths[message]),
             )
 
-    async def ended(self, message: str) -> None:
-        """Take the note back: this message did not kill its worker; only in one's turn.
+    def ended(self, message: str) -> None:
+        """Note that a message did not kill its worker: to be written before the turn is given back.
 
         On a lost connection the note stays: see `withdraw`.
         """
-        if not self._database.is_open or (self._running is None and message not in self._deaths):
-            return
-        del self._deaths[message]
-        try:
-            await self._write()
-        except (MySQLError, TimeoutError):
-            self._database.close()  # whoever needs it next says what is wrong
+        if self._running is not None or message in self._deaths:
+            del self._deaths[message]
+            self._over = True
+
+    def owed(self) -> tuple[str, dict[str, object]] | None:
+        """Return the statement that is owed before the turn is given back, None where none is."""
+        return self._statement() if self._over else None
+
+    def paid(self, matched: int) -> None:
+        """Note how many rows that statement wrote."""
+        if matched:
+            self._running, self._over = None, False
 
     async def withdraw(self) -> None:
         """Take back a note whose turn is lost, unless it was counted already.
@@ -113,8 +119,10 @@ class Crashes:
             return
 
     async def _write(self) -> None:
+        self.paid(await self._database.execute(*self._statement()))
+
+    def _statement(self) -> tuple[str, dict[str, object]]:
         counted = {key: deaths for key, deaths in self._deaths.items() if deaths > 0}
         newest = dict(list(counted.items())[-KEPT:])
         deaths = json.dumps(newest) if newest else None
-        if await self._database.execute(_WRITE, {**self._arguments, "deaths": deaths}):
-            self._running = None
+        return _WRITE, {**self._arguments, "deaths": deaths}

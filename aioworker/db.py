@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from contextlib import asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import aiomysql
 from pymysql.constants import CLIENT, ER
@@ -21,14 +22,32 @@ from aioworker.errors import DatabaseError, NestedTransactionError
 from aioworker.logs import fields
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
 
     from aioworker.addresses import DatabaseAddress
 
 log = logging.getLogger(__name__)
 
 KILL_SECONDS = 3
+TOLD_SECONDS = 1.0  # a shorter wait in a run is not worth a word
+_SELECT = re.compile(r"(?:\s|\(|/\*(?![!M]).*?\*/)*SELECT\b", re.IGNORECASE | re.DOTALL)
 _LOGIN_REFUSED = (ER.ACCESS_DENIED_ERROR, trouble.Lacking.SECURE_TRANSPORT_REQUIRED)
+
+
+class FirstWrite(Protocol):
+    """Who waits for a run's first write, and is told of it."""
+
+    async def before_opening(self) -> None:
+        """Wait as long as it is too early to open a transaction that may write."""
+
+    async def before_writing(self, connection: Any) -> None:
+        """Wait, inside a transaction, as long as it is too early to write."""
+
+    def wrote(self) -> None:
+        """Note that a statement has written."""
+
+    async def before_commit(self, cursor: Cursor) -> None:
+        """Write along: the transaction that is committed next has written."""
 
 
 class Cursor(aiomysql.Cursor):  # type: ignore[misc]  # aiomysql has no types
@@ -36,16 +55,42 @@ class Cursor(aiomysql.Cursor):  # type: ignore[misc]  # aiomysql has no types
 
     Attributes:
         written: Rows that its statements wrote so far.
+        first_write: Asked before the first of them, and told of it; None for nobody.
     """
 
     written = 0
+    first_write: FirstWrite | None = None
 
     async def execute(self, query: str, args: object = None) -> int:
         """Run one statement; return the rows it matched."""
+        first = None if self.written else self.first_write
+        if first is not None and _reads(query):
+            first = None
+        if first is not None:
+            await first.before_writing(self.connection)
         matched = int(await super().execute(query, args))
         if self.description is None:
             self.written += matched
+            if first is not None and matched:
+                first.wrote()
         return matched
+
+
+def _reads(query: str | bytes) -> bool:
+    """Whether a statement can be seen to write nothing."""
+    return isinstance(query, str) and _SELECT.match(query) is not None
+
+
+class Answer(NamedTuple):
+    """What the server answers to one statement.
+
+    Args:
+        matched: Rows that it wrote or read.
+        rows: What it read.
+    """
+
+    matched: int
+    rows: list[tuple[Any, ...]]
 
 
 class Database:
@@ -80,7 +125,9 @@ class Database:
         self._connection: Any = None
         self._pinned = False
         self._in_transaction = False
-        self._stamp: Callable[[Cursor], Awaitable[None]] | None = None
+        self._first_write: FirstWrite | None = None
+        # Of what is on now, and who is to be told of its waits.
+        self._limits: list[tuple[asyncio.Timeout, Callable[[str | None], None] | None]] = []
 
     async def __aenter__(self) -> Database:
         await self.ready()
@@ -132,7 +179,7 @@ class Database:
 
     async def execute(self, statement: str, args: object = None) -> int:
         """Run one statement in a transaction of its own; return how many rows it matched."""
-        if self._stamp is not None:
+        if self._first_write is not None:
             async with self.transaction() as cursor:
                 return await cursor.execute(statement, args)
         async with self._use() as connection, connection.cursor() as cursor:
@@ -148,6 +195,19 @@ class Database:
             await connection.query("START TRANSACTION READ WRITE")
             await connection.rollback()
 
+    async def each(self, *statements: str, args: object = None) -> list[Answer]:
+        """Send statements of ours at once, each a transaction of its own; return every answer.
+
+        The first that fails ends it: those behind it are not run.
+        """
+        answers = []
+        async with self._use() as connection, connection.cursor() as cursor:
+            await cursor.execute("; ".join(statements), args)
+            answers.append(Answer(cursor.rowcount, list(await cursor.fetchall() or ())))
+            while await cursor.nextset():
+                answers.append(Answer(cursor.rowcount, list(await cursor.fetchall() or ())))
+        return answers
+
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Cursor]:
         """Write in one transaction, committed at the end, rolled back on any exception.
@@ -158,24 +218,61 @@ class Database:
         if self._in_transaction:
             raise NestedTransactionError("expected no transaction inside another one")
         self._in_transaction = True
+        first = self._first_write
         try:
+            if first is not None:
+                await first.before_opening()
             async with self._use() as connection:
                 await session.restore(connection, self.timeout)
                 await connection.query("START TRANSACTION")  # BEGIN begins a block in Oracle's mode
                 async with connection.cursor(Cursor) as cursor:
+                    cursor.first_write = first
                     yield cursor
-                    stamp = self._stamp if cursor.written else None
-                    if stamp is not None:
-                        await stamp(cursor)
+                    written = cursor.written > 0
+                    if first is not None and written:
+                        await first.before_commit(cursor)
                 await connection.commit()
-                if stamp is not None:
-                    self._stamp = None
+                if written:
+                    self._first_write = None
         finally:
             self._in_transaction = False
 
-    def stamp_first_write(self, stamp: Callable[[Cursor], Awaitable[None]] | None) -> None:
-        """Have *stamp* write too, at the end of the next transaction that writes; None forgets."""
-        self._stamp = stamp
+    def expect(self, first: FirstWrite | None) -> None:
+        """Have *first* wait for the next transaction that writes, and write along; None forgets."""
+        self._first_write = first
+
+    @contextmanager
+    def bounded(
+        self, limit: asyncio.Timeout, tell: Callable[[str | None], None] | None = None
+    ) -> Iterator[None]:
+        """Inside, a wait for a first write is no part of a limit.
+
+        Args:
+            limit: The limit.
+            tell: Called with the reason when one begins that lasts a second or more, and with
+                None when it is over.
+        """
+        entry = (limit, tell)
+        self._limits.append(entry)
+        try:
+            yield
+        finally:
+            self._limits.remove(entry)
+
+    @contextmanager
+    def waiting(self, seconds: float, reason: str) -> Iterator[None]:
+        """Inside, what is on waits for so long: give it as much more time, and tell why."""
+        tells = []
+        for limit, tell in self._limits:
+            if not limit.expired() and (when := limit.when()) is not None:
+                limit.reschedule(when + seconds)
+            if tell is not None and seconds >= TOLD_SECONDS:
+                tells.append(tell)
+        for tell in tells:
+            tell(reason)
+        yield
+        for tell in tells:
+            tell(None)
 
     @contextmanager
     def pinned(self) -> Iterator[None]:
@@ -209,10 +306,11 @@ class Database:
             await self.ready()
         connection = self._connection
         try:
-            async with asyncio.timeout(self.timeout):
-                if not self._in_transaction:
-                    await session.restore(connection, self.timeout)
-                yield connection
+            async with asyncio.timeout(self.timeout) as limit:
+                with self.bounded(limit):
+                    if not self._in_transaction:
+                        await session.restore(connection, self.timeout)
+                    yield connection
         except (asyncio.CancelledError, TimeoutError):
             await self.cut_off()
             raise

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
 POLL_SECONDS = 2.0  # how soon a change of what is set at run time is followed, at the latest
+# The turn and a message are taken this much before a start is due, so that taking and reading
+# cost nothing of the budget; where starts are nearer than that, they are taken at once.
+LEAD_SECONDS = 0.25
+TIMER_SECONDS = 0.002  # a timer's lateness, and more
 PERIODS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 _NO_LIMIT_WORDS = {"none", "nolimit", "unlimited", "null", "off"}
 _UNITS = {"": "s", "sec": "s", "second": "s", "min": "m", "minute": "m", "hr": "h", "hour": "h"}
@@ -179,10 +183,23 @@ class Limiter:
         # The limiter's arithmetic may lag behind ours by a rounding error: never 0 here.
         return max(self._last + self.interval - asyncio.get_running_loop().time(), 0.001)
 
-    async def charge(self) -> None:
-        """Take one start; returns at once when one is due."""
-        await self._limiter.acquire()
-        self._last = asyncio.get_running_loop().time()
+    async def due(self) -> None:
+        """Wait until a start is due, to the microsecond."""
+        # A timer of the event loop is late by a millisecond or more.
+        await asyncio.sleep(self.due_in() - TIMER_SECONDS)
+        while self.due_in():  # noqa: ASYNC110 - time is waited for
+            await asyncio.sleep(0)
+
+    async def charge(self, at: float | None = None) -> None:
+        """Take one start; returns at once when one is due.
+
+        Args:
+            at: When it began, by the event loop's clock; None is now.
+        """
+        now = asyncio.get_running_loop().time
+        passed = 0.0 if at is None else (now() - at) / self.interval
+        await self._limiter.acquire(min(max(1 - passed, 0), 1))
+        self._last = now() if at is None else at
 
     async def change(self, interval: float) -> None:
         """Go on with another interval, counted from the last start."""
@@ -285,9 +302,9 @@ class WorkerBudget:
             self._limiter = Limiter(self._rate.interval)
             await self._limiter.charge()
         seconds = self._limiter.due_in()
-        if not seconds:
+        if seconds <= LEAD_SECONDS:
             return None
-        return Wait(next_start(self.now() + timedelta(seconds=seconds)), seconds)
+        return Wait(next_start(self.now() + timedelta(seconds=seconds)), seconds - LEAD_SECONDS)
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[Wait | None]:
@@ -299,9 +316,10 @@ class WorkerBudget:
         return 0
 
     async def charge(self, message: str) -> Wait | None:
-        """Begin a start."""
+        """Begin a start, at the moment it is due."""
         wait = await self.look()
         if wait is None and self._limiter is not None:
+            await self._limiter.due()
             await self._limiter.charge()
         return wait
 

@@ -139,6 +139,9 @@ class Presence:
     async def keep(self) -> None:
         """Write the row: a new state at once, a new reason within a second, or a heartbeat.
 
+        Where runs and waits that are well take turns, that is no new state: one that lasts
+        for less than a second helps nobody. A run that may outlast what counts as alive is.
+
         A row that may not be written is said; the work goes on, and is not held up by the next
         try before the next heartbeat.
 
@@ -149,7 +152,9 @@ class Presence:
             return
         now = (self._state, self._reason[:REASON_LENGTH])
         due = HEARTBEAT_SECONDS if now == self._written else SOON_SECONDS
-        if now[0] == self._written[0] and time.monotonic() - self._written_at < due:
+        known = now[0] == self._written[0] or (_is_well(now) and _is_well(self._written))
+        outlasts = now[0] == "running" != self._written[0] and self._run_seconds > 0
+        if known and not outlasts and time.monotonic() - self._written_at < due:
             return
         if time.monotonic() - self._refused_at < HEARTBEAT_SECONDS:
             return
@@ -236,3 +241,8 @@ class Presence:
             )
         self._rates = rates
         await database.execute(_SWEEP)
+
+
+def _is_well(told: tuple[str, str]) -> bool:
+    state, reason = told
+    return state == "running" or (state == "waiting" and reason.partition(":")[0] in STEADY)

@@ -16,6 +16,7 @@ from aioworker import broker, meant, tables, topology
 from aioworker.clock import own_time
 from aioworker.console import as_json, command, duration
 from aioworker.controls import limit_and_source
+from aioworker.db import TOLD_SECONDS
 from aioworker.errors import BrokerError, DatabaseError
 from aioworker.limits import RateLimit
 from aioworker.look import Look, count_letters
@@ -292,7 +293,7 @@ def _limit(settings: Settings, name: str, told: _Told) -> Limit:
     if row is None:
         known = None if stopped else interval
         return Limit(settings.budget, rate, source, known, stopped, len(theirs) > 1)
-    ahead = 0.0 if interval is None or stopped else interval - row.age_us / 1e6
+    ahead = 0.0 if interval is None or stopped else interval - row.charge_age_us / 1e6
     waiting = ahead > 0 and not row.paused
     return Limit(
         scope="shared",
@@ -308,9 +309,9 @@ def _limit(settings: Settings, name: str, told: _Told) -> Limit:
         set_at=row.set_at,
         set_why=row.set_why,
         starts=row.starts,
-        last_start=row.last_start if row.starts else None,
+        last_start=row.charged_at if row.starts else None,
         last_worker=row.holder,
-        next_start=row.last_start + timedelta(seconds=interval or 0) if waiting else None,
+        next_start=row.charged_at + timedelta(seconds=interval or 0) if waiting else None,
         next_start_seconds=ahead if waiting else None,
         turn=told.turn,
     )
@@ -349,10 +350,10 @@ def _why(
         return row.pause if row is not None and row.paused else f"paused: rate limit {limit.rate}"
     if not queued.urgent and not queued.bulk:
         return "nothing queued"
-    return _why_workers_wait(limit, alive)
+    return _why_workers_wait(task, limit, alive, row)
 
 
-def _why_workers_wait(limit: Limit, alive: list[Worker]) -> str:
+def _why_workers_wait(task: str, limit: Limit, alive: list[Worker], row: Row | None) -> str:
     if limit.scope != "shared":
         return "each worker for its own budget"
     if not alive:
@@ -360,8 +361,11 @@ def _why_workers_wait(limit: Limit, alive: list[Worker]) -> str:
     # Where starts are limited, only who has the turn can run: another one was killed in it.
     limited = limit.rate != "none"
     for one in alive:
-        if one.state == "running" and (not limited or one.name == limit.turn):
-            return f"running: {one.reason}"
+        # A run that began a moment after its worker wrote that it waits is in the budget's row.
+        charged = row is not None and row.running != [] and row.holder == one.name
+        if (one.state == "running" or charged) and (not limited or one.name == limit.turn):
+            doing = one.reason if one.state == "running" else task
+            return f"running: {doing}{_until_first_write(limit, row)}"
     for one in alive:
         if one.fails:
             return one.reason
@@ -372,6 +376,14 @@ def _why_workers_wait(limit: Limit, alive: list[Worker]) -> str:
     # Whoever waits has not seen that yet: its row tells what it waited for before.
     last = min(alive, key=lambda one: one.seen_seconds)
     return f"a start is due and not begun; {last.name} was last seen {_ago(last)} ago"
+
+
+def _until_first_write(limit: Limit, row: Row | None) -> str:
+    """Return when a run that has written nothing may, where that is worth a word."""
+    if row is None or limit.interval_seconds is None or row.write_age_us < row.charge_age_us:
+        return ""
+    ahead = limit.interval_seconds - row.write_age_us / 1e6
+    return f"; its first write is due in {duration(ahead)}" if ahead >= TOLD_SECONDS else ""
 
 
 def _ago(worker: Worker) -> str:

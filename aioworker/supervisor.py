@@ -93,6 +93,7 @@ class Supervisor:
         self._presence = presence
         self._options = options
         self._trusted = False  # whether the task could read and write since the last failure
+        self._busy = False  # whether it served a message just now
         self._took = False  # whether the last look into the lanes found a message
         self._careful = False  # whether a message that could not be decoded cut this worker off
         self._nodes = Nodes(options.addresses)
@@ -157,11 +158,11 @@ class Supervisor:
                         serving = await self._serve(Link(lanes, publisher))
                     outage.end()
                 except DatabaseError as error:
-                    if error.unreachable:
-                        self._database.close()  # its address may lead to another server now
                     if options.burst:
                         raise
                     self._trusted = False
+                    if error.unreachable:
+                        self._database.close()  # its address may lead to another server now
                     level = logging.WARNING if error.unreachable else logging.ERROR
                     writes = self._database.is_open or not error.unreachable
                     seconds = outage.seconds(error)
@@ -193,7 +194,7 @@ class Supervisor:
         Raises:
             DatabaseError: Nothing is taken while that is so.
         """
-        if self._options.needs_database:
+        if self._options.needs_database and not (self._trusted and self._busy):
             await self._database.ready()
         if not self._trusted:
             await self.consumer.see_database()
@@ -206,7 +207,7 @@ class Supervisor:
 
     async def _serve(self, link: Link) -> bool:
         """Wait until a start is due, and serve in one turn; return whether to go on."""
-        burst = self._options.burst
+        burst, self._busy = self._options.burst, False
         await self._presence.keep()
         wait = await self._budget.look(self._presence.others)
         if wait is not None and wait.paused:
@@ -215,14 +216,13 @@ class Supervisor:
             return await self._wait(wait)
         if (seconds := self.consumer.breaker.seconds()) > 0:
             return not burst and await self._wait_for_test(seconds)
-        # Without a limit a message just taken is the sign that there are more.
-        if not (self._took and not self._budget.limited) and not await link.lanes.hold_something(
-            sure=burst
-        ):
+        # Where a start may begin now, a message just taken is the sign that there are more.
+        if not (self._took and wait is None) and not await link.lanes.hold_something(sure=burst):
             return False if burst else await self._wait(Wait("nothing queued", IDLE_SECONDS))
         result: Outcome | None = None
         if wait is None:
             wait, result = await self._serve_due(link)
+            self._busy = result is not None
         if wait is not None:
             return await self._wait(wait)
         match result.away if result is not None else None:

@@ -11,7 +11,7 @@ import hashlib
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC
+from datetime import UTC, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pymysql.constants import ER
@@ -34,11 +34,25 @@ SERVER = "CONCAT(@@hostname, ':', @@port, ':', @@server_id)"
 FIRST_ROW = f"""INSERT INTO aioworker_budget (task, last_start, server)
 VALUES (%(task)s, '2000-01-01', {SERVER}) ON DUPLICATE KEY UPDATE starts = starts"""
 
+# `last_start` is the later of charge and first write. Where it is not, an older worker or an
+# operator wrote it: then it stands for both.
+_OURS = "last_start <=> GREATEST(last_charge, last_write)"
+CHARGED = f"IF({_OURS}, last_charge, last_start)"
+WROTE = f"IF({_OURS}, last_write, last_start)"
+
 _PEEK = f"""SELECT paused, gap_us, TIMESTAMPDIFF(MICROSECOND, last_start, SYSDATE(6)),
     last_start, server = {SERVER}, COALESCE(IS_USED_LOCK(%(lock)s), 0), CONNECTION_ID(),
     starts, holder, paused_by, paused_at, paused_why, set_by, set_at, set_why,
+    TIMESTAMPDIFF(MICROSECOND, {CHARGED}, SYSDATE(6)),
+    TIMESTAMPDIFF(MICROSECOND, {WROTE}, SYSDATE(6)),
     running, deaths, SYSDATE(6)
 FROM aioworker_budget WHERE task = %(task)s"""
+
+# The least that a worker's user needs: privileges, table.
+PRIVILEGES = (
+    ("SELECT, INSERT, UPDATE", "aioworker_budget"),
+    ("SELECT, INSERT, UPDATE, DELETE", "aioworker_worker"),
+)
 
 ALIVE_SECONDS = 90  # a worker not seen for so long counts for nothing
 _HOLDER = f"""SELECT host, pid, seen > SYSDATE(6) - INTERVAL {ALIVE_SECONDS} SECOND
@@ -71,6 +85,8 @@ class Row:
         set_by: Who set or reset `gap_us` last.
         set_at: When.
         set_why: Why.
+        charge_age_us: Microseconds since the last charge.
+        write_age_us: Microseconds since a run's last first write.
         running: The messages of the run that is on, as the charge noted them.
         deaths: How often a message's worker died while it ran, by the message's key.
         now: What time it was there, UTC, with its zone.
@@ -91,9 +107,16 @@ class Row:
     set_by: str | None
     set_at: datetime | None
     set_why: str | None
+    charge_age_us: int
+    write_age_us: int
     running: list[str]
     deaths: dict[str, int]
     now: datetime
+
+    @property
+    def charged_at(self) -> datetime:
+        """When the last start was charged, UTC."""
+        return self.now - timedelta(microseconds=self.charge_age_us)
 
     @property
     def pause(self) -> str:
@@ -131,15 +154,13 @@ def explaining(database: Database) -> Iterator[None]:
                 f"{words}: run `{command('init')}`, or set AIOWORKER_BUDGET=worker"
             ) from error
         if trouble.code(error) == ER.BAD_FIELD_ERROR:
-            raise DatabaseError(f"{words}: {older()}") from error
+            raise DatabaseError(
+                f"{words}: the table is of an earlier version of aioworker: run"
+                f" `{command('init')}`, which keeps what is in it"
+            ) from error
         raise database.explain(error) from error
     except TimeoutError as error:
         raise database.explain(error) from error
-
-
-def older() -> str:
-    """Return what to say of a table that lacks a column."""
-    return f"of an earlier version: run `{command('init')}`, which keeps what is in it"
 
 
 def needs_init(error: DatabaseError) -> bool:
@@ -169,12 +190,31 @@ async def read(database: Database, task: str) -> Row:
     Raises:
         DatabaseError: There is none; only `aioworker init` makes one.
     """
-    row = await peek(database, task)
-    if row is None:
-        raise DatabaseError(
-            f"task {task!r} has no row in aioworker_budget: run `{command('init')}`"
-        )
-    return row
+    return _the_row(await _found(database, task), task)
+
+
+async def take(database: Database, task: str, patience: int) -> tuple[bool, Row]:
+    """Ask for the task's turn, and read the row once that is answered.
+
+    Args:
+        database: The connection that is to hold it.
+        task: The task's name.
+        patience: Seconds that the server lets it wait while somebody else has the turn.
+
+    Returns:
+        Whether it holds the turn, and the row.
+
+    Raises:
+        DatabaseError: There is no row.
+    """
+    arguments = {
+        "task": task,
+        "lock": lock_name(await database.schema(), task),
+        "patience": patience,
+    }
+    asked = "SELECT GET_LOCK(%(lock)s, %(patience)s)"
+    [[[got]], found] = [one.rows for one in await database.each(asked, _PEEK, args=arguments)]
+    return got == 1, _the_row(found, task)
 
 
 async def tasks(database: Database) -> list[str]:
@@ -189,11 +229,25 @@ async def rates(database: Database, task: str) -> set[str]:
 
 async def peek(database: Database, task: str) -> Row | None:
     """Return the task's row, None if there is none."""
+    found = await _found(database, task)
+    return _row(found[0]) if found else None
+
+
+async def _found(database: Database, task: str) -> list[tuple[Any, ...]]:
     lock = lock_name(await database.schema(), task)
-    found = await database.query(_PEEK, {"task": task, "lock": lock})
+    return await database.query(_PEEK, {"task": task, "lock": lock})
+
+
+def _the_row(found: list[tuple[Any, ...]], task: str) -> Row:
     if not found:
-        return None
-    values: list[Any] = list(found[0])
+        raise DatabaseError(
+            f"task {task!r} has no row in aioworker_budget: run `{command('init')}`"
+        )
+    return _row(found[0])
+
+
+def _row(answer: tuple[Any, ...]) -> Row:
+    values: list[Any] = list(answer)
     values[0], values[4] = bool(values[0]), bool(values[4])
     if values[1] is not None:
         values[1] = min(values[1], LONGEST_GAP_US)

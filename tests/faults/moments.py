@@ -21,7 +21,7 @@ SLOW_SECONDS = 3
 # What a worker sends, each for the first time, in a start for add-on 1.
 NEEDED = b"JSON_TABLE('[1]'"
 WRITE = b"JSON_TABLE('[[1,"
-STAMP = b"UPDATE aioworker_budget SET last_start"
+STAMP = b"SET last_write = SYSDATE(6) - INTERVAL"
 COMMIT = b"COMMIT"
 
 

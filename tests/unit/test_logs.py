@@ -13,13 +13,9 @@ import pytest
 from aioworker.failure import Failure
 from aioworker.logs import ConsoleFormatter, JournalFormatter, JsonFormatter, Seldom
 
-
-class UnshowableError(Exception):
-    """One that a traceback cannot be made of: it asks for the cause."""
-
-    @property
-    def __cause__(self) -> BaseException | None:  # type: ignore[override]
-        raise AttributeError
+UNSHOWABLE = SyntaxError("no")
+UNSHOWABLE.filename, UNSHOWABLE.lineno = "shop.py", 1
+UNSHOWABLE.text = 7  # type: ignore[assignment]  # which is why it cannot be shown
 
 
 def fail(error: BaseException) -> None:
@@ -109,10 +105,10 @@ def test_a_traceback_is_a_field_of_a_json_line() -> None:
 
 @pytest.mark.parametrize("formatter", [ConsoleFormatter(), JsonFormatter()], ids=["text", "json"])
 def test_an_error_that_cannot_be_shown_loses_no_line(formatter: logging.Formatter) -> None:
-    line = formatter.format(failed(UnshowableError()))
+    line = formatter.format(failed(UNSHOWABLE))
 
     assert "chunk failed" in line
-    assert "UnshowableError, which cannot be shown: AttributeError" in line
+    assert "SyntaxError, which cannot be shown: AttributeError" in line
 
 
 def test_every_line_of_a_traceback_has_its_priority_in_the_journal() -> None:
