@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import re
 import struct
 import traceback
@@ -33,7 +34,14 @@ from pamqp.commands import Connection
 from aioworker import tls
 from aioworker.addresses import Nodes
 from aioworker.console import command
-from aioworker.errors import BrokerError, NotTakenError, QueueMissingError, TlsFileError, let_go
+from aioworker.errors import (
+    BrokerError,
+    ConnectionLostError,
+    NotTakenError,
+    QueueMissingError,
+    TlsFileError,
+    let_go,
+)
 from aioworker.frames import CarefulConnection, ForeignError, PlainConnection
 
 if TYPE_CHECKING:
@@ -57,6 +65,9 @@ GARBAGE = (ValueError, LookupError, struct.error)
 # What aio-pika and the network raise when a connection cannot be used any more.
 FAILURES: tuple[type[Exception], ...] = (*CONNECTION_EXCEPTIONS, asyncio.InvalidStateError)
 CONNECT_FAILURES: tuple[type[Exception], ...] = (*FAILURES, *GARBAGE)
+# What goes wrong on a connection is raised; a program that sets up no logging prints nothing of it.
+for _library in ("aio_pika", "aiormq"):
+    logging.getLogger(_library).addHandler(logging.NullHandler())
 
 
 async def connect(
@@ -412,7 +423,7 @@ def explain(error: Exception, queue: str) -> BrokerError:
         case ConnectionNotAllowed():  # a limit
             return BrokerError(f"RabbitMQ ended the connection: {describe(error)}")
         case ChannelInvalidStateError():  # whose words are an object's address
-            return BrokerError("connection or channel to RabbitMQ closed", unreachable=True)
+            return ConnectionLostError("connection or channel to RabbitMQ closed")
         case TimeoutError():
             return BrokerError(
                 f"RabbitMQ did not answer in time about queue {queue}, out of memory or disk"
@@ -420,7 +431,7 @@ def explain(error: Exception, queue: str) -> BrokerError:
                 unreachable=True,
             )
         case _:
-            return BrokerError(f"connection to RabbitMQ lost: {describe(error)}", unreachable=True)
+            return ConnectionLostError(f"connection to RabbitMQ lost: {describe(error)}")
 
 
 def is_missing(error: ChannelNotFoundEntity) -> bool:

@@ -97,7 +97,7 @@ def init(
     settings = prepare(app=app_names)
     tasks = app_tasks(settings, [*(names or []), *(option or [])])
     if show:
-        console.say_all(setup.setup_text(settings, tasks))
+        console.say_all(run(setup.plan(settings, tasks)))
     else:
         run(setup.init(settings, tasks))
 
@@ -115,7 +115,11 @@ def consume(
     ] = None,
     burst: Annotated[bool, typer.Option("--burst", help="End once the lanes are empty.")] = False,
     check: Annotated[
-        bool, typer.Option("--check", help="Load settings and tasks, and end: 0 if they load.")
+        bool,
+        typer.Option(
+            "--check",
+            help="Only load settings and tasks; 0 if they load, and no table needs init.",
+        ),
     ] = False,
 ) -> None:
     """Run the worker: take messages, write what needs writing, no faster than the rate.
@@ -128,7 +132,7 @@ def consume(
     not load, says why and goes on with the old. With --burst exits 0 if all it took is done,
     1 if a message became a dead letter, went to retry or was given back, or if it is paused.
     """
-    from aioworker import reload, worker
+    from aioworker import reload, setup, worker
     from aioworker.notify import Notifier
 
     raise_early = signals.keep_early()
@@ -139,6 +143,7 @@ def consume(
     if settings.budget == "shared" or any(task.needs_database for task in tasks):
         settings.database()
     if check:
+        run(setup.refuse_older_tables(settings))
         reload.end_check([task.name for task in tasks])
 
     async def serve() -> int:

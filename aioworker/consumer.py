@@ -50,7 +50,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MOST_RETURNS = 20  # to its lane, before a message goes behind: RabbitMQ sets it aside at a hundred
-SEEN_SECONDS = 1.0  # in which one look at the database will do for several runs that failed
 LEAST_LOST = 3  # attempts, before a message that loses its connection is set aside
 
 
@@ -154,7 +153,7 @@ class Consumer:
         self._ends = Ends()
         self._serving = 0
         self._seeing = asyncio.Lock()
-        self._seen_at = -math.inf  # when the database took a write of ours
+        self._seen_at = -math.inf  # when a look at the database began that went well
 
     @property
     def longest_run(self) -> float:
@@ -253,8 +252,6 @@ class Consumer:
         if failure.fault is Fault.MESSAGE:
             return Outcome(Kind.DEAD_LETTER, failure.words, failure)
         lost = failure.lost or (self._task.needs_database and not self._database.is_open)
-        if lost:
-            self._seen_at = -math.inf
         try:
             await self.see_database()
         except DatabaseError as away:
@@ -315,12 +312,14 @@ class Consumer:
         """
         if not (self._presence.keeps_row or self._task.needs_database):
             return
-        # Several runs may fail at once, of a task that uses no database.
+        asked = time.monotonic()
+        # Of a task that uses no database several runs may fail at once: one look, begun after
+        # the last of them failed, does for all.
         async with self._seeing:
-            if time.monotonic() - self._seen_at > SEEN_SECONDS:
-                self._seen_at = -math.inf
+            if self._seen_at < asked:
+                began = time.monotonic()
                 await self._write_to_database()
-                self._seen_at = time.monotonic()
+                self._seen_at = began
 
     async def _write_to_database(self) -> None:
         """Write by the run's own connection; one that was lost held the turn, and is left alone."""

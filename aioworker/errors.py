@@ -113,6 +113,13 @@ class StalledError(BrokerError):
     """Messages wait, the budget is free, and nothing starts."""
 
 
+class ConnectionLostError(BrokerError):
+    """The connection was lost; what was under way on it may have arrived."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text, unreachable=True)
+
+
 class NotTakenError(BrokerError):
     """RabbitMQ answered that it did not take a message for a queue."""
 

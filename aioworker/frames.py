@@ -9,11 +9,13 @@ decodes all properties twice; so a worker is careful only after it was cut off b
 
 from __future__ import annotations
 
+import asyncio
 import struct
 from typing import TYPE_CHECKING, Any, cast
 
 import aio_pika
 import aiormq
+from aio_pika.abc import UnderlayConnection
 from aiormq.connection import TCPTransportFactory, TLSTransportFactory
 from aiormq.exceptions import InvalidFrameError
 from pamqp.commands import Basic
@@ -53,13 +55,50 @@ class ForeignError(ValueError):
 
 
 class PlainConnection(aio_pika.Connection):
-    """A connection that never heals by itself, and believes no size before the login."""
+    """A connection that never heals by itself, and believes no size before the login.
+
+    Whoever opened it closes it.
+    """
 
     careful = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.kwargs["transport_factory"] = _Transport(careful=self.careful)
+
+    def __del__(self) -> None:
+        """Do nothing: aio-pika begins to close it, in whatever thread collects garbage."""
+
+    async def connect(self, timeout: float | None = None) -> None:
+        """Connect as aio-pika does, over a connection of aiormq's that tells of a silent peer."""
+        self.transport = await _Underlay.connect(
+            self.url, self._on_connection_close, timeout=timeout, **self.kwargs
+        )
+        await self._on_connected()
+
+
+class _Underlay(UnderlayConnection):
+    @classmethod
+    async def make_connection(
+        cls, url: URL, timeout: float | None = None, **kwargs: Any
+    ) -> _Connection:
+        async with asyncio.timeout(timeout):
+            made = _Connection(url, **kwargs)
+            await made.connect()
+            return made
+
+
+class _Connection(aiormq.Connection):
+    async def close(
+        self, exc: aiormq.abc.ExceptionType | None = None, timeout: float | None = None
+    ) -> None:
+        """Close it; whoever waits for an answer is told of a peer that said nothing for too long.
+
+        aiormq ends its own reader then, and so would cancel whoever waits.
+        """
+        if self.connected.is_set() and isinstance(exc, asyncio.CancelledError):
+            exc = ConnectionError("it has sent nothing for too long")
+        await super().close(exc, timeout)
 
 
 class CarefulConnection(PlainConnection):

@@ -12,7 +12,7 @@ import aio_pika
 from aioworker import broker, message, topology
 from aioworker.addresses import BrokerAddress
 from aioworker.chunk import id_of
-from aioworker.errors import UsageError
+from aioworker.errors import ConnectionLostError, UsageError
 from aioworker.settings import Settings, checked_prefix
 from aioworker.task import AnyTask, check_publishable
 from aioworker.topology import Queues
@@ -100,6 +100,9 @@ class Producer:
     ) -> str:
         """Publish one message and return its id once RabbitMQ has confirmed it.
 
+        Over a connection that turns out to be lost, as after a suspend, it is published once
+        more on a new one, with the same id. It may arrive twice then.
+
         Args:
             task: The task, or its name: this process need not import it; what it cannot
                 take is then refused by the worker.
@@ -139,7 +142,12 @@ class Producer:
             )
         self._loop = running
         queues = Queues.of(task, self._prefix)
-        await self._publisher.publish(queues.urgent if urgent else queues.bulk, outgoing)
+        lane = queues.urgent if urgent else queues.bulk
+        try:
+            await self._publisher.publish(lane, outgoing)
+        except ConnectionLostError:
+            # It may have been lost long before; often nobody knows until something is sent.
+            await self._publisher.publish(lane, outgoing)
         return outgoing.message_id or ""
 
     async def backlog(self, task: str) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pymysql.constants import ER
 from pymysql.err import MySQLError
@@ -75,19 +75,29 @@ _AGAIN = frozenset({ER.LOCK_WAIT_TIMEOUT, ER.DUP_FIELDNAME})
 
 _COLUMNS = """SELECT LOWER(column_name) FROM information_schema.columns
 WHERE table_schema = DATABASE() AND table_name = %s"""
-# Who holds a lock on a table: what MySQL tells, and MariaDB if it is set up to.
-_HOLDERS = (
-    """SELECT processlist_id FROM performance_schema.metadata_locks
-    JOIN performance_schema.threads ON thread_id = owner_thread_id
-    WHERE object_type = 'TABLE' AND lock_status = 'GRANTED'
-    AND object_schema = DATABASE() AND object_name = %s""",
-    """SELECT thread_id FROM information_schema.metadata_lock_info
-    WHERE table_schema = DATABASE() AND table_name = %s""",
-)
-# Otherwise it is somebody who is in the middle of a transaction, or of LOCK TABLES.
-_IN_TRANSACTIONS = "SELECT trx_mysql_thread_id FROM information_schema.innodb_trx"
-_SESSIONS = """SELECT id, user, host, SYSDATE() - INTERVAL time SECOND
-FROM information_schema.processlist WHERE id <> CONNECTION_ID() AND id IN ({}) ORDER BY id"""
+# Who holds a lock on a table: what MySQL tells, and MariaDB if it is set up to. Otherwise it is
+# somebody who is in the middle of a transaction.
+_HOLDERS = {
+    "held by": (
+        """SELECT processlist_id, processlist_user, processlist_host,
+        SYSDATE() - INTERVAL processlist_time SECOND
+        FROM performance_schema.metadata_locks
+        JOIN performance_schema.threads ON thread_id = owner_thread_id
+        WHERE object_type = 'TABLE' AND lock_status = 'GRANTED'
+        AND object_schema = DATABASE() AND object_name = %(table)s
+        AND processlist_id <> CONNECTION_ID()""",
+        """SELECT id, user, host, SYSDATE() - INTERVAL time SECOND
+        FROM information_schema.metadata_lock_info
+        JOIN information_schema.processlist ON id = thread_id
+        WHERE table_schema = DATABASE() AND table_name = %(table)s AND id <> CONNECTION_ID()""",
+    ),
+    "held by one of": (
+        """SELECT id, user, host, SYSDATE() - INTERVAL time SECOND
+        FROM information_schema.innodb_trx
+        JOIN information_schema.processlist ON id = trx_mysql_thread_id
+        WHERE id <> CONNECTION_ID()""",
+    ),
+}
 
 
 async def settle(database: Database, name: str) -> str:
@@ -124,9 +134,13 @@ async def settle(database: Database, name: str) -> str:
 
 
 async def changes(database: Database) -> dict[str, str]:
-    """Return the statement that `settle` would run, by the name of each table that needs one."""
-    wanted = {name: change(name, await _found(database, name)) for name in NAMES}
-    return {name: statement for name, statement in wanted.items() if statement is not None}
+    """Return the ALTER of each table that is there and lacks something, by its name."""
+    wanted = {}
+    for name in NAMES:
+        found = await _found(database, name)
+        if found and (statement := change(name, found)):
+            wanted[name] = statement
+    return wanted
 
 
 def change(name: str, found: Collection[str]) -> str | None:
@@ -162,18 +176,15 @@ async def _found(database: Database, name: str) -> list[str]:
 
 async def _holders(database: Database, name: str) -> str:
     """Return in one line which sessions hold a lock on a table, as far as the server tells."""
-    for holders in _HOLDERS:
-        if named := await _sessions(database, holders, (name,)):
-            return f"held by {named}"
-    named = await _sessions(database, _IN_TRANSACTIONS, None)
-    return f"held by one of {named}" if named else "this user cannot see by whom it is held"
+    for words, statements in _HOLDERS.items():
+        for statement in statements:
+            with suppress(MySQLError):  # not there, or not for this user
+                found = await database.query(statement, {"table": name})
+                if found:
+                    return f"{words} {', '.join(map(_session, found))}"
+    return "this user cannot see by whom it is held"
 
 
-async def _sessions(database: Database, holders: str, args: tuple[str, ...] | None) -> str:
-    with suppress(MySQLError):  # not there, or not for this user
-        found = await database.query(_SESSIONS.format(holders), args)
-        return ", ".join(
-            f"session {number} of {user}@{host} since {since:%Y-%m-%d %H:%M:%S} UTC"
-            for number, user, host, since in found
-        )
-    return ""
+def _session(row: tuple[Any, ...]) -> str:
+    number, user, host, since = row
+    return f"session {number} of {user}@{host} since {since:%Y-%m-%d %H:%M:%S} UTC"

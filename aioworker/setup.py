@@ -8,9 +8,9 @@ import shlex
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
-from aioworker import broker, repo, schema, tables, topology
+from aioworker import broker, grants, repo, schema, tables, topology
 from aioworker.console import count, say, tell
-from aioworker.errors import BrokerError
+from aioworker.errors import AioworkerError, BrokerError, DatabaseError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,6 +26,7 @@ POLICIES = (
     " these queues, unseen by aioworker: `rabbitmqctl list_policies` shows it, docs/operations.md"
     " what it does"
 )
+_LACKING = "# MySQL: what users lack that work already"
 _PUBLISH = r"^amq\.default$"  # the right to write to the default exchange
 
 
@@ -53,6 +54,8 @@ async def init(settings: Settings, tasks: Sequence[AnyTask]) -> None:
             for name in schema.NAMES:
                 with tables.explaining(database):
                     say(f"table {name}: {await schema.settle(database, name)}")
+            for grant in await grants.lacking(database):
+                say(f"lacking: {grant}")
         await _declare(connection, queues, found, timeout)
         if database is not None:  # last: a row lets its task start
             await tables.add_rows(database, [task.name for task in tasks])
@@ -103,8 +106,11 @@ async def _declare(
         raise
 
 
-def setup_text(settings: Settings, tasks: Sequence[AnyTask]) -> str:
-    """Return what `init` declares, and the least that the worker's users need, as commands."""
+async def plan(settings: Settings, tasks: Sequence[AnyTask]) -> str:
+    """Return what `init` does, and the least that the worker's users need, as commands.
+
+    It needs no server. What `init` would change in tables that are there, the database tells.
+    """
     amqp, mysql = settings.amqp_url[0], settings.mysql_url
     queues = _arguments(settings, tasks)
     ours = rf"{settings.queue_prefix}\."
@@ -112,16 +118,11 @@ def setup_text(settings: Settings, tasks: Sequence[AnyTask]) -> str:
     needed = [*repo.PRIVILEGES] if main_job else []
     made: list[str] = []
     if settings.budget == "shared":
-        needed += tables.PRIVILEGES
-        rows = [tables.FIRST_ROW % {"task": _sql_text(task.name)} for task in tasks]
-        made = [
-            "# MySQL: the tables that init makes; its user needs CREATE beside what follows",
-            *(f"{statement};" for statement in (schema.BUDGET, schema.WORKER, *rows)),
-            "",
-        ]
-    database = "`{}`".format(mysql.database.replace("`", "``"))
-    grants = [
-        f"GRANT {privilege} ON {database}.`{table}` TO {_sql_text(mysql.user)}@'%';"
+        needed += grants.PRIVILEGES
+        made = [*_creating(tasks), *await _changing(settings)]
+    least = [
+        f"GRANT {privilege} ON {grants.qualified(mysql.database, table)}"
+        f" TO {grants.text(mysql.user)}@'%';"
         for privilege, table in needed
     ]
     lines = [
@@ -143,7 +144,7 @@ def setup_text(settings: Settings, tasks: Sequence[AnyTask]) -> str:
         _permit(amqp, "", "", f"^{ours}"),
         "",
         "# MySQL: the least that the user of consume and publish-all needs",
-        *grants,
+        *least,
     ]
     if main_job:
         lines += [
@@ -156,13 +157,57 @@ def setup_text(settings: Settings, tasks: Sequence[AnyTask]) -> str:
     return "\n".join(lines)
 
 
+def _creating(tasks: Sequence[AnyTask]) -> list[str]:
+    """Return the statements that make what is not there."""
+    rows = [tables.FIRST_ROW % {"task": grants.text(task.name)} for task in tasks]
+    return [
+        "# MySQL: the tables that init makes; its user needs CREATE beside what follows",
+        *(f"{statement};" for statement in (schema.BUDGET, schema.WORKER, *rows)),
+        "",
+    ]
+
+
+async def _changing(settings: Settings) -> list[str]:
+    """Return the statements that change what is there, or why nobody can tell."""
+    try:
+        async with settings.database(check=False, locks=False) as database:
+            with tables.explaining(database):
+                changes = await schema.changes(database)
+                lacking = await grants.lacking(database)
+    except AioworkerError as error:
+        return [f"# MySQL: what init would change in tables that are there is unknown: {error}", ""]
+    lines = []
+    if changes:
+        lines = [
+            "# MySQL: the tables that init changes, while workers run; its user needs ALTER",
+            *(f"{statement};" for statement in changes.values()),
+            "",
+        ]
+    if lacking:
+        lines += [_LACKING, *lacking, ""]
+    return lines
+
+
+async def refuse_older_tables(settings: Settings) -> None:
+    """See that no table waits for `init`; a database that is away says nothing against it.
+
+    Raises:
+        DatabaseError: One does.
+    """
+    if settings.budget != "shared":
+        return
+    try:
+        async with settings.database(locks=False) as database:
+            with tables.explaining(database):
+                changes = await schema.changes(database)
+    except DatabaseError:
+        return
+    if changes:
+        where = settings.mysql_url.shown
+        raise DatabaseError(f"{' and '.join(changes)} at {where}: {tables.older()}")
+
+
 def _permit(amqp: BrokerAddress, configure: str, write: str, read: str) -> str:
     """Return the command that gives a user these rights and no others, for a shell."""
     rights = (amqp.user, configure, write, read)
     return shlex.join(["rabbitmqctl", "set_permissions", "-p", amqp.vhost, *rights])
-
-
-def _sql_text(value: str) -> str:
-    """Return a text as a statement has it."""
-    doubled = value.replace("\\", "\\\\").replace("'", "''")
-    return f"'{doubled}'"

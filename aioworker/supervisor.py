@@ -158,11 +158,11 @@ class Supervisor:
                         serving = await self._serve(Link(lanes, publisher))
                     outage.end()
                 except DatabaseError as error:
+                    if error.unreachable:
+                        self._database.close()  # its address may lead to another server now
                     if options.burst:
                         raise
                     self._trusted = False
-                    if error.unreachable:
-                        self._database.close()  # its address may lead to another server now
                     level = logging.WARNING if error.unreachable else logging.ERROR
                     writes = self._database.is_open or not error.unreachable
                     seconds = outage.seconds(error)

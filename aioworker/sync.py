@@ -52,9 +52,11 @@ _background: _Background | None = None
 def publish_sync(task: AnyTask | str, /, *args: Any, urgent: bool = False, **kwargs: Any) -> str:
     """Publish one message and return its id once RabbitMQ has confirmed it.
 
-    It blocks the thread meanwhile, some milliseconds, and at most the connect timeout. All
-    threads of a process share one connection, opened at the first call and anew after it
-    was lost; a forked process opens its own. The settings are read at the first call.
+    It blocks the thread meanwhile, some milliseconds, and at most the connect timeout for each
+    step with RabbitMQ. All threads of a process share one connection, opened at the first call
+    and anew after it was lost; a forked process opens its own. What the loss of a connection
+    cuts off, as after a suspend, is published once more, with the same id: it may arrive twice
+    then. The settings are read at the first call.
 
     Args:
         task: As in `Producer.publish`.

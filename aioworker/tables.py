@@ -48,12 +48,6 @@ _PEEK = f"""SELECT paused, gap_us, TIMESTAMPDIFF(MICROSECOND, last_start, SYSDAT
     running, deaths, SYSDATE(6)
 FROM aioworker_budget WHERE task = %(task)s"""
 
-# The least that a worker's user needs: privileges, table.
-PRIVILEGES = (
-    ("SELECT, INSERT, UPDATE", "aioworker_budget"),
-    ("SELECT, INSERT, UPDATE, DELETE", "aioworker_worker"),
-)
-
 ALIVE_SECONDS = 90  # a worker not seen for so long counts for nothing
 _HOLDER = f"""SELECT host, pid, seen > SYSDATE(6) - INTERVAL {ALIVE_SECONDS} SECOND
 FROM aioworker_worker WHERE session = %s AND task = %s ORDER BY seen DESC LIMIT 1"""
@@ -154,13 +148,15 @@ def explaining(database: Database) -> Iterator[None]:
                 f"{words}: run `{command('init')}`, or set AIOWORKER_BUDGET=worker"
             ) from error
         if trouble.code(error) == ER.BAD_FIELD_ERROR:
-            raise DatabaseError(
-                f"{words}: the table is of an earlier version of aioworker: run"
-                f" `{command('init')}`, which keeps what is in it"
-            ) from error
+            raise DatabaseError(f"{words}: {older()}") from error
         raise database.explain(error) from error
     except TimeoutError as error:
         raise database.explain(error) from error
+
+
+def older() -> str:
+    """Return what to say of a table that lacks a column."""
+    return f"of an earlier version: run `{command('init')}`, which keeps what is in it"
 
 
 def needs_init(error: DatabaseError) -> bool:

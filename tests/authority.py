@@ -43,9 +43,18 @@ class Authority:
         _openssl("req", *_KEY, "-keyout", made.key, "-out", request, "-subj", f"/CN={name}")
         _openssl(
             *("x509", "-req", "-in", request, "-CA", self.ca, "-CAkey", self._key),
-            *("-CAcreateserial", "-days", str(days), "-extfile", extension, "-out", made.cert),
+            *("-CAcreateserial", "-extfile", extension, "-out", made.cert),
+            *_lasting(days),
         )
         return made
+
+
+def _lasting(days: int) -> tuple[str, ...]:
+    """Return openssl's options for a certificate's time; as of 3.4 no number of days is below 0."""
+    known = subprocess.run(["openssl", "x509", "-help"], capture_output=True, check=False).stderr
+    if days < 0 and b"-not_after" in known:
+        return ("-not_before", "20200101000000Z", "-not_after", "20200102000000Z")
+    return ("-days", str(days))
 
 
 def _openssl(*arguments: str | Path) -> None:

@@ -181,7 +181,7 @@ def make_database(
     return kind(address, connect_timeout=10, timeout=timeout)
 
 
-def make_worker(
+def make_worker(  # noqa: PLR0913 - each has a default, and a test names what it is about
     pair: servers.Servers,
     database: Database,
     *,
@@ -190,14 +190,17 @@ def make_worker(
     burst: bool = True,
     task_timeout: float = 30,
     clock: Clock | None = None,
+    keeps_row: bool = False,
+    max_retries: int = 5,
 ) -> Supervisor:
     """Make a worker that ends once the lanes are empty."""
     budget: Budget = WorkerBudget(None)
     if rate_limit is not None:
         budget = SharedBudget(database, task.name, RateLimit.parse(rate_limit), "test", clock)
-    presence = Presence(task.name, "test", 1, None, lambda _doing: None, None)
+    where = database if keeps_row else None
+    presence = Presence(task.name, "test", 1, None, lambda _doing: None, where)
     consumer = Consumer(
-        task, database, budget, presence, Terms(5, task_timeout, 10, PREFIX), "test"
+        task, database, budget, presence, Terms(max_retries, task_timeout, 10, PREFIX), "test"
     )
     options = Options(BrokerAddress.parse_all(pair.amqp_url), burst, 10, "test")
     return Supervisor(task, database, budget, consumer, presence, options)
@@ -304,6 +307,16 @@ def rows(connection: Connection[Cursor], statement: str, *args: object) -> list[
         found = list(cursor.fetchall())
     connection.commit()
     return found
+
+
+# What each version of aioworker that had other tables made them by, and said to them.
+EARLIER = sorted((Path(__file__).parent / "data/schema").iterdir())
+
+
+def make_tables(connection: Connection[Cursor], version: Path) -> None:
+    """Put the tables of an earlier version, empty, in the place of those that are there."""
+    execute(connection, "DROP TABLE aioworker_budget, aioworker_worker")
+    execute(connection, *filter(str.strip, (version / "tables.sql").read_text().split(";\n")))
 
 
 def execute(connection: Connection[Cursor], *statements: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import aio_pika
@@ -94,7 +95,7 @@ def test_a_limit_of_channels_is_no_lost_connection(run: Run, limited: servers.Br
 
     said = publish(run, limited.url(HOST, USER, "s3cret"))
 
-    assert "number of channels opened for user 'somebody' has reached the maximum" in said
+    assert re.search("number of channels opened for user '.+' has reached the maximum", said)
     assert "lost" not in said
 
 

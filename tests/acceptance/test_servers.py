@@ -98,7 +98,6 @@ def test_a_server_that_does_not_answer_is_told_in_one_line(pair: servers.Servers
         AIOWORKER_MYSQL_URL=f"mysql://root:s3cret@{servers.HOST}:{port}/shop",
     )
 
-    assert said.splitlines()[1].startswith(
-        f"AIOWORKER_MYSQL_URL: no server answers at mysql://root@{servers.HOST}:{port}/shop: "
-    )
+    told = f"AIOWORKER_MYSQL_URL: no server answers at mysql://root@{servers.HOST}:{port}/shop: "
+    assert len([line for line in said.splitlines() if line.startswith(told)]) == 1
     assert "s3cret" not in said

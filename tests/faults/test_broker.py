@@ -127,6 +127,24 @@ def test_connections_that_an_operator_closes(place: Place, broker: servers.Broke
     assert_one_start_each(place, CHUNKS)
 
 
+def test_a_broker_that_is_silent_for_longer_than_its_heartbeat_allows(
+    make_place: MakePlace, proxy: Proxy
+) -> None:
+    """What aiormq does then cancels whoever waits for an answer: no worker may end by it."""
+    place = make_place(amqp_port=proxy.port)
+    place.backlog(3)
+    address = f"amqp://guest:guest@{servers.HOST}:{proxy.port}/{place.name}?heartbeat=1"
+    patient = {"AIOWORKER_AMQP_URL": address, "AIOWORKER_CONNECT_TIMEOUT": "30"}
+    worker = place.worker("--rate-limit", "1/s", **patient)
+    eventually(place.done, "it works")
+
+    proxy.black_hole()
+    eventually(lambda: "it has sent nothing for too long" in worker.log, "it notices")
+    proxy.forward()
+
+    assert_one_start_each(place, 3)
+
+
 # A network that breaks, each time while an acknowledgement is under way.
 
 

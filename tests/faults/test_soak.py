@@ -46,12 +46,7 @@ ROUNDS, FEW = 10, 3
 SWAY = 2  # how many a connection needs differs from moment to moment
 SAMPLES, SAMPLE_SECONDS = 40, 0.05
 RIGHT = "SELECT id FROM addons WHERE current_version = id + 10000"
-pytestmark = [
-    pytest.mark.timeout(SECONDS + DRAIN_SECONDS + 120),
-    # The publishing side of the test itself: a connect of aiormq that is cut off in an outage may
-    # leave its close behind. What the workers leave behind is counted in their processes.
-    pytest.mark.filterwarnings("ignore:coroutine 'Connection.close' was never awaited"),
-]
+pytestmark = pytest.mark.timeout(SECONDS + DRAIN_SECONDS + 120)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -12,15 +14,20 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import aio_pika
 import pytest
 
-from aioworker import Task, publish_sync, sync
-from aioworker.errors import BrokerError, QueueMissingError, UsageError
+from aioworker import Producer, Task, publish_sync, sync
+from aioworker.broker import Publisher
+from aioworker.errors import BrokerError, ConnectionLostError, QueueMissingError, UsageError
 from support import servers
-from tests.conftest import QUEUES, TASK, Lanes
+from tests.conftest import QUEUES, TASK, Lanes, eventually
+from tests.faults.proxy import Proxy
 
 REQUESTS = 40
 PROMPTLY_SECONDS = 5  # of a busy machine; less than the timeout that it does not wait for
@@ -250,6 +257,120 @@ async def test_a_broker_that_went_away_is_told_at_once_and_found_again(
 
     assert told < PROMPTLY_SECONDS
     assert publish_sync(TASK, [3])
+
+
+SYNC = """
+    import sys
+    from aioworker import publish_sync
+
+    for line in sys.stdin:
+        print(publish_sync({task!r}, [int(line)]), flush=True)
+"""
+ASYNC = """
+    import asyncio, sys
+    from aioworker import Producer
+
+    async def main():
+        async with Producer() as producer:
+            for line in sys.stdin:
+                print(await producer.publish({task!r}, [int(line)]), flush=True)
+
+    asyncio.run(main())
+"""
+
+
+def begin(code: str, pair: servers.Servers, **variables: str) -> subprocess.Popen[str]:
+    """Start a program that a test talks to."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
+        env=pair.environment | variables,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("code", [SYNC, ASYNC], ids=["sync", "async"])
+async def test_the_first_publish_after_a_freeze_goes_out_and_nothing_is_printed(
+    broker: servers.Broker, pair: servers.Servers, lanes: Lanes, code: str
+) -> None:
+    """A suspend, a debugger, a Lambda between two calls: RabbitMQ has closed the connection."""
+    process = begin(code.format(task=TASK), pair, AIOWORKER_AMQP_URL=f"{pair.amqp_url}?heartbeat=1")
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process:
+        process.stdin.write("1\n")
+        process.stdin.flush()
+        first = process.stdout.readline().strip()
+
+        process.send_signal(signal.SIGSTOP)
+        eventually(lambda: connections(broker) == 0, "RabbitMQ has closed the connection")
+        process.stdin.write("2\n")
+        process.stdin.flush()
+        process.send_signal(signal.SIGCONT)
+        printed, errors = process.communicate(timeout=60)
+
+    assert (process.returncode, errors) == (0, "")
+    taken = [await lanes.take(QUEUES.bulk) for _ in range(2)]
+    assert [one.message_id for one in taken] == [first, printed.strip()]
+    assert [json.loads(one.body)[0] for one in taken] == [[[1]], [[2]]]
+    assert await lanes.count(QUEUES.bulk) == 0
+
+
+async def test_a_confirm_that_was_lost_doubles_a_message_under_the_same_id(
+    monkeypatch: pytest.MonkeyPatch, lanes: Lanes
+) -> None:
+    """Tasks can be repeated; whoever counts has the id."""
+    publish, losses = Publisher.publish, ["connection to RabbitMQ lost"]
+
+    async def lose_confirm(self: Publisher, queue: str, outgoing: aio_pika.Message) -> None:
+        await publish(self, queue, outgoing)
+        if losses:
+            raise ConnectionLostError(losses.pop())
+
+    monkeypatch.setattr(Publisher, "publish", lose_confirm)
+
+    message_id = publish_sync(TASK, [1])
+
+    taken = [await lanes.take(QUEUES.bulk) for _ in range(2)]
+    assert [one.message_id for one in taken] == [message_id, message_id]
+
+
+async def test_a_peer_that_falls_silent_cancels_nobody(pair: servers.Servers, lanes: Lanes) -> None:
+    """As a network that drops what has been idle: no answer, and no end of the connection."""
+    with Proxy(urlsplit(pair.amqp_url).port or 5672) as proxy:
+        through = f"amqp://guest:guest@{servers.HOST}:{proxy.port}/?heartbeat=1"
+        async with Producer(through, timeout=30) as producer:
+            await producer.publish(TASK, [1])
+            proxy.black_hole()
+
+            publishing = asyncio.create_task(producer.publish(TASK, [2]))
+            again = partial(eventually, lambda: proxy.accepted > 1, "it connects anew")
+            await asyncio.to_thread(again)
+            proxy.forward()
+
+            assert await publishing
+
+
+def test_a_program_that_sets_up_no_logging_gets_an_error_and_prints_nothing(
+    program: Program,
+) -> None:
+    done = program(
+        f"""
+        import os
+        from aioworker import publish_sync
+        from aioworker.errors import BrokerError
+
+        os.environ["AIOWORKER_AMQP_URL"] = "amqp://{servers.HOST}:{servers.free_port()}/"
+        try:
+            publish_sync({TASK!r}, [1])
+        except BrokerError as error:
+            print(str(error)[:14])
+        """
+    )
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "cannot connect\n", "")
 
 
 def test_nobody_who_listens_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

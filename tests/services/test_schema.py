@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,16 +12,16 @@ from aioworker.budget import SharedBudget
 from aioworker.errors import DatabaseError
 from aioworker.limits import RateLimit
 from support import servers
-from tests.conftest import TASK, database_name, execute, rows
+from tests.conftest import EARLIER, TASK, database_name, execute, make_tables, rows
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pymysql.connections import Connection
     from pymysql.cursors import Cursor
 
     from aioworker.db import Database
 
-# A folder for each: its tables, and what its workers and commands say to them.
-EARLIER = sorted((Path(__file__).parent.parent / "data/schema").iterdir())
 VERSIONS = pytest.mark.parametrize("version", EARLIER, ids=lambda path: path.name)
 # What a DBA, and the workers, have written into it.
 KEPT = {
@@ -67,8 +66,7 @@ def columns(shop: Connection[Cursor], table: str) -> list[tuple[str, ...]]:
 
 def make(shop: Connection[Cursor], version: Path) -> list[str]:
     """Make an earlier version's tables, and rows in them; return the columns of the budget's."""
-    execute(shop, "DROP TABLE aioworker_budget, aioworker_worker")
-    execute(shop, *filter(str.strip, (version / "tables.sql").read_text().split(";\n")))
+    make_tables(shop, version)
     there = [name for name, *_rest in columns(shop, "aioworker_budget")]
     values = ", ".join(KEPT[name] for name in there)
     execute(shop, f"INSERT INTO aioworker_budget ({', '.join(there)}) VALUES ({values})")

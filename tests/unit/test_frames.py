@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,7 @@ from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 from pamqp.heartbeat import Heartbeat
 
-from aioworker.frames import SHOWN_BYTES, Frames
+from aioworker.frames import SHOWN_BYTES, Frames, PlainConnection
 from aioworker.message import PROPERTIES, UNREADABLE
 from tests.faults.junk import UNDECODABLE, Properties
 
@@ -89,3 +90,17 @@ async def test_a_routing_key_that_cannot_be_decoded_has_question_marks(
 
     assert await read(right) == [right]
     assert found == right.replace("\u00e9".encode(), b"??")
+
+
+def test_a_connection_that_is_garbage_is_closed_by_nobody() -> None:
+    """Any thread may collect it; aio-pika's `__del__` leaves a coroutine behind where no loop runs.
+
+    pytest fails a test that does.
+    """
+    loop = asyncio.new_event_loop()
+    made = PlainConnection("amqp://127.0.0.1/", loop=loop)
+
+    del made
+    gc.collect()
+
+    loop.close()

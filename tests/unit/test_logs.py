@@ -13,9 +13,13 @@ import pytest
 from aioworker.failure import Failure
 from aioworker.logs import ConsoleFormatter, JournalFormatter, JsonFormatter, Seldom
 
-UNSHOWABLE = SyntaxError("no")
-UNSHOWABLE.filename, UNSHOWABLE.lineno = "shop.py", 1
-UNSHOWABLE.text = 7  # type: ignore[assignment]  # which is why it cannot be shown
+
+class UnshowableError(Exception):
+    """One that a traceback cannot be made of: it asks for the cause."""
+
+    @property
+    def __cause__(self) -> BaseException | None:  # type: ignore[override]
+        raise AttributeError
 
 
 def fail(error: BaseException) -> None:
@@ -105,10 +109,10 @@ def test_a_traceback_is_a_field_of_a_json_line() -> None:
 
 @pytest.mark.parametrize("formatter", [ConsoleFormatter(), JsonFormatter()], ids=["text", "json"])
 def test_an_error_that_cannot_be_shown_loses_no_line(formatter: logging.Formatter) -> None:
-    line = formatter.format(failed(UNSHOWABLE))
+    line = formatter.format(failed(UnshowableError()))
 
     assert "chunk failed" in line
-    assert "SyntaxError, which cannot be shown: AttributeError" in line
+    assert "UnshowableError, which cannot be shown: AttributeError" in line
 
 
 def test_every_line_of_a_traceback_has_its_priority_in_the_journal() -> None:
