@@ -40,12 +40,16 @@ _OURS = "last_start <=> GREATEST(last_charge, last_write)"
 CHARGED = f"IF({_OURS}, last_charge, last_start)"
 WROTE = f"IF({_OURS}, last_write, last_start)"
 
+# Some users may write all the same, into what another server overwrites. MariaDB is about to
+# answer with words.
+_ONLY_READS = "CONCAT(@@read_only) NOT IN ('0', 'OFF') OR @@innodb_read_only"
+
 _PEEK = f"""SELECT paused, gap_us, TIMESTAMPDIFF(MICROSECOND, last_start, SYSDATE(6)),
     last_start, server = {SERVER}, COALESCE(IS_USED_LOCK(%(lock)s), 0), CONNECTION_ID(),
     starts, holder, paused_by, paused_at, paused_why, set_by, set_at, set_why,
     TIMESTAMPDIFF(MICROSECOND, {CHARGED}, SYSDATE(6)),
     TIMESTAMPDIFF(MICROSECOND, {WROTE}, SYSDATE(6)),
-    running, deaths, SYSDATE(6)
+    running, deaths, SYSDATE(6), {_ONLY_READS}
 FROM aioworker_budget WHERE task = %(task)s"""
 
 ALIVE_SECONDS = 90  # a worker not seen for so long counts for nothing
@@ -184,9 +188,10 @@ async def read(database: Database, task: str) -> Row:
     """Return the task's row.
 
     Raises:
-        DatabaseError: There is none; only `aioworker init` makes one.
+        DatabaseError: There is none, and only `aioworker init` makes one; or this server only
+            reads.
     """
-    return _the_row(await _found(database, task), task)
+    return _the_row(database, await _found(database, task), task)
 
 
 async def take(database: Database, task: str, patience: int) -> tuple[bool, Row]:
@@ -201,7 +206,7 @@ async def take(database: Database, task: str, patience: int) -> tuple[bool, Row]
         Whether it holds the turn, and the row.
 
     Raises:
-        DatabaseError: There is no row.
+        DatabaseError: There is no row, or this server only reads.
     """
     arguments = {
         "task": task,
@@ -210,7 +215,7 @@ async def take(database: Database, task: str, patience: int) -> tuple[bool, Row]
     }
     asked = "SELECT GET_LOCK(%(lock)s, %(patience)s)"
     [[[got]], found] = [one.rows for one in await database.each(asked, _PEEK, args=arguments)]
-    return got == 1, _the_row(found, task)
+    return got == 1, _the_row(database, found, task)
 
 
 async def tasks(database: Database) -> list[str]:
@@ -224,9 +229,13 @@ async def rates(database: Database, task: str) -> set[str]:
 
 
 async def peek(database: Database, task: str) -> Row | None:
-    """Return the task's row, None if there is none."""
+    """Return the task's row, None if there is none.
+
+    Raises:
+        DatabaseError: This server only reads.
+    """
     found = await _found(database, task)
-    return _row(found[0]) if found else None
+    return _row(database, found[0]) if found else None
 
 
 async def _found(database: Database, task: str) -> list[tuple[Any, ...]]:
@@ -234,16 +243,23 @@ async def _found(database: Database, task: str) -> list[tuple[Any, ...]]:
     return await database.query(_PEEK, {"task": task, "lock": lock})
 
 
-def _the_row(found: list[tuple[Any, ...]], task: str) -> Row:
+def _the_row(database: Database, found: list[tuple[Any, ...]], task: str) -> Row:
     if not found:
         raise DatabaseError(
             f"task {task!r} has no row in aioworker_budget: run `{command('init')}`"
         )
-    return _row(found[0])
+    return _row(database, found[0])
 
 
-def _row(answer: tuple[Any, ...]) -> Row:
-    values: list[Any] = list(answer)
+def _row(database: Database, answer: tuple[Any, ...]) -> Row:
+    """Return the row; leave a server that only reads: its address may lead to another one now."""
+    values: list[Any]
+    *values, only_reads = answer
+    if only_reads:
+        database.close()
+        raise DatabaseError(
+            f"cannot use MySQL at {database.address.shown}: {trouble.ONLY_READS}", unreachable=True
+        )
     values[0], values[4] = bool(values[0]), bool(values[4])
     if values[1] is not None:
         values[1] = min(values[1], LONGEST_GAP_US)

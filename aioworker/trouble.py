@@ -161,7 +161,7 @@ _CURES: dict[int, str] = {
     CR.CR_SSL_CONNECTION_ERROR: "check AIOWORKER_MYSQL_URL",
     CR.CR_AUTH_PLUGIN_CANNOT_LOAD: "check the user's plugin, and AIOWORKER_MYSQL_URL",
 }
-_READ_ONLY_CURE = "this server only reads: is it a replica? check AIOWORKER_MYSQL_URL"
+ONLY_READS = "this server only reads: is it a replica? check AIOWORKER_MYSQL_URL"
 
 
 def sort(error: BaseException) -> Trouble | None:
@@ -198,6 +198,6 @@ def code(error: MySQLError) -> int:
 def describe(error: MySQLError) -> str:
     """Return the server's words and number, and the cure where one is known, in one line."""
     words = " ".join(str(error.args[-1] if error.args else error).split())
-    cure = _READ_ONLY_CURE if _only_reads(error) else _CURES.get(code(error))
+    cure = ONLY_READS if _only_reads(error) else _CURES.get(code(error))
     how = f"; {cure.format(init=command('init --print'))}" if cure else ""
     return f"{words} ({code(error)}){how}"

@@ -343,3 +343,19 @@ async def test_a_budget_of_its_own_begins_with_one_interval_of_waiting(
     eventually(lambda: "budget: next start at " in worker.log, "it waits")
     assert "counts this process's starts alone: AIOWORKER_BUDGET=worker" in worker.log
     assert await lanes.count("aioworker.update_current_version") == 1
+
+
+def test_nothing_is_set_on_a_server_that_only_reads(
+    run: Run, shop: Connection[Cursor], lanes: Lanes
+) -> None:
+    """A user who may write all the same writes into what its primary overwrites."""
+    execute(shop, "SET GLOBAL read_only = 1")
+    try:
+        done = [run("pause"), run("rate-limit", "1/h"), run("status")]
+    finally:
+        execute(shop, "SET GLOBAL read_only = 0")
+
+    assert [one.returncode for one in done] == [1, 1, 1]
+    words = "this server only reads: is it a replica? check AIOWORKER_MYSQL_URL"
+    assert all(words in one.stderr + one.stdout for one in done)
+    assert rows(shop, "SELECT paused, gap_us FROM aioworker_budget") == [(0, None)]

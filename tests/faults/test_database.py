@@ -355,12 +355,15 @@ def statements(place: Place) -> set[int]:
     return {row[0] for row in rows(place.shop, found)}
 
 
-def test_a_database_that_only_reads(make_place: MakePlace, manager: Manager) -> None:
+@pytest.mark.parametrize("writes", [False, True], ids=["a plain user", "one who may write"])
+def test_a_database_that_only_reads(
+    make_place: MakePlace, manager: Manager, *, writes: bool
+) -> None:
     """As one that is away: nothing is counted, and nothing taken until it writes again."""
     place = make_place(retry_ms=None)
     place.backlog(CHUNKS)
-    url = ordinary(place)  # root may write all the same
-    place.worker(*STEADY, AIOWORKER_MYSQL_URL=url, NOTIFY_SOCKET=manager.name)
+    user = {} if writes else {"AIOWORKER_MYSQL_URL": ordinary(place)}  # root may
+    place.worker(*STEADY, **user, NOTIFY_SOCKET=manager.name)
     eventually(lambda: place.done() >= 3, "it works")
 
     execute(place.shop, "SET GLOBAL read_only = 1")
