@@ -104,8 +104,8 @@ def requeue(
 ) -> None:
     """Put dead letters back into their lanes; their attempts are counted anew.
 
-    Without a TASK: the only one that has a budget in the database; if that cannot be read, name
-    it. Without a filter, all of the task. Each is confirmed in its lane before it leaves the
+    Without a TASK: the only one that has a budget in the database; if nothing can tell which,
+    name it. Without a filter, all of the task. Each is confirmed in its lane before it leaves the
     dead letters. Exits 1 if no letter has one of the ids; the others are done.
     """
     wanted = _filter(ids, reason, older_than)
@@ -127,8 +127,8 @@ def drop(
 ) -> None:
     """Take dead letters away for good, after asking.
 
-    Without a TASK: the only one that has a budget in the database; if that cannot be read, name
-    it. Without a filter, all of the task.
+    Without a TASK: the only one that has a budget in the database; if nothing can tell which,
+    name it. Without a filter, all of the task.
     """
     wanted = _filter(ids, reason, older_than)
     settings = prepare(app=app_names)
@@ -149,6 +149,8 @@ def _meant(settings: Settings, names: list[str], *, changing: bool = False) -> l
     """Return the tasks that are meant; one that is named may not be registered any more."""
     from aioworker import meant
 
+    if not names and not settings.app and settings.budget != "shared":
+        return [meant.guess(changing=changing)]
     if not names:
         names = to_look(settings, names)
     return run(meant.of_queues(settings, names, changing=changing))

@@ -41,6 +41,9 @@ def open_streams() -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for the whole process
         elif mode == "w" and isinstance(stream := getattr(sys, name), TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if isinstance(out := sys.stdout, TextIOWrapper):
+        kept = out.encoding, out.errors, None, out.line_buffering
+        sys.stdout = _Output(out.detach(), *kept)
 
 
 def printable(line: str) -> str:
@@ -65,21 +68,37 @@ class OutputError(Exception):
     """Standard output takes nothing, as on a full disk; its text is the system's reason."""
 
 
+class _Output(TextIOWrapper):
+    """Standard output, whoever writes to it: the help is printed by a library."""
+
+    def write(self, text: str) -> int:
+        with self._taken():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with self._taken():
+            super().flush()
+
+    @contextmanager
+    def _taken(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            raise  # whoever reads has seen enough
+        except OSError as error:
+            # Python would try again at its end, and say so in lines of its own.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            raise OutputError(error.strerror) from error
+
+
 def say(line: str) -> None:
     """Print a result in one line, to standard output.
 
     Raises:
         OutputError: It takes nothing.
     """
-    try:
-        sys.stdout.write(printable(line) + "\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise  # whoever reads has seen enough
-    except OSError as error:
-        # Python would try again at its end, and say so in lines of its own.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise OutputError(error.strerror) from error
+    sys.stdout.write(printable(line) + "\n")
+    sys.stdout.flush()
 
 
 def say_all(text: str) -> None:

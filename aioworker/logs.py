@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import time
 from datetime import UTC, datetime
@@ -140,6 +141,23 @@ def _to_journal() -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{stream.st_dev}:{stream.st_ino}"
 
 
+class _OncePerPlace(logging.Filter):
+    """Lets the warnings of each line of code through once a minute, whatever their words.
+
+    Python knows them by their words, which may be those of a message.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seldom = Seldom()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether this one may be logged."""
+        words = record.getMessage()
+        place = re.match(r".*?:\d+: \w+", words)
+        return self._seldom.allows(place[0] if place else words)
+
+
 def configure(level: str, form: str) -> None:
     """Log to standard error.
 
@@ -160,6 +178,7 @@ def configure(level: str, form: str) -> None:
         if name == ours.name or name.startswith(f"{ours.name}."):
             logging.getLogger(name).disabled = False
     logging.captureWarnings(capture=True)  # Python would print them as they are
+    logging.getLogger("py.warnings").filters = [_OncePerPlace()]
     # What goes wrong on a connection is ours to say, once and with its cure.
     for library in ("aio_pika", "aiormq", "aiomysql"):
         logging.getLogger(library).setLevel(logging.CRITICAL)

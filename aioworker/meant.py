@@ -115,6 +115,22 @@ async def of_queues(
         return [guess]
 
 
+def guess(*, changing: bool) -> str:
+    """Return the main job, and say so: there is neither a table nor an app to tell the tasks.
+
+    Args:
+        changing: Whether what lies in its queues is to be changed: nothing is guessed then.
+
+    Raises:
+        UsageError: It is.
+    """
+    why = "AIOWORKER_BUDGET=worker keeps no table of the tasks, and there is no app"
+    if changing:
+        raise UsageError(f"name the task, since {why}")
+    tell(f"aioworker: {MAIN_JOB} is meant, since {why}")
+    return MAIN_JOB
+
+
 def untold(settings: Settings, names: Sequence[str], error: DatabaseError) -> list[str]:
     """Return the tasks to look at while the table cannot be read.
 

@@ -385,7 +385,10 @@ def test_a_reader_that_goes_away_is_no_fault_of_ours(
     assert (done.stdout, done.stderr) in (("0\n", ""), ("1\n", ""))
 
 
-@pytest.mark.parametrize("command", ["", "status --json", "init --print", "dead list"])
+@pytest.mark.parametrize(
+    "command",
+    ["", "status --json", "init --print", "dead list", "--help", "consume -h", "dead drop --help"],
+)
 async def test_a_disk_that_is_full_is_said_in_one_line(
     pair: servers.Servers, shop: object, lanes: Lanes, command: str
 ) -> None:

@@ -325,6 +325,7 @@ def test_health_names_the_sick_ones_alone(do: Do, two: Connection[Cursor]) -> No
 
 PREFIX = "meant-untold"
 UNTOLD = "the database cannot tell which"
+NO_TABLE = "AIOWORKER_BUDGET=worker keeps no table of the tasks, and there is no app"
 
 
 async def test_no_dead_letter_is_touched_on_a_guess(do: Do, pair: servers.Servers) -> None:
@@ -344,7 +345,16 @@ async def test_no_dead_letter_is_touched_on_a_guess(do: Do, pair: servers.Server
     drop = do("two", "dead", "drop", "--yes", app=None, **own)
     requeue = do("two", "dead", "requeue", app=None, **own)
     listed = do("two", "dead", "list", app=None, **own)
+    own["AIOWORKER_BUDGET"] = "worker"
+    own_drop = do("two", "dead", "drop", "--yes", app=None, **own)
+    own_requeue = do("two", "dead", "requeue", app=None, **own)
+    own_listed = do("two", "dead", "list", app=None, **own)
 
+    for done in (own_drop, own_requeue):
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == f"aioworker: name the task, since {NO_TABLE}\n"
+    assert (own_listed.returncode, own_listed.stdout.split()[0]) == (0, "kept")
+    assert own_listed.stderr.startswith(f"aioworker: {TASK} is meant, since {NO_TABLE}\n")
     for done in (drop, requeue):
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
         assert done.stderr.startswith(f"aioworker: name the task, since {UNTOLD} are there: ")

@@ -55,6 +55,24 @@ def test_no_line_of_a_traceback_passes_for_one_of_the_logs() -> None:
     assert lines[-2:] == ["    \\x1b[2J", "    \\u202e"]
 
 
+def test_a_warning_of_the_same_line_is_logged_once_a_minute_whatever_its_words() -> None:
+    """One for each message, with the message's words in it, would fill the disk."""
+    code = """if True:
+        import warnings; from aioworker import logs; logs.configure('info', 'console')
+        for shop in range(100):
+            warnings.warn(f'no shop {shop}', stacklevel=1)
+        warnings.warn('another', stacklevel=1)
+    """
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True
+    )
+
+    first, second = done.stderr.splitlines()
+    assert first.endswith("UserWarning: no shop 0")
+    assert second.endswith("UserWarning: another")
+
+
 FORGED = "\x1b[31mred\x7f\n2026-01-01T00:00:00.000Z INFO    aioworker.worker worker stopped\r\u2028"
 
 
