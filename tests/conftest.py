@@ -241,6 +241,7 @@ class Worker:
     command: tuple[str, ...] = (str(AIOWORKER),)
 
     def __init__(self, pair: servers.Servers, folder: Path, *arguments: str, **variables: str):
+        self.folder = folder
         self._log = folder / "worker.log"
         self._file = self._log.open("a")
         self.process = subprocess.Popen(
