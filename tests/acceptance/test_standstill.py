@@ -52,6 +52,12 @@ SHOP = f"""
     async def keep() -> None:
         sum(range({COUNT}))
 
+    @task
+    async def mark() -> None:
+        with open("marks", "a") as marks:
+            print("began", file=marks)
+        pause()
+
     def spin() -> None:
         until = time.monotonic() + {STILL}
         while time.monotonic() < until:
@@ -72,7 +78,7 @@ async def app(
         "PYTHONPATH": importable(tmp_path),
     }
     assert start("init", **variables).process.wait(30) == 0
-    for name in ("block", "compute", "keep", "thread"):
+    for name in ("block", "compute", "keep", "mark", "thread"):
         await (await lanes.channel.get_queue(f"aioworker.{name}", ensure=False)).purge()
     return variables
 
@@ -198,3 +204,18 @@ async def test_a_connection_that_a_standstill_cost_is_not_blamed_on_rabbitmq_alo
     assert re.search(
         rf"; {words} stood still for [\d.]+ s{'' if frozen else ' while block ran'}", told
     )
+
+
+async def test_a_run_that_cost_its_connection_is_settled_without_a_second_one(
+    start: Start, app: dict[str, str], lanes: Lanes, pair: servers.Servers
+) -> None:
+    """RabbitMQ delivers its message again; it began anew each time that heartbeats were missed."""
+    worker = start("consume", **app, AIOWORKER_AMQP_URL=f"{pair.amqp_url}?heartbeat=1")
+    await send(lanes, "mark")
+
+    eventually(lambda: said(worker, "chunk done"), "it is settled")
+
+    [done] = said(worker, "chunk done")
+    assert (done["task"], done["outcome"]) == ("mark", "ack")
+    assert len(said(worker, "not settled")) == 1
+    assert (worker.folder / "marks").read_text() == "began\n"
