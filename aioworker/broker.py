@@ -59,7 +59,8 @@ _CURE = re.compile(r"[,;]? check AIOWORKER_AMQP_URL$")
 _NO_VHOST = re.compile(r"NOT_ALLOWED - vhost .+ not found")
 _CLOSED_VHOST = re.compile(r"NOT_ALLOWED - access to vhost .+ refused for user '[^']*'")
 _IN_USE = "in exclusive use"
-CLOSE_SECONDS = 2
+CLOSE_SECONDS = 2.0
+LEAVE_SECONDS = 0.1  # for a node that does not answer, while another one may
 # What a peer that speaks something else makes a decoder raise.
 GARBAGE = (ValueError, LookupError, struct.error)
 # What aio-pika and the network raise when a connection cannot be used any more.
@@ -230,23 +231,24 @@ async def connection(
         careful: Likewise.
     """
     opened, failures = await _connect(nodes, timeout, name, careful=careful)
-    address = nodes[0]
+    address, seconds = nodes[0], CLOSE_SECONDS
     try:
         yield opened
     except BaseException as error:
         nodes.rotate(-1)
         if isinstance(error, BrokerError) and error.unreachable and len(nodes) > 1:
+            seconds = LEAVE_SECONDS
             here = BrokerError(f"at {address.shown}: {error}", unreachable=True)
             raise _of_all([*failures, here]) from error
         raise
     finally:
-        await close(opened)
+        await close(opened, seconds)
 
 
-async def close(opened: AbstractConnection) -> None:
+async def close(opened: AbstractConnection, seconds: float = CLOSE_SECONDS) -> None:
     """Close a connection; a peer that does not say goodbye is not waited for long."""
     with contextlib.suppress(*FAILURES):
-        async with asyncio.timeout(CLOSE_SECONDS):
+        async with asyncio.timeout(seconds):
             await opened.close()
 
 
