@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from mirakuru import TCPExecutor
 from aioworker.addresses import DatabaseAddress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from pymysql.connections import Connection
     from pymysql.cursors import Cursor
@@ -89,15 +90,26 @@ def _user() -> str:
 
 
 class Broker:
-    """A RabbitMQ node, with an epmd of its own; *configuration* is more of its `rabbitmq.conf`."""
+    """A RabbitMQ node.
 
-    def __init__(self, folder: Path, *configuration: str) -> None:
+    Args:
+        folder: Where all of it is.
+        configuration: More of its `rabbitmq.conf`.
+        beside: A node of the same cluster, whose epmd and cookie it uses; None for its own.
+        erlang: More arguments of Erlang's.
+    """
+
+    def __init__(
+        self, folder: Path, *configuration: str, beside: Broker | None = None, erlang: str = ""
+    ) -> None:
         self.port = free_port()
+        self.name = f"private{self.port}@localhost"
         self._folder = folder
-        self._epmd_port = free_port()
+        self._epmd_port: int = free_port() if beside is None else beside._epmd_port
+        self.home: Path = folder / "home" if beside is None else beside.home
         self._scripts = rabbitmq_scripts()
         folder.mkdir(parents=True)
-        (folder / "home").mkdir()
+        self.home.mkdir(exist_ok=True)
         (folder / "enabled_plugins").write_text("[].")
         (folder / "rabbitmq.conf").write_text(
             f"listeners.tcp.default = {HOST}:{self.port}\n"
@@ -105,8 +117,8 @@ class Broker:
             "disk_free_limit.absolute = 50MB\n" + "".join(f"{line}\n" for line in configuration)
         )
         self._environment = os.environ | {
-            "HOME": str(folder / "home"),
-            "RABBITMQ_NODENAME": f"private{self.port}@localhost",
+            "HOME": str(self.home),
+            "RABBITMQ_NODENAME": self.name,
             "RABBITMQ_CONF_ENV_FILE": "/dev/null",
             "RABBITMQ_CONFIG_FILE": str(folder / "rabbitmq.conf"),
             "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "enabled_plugins"),
@@ -118,12 +130,16 @@ class Broker:
             "ERL_EPMD_PORT": str(self._epmd_port),
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": (
                 "-kernel inet_dist_use_interface {127,0,0,1}"
-                " +sbwt none +sbwtdcpu none +sbwtdio none"
+                f" +sbwt none +sbwtdcpu none +sbwtdio none {erlang}"
             ),
         }
         # The node would start one that outlives it.
-        self._epmd = self._executor(
-            [program("epmd"), "-address", HOST, "-port", str(self._epmd_port)], self._epmd_port
+        self.epmd: TCPExecutor = (
+            self._executor(
+                [program("epmd"), "-address", HOST, "-port", str(self._epmd_port)], self._epmd_port
+            )
+            if beside is None
+            else beside.epmd
         )
         self._node = self._executor([str(self._scripts / "rabbitmq-server")], self.port)
 
@@ -140,14 +156,21 @@ class Broker:
             expected_returncode=-signal.SIGTERM,
         )
 
+    def know(self, nodes: Sequence[Broker]) -> None:
+        """Have it form a cluster with these nodes when it first starts."""
+        with (self._folder / "rabbitmq.conf").open("a") as file:
+            file.write("cluster_formation.peer_discovery_backend = classic_config\n")
+            for number, node in enumerate(nodes, 1):
+                file.write(f"cluster_formation.classic_config.nodes.{number} = {node.name}\n")
+
     def url(self, vhost: str = "", user: str = "guest", password: str = "guest") -> str:
         """Return the node's address."""
         return f"amqp://{user}:{password}@{HOST}:{self.port}/{vhost}"
 
     def start(self) -> None:
         """Start the node and wait until it serves."""
-        if not self._epmd.running():
-            self._epmd.start()
+        if not self.epmd.running():
+            self.epmd.start()
         self._node.start()
         deadline = time.monotonic() + START_SECONDS
         while True:
@@ -162,7 +185,7 @@ class Broker:
 
     def stop(self) -> None:
         """Stop the node and its epmd."""
-        for executor in (self._node, self._epmd):
+        for executor in (self._node, self.epmd):
             _end(executor)
 
     def kill(self) -> None:
@@ -187,6 +210,40 @@ class Broker:
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             error.add_note(str(error.stderr))
             raise
+
+
+class Cluster:
+    """Three RabbitMQ nodes that form a cluster, by RabbitMQ's own defaults but for one.
+
+    A node that stands still is noticed after *tick_seconds* (RabbitMQ's default is 60), give or
+    take a quarter.
+    """
+
+    def __init__(self, folder: Path, tick_seconds: int) -> None:
+        first: Broker | None = None
+        self.nodes: list[Broker] = []
+        for number in range(1, 4):
+            erlang = f"-kernel net_ticktime {tick_seconds}"
+            self.nodes.append(Broker(folder / str(number), beside=first, erlang=erlang))
+            first = self.nodes[0]
+        for node in self.nodes:
+            node.know(self.nodes)
+
+    def start(self) -> None:
+        """Start all nodes, and wait until they serve together."""
+        first = self.nodes[0]
+        cookie = first.home / ".erlang.cookie"
+        cookie.write_text(uuid.uuid4().hex)
+        cookie.chmod(0o400)
+        first.epmd.start()
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(Broker.start, self.nodes))
+
+    def stop(self) -> None:
+        """End all nodes, and their epmd."""
+        for node in self.nodes:
+            node.kill()
+        self.nodes[0].stop()
 
 
 class Maria:
@@ -295,6 +352,19 @@ class Servers:
             "AIOWORKER_AMQP_URL": self.amqp_url,
             "AIOWORKER_MYSQL_URL": self.mysql_url,
         }
+
+
+@contextmanager
+def cluster(tick_seconds: int) -> Iterator[Cluster]:
+    """Start a cluster of RabbitMQ, and end it."""
+    folder = ROOT / ".private" / f"{os.getpid()}-cluster"
+    made = Cluster(folder, tick_seconds)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.stop()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -18,7 +18,14 @@ from tests.conftest import eventually
 from tests.place import Place
 
 MakePlace = Callable[..., Place]
-LONGEST_FIRST = ("test_broker", "test_worker", "test_waiting", "test_soak", "test_database")
+LONGEST_FIRST = (
+    "test_broker",
+    "test_worker",
+    "test_cluster",
+    "test_waiting",
+    "test_soak",
+    "test_database",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
