@@ -26,7 +26,7 @@ from aioworker.addresses import DatabaseAddress
 from aioworker.budget import SharedBudget
 from aioworker.db import Database
 from aioworker.limits import RateLimit
-from benchmarks import noop
+from benchmarks import noop, rate
 from benchmarks.great_sweep import read_ends
 from benchmarks.other_writer import felt_beside
 from support import servers, site
@@ -385,6 +385,14 @@ class Bench:
         database.close()
         return spent
 
+    def rate(self) -> None:
+        """Measure how much of a rate is used, and how near first writes come to each other."""
+        connection = servers.connect(self.pair.mysql_url, create=True)
+        for case, seconds in rate.measure(self.pair, connection):
+            share, distance = rate.used(case, seconds), rate.least(case, seconds)
+            self.report.row(case.rate, case.spent, f"{share:.3f}", f"{distance:.3f}")
+        connection.close()
+
     def process(self) -> None:
         """Measure the worker as a process: memory, idle CPU, and the help's CPU."""
         connection = self.fill(20_000)
@@ -440,7 +448,7 @@ def site_changed(connection: Connection[Cursor]) -> bool:
 
 def main() -> None:
     """Run the benchmarks named on the command line, or all."""
-    wanted = sys.argv[1:] or ["job", "publish", "writer", "process", "budget", "noop"]
+    wanted = sys.argv[1:] or ["job", "publish", "writer", "process", "budget", "rate", "noop"]
     report = Report()
     report.add("# Figures")
     report.add()
@@ -458,6 +466,15 @@ def main() -> None:
         if "budget" in wanted:
             report.section("The shared budget, a start", "what", "median", "p99")
             bench.budget()
+        if "rate" in wanted:
+            report.section(
+                "The rate kept, one worker with a backlog",
+                "rate",
+                "of the interval a run spends",
+                "starts, of those allowed",
+                "least distance of first writes, in intervals",
+            )
+            bench.rate()
         if "publish" in wanted:
             report.section("Publishing, every message confirmed", "what", "by", *timed)
             bench.publishing()

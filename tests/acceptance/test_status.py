@@ -182,6 +182,32 @@ def test_a_budget_of_each_worker_needs_no_database(run: Run, status: Any, lanes:
     assert (found["budget"]["scope"], found["budget"]["rate"]) == ("worker", "2/m")
 
 
+async def test_a_run_is_told_though_its_worker_has_not_said_so(
+    status: Any, lanes: Lanes, shop: Connection[Cursor], pair: servers.Servers
+) -> None:
+    """Its row is written once a second; the charge tells of each run, and its first write."""
+    await lanes.send(b"[[[1]], {}, null]")
+    lock = tables.lock_name(database_name(pair), TASK)
+    execute(
+        shop,
+        f"SELECT GET_LOCK('{lock}', 1)",
+        "INSERT INTO aioworker_worker (id, host, pid, task, version, rate, session, state, reason,"
+        f" since, seen) VALUES ('id', 'web1', 77, '{TASK}', '1', '1/h', CONNECTION_ID(), 'waiting',"
+        " 'budget: next start at 02:10:00 UTC', SYSDATE(6), SYSDATE(6))",
+        "UPDATE aioworker_budget SET holder = 'web1:77', running = '[\"one\"]', gap_us = 3600e6,"
+        " last_charge = SYSDATE(6) - INTERVAL 1 SECOND, last_start = last_charge, starts = 2,"
+        " last_write = SYSDATE(6) - INTERVAL 40 MINUTE",
+    )
+
+    found = status()
+    assert found["waits"] == f"running: {TASK}; its first write is due in 20 min"
+    # What is left follows from the charge, not from the first write.
+    assert 3590 < found["budget"]["next_start_seconds"] <= 3600
+
+    execute(shop, "UPDATE aioworker_budget SET last_write = SYSDATE(6), last_start = last_write")
+    assert status()["waits"] == f"running: {TASK}"
+
+
 async def test_a_worker_that_waits_for_somebody_s_lock_says_so(
     start: Start, status: Any, lanes: Lanes, shop: Connection[Cursor], pair: servers.Servers
 ) -> None:
