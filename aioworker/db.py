@@ -185,16 +185,6 @@ class Database:
         async with self._use() as connection, connection.cursor() as cursor:
             return int(await cursor.execute(statement, args))
 
-    async def begin_to_write(self) -> None:
-        """Begin a transaction that may write, and end it: a server that only reads refuses.
-
-        Raises:
-            MySQLError: It does, or is away.
-        """
-        async with self._use() as connection:
-            await connection.query("START TRANSACTION READ WRITE")
-            await connection.rollback()
-
     async def each(self, *statements: str, args: object = None) -> list[Answer]:
         """Send statements of ours at once, each a transaction of its own; return every answer.
 
@@ -314,10 +304,12 @@ class Database:
         except (asyncio.CancelledError, TimeoutError):
             await self.cut_off()
             raise
-        except BaseException:
+        except BaseException as error:
             # After a lock wait timeout the transaction is still open: never commit half.
             if self._connection is connection:
                 await self._roll_back()
+            if isinstance(error, MySQLError) and trouble.only_reads(error):
+                self.close()  # its address may lead to another server now
             raise
 
     async def cut_off(self) -> None:

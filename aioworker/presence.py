@@ -173,13 +173,14 @@ class Presence:
         return self._database is not None
 
     async def prove(self, database: Database) -> None:
-        """Write the row, or without one begin to write: the database takes writes.
+        """Write the row, to see that the database takes writes; without one, that it answers.
 
         Args:
             database: The connection to write by; the worker's own, or another one.
 
         Raises:
             MySQLError: It takes none.
+            DatabaseError: It is away.
             TimeoutError: It does not answer.
         """
         if self._database is not None:
@@ -192,7 +193,7 @@ class Presence:
                 if database is not self._database:
                     self._written = ("", "")  # it names a session that ends now
                 return
-        await database.begin_to_write()
+        await database.ready()
 
     async def keep_if_possible(self) -> None:
         """Write the row if the database lets it: another wait goes on meanwhile."""

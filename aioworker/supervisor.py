@@ -215,7 +215,7 @@ class Supervisor:
                 raise AioworkerError(wait.reason)
             return await self._wait(wait)
         if (seconds := self.consumer.breaker.seconds()) > 0:
-            return not burst and await self._wait_for_test(seconds)
+            return await self._wait_for_test(seconds)
         # Where a start may begin now, a message just taken is the sign that there are more.
         if not (self._took and wait is None) and not await link.lanes.hold_something(sure=burst):
             return False if burst else await self._wait(Wait("nothing queued", IDLE_SECONDS))
@@ -247,10 +247,12 @@ class Supervisor:
             return wait, None if wait is not None else await self._serve_in_turn(link)
 
     async def _wait_for_test(self, seconds: float) -> bool:
-        """Wait until the next message may show whether the task works again."""
+        """Wait until the next message may show whether the task works again; end a burst."""
         reason = self.consumer.breaker.reason
         self._presence.stall(f"breaker open: {reason}; the next test is in at most a minute")
         await self._presence.keep()
+        if self._options.burst:
+            return False
         await _first_of(min(seconds, POLL_SECONDS), self._stop, self._lost)
         self._notice_loss()
         return not self._stop.is_set()

@@ -170,7 +170,7 @@ def sort(error: BaseException) -> Trouble | None:
     Such an error may be a server that is away, or full, or that only reads, or the message's
     own: whoever judges it asks the server, by a write of his own.
     """
-    if not isinstance(error, MySQLError) or _only_reads(error):
+    if not isinstance(error, MySQLError) or only_reads(error):
         return None
     return _TROUBLES.get(code(error))
 
@@ -181,7 +181,7 @@ def is_the_servers(error: MySQLError) -> bool:
     return number != 0 and not CR.CR_ERROR_FIRST <= number <= CR.CR_ERROR_LAST
 
 
-def _only_reads(error: MySQLError) -> bool:
+def only_reads(error: MySQLError) -> bool:
     """Whether a server refuses to write: one number stands for whatever an option forbids."""
     number = code(error)
     if number == ER.OPTION_PREVENTS_STATEMENT:
@@ -198,6 +198,6 @@ def code(error: MySQLError) -> int:
 def describe(error: MySQLError) -> str:
     """Return the server's words and number, and the cure where one is known, in one line."""
     words = " ".join(str(error.args[-1] if error.args else error).split())
-    cure = ONLY_READS if _only_reads(error) else _CURES.get(code(error))
+    cure = ONLY_READS if only_reads(error) else _CURES.get(code(error))
     how = f"; {cure.format(init=command('init --print'))}" if cure else ""
     return f"{words} ({code(error)}){how}"
