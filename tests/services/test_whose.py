@@ -227,7 +227,6 @@ async def test_a_server_that_only_reads_is_left(
     keeps_row: bool,
 ) -> None:
     """Its address may lead to another one by now; a worker without rows may only want to read."""
-
     sessions = []
 
     async def write(ctx: Context, _number: float) -> None:
