@@ -84,6 +84,15 @@ class RowsRefusedError(AioworkerError):
 class TaskExitError(AioworkerError):
     """A task ended its process, as far as it could: `sys.exit()` inside of a worker."""
 
+    @classmethod
+    def of(cls, error: BaseException) -> TaskExitError:
+        """Tell of what a task let out, by its class alone where its own code keeps the words."""
+        name = name_of(error)
+        try:
+            return cls(f"the task let out {name}: {error}")
+        except BaseException:  # noqa: BLE001 - of a user's code, run by looking at it
+            return cls(f"the task let out {name}")
+
 
 class NestedTransactionError(AioworkerError, RuntimeError):
     """A transaction inside another one: the inner one's end would commit both."""
@@ -152,9 +161,9 @@ class TurnLostError(DatabaseError):
     """The turn to work on a task was lost in the middle of it."""
 
 
-def name_of(error: BaseException) -> str:
-    """Return the name of an error's class, which no code of that class can change."""
-    return str.__str__(_class_name(type(error)))
+def name_of(thing: object) -> str:
+    """Return the name of an object's class, an error's say, which no code of it can change."""
+    return str.__str__(_class_name(type(thing)))
 
 
 _class_name = type.__dict__["__name__"].__get__
@@ -186,6 +195,7 @@ def family(error: BaseException | None) -> Iterator[BaseException]:
             rest += _parts(one) if issubclass(type(one), BaseExceptionGroup) else ()
 
 
+traceback_of = BaseException.__dict__["__traceback__"].__get__  # whatever a class has there
 _cause = BaseException.__dict__["__cause__"].__get__
 _context = BaseException.__dict__["__context__"].__get__
 _parts = BaseExceptionGroup.__dict__["exceptions"].__get__

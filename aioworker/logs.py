@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from aioworker.console import as_json, printable
+from aioworker.errors import name_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
@@ -56,16 +57,43 @@ class _Formatter(logging.Formatter):
 
     def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
         """Return a traceback, even if the error fails to be shown, or is as long as a message."""
-        try:
-            shown = super().formatException(ei)
-            middle = len(shown) - TRACEBACK_LENGTH
-            return (
-                shown
-                if middle <= 0
-                else f"{shown[:_HALF]}\n… {middle} characters …\n{shown[-_HALF:]}"
-            )
-        except Exception as error:  # noqa: BLE001 - it is code of a user's
-            return f"{ei[0].__name__}, which cannot be shown: {type(error).__name__}"
+        shown = _told(lambda: super(_Formatter, self).formatException(ei), ei[1])
+        middle = len(shown) - TRACEBACK_LENGTH
+        return (
+            shown if middle <= 0 else f"{shown[:_HALF]}\n… {middle} characters …\n{shown[-_HALF:]}"
+        )
+
+
+def _told(make: Callable[[], object], thing: object) -> str:
+    """Return a text, even where the code of the thing that it is made of raises."""
+    try:
+        return str.__str__(str(make()))
+    except BaseException as error:  # noqa: BLE001 - it is code of a user's
+        return f"{name_of(thing)}, which cannot be shown: {name_of(error)}"
+
+
+def _phrase(record: logging.LogRecord) -> str:
+    # A captured warning ends with a newline.
+    return _told(record.getMessage, record.msg).rstrip()
+
+
+def _values(record: logging.LogRecord) -> dict[str, str | float | None]:
+    """Return a record's fields, in plain values."""
+    found: dict[object, object] = getattr(record, "fields", {})
+    return {str(_plain(name)): _plain(value) for name, value in found.items()}
+
+
+def _plain(value: object) -> str | float | None:
+    """Return what JSON has as well as it is, all else as text."""
+    kind = type(value)  # which may be asked nothing: it has a class of its own
+    if value is None or kind is bool or kind is str:
+        return value  # type: ignore[return-value]  # one of these
+    # JSON has no NaN, and Python shows no number of thousands of digits.
+    if type(value) is int and abs(value) < 2**63:
+        return value
+    if type(value) is float and math.isfinite(value):
+        return value
+    return _told(lambda: value, value)
 
 
 class ConsoleFormatter(_Formatter):
@@ -74,11 +102,9 @@ class ConsoleFormatter(_Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
         values = "".join(
-            f" {_quoted(name)}={_quoted(value)}"
-            for name, value in getattr(record, "fields", {}).items()
+            f" {_quoted(name)}={_quoted(value)}" for name, value in _values(record).items()
         )
-        phrase = record.getMessage().rstrip()  # a captured warning ends with a newline
-        head = f"{_time(record)} {record.levelname:<7} {record.name} {phrase}{values}"
+        head = f"{_time(record)} {record.levelname:<7} {record.name} {_phrase(record)}{values}"
         traceback = self.formatException(record.exc_info) if record.exc_info else ""
         indented = (f"    {line}" for line in traceback.splitlines())
         # What others have in it begins no line that could be taken for one of the log's.
@@ -94,12 +120,12 @@ class JsonFormatter(_Formatter):
             "time": _time(record),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "event": record.getMessage(),
-            **getattr(record, "fields", {}),
+            "event": _phrase(record),
+            **_values(record),
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return as_json(line, default=str)
+        return as_json(line)
 
 
 class JournalFormatter(logging.Formatter):
@@ -189,7 +215,7 @@ def _time(record: logging.LogRecord) -> str:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _quoted(value: object) -> str:
+def _quoted(value: str | float | None) -> str:
     text = f"{value:.3f}" if isinstance(value, float) else str(value)
     plain = text.isprintable() and text and not set(text) & set(' ="')
     return text if plain else json.dumps(text, ensure_ascii=False)

@@ -21,7 +21,7 @@ from email.message import Message
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from aioworker.errors import MessageRefusedError, UsageError
+from aioworker.errors import MessageRefusedError, UsageError, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -310,5 +310,8 @@ def _time_limit(headers: Mapping[str, Any]) -> float | None:
 
 def brief(value: object) -> str:
     """Show a value from outside in one line, however large or odd it is."""
-    shown = _REPR.repr(value)
+    try:
+        shown = str.__str__(_REPR.repr(value))
+    except BaseException as error:  # noqa: BLE001 - of a user's code, run by looking at it
+        shown = f"<{name_of(value)}, whose own code raises {name_of(error)}>"
     return shown if len(shown) <= BRIEF_LENGTH else shown[:BRIEF_LENGTH] + "…"

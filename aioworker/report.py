@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aioworker import outcome
-from aioworker.errors import let_go, name_of
+from aioworker.errors import let_go, name_of, traceback_of
 from aioworker.failure import line
 from aioworker.logs import Seldom, fields
 from aioworker.message import brief
@@ -85,8 +85,10 @@ class Report:
         phrase, level = _phrase(result)
         error = result.failure.error if result.failure is not None else None
         try:
-            shown = error if self._shows_traceback(result, ctx.task, level) else None
-            log.log(level, phrase, exc_info=shown, extra=fields(**values))
+            info = None
+            if error is not None and self._shows_traceback(result, ctx.task, level):
+                info = (type(error), error, traceback_of(error))
+            log.log(level, phrase, exc_info=info, extra=fields(**values))
         finally:
             let_go(error)
 

@@ -195,11 +195,13 @@ class Task(Generic[P, R]):
         except Exception:
             raise
         except SystemExit as error:
-            raise TaskExitError(f"the task called sys.exit({error.code!r})") from error
-        except BaseException as error:
-            if isinstance(error, asyncio.CancelledError) and running and running.cancelling():
+            raise TaskExitError(f"the task called sys.exit({brief(error.code)})") from error
+        except asyncio.CancelledError as error:
+            if running is not None and running.cancelling():
                 raise  # not the task's: its time is up, or the worker ends
-            raise TaskExitError(f"the task let out {type(error).__name__}: {error}") from error
+            raise TaskExitError.of(error) from error
+        except BaseException as error:
+            raise TaskExitError.of(error) from error
 
 
 AnyTask = Task[..., Any]

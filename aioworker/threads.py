@@ -62,7 +62,7 @@ def _start(call: Callable[[], Any], name: str) -> asyncio.Future[Any]:
         try:
             found = context.run(call)
         except (StopIteration, GeneratorExit) as error:  # no future can carry these
-            exited = TaskExitError(f"the task let out {type(error).__name__}: {error}")
+            exited = TaskExitError.of(error)
             exited.__cause__ = error
             tell(ended.set_exception, exited)
         except BaseException as error:  # noqa: BLE001 - travels on to whoever waits
@@ -187,7 +187,9 @@ class ThreadTransaction:
             raise _UndoneError
         try:
             found = await getattr(cursor, method)(*args)
-        except Exception as error:  # noqa: BLE001 - the thread's to handle, or to let pass
+        except asyncio.CancelledError:
+            raise  # it is cut off
+        except BaseException as error:  # noqa: BLE001 - the thread's to handle, or to let pass
             self._answer.set_exception(error)
         else:
             self._answer.set_result(found)
