@@ -60,7 +60,7 @@ _NO_VHOST = re.compile(r"NOT_ALLOWED - vhost .+ not found")
 _CLOSED_VHOST = re.compile(r"NOT_ALLOWED - access to vhost .+ refused for user '[^']*'")
 _IN_USE = "in exclusive use"
 CLOSE_SECONDS = 2.0
-LEAVE_SECONDS = 0.1  # for a node that does not answer, while another one may
+LEAVE_SECONDS = 0.1  # where another connection is wanted at once
 # What a peer that speaks something else makes a decoder raise.
 GARBAGE = (ValueError, LookupError, struct.error)
 # What aio-pika and the network raise when a connection cannot be used any more.
@@ -280,10 +280,10 @@ class Publisher:
             self._opening.cancel()
         await self._close()
 
-    async def _close(self) -> None:
+    async def _close(self, seconds: float = CLOSE_SECONDS) -> None:
         opened, self._connection, self._channel = self._connection, None, None
         if opened is not None:
-            await close(opened)
+            await close(opened, seconds)
 
     async def connection(self) -> AbstractConnection:
         """Return the connection, opened anew if it is lost.
@@ -306,7 +306,7 @@ class Publisher:
         return await asyncio.shield(self._opening)
 
     async def _open_anew(self) -> AbstractChannel:
-        await self._close()
+        await self._close(LEAVE_SECONDS)
         self._connection = await connect(self._nodes, self._timeout, self._name)
         try:
             async with asyncio.timeout(self._timeout):
