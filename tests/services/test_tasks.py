@@ -187,6 +187,34 @@ async def test_a_statement_that_a_thread_forgives_does_not_end_its_transaction(
     assert written(ratings) == [(1, 1), (2, 2)]
 
 
+class Leaving(str):
+    """A parameter whose own code ends its process, as far as it can."""
+
+    __slots__ = ()
+
+    def translate(self, _table: object) -> str:
+        """Leave, in place of being made a part of the statement."""
+        sys.exit(3)
+
+
+async def test_what_a_parameters_own_code_raises_is_raised_in_the_thread_alone(
+    serve: Served,
+) -> None:
+    """The event loop writes the statement for it; that would have ended the worker."""
+    caught: list[type[BaseException]] = []
+
+    def leave(ctx: Context) -> None:
+        with ctx.transaction() as cursor:
+            try:
+                cursor.execute("SELECT %s", [Leaving("x")])
+            except SystemExit as error:
+                caught.append(type(error))
+
+    settled = await serve(Task(TASK, leave))
+
+    assert (settled, caught) == ({Kind.ACK: 1}, [SystemExit])
+
+
 async def test_a_thread_that_is_late_writes_nothing_more_and_is_waited_for(
     serve: Served, ratings: Connection[Cursor], lanes: Lanes
 ) -> None:
