@@ -40,8 +40,12 @@ class FirstWrite(Protocol):
     async def before_opening(self) -> None:
         """Wait as long as it is too early to open a transaction that may write."""
 
-    async def before_writing(self, connection: Any) -> None:
-        """Wait, inside a transaction, as long as it is too early to write."""
+    async def before_writing(self) -> tuple[str, ...]:
+        """Wait, inside a transaction, as long as it is too early to write.
+
+        Returns:
+            Statements in which the server waits out the rest; none if nothing is left.
+        """
 
     def wrote(self) -> None:
         """Note that a statement has written."""
@@ -63,12 +67,12 @@ class Cursor(aiomysql.Cursor):  # type: ignore[misc]  # aiomysql has no types
 
     async def execute(self, query: str, args: object = None) -> int:
         """Run one statement; return the rows it matched."""
-        first = None if self.written else self.first_write
-        if first is not None and _reads(query):
-            first = None
-        if first is not None:
-            await first.before_writing(self.connection)
-        matched = int(await super().execute(query, args))
+        first = None if self.written or _reads(query) else self.first_write
+        waits = await first.before_writing() if first is not None else ()
+        matched = int(await super().execute(_behind(waits, query), args))
+        for _ in waits:
+            await self.nextset()
+            matched = int(self.rowcount)
         if self.description is None:
             self.written += matched
             if first is not None and matched:
@@ -79,6 +83,12 @@ class Cursor(aiomysql.Cursor):  # type: ignore[misc]  # aiomysql has no types
 def _reads(query: str | bytes) -> bool:
     """Whether a statement can be seen to write nothing."""
     return isinstance(query, str) and _SELECT.match(query) is not None
+
+
+def _behind(waits: tuple[str, ...], query: str | bytes) -> str | bytes:
+    """Return a statement in one packet with those that it waits for."""
+    first = "".join(f"{wait}; " for wait in waits)
+    return first + query if isinstance(query, str) else first.encode() + query
 
 
 class Answer(NamedTuple):

@@ -21,7 +21,7 @@ SLOW_SECONDS = 3
 # What a worker sends, each for the first time, in a start for add-on 1.
 NEEDED = b"JSON_TABLE('[1]'"
 WRITE = b"JSON_TABLE('[[1,"
-STAMP = b"SET last_write = SYSDATE(6) - INTERVAL"
+STAMP = b"SET last_write = @aioworker_now"
 COMMIT = b"COMMIT"
 
 
