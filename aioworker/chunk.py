@@ -102,7 +102,7 @@ def part_of(chunk: list[Any], found: Iterable[Any]) -> list[Any]:
         try:
             key = _key(entry)
             known[key]
-        except (KeyError, TypeError):  # the latter of what cannot be a key
+        except BaseException:  # noqa: BLE001 - whatever code of its own an object runs as a key
             raise UsageError(f"expected a part of the chunk, got: {brief(entry)}") from None
         kept.add(key)
     return [entry for key, entry in known.items() if key in kept]
