@@ -262,13 +262,16 @@ class Supervisor:
     async def _serve_in_turn(self, link: Link) -> Outcome | None:
         """Take messages until one has started; what needs no start goes beside it, free.
 
+        A connection that was lost held the turn: the next message would fail for nothing.
+
         Returns:
             What the last one came to, if it came to anything.
         """
         starts, result = self.consumer.starts, None
         while self.consumer.starts == starts and not self._stop.is_set():
             result = await self._serve_one(link)
-            if result is None or result.uncounted:
+            lost = self._options.needs_database and not self._database.is_open
+            if result is None or result.uncounted or lost:
                 break
             await self._presence.keep()
         return result

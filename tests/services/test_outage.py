@@ -7,13 +7,25 @@ import logging
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from pymysql.constants import CR
+from pymysql.err import OperationalError
 
 from aioworker.db import Database
+from aioworker.outcome import Kind
 from aioworker.presence import Presence
-from tests.conftest import DEADLINE_SECONDS, TASK, Lanes, execute, make_database, make_worker
+from tests.conftest import (
+    DEADLINE_SECONDS,
+    TASK,
+    Lanes,
+    execute,
+    make_database,
+    make_worker,
+    simple_addons,
+)
+from tests.place import chunk
 
 if TYPE_CHECKING:
     from pymysql.connections import Connection
@@ -94,3 +106,33 @@ async def test_a_row_that_cannot_be_written_holds_nobody_up_twice(
     assert database.tries == 1
     [line] = [one for one in caplog.records if one.getMessage() == "worker's row not written"]
     assert "Lock wait timeout exceeded" in line.fields["reason"]  # type: ignore[attr-defined]
+
+
+class Losing(Database):
+    """A database whose connection is lost once, in the read of what a chunk needs."""
+
+    lost = False
+
+    async def query(self, statement: str, args: object = None) -> list[tuple[Any, ...]]:
+        """Read; the first time that it is asked what is needed, lose the connection."""
+        if self._pinned and "JSON_TABLE" in statement and not self.lost:
+            self.lost = True
+            self.close()
+            raise OperationalError(CR.CR_SERVER_LOST, "Lost connection to MySQL server")
+        return await super().query(statement, args)
+
+
+async def test_a_turn_that_is_lost_with_its_connection_takes_no_other_message(
+    pair: Servers, shop: Connection[Cursor], lanes: Lanes, stop: asyncio.Event
+) -> None:
+    """One whose database failed over in that read put all that waited into the retry queue."""
+    simple_addons(shop, 3)
+    for addon in (1, 2, 3):
+        await lanes.send(chunk(addon))
+    database = make_database(pair, Losing)
+    worker = make_worker(pair, database, rate_limit="100/s")
+
+    await worker.run(stop)
+
+    database.close()
+    assert worker.consumer.settled == {Kind.RETRY: 1, Kind.ACK: 2}
