@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 KILL_SECONDS = 3
+# For a statement of ours, which waits for a lock for `session.LOCK_WAIT_SECONDS` at most, and a
+# second for a turn: a server that answers no sooner stands still, and perhaps another one is there.
+OWN_SECONDS = 7
+ANSWER_SECONDS = 3  # for a server to say that it is there; then its address is tried anew
 TOLD_SECONDS = 1.0  # a shorter wait in a run is not worth a word
 _SELECT = re.compile(r"(?:\s|\(|/\*(?![!M]).*?\*/)*SELECT\b", re.IGNORECASE | re.DOTALL)
 _LOGIN_REFUSED = (ER.ACCESS_DENIED_ERROR, trouble.Lacking.SECURE_TRANSPORT_REQUIRED)
@@ -201,7 +205,11 @@ class Database:
         The first that fails ends it: those behind it are not run.
         """
         answers = []
-        async with self._use() as connection, connection.cursor() as cursor:
+        async with (
+            asyncio.timeout(OWN_SECONDS),
+            self._use() as connection,
+            connection.cursor() as cursor,
+        ):
             await cursor.execute("; ".join(statements), args)
             answers.append(Answer(cursor.rowcount, list(await cursor.fetchall() or ())))
             while await cursor.nextset():
@@ -340,8 +348,9 @@ class Database:
 
     async def _answers(self) -> bool:
         try:
-            with login.expecting_mysql():
-                await self._connection.ping(reconnect=False)
+            async with asyncio.timeout(ANSWER_SECONDS):
+                with login.expecting_mysql():
+                    await self._connection.ping(reconnect=False)
         except (MySQLError, OSError):
             return False
         return True

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from pymysql.err import MySQLError
 
 from aioworker import tables, trouble
+from aioworker.db import OWN_SECONDS
 from aioworker.errors import DatabaseError
 from aioworker.logs import Seldom, fields
 from aioworker.tables import ALIVE_SECONDS
@@ -160,7 +161,8 @@ class Presence:
             return
         try:
             with tables.explaining(self._database):
-                await self._write(self._database, now)
+                async with asyncio.timeout(OWN_SECONDS):
+                    await self._write(self._database, now)
         except DatabaseError as error:
             if error.unreachable or tables.needs_init(error):
                 raise

@@ -240,7 +240,8 @@ async def peek(database: Database, task: str) -> Row | None:
 
 async def _found(database: Database, task: str) -> list[tuple[Any, ...]]:
     lock = lock_name(await database.schema(), task)
-    return await database.query(_PEEK, {"task": task, "lock": lock})
+    [answer] = await database.each(_PEEK, args={"task": task, "lock": lock})
+    return answer.rows
 
 
 def _the_row(database: Database, found: list[tuple[Any, ...]], task: str) -> Row:

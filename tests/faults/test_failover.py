@@ -20,7 +20,7 @@ from support import servers, site
 from tests.conftest import QUEUES, TASK, eventually, execute, rows, simple_addons
 from tests.faults.conftest import MakePlace
 from tests.faults.proxy import Proxy
-from tests.faults.test_database import QUICKLY, RECOVERY_SECONDS, SLACK_SECONDS, frozen, ordinary
+from tests.faults.test_database import RECOVERY_SECONDS, SLACK_SECONDS, frozen, ordinary
 from tests.place import Place
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 CHUNKS = 200
 STEADY = ("--rate-limit", "5/s")
+TIMEOUT = {"AIOWORKER_TASK_TIMEOUT": "15"}  # of a run that the server fell silent in
 THEIRS_SECONDS = 20  # somebody else's query on the new server
 Old = Callable[[Place, servers.Maria], AbstractContextManager[None]]
 
@@ -117,11 +118,10 @@ def test_a_worker_goes_on_at_the_server_that_took_over(
         if not root:
             name = f"{place.name}user"
             execute(new, f"CREATE OR REPLACE USER {name}", f"GRANT ALL ON *.* TO {name}")
-            execute(new, f"REVOKE READ_ONLY ADMIN ON *.* FROM {name}")
         number, theirs = session(standby)
         number_on(maria, number + 10)[1].close()
         theirs.close()
-        worker = place.worker(*STEADY, **QUICKLY, **user)
+        worker = place.worker(*STEADY, **TIMEOUT, **user)
         eventually(lambda: place.done() >= 3, "it works")
         [[number]] = rows(place.shop, "SELECT session FROM aioworker_worker")
         same, theirs = number_on(standby, number)
@@ -131,17 +131,12 @@ def test_a_worker_goes_on_at_the_server_that_took_over(
         with old(place, maria):
             network.redirect(standby.port)
             switched = time.monotonic()
-            try:
-                eventually(lambda: done(new) >= 3, "it works there")
-            except AssertionError:
-                print(worker.log, rows(new, "show full processlist"))  # noqa: T201
-                raise
+            eventually(lambda: done(new) >= 3, "it works there")
             took = time.monotonic() - switched
             assert worker.process.poll() is None
 
         assert took < RECOVERY_SECONDS + SLACK_SECONDS
         assert sleeping.result() == [(0,)]  # 1: it was ended
         assert place.queued()[QUEUES.dead] == (0, 0)
-        print("TOOK", took)  # noqa: T201
         theirs.close()
         new.close()

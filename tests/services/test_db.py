@@ -10,16 +10,16 @@ from pymysql.err import OperationalError
 
 from aioworker import session
 from aioworker.addresses import DatabaseAddress
-from aioworker.db import Database
+from aioworker.db import KILL_SECONDS, OWN_SECONDS, Database
 from aioworker.errors import DatabaseError
 from aioworker.trouble import Trouble, sort
+from support.servers import Maria, Servers
 from tests.conftest import current_versions, eventually, execute, make_database, rows, simple_addons
+from tests.faults.proxy import Proxy
 
 if TYPE_CHECKING:
     from pymysql.connections import Connection
     from pymysql.cursors import Cursor
-
-    from support.servers import Servers
 
 
 async def test_a_statement_that_takes_too_long_is_ended_on_the_server_too(
@@ -130,3 +130,25 @@ async def test_a_database_that_does_not_answer_is_given_up_in_time() -> None:
     for writer in accepted:
         writer.close()
     server.close()
+
+
+async def test_a_server_that_stands_still_is_left_before_a_task_would_have_to_end(
+    maria: Maria, pair: Servers, shop: Connection[Cursor]
+) -> None:
+    """Its address may lead to another one by then; a run may take minutes."""
+    with Proxy(maria.port) as network:
+        through = Servers(
+            pair.amqp_url, pair.mysql_url.replace(f":{maria.port}/", f":{network.port}/")
+        )
+        database = make_database(through, timeout=600)
+        await database.ready()
+        network.black_hole()
+
+        async with asyncio.timeout(3 * (OWN_SECONDS + KILL_SECONDS)):
+            with pytest.raises(TimeoutError):
+                await database.each("SELECT 1")
+
+        network.forward()
+        assert not database.is_open
+        assert [one.rows for one in await database.each("SELECT 1")] == [[(1,)]]
+        database.close()
