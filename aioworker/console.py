@@ -42,8 +42,7 @@ def open_streams() -> None:
         elif mode == "w" and isinstance(stream := getattr(sys, name), TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     if isinstance(out := sys.stdout, TextIOWrapper):
-        kept = out.encoding, out.errors, None, out.line_buffering
-        sys.stdout = _Output(out.detach(), *kept)
+        sys.stdout = _Output(out)
 
 
 def printable(line: str) -> str:
@@ -69,7 +68,20 @@ class OutputError(Exception):
 
 
 class _Output(TextIOWrapper):
-    """Standard output, whoever writes to it: the help is printed by a library."""
+    """Standard output, whoever writes to it: the help is printed by a library.
+
+    Args:
+        stream: The one before, which others may know by `sys.__stdout__`.
+    """
+
+    def __init__(self, stream: TextIOWrapper) -> None:
+        super().__init__(
+            stream.buffer,
+            encoding=stream.encoding,
+            errors=stream.errors,
+            line_buffering=stream.line_buffering,
+        )
+        self._before = stream  # whose end would close the buffer that both write to
 
     def write(self, text: str) -> int:
         with self._taken():
