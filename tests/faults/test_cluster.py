@@ -26,10 +26,10 @@ from tests.place import Place
 if TYPE_CHECKING:
     from subprocess import CompletedProcess
 
-TICK_SECONDS = 12  # a node that stands still is noticed after that, and a quarter
+TICK_SECONDS = 20  # a node that stands still is noticed after that, and a quarter
 RATE, INTERVAL, LEAST_GAP = "2/s", 0.5, 0.98
-# RabbitMQ's own election and ten seconds; thrice what an idle machine takes.
-LATE_SECONDS = 36
+# RabbitMQ's own election, up to 25 s where a node stands still; thrice what that takes at most.
+LATE_SECONDS = 75
 SOON = {"AIOWORKER_CONNECT_TIMEOUT": "2"}
 LOOKS = ("status", f"consume --burst --rate-limit {RATE}", "dead list")
 
@@ -136,11 +136,11 @@ def assert_kept(trio: Trio, chunks: int) -> None:
 def assert_unknown(done: CompletedProcess[str]) -> None:
     """A command says in one line that RabbitMQ does not tell what it asks for."""
     assert done.returncode == 1, done
-    assert "about queue" in done.stdout + done.stderr
+    assert "queue aioworker." in done.stdout + done.stderr
     assert not re.search("nothing queued|broker +reachable|done 0", done.stdout), done
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_a_node_after_the_other_is_killed_and_started(trio: Trio, cluster: servers.Cluster) -> None:
     """As in a rolling upgrade that goes badly: each was the leader once."""
     trio.backlog(120)
@@ -156,7 +156,7 @@ def test_a_node_after_the_other_is_killed_and_started(trio: Trio, cluster: serve
     assert_kept(trio, 120)
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_a_leader_that_stands_still(trio: Trio) -> None:
     """RabbitMQ counts no message in its queues then, though another leader is elected soon."""
     trio.backlog(30)
@@ -174,7 +174,7 @@ def test_a_leader_that_stands_still(trio: Trio) -> None:
     assert_kept(trio, 30)
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_the_node_in_use_is_cut_off_from_the_others(trio: Trio) -> None:
     """It lets everybody connect and serves nothing; the others have elected new leaders."""
     trio.backlog(30)
