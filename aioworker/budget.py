@@ -44,6 +44,7 @@ from aioworker.limits import (
     shown_interval,
 )
 from aioworker.logs import Seldom, fields
+from aioworker.rivals import Rivals
 from aioworker.tables import Row, holder
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ class SharedBudget:
         self._task = task
         self._limiter: Limiter | None = None
         self._seldom = Seldom()
+        self._rivals = Rivals()
         self._gap_us: int | None = None
         self._shown = _limit(rate, None)
         self._due_at = 0.0
@@ -145,7 +147,7 @@ class SharedBudget:
 
     async def _judge(self, row: Row, crowd: int = 0) -> Wait | None:
         """Follow the row, and return why no start may begin by it."""
-        if not row.same_server or row.age_us < 0:
+        if self._rivals.see(row) or (row.same_server and row.age_us < 0):
             if self._seldom.allows("adopted"):
                 log.warning(
                     "budget adopted: the row is another server's, or the clock was set back",
@@ -154,6 +156,7 @@ class SharedBudget:
             with tables.explaining(self._database):
                 await self._database.execute(_ADOPT, self._arguments)
                 row = await self._read()
+            self._rivals.took_over(row)
         await self._follow(row)
         if row.paused:
             return Wait(row.pause, self._poll(), paused=True)
@@ -161,6 +164,8 @@ class SharedBudget:
             return Wait(f"paused: rate limit {self._rate}", self._poll(), paused=True)
         if self._gap_us is None or self._limiter is None:
             return None
+        if (reason := self._rivals.reason) is not None:
+            return Wait(reason, POLL_SECONDS, stalled=True)
         now = asyncio.get_running_loop().time()
         write_in_us = self._gap_us - row.write_age_us
         moment = row.now + timedelta(microseconds=write_in_us)

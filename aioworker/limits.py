@@ -218,12 +218,14 @@ class Wait(NamedTuple):
         seconds: Until the next look is worth it.
         paused: Whether no start will begin until somebody says so.
         stuck: Whether a start is due and nobody is known to be at work.
+        stalled: Whether somebody has to mend something before a start can begin.
     """
 
     reason: str
     seconds: float
     paused: bool = False
     stuck: bool = False
+    stalled: bool = False
 
 
 class Budget(Protocol):

@@ -210,7 +210,7 @@ class Supervisor:
         burst, self._busy = self._options.burst, False
         await self._presence.keep()
         wait = await self._budget.look(self._presence.others)
-        if wait is not None and wait.paused:
+        if wait is not None and (wait.paused or wait.stalled):
             if burst:
                 raise AioworkerError(wait.reason)
             return await self._wait(wait)
@@ -364,7 +364,10 @@ class Supervisor:
         """
         if not wait.stuck:
             self._moves()
-        self._presence.tell("waiting", wait.reason, logging.INFO)
+        if wait.stalled:
+            self._presence.stall(wait.reason)
+        else:
+            self._presence.tell("waiting", wait.reason, logging.INFO)
         await self._presence.keep()
         await _first_of(wait.seconds, self._stop, self._lost)
         if not self._stop.is_set():

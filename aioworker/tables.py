@@ -45,7 +45,8 @@ WROTE = f"IF({_OURS}, last_write, last_start)"
 _ONLY_READS = "CONCAT(@@read_only) NOT IN ('0', 'OFF') OR @@innodb_read_only"
 
 _PEEK = f"""SELECT paused, gap_us, TIMESTAMPDIFF(MICROSECOND, last_start, SYSDATE(6)),
-    last_start, server = {SERVER}, COALESCE(IS_USED_LOCK(%(lock)s), 0), CONNECTION_ID(),
+    last_start, server = {SERVER}, server, {SERVER},
+    COALESCE(IS_USED_LOCK(%(lock)s), 0), CONNECTION_ID(),
     starts, holder, paused_by, paused_at, paused_why, set_by, set_at, set_why,
     TIMESTAMPDIFF(MICROSECOND, {CHARGED}, SYSDATE(6)),
     TIMESTAMPDIFF(MICROSECOND, {WROTE}, SYSDATE(6)),
@@ -73,6 +74,8 @@ class Row:
         age_us: Microseconds since the last start; below 0 after a step of the clock back.
         last_start: When that was, UTC.
         same_server: Whether this server wrote the row.
+        server: Which one wrote it.
+        here: Which one this is.
         turn: The session that holds the turn, 0 for nobody.
         session: This session.
         starts: Starts charged ever.
@@ -95,6 +98,8 @@ class Row:
     age_us: int
     last_start: datetime
     same_server: bool
+    server: str
+    here: str
     turn: int
     session: int
     starts: int

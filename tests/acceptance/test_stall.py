@@ -28,6 +28,7 @@ from tests.conftest import (
     rows,
     simple_addons,
 )
+from tests.place import chunk
 
 if TYPE_CHECKING:
     from pymysql.connections import Connection
@@ -181,3 +182,30 @@ def test_a_health_that_cannot_be_told_is_one_line(
 
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (status, "", 1)
     assert done.stderr.startswith(f"aioworker: {line}")
+
+
+async def test_a_row_that_another_server_writes_too_is_a_stall(
+    start: Start, run: Run, shop: Connection[Cursor], lanes: Lanes
+) -> None:
+    """Two primaries: neither the turn nor the clock holds on both, so nothing may start."""
+    simple_addons(shop, 1)
+    start("consume", "--rate-limit", "1/s")
+    eventually(lambda: rows(shop, STATE) == [("waiting",)], "it waits")
+
+    for _ in range(2):  # what replicates from there
+        execute(shop, "UPDATE aioworker_budget SET server = 'db2:3306:2'")
+        eventually(
+            lambda: (
+                rows(shop, f"SELECT server = {tables.SERVER} FROM aioworker_budget") == [(1,)]
+                or rows(shop, STATE) == [("stalled",)]
+            ),
+            "it looks at the row",
+        )
+
+    eventually(lambda: rows(shop, STATE) == [("stalled",)], "it says so")
+    await lanes.send(chunk(1))
+    health, status = run("health"), run("status")
+    words = "two servers are both writing this row"
+    assert (health.returncode, words in health.stderr) == (1, True)
+    assert f"waits      {words}" in status.stdout
+    assert current_versions(shop) == {1: None}
