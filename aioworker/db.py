@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import aiomysql
@@ -23,6 +23,8 @@ from aioworker.logs import fields
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
+    from contextlib import AbstractAsyncContextManager
+    from types import TracebackType
 
     from aioworker.addresses import DatabaseAddress
 
@@ -216,13 +218,16 @@ class Database:
                 answers.append(Answer(cursor.rowcount, list(await cursor.fetchall() or ())))
         return answers
 
-    @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[Cursor]:
+    def transaction(self) -> AbstractAsyncContextManager[Cursor]:
         """Write in one transaction, committed at the end, rolled back on any exception.
 
         Raises:
             NestedTransactionError: One is open.
         """
+        return _Block(self._transaction())
+
+    @asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[Cursor]:
         if self._in_transaction:
             raise NestedTransactionError("expected no transaction inside another one")
         self._in_transaction = True
@@ -249,10 +254,9 @@ class Database:
         """Have *first* wait for the next transaction that writes, and write along; None forgets."""
         self._first_write = first
 
-    @contextmanager
     def bounded(
         self, limit: asyncio.Timeout, tell: Callable[[str | None], None] | None = None
-    ) -> Iterator[None]:
+    ) -> ExitStack:
         """Inside, a wait for a first write is no part of a limit.
 
         Args:
@@ -262,10 +266,11 @@ class Database:
         """
         entry = (limit, tell)
         self._limits.append(entry)
-        try:
-            yield
-        finally:
-            self._limits.remove(entry)
+        # No generator of contextlib's, which sets the traceback of an error that passes: an
+        # exception of a task's may be a frozen dataclass, and refuse.
+        inside = ExitStack()
+        inside.callback(self._limits.remove, entry)
+        return inside
 
     @contextmanager
     def waiting(self, seconds: float, reason: str) -> Iterator[None]:
@@ -427,6 +432,39 @@ class Database:
         if self.address.tls.cert is None:
             return "; if it asks for a client's certificate, add ssl_cert and ssl_key"
         return ""
+
+
+class _UndoneError(Exception):
+    """The block raised: its transaction is rolled back."""
+
+
+class _Block:
+    """A transaction's block, which any exception may leave.
+
+    Where it is not the database's, what it is makes no difference to the transaction. It is not
+    handed on: contextlib sets the traceback of what it carries, which a frozen dataclass refuses.
+
+    Args:
+        transaction: The transaction.
+    """
+
+    def __init__(self, transaction: AbstractAsyncContextManager[Cursor]) -> None:
+        self._transaction = transaction
+
+    async def __aenter__(self) -> Cursor:
+        return await self._transaction.__aenter__()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None or issubclass(kind, MySQLError | TimeoutError | asyncio.CancelledError):
+            await self._transaction.__aexit__(kind, error, trace)
+            return
+        with suppress(_UndoneError):
+            await self._transaction.__aexit__(_UndoneError, _UndoneError(), None)
 
 
 @contextmanager

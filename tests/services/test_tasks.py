@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -185,6 +186,44 @@ async def test_a_statement_that_a_thread_forgives_does_not_end_its_transaction(
 
     assert await serve(Task(TASK, rate)) == {Kind.ACK: 1}
     assert written(ratings) == [(1, 1), (2, 2)]
+
+
+@dataclass(frozen=True)
+class NoShopError(DeadLetter):
+    """What a task raises of its own; nothing can be set on it, not even its traceback."""
+
+    shop: int
+
+    def __str__(self) -> str:
+        return f"no shop {self.shop}"
+
+
+async def raise_frozen(ctx: Context) -> None:
+    raise NoShopError(7)
+
+
+async def raise_frozen_in_transaction(ctx: Context) -> None:
+    async with ctx.transaction() as cursor:
+        await cursor.execute("INSERT INTO ratings VALUES (7, 1)")
+        raise NoShopError(7)
+
+
+def raise_frozen_in_thread(ctx: Context) -> None:
+    with ctx.transaction() as cursor:
+        cursor.execute("INSERT INTO ratings VALUES (7, 1)")
+        raise NoShopError(7)
+
+
+@pytest.mark.parametrize("run", [raise_frozen, raise_frozen_in_transaction, raise_frozen_in_thread])
+async def test_an_exception_that_is_a_frozen_dataclass_is_what_it_is(
+    serve: Served, lanes: Lanes, ratings: Connection[Cursor], run: Callable[[Context], Any]
+) -> None:
+    """`contextlib` fails to carry one, and raises FrozenInstanceError in its place."""
+    settled = await serve(Task(TASK, run))
+
+    assert settled == {Kind.DEAD_LETTER: 1}
+    assert (await lanes.take(QUEUES.dead)).headers["x-aioworker-reason"] == "no shop 7"
+    assert written(ratings) == []
 
 
 class Leaving(str):
