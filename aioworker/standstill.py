@@ -41,7 +41,7 @@ class Lookout:
         self._end = threading.Event()
         self._lock = threading.Lock()
         self._seldom = Seldom()
-        self._looked, self._cpu = time.monotonic(), time.process_time()
+        self._looked = self._cpu = 0.0  # when it looked last, and the time of the CPU used by then
         self._asked: float | None = None  # when the loop was, which has not answered yet
         self._place: dict[str, str] | None = None  # where the loop stands still, once that is said
         self._level = logging.WARNING
@@ -49,6 +49,7 @@ class Lookout:
         self._looking = threading.Thread(target=self._look_on, name=f"{NAME}lookout", daemon=True)
 
     def __enter__(self) -> Lookout:
+        self._looked, self._cpu = time.monotonic(), time.process_time()
         self._looking.start()
         return self
 

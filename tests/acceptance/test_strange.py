@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pymysql.cursors import Cursor
 
 Start = Callable[..., Worker]
-MESSAGES = int(os.environ.get("AIOWORKER_TEST_STRANGE", "100"))  # of each task
+MESSAGES = int(os.environ.get("STRANGE_MESSAGES", "100"))  # of each task
 SHOP = """
     from random import Random
 
