@@ -283,9 +283,11 @@ class Database:
                 tells.append(tell)
         for tell in tells:
             tell(reason)
-        yield
-        for tell in tells:
-            tell(None)
+        try:
+            yield
+        finally:
+            for tell in tells:
+                tell(None)
 
     @contextmanager
     def pinned(self) -> Iterator[None]:
