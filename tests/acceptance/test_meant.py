@@ -390,9 +390,8 @@ def test_a_queue_that_is_missing_has_the_cure_of_its_task(do: Do) -> None:
             "shop.rigth",
             "check the task's name, 'shop.rigth', then run `aioworker init --app shop_two`",
         ),
-        "without the app": _missing(
-            TASK, f"check the task's name, '{TASK}',{app} then run `aioworker init`"
-        ),
+        "without the app": f"aioworker: {TASK} is meant, since {NO_TABLE}\n"
+        + _missing(TASK, f"check the task's name, '{TASK}',{app} then run `aioworker init`"),
     }
 
 

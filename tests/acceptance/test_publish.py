@@ -10,8 +10,10 @@ import subprocess
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import aio_pika
 import pytest
 
+from aioworker import topology
 from support import servers, site
 from tests.conftest import (
     AIOWORKER,
@@ -204,21 +206,45 @@ async def test_a_sweep_that_loses_its_broker_goes_on_where_it_says(
     start: Callable[..., Worker],
     broker: servers.Broker,
 ) -> None:
-    """It loses it while messages are under way; between two pages it would connect again."""
+    """It loses it while messages are under way, and nobody lets it in again."""
     many_ids(shop, 500_000)
     sweep = start("publish-all", "--chunk-size", "10")
     eventually(lambda: "published" in sweep.log, "the sweep is under way")
 
-    broker.control("close_all_connections", "test")
+    broker.control("suspend_listeners")
+    try:
+        broker.control("close_all_connections", "test")
+        assert sweep.process.wait(60) == 1
+    finally:
+        broker.control("resume_listeners")
 
-    assert sweep.process.wait(30) == 1
-    assert "aioworker: connection to RabbitMQ lost" in sweep.log
+    assert "aioworker: cannot connect to RabbitMQ" in sweep.log
     command = re.search(r"go on with: aioworker (.*)\n$", sweep.log)
     assert command is not None, sweep.log
     confirmed = int(command[1].split()[-1])
     many_ids(shop, confirmed + 3000)
     done = run(*command[1].split())
     assert done.stdout == f"published 300 chunks, 3000 ids, last confirmed id {confirmed + 3000}\n"
+
+
+async def test_a_sweep_whose_connection_is_closed_goes_on_over_another_one(
+    pair: servers.Servers,
+    lanes: Lanes,
+    shop: Connection[Cursor],
+    start: Callable[..., Worker],
+    broker: servers.Broker,
+) -> None:
+    """What was under way is published once more: each id is there at least once."""
+    many_ids(shop, 100_000)
+    sweep = start("publish-all", "--chunk-size", "10")
+    eventually(lambda: "published" in sweep.log, "the sweep is under way")
+
+    broker.control("close_all_connections", "test")
+
+    assert sweep.process.wait(60) == 0
+    assert "published 10000 chunks, 100000 ids, last confirmed id 100000\n" in sweep.log
+    async with await aio_pika.connect(pair.amqp_url, timeout=10) as again:
+        assert (await topology.count(again, QUEUES.bulk, 10) or 0) >= 10_000
 
 
 async def test_single_changes_go_to_the_urgent_lane(run: Run, lanes: Lanes) -> None:
