@@ -91,7 +91,7 @@ _HOLDERS = {
         JOIN information_schema.processlist ON id = thread_id
         WHERE table_schema = DATABASE() AND table_name = %(table)s AND id <> CONNECTION_ID()""",
     ),
-    "held by one of": (
+    "perhaps held by": (
         """SELECT id, user, host, SYSDATE() - INTERVAL time SECOND
         FROM information_schema.innodb_trx
         JOIN information_schema.processlist ON id = trx_mysql_thread_id
