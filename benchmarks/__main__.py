@@ -389,8 +389,9 @@ class Bench:
         """Measure how much of a rate is used, and how near first writes come to each other."""
         connection = servers.connect(self.pair.mysql_url, create=True)
         for case, seconds in rate.measure(self.pair, connection):
-            share, distance = rate.used(case, seconds), rate.least(case, seconds)
-            self.report.row(case.rate, case.spent, f"{share:.3f}", f"{distance:.3f}")
+            found = rate.distances(case, seconds)
+            figures = (rate.used(case, seconds), found[0], statistics.median(found))
+            self.report.row(case.rate, case.spent, *(f"{figure:.3f}" for figure in figures))
         connection.close()
 
     def process(self) -> None:
@@ -473,6 +474,7 @@ def main() -> None:
                 "of the interval a run spends",
                 "starts, of those allowed",
                 "least distance of first writes, in intervals",
+                "the median one",
             )
             bench.rate()
         if "publish" in wanted:

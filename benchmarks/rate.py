@@ -170,9 +170,9 @@ def used(case: Case, seconds: list[float]) -> float:
     return case.interval * (len(seconds) - 1) / (seconds[-1] - seconds[0])
 
 
-def least(case: Case, seconds: list[float]) -> float:
-    """Return the least distance of two first writes, in intervals."""
-    return min(other - one for one, other in pairwise(seconds)) / case.interval
+def distances(case: Case, seconds: list[float]) -> list[float]:
+    """Return the distances from each first write to the next, in intervals, the least first."""
+    return sorted((other - one) / case.interval for one, other in pairwise(seconds))
 
 
 def aioworker(pair: servers.Servers, *arguments: str) -> subprocess.CompletedProcess[bytes]:
