@@ -10,6 +10,7 @@ import hashlib
 import traceback
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from pymysql.err import MySQLError
 
@@ -27,6 +28,9 @@ from aioworker.errors import (
 )
 from aioworker.headers import TEXT_BYTES
 from aioworker.trouble import Trouble
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 TRACEBACK_LINES = 20
 
@@ -102,11 +106,20 @@ def _judge(error: BaseException) -> tuple[Fault, str]:
             words = f"database, {sort or 'error'}: {trouble.describe(error)}"
             return Fault.ATTEMPT if sort is None else _OF_TROUBLE[sort], words
         case BaseExceptionGroup():
-            parts = [_judge(one) for one in error.exceptions]
-            words = "; ".join(words for _fault, words in parts)
-            return min((fault for fault, _words in parts), key=list(Fault).index), words
+            return _judge_all(error.exceptions)
     name, words = name_of(error), broker.describe(error)
     return Fault.ATTEMPT, name if words == name else f"{name}: {words}"
+
+
+def _judge_all(errors: Sequence[BaseException]) -> tuple[Fault, str]:
+    """Return what is gentlest for the message, and as many words as a header may hold."""
+    faults, said = set(), ""
+    for error in errors:
+        fault, words = _judge(error)
+        faults.add(fault)
+        if len(said) < TEXT_BYTES:
+            said += ("; " if said else "") + words[:TEXT_BYTES]
+    return min(faults, key=list(Fault).index), said
 
 
 _OF_TROUBLE = {
