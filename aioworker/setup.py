@@ -51,6 +51,7 @@ async def init(settings: Settings, tasks: Sequence[AnyTask]) -> None:
         )
         found = await topology.compare(connection, queues, timeout)
         if database is not None:
+            await tables.refuse_reader(database)
             for name in schema.NAMES:
                 with tables.explaining(database):
                     say(f"table {name}: {await schema.settle(database, name)}")

@@ -130,6 +130,17 @@ class Row:
         return " ".join(f"paused{by}{since}{why}".split())
 
 
+async def refuse_reader(database: Database) -> None:
+    """Refuse a server that only reads: a table changed there ends its replication.
+
+    Raises:
+        DatabaseError: It is one.
+    """
+    with explaining(database):
+        [[only_reads]] = await database.query(f"SELECT {_ONLY_READS}")
+    _leave(database, only_reads)
+
+
 async def add_rows(database: Database, tasks: Sequence[str]) -> None:
     """Make the tasks' rows that are not there: each lets its task start at once.
 
@@ -258,19 +269,23 @@ def _the_row(database: Database, found: list[tuple[Any, ...]], task: str) -> Row
 
 
 def _row(database: Database, answer: tuple[Any, ...]) -> Row:
-    """Return the row; leave a server that only reads: its address may lead to another one now."""
     values: list[Any]
     *values, only_reads = answer
-    if only_reads:
-        database.close()
-        raise DatabaseError(
-            f"cannot use MySQL at {database.address.shown}: {trouble.ONLY_READS}", unreachable=True
-        )
+    _leave(database, only_reads)
     values[0], values[4] = bool(values[0]), bool(values[4])
     if values[1] is not None:
         values[1] = min(values[1], LONGEST_GAP_US)
     values[-3:] = _messages(values[-3]), _deaths(values[-2]), values[-1].replace(tzinfo=UTC)
     return Row(*values)
+
+
+def _leave(database: Database, only_reads: object) -> None:
+    """Leave a server that only reads: its address may lead to another one now."""
+    if only_reads:
+        database.close()
+        raise DatabaseError(
+            f"cannot use MySQL at {database.address.shown}: {trouble.ONLY_READS}", unreachable=True
+        )
 
 
 # Notes are read with care: anybody may have written something else over them.

@@ -131,6 +131,21 @@ def test_a_table_that_lacks_a_column_is_given_it(
     assert rows(shop, "SELECT paused, gap_us, set_by FROM aioworker_budget") == [(1, None, None)]
 
 
+def test_no_table_is_changed_on_a_server_that_only_reads(
+    run: Run, vhost: str, broker: servers.Broker, shop: Connection[Cursor]
+) -> None:
+    """Some users may write there; the same change from its primary would end its replication."""
+    execute(shop, "ALTER TABLE aioworker_budget DROP COLUMN last_write", "SET GLOBAL read_only = 1")
+    try:
+        done = run("init", AIOWORKER_AMQP_URL=vhost)
+    finally:
+        execute(shop, "SET GLOBAL read_only = 0")
+
+    assert (done.returncode, done.stdout, arguments_of(broker)) == (1, "", {})
+    assert "this server only reads: is it a replica?" in done.stderr
+    assert rows(shop, "SHOW COLUMNS FROM aioworker_budget LIKE 'last_write'") == []
+
+
 def test_no_queue_is_declared_by_a_user_who_may_make_no_table(
     run: Run, vhost: str, broker: servers.Broker, maria: servers.Maria, shop: Connection[Cursor]
 ) -> None:
