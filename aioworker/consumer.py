@@ -254,6 +254,8 @@ class Consumer:
         lost = failure.lost or (self._task.needs_database and not self._database.is_open)
         try:
             await self.see_database()
+            if failure.fault is Fault.EVERY_MESSAGE:
+                await self.see_task()
         except DatabaseError as away:
             return Outcome(Kind.RELEASED, f"{failure.words}; {away}", failure, away)
         result = self._count(failure, attempt.ctx.attempt, lost=lost)
@@ -321,12 +323,23 @@ class Consumer:
                 await self._write_to_database()
                 self._seen_at = began
 
+    async def see_task(self) -> None:
+        """See that the task can work at all, by its own check.
+
+        Raises:
+            DatabaseError: A table or a privilege is missing, or the server is away.
+        """
+        if self._task.check is not None:
+            with self._database.explaining():
+                await self._task.check(Context(self._database, self._task.name))
+
     async def _write_to_database(self) -> None:
         """Write by the run's own connection; one that was lost held the turn, and is left alone."""
         own = self._task.needs_database and self._database.is_open
         database = self._database if own else self._database.another()
         if own:
             database.expect(None)  # ours is no write of the run
+            database.refuse_no_room()
         try:
             async with asyncio.timeout(self._terms.settle_timeout):
                 await self._presence.prove(database)

@@ -20,6 +20,7 @@ from pymysql.err import MySQLError
 from aioworker import login, session, trouble
 from aioworker.errors import DatabaseError, NestedTransactionError
 from aioworker.logs import fields
+from aioworker.trouble import Trouble
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -165,6 +166,18 @@ class Database:
     def is_open(self) -> bool:
         """Whether a connection stands, as far as is known."""
         return self._connection is not None
+
+    def refuse_no_room(self) -> None:
+        """See that the server had room for all that this connection wrote since the last look.
+
+        A write of a few bytes may do where a larger one did not.
+
+        Raises:
+            DatabaseError: It had not.
+        """
+        refused, self._connection.no_room = self._connection.no_room, None
+        if refused is not None:
+            raise self.explain(refused)
 
     async def ready(self) -> None:
         """See that the connection stands; open one where it does not.
@@ -412,7 +425,7 @@ class Database:
 
     def explain(self, error: Exception) -> DatabaseError:
         """Say in one line why this database cannot be used, and what to do."""
-        away = trouble.sort(error) is None
+        away = trouble.sort(error) in (None, Trouble.NO_ROOM)
         if isinstance(error, TimeoutError):
             reason = "no answer in time; check AIOWORKER_MYSQL_URL"
         elif isinstance(error, MySQLError):

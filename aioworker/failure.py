@@ -125,6 +125,7 @@ def _judge_all(errors: Sequence[BaseException]) -> tuple[Fault, str]:
 _OF_TROUBLE = {
     Trouble.CONTENTION: Fault.ATTEMPT,
     Trouble.DATA: Fault.DATA,
+    Trouble.NO_ROOM: Fault.ATTEMPT,
     Trouble.EVERY_MESSAGE: Fault.EVERY_MESSAGE,
 }
 

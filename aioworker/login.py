@@ -14,8 +14,9 @@ import aiomysql
 from pymysql.constants import CLIENT, CR
 from pymysql.err import MySQLError, OperationalError
 
-from aioworker import tls
+from aioworker import tls, trouble
 from aioworker.errors import TlsFileError, let_go
+from aioworker.trouble import Trouble
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -113,9 +114,22 @@ async def _certificate(address: DatabaseAddress, asked: tls.Tls) -> tls.Certific
 
 
 class Connection(aiomysql.Connection):  # type: ignore[misc]  # aiomysql has no types
-    """aiomysql's connection, which gives nothing away before it knows the server."""
+    """aiomysql's connection, which gives nothing away before it knows the server.
 
+    Attributes:
+        no_room: What its server said last when it had no room for a write; None for nothing.
+    """
+
+    no_room: MySQLError | None = None
     _logged_in = False
+
+    async def _read_query_result(self, unbuffered: bool = False) -> None:
+        try:
+            await super()._read_query_result(unbuffered)
+        except MySQLError as error:
+            if trouble.sort(error) is Trouble.NO_ROOM:
+                self.no_room = error
+            raise
 
     async def _read_bytes(self, num_bytes: int) -> bytes:
         if num_bytes > PACKET_BYTES and not self._logged_in:

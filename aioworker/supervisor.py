@@ -18,7 +18,6 @@ from aioworker import broker, frames, outcome, topology
 from aioworker.addresses import Nodes
 from aioworker.console import count
 from aioworker.consumer import Link
-from aioworker.context import Context
 from aioworker.errors import AioworkerError, BrokerError, DatabaseError, StalledError
 from aioworker.flow import Flow
 from aioworker.limits import POLL_SECONDS, Wait
@@ -198,9 +197,7 @@ class Supervisor:
             await self._database.ready()
         if not self._trusted:
             await self.consumer.see_database()
-        if not self._trusted and self._task.check is not None:
-            with self._database.explaining():
-                await self._task.check(Context(self._database, self._task.name))
+            await self.consumer.see_task()
         self._trusted = True
 
     # 1. Wait for messages, for the budget and the turn; nothing is held meanwhile.

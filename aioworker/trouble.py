@@ -17,6 +17,7 @@ class Trouble(StrEnum):
 
     CONTENTION = "contention"  # others hold the rows: later
     DATA = "data"  # these rows will never do
+    NO_ROOM = "no room"  # on the server's disk: a write of a few bytes may do all the same
     EVERY_MESSAGE = "every message"  # a wrong table or privilege: no message will do
 
 
@@ -97,6 +98,7 @@ _DATA = frozenset(
         ER.CONSTRAINT_FAILED,
     }
 )
+_NO_ROOM = frozenset({ER.DISK_FULL, ER.ERROR_ON_WRITE, ER.GET_ERRNO, ER.RECORD_FILE_FULL})
 _NO_ACCESS = frozenset(
     {
         ER.DBACCESS_DENIED_ERROR,
@@ -138,6 +140,7 @@ _WRONG_SCHEMA = frozenset(
 _TROUBLES: dict[int, Trouble] = {
     **dict.fromkeys(_CONTENTION, Trouble.CONTENTION),
     **dict.fromkeys(_DATA, Trouble.DATA),
+    **dict.fromkeys(_NO_ROOM, Trouble.NO_ROOM),
     **dict.fromkeys(_NO_ACCESS | _WRONG_SCHEMA, Trouble.EVERY_MESSAGE),
 }
 
