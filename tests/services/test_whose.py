@@ -61,7 +61,6 @@ def numbers(shop: Connection[Cursor]) -> Iterator[None]:
         shop,
         "DROP TABLE IF EXISTS numbers",
         "CREATE TABLE numbers (number DOUBLE, words LONGTEXT) ENGINE=InnoDB",
-        "ALTER TABLE numbers ALTER words SET DEFAULT NULL",
     )
     yield
     execute(shop, "DROP TABLE numbers")
