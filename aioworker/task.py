@@ -180,26 +180,36 @@ class Task(Generic[P, R]):
     async def _call(
         self, call: Callable[[], Any], coroutine: bool, database: Database | None
     ) -> Any:
-        """Call a coroutine function here, anything else in a thread; return what it returns.
+        """Call a coroutine function, anything else in a thread; return what it returns.
+
+        It has an asyncio task of its own, which it may cancel without harm to ours.
 
         Raises:
             TaskExitError: It raised what would end the worker: `sys.exit()`, a cancellation of
                 something of its own.
         """
-        if (running := asyncio.current_task()) is not None:
-            running.set_name(f"{NAME}{self.name}")  # whose it is, for whoever looks on
+        name = f"{NAME}{self.name}"  # whose it is, for whoever looks on
+        running = asyncio.create_task(self._contained(call, coroutine, database), name=name)
+        try:
+            return await running
+        except asyncio.CancelledError as error:
+            ours = asyncio.current_task()
+            if ours is not None and ours.cancelling():
+                raise  # not the task's: its time is up, or the worker ends
+            raise TaskExitError.of(error) from error
+
+    async def _contained(
+        self, call: Callable[[], Any], coroutine: bool, database: Database | None
+    ) -> Any:
+        """Call it, and let out nothing that would end an event loop."""
         try:
             found = call() if coroutine else await threads.run(call, database, self.name)
             # What looked like a plain function may have made something to await.
             return await found if inspect.isawaitable(found) else found
-        except Exception:
+        except (Exception, asyncio.CancelledError):
             raise
         except SystemExit as error:
             raise TaskExitError(f"the task called sys.exit({brief(error.code)})") from error
-        except asyncio.CancelledError as error:
-            if running is not None and running.cancelling():
-                raise  # not the task's: its time is up, or the worker ends
-            raise TaskExitError.of(error) from error
         except BaseException as error:
             raise TaskExitError.of(error) from error
 

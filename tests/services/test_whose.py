@@ -323,3 +323,25 @@ async def test_counts_that_cannot_be_told_end_no_worker(
     assert worker.consumer.settled == {Kind.ACK: 1}
     [told] = [record for record in caplog.records if record.message == "chunk done"]
     assert " large=" in ConsoleFormatter().format(told)
+
+
+async def test_a_task_that_cancels_itself_ends_no_worker(
+    make: Make, lanes: Lanes, stop: asyncio.Event
+) -> None:
+    """It would have cancelled whoever awaits it, at each start."""
+
+    async def cancel(_ctx: Context, number: float) -> None:
+        running = asyncio.current_task()
+        if number < 3 and running is not None:
+            running.cancel()
+        if number == 1:
+            await asyncio.sleep(0)
+
+    await send(lanes, 1, 2, 3)
+    worker = make(cancel)
+
+    assert not await worker.run(stop)
+
+    assert worker.consumer.settled == {Kind.RETRY: 2, Kind.ACK: 1}
+    reason = (await lanes.take(QUEUES.retry)).headers["x-aioworker-reason"]
+    assert str(reason).startswith("the task let out CancelledError")
