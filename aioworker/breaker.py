@@ -23,7 +23,7 @@ MOST_TESTS = 32
 class Breaker:
     """Tells a message that is bad from a task that fails, for one task of one worker.
 
-    Moments are of the budget's clock, which the headers of messages know too.
+    Moments are times of the budget's clock, as in the headers of messages.
 
     Args:
         clock: Returns seconds that only ever grow.

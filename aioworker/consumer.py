@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pymysql.err import MySQLError
 
-from aioworker import broker, outcome
+from aioworker import broker, outcome, trouble
 from aioworker.breaker import Breaker
 from aioworker.console import count, duration
 from aioworker.context import Context
@@ -175,7 +175,8 @@ class Consumer:
             else:
                 result = await self._work(delivery, attempt, link.lanes)
                 result = await self._settle(delivery, result, link.publisher)
-            self._report.settled(delivery, attempt.ctx, result, attempt.times)
+            again = ended is not None
+            self._report.settled(delivery, attempt.ctx, result, attempt.times, again=again)
         except BrokerError as error:
             self._report.unsettled(delivery, attempt.ctx, error, attempt.times)
             raise
@@ -227,11 +228,13 @@ class Consumer:
             if running is not None and running.cancelling():
                 raise  # the worker ends
             attempt.times.ended = time.monotonic()
+            self._database.end_run()
             failure = Failure.of(error)
             if failure.error is None:
                 let_go(error)
             return await self._judge(delivery, failure, attempt, lanes)
         attempt.times.ended = time.monotonic()
+        self._database.end_run()
         if attempt.times.began:
             self.breaker.succeed(self._budget.now())
         return Outcome(Kind.ACK)
@@ -284,7 +287,7 @@ class Consumer:
         if was_open:
             breaker.fail_test()
         if failure.fault is Fault.EVERY_MESSAGE and breaker.blames_all(first_failed, failure.words):
-            return True
+            return not await self._is_alone(lanes, everywhere=was_open)
         if result.kind is Kind.DEAD_LETTER:
             if not breaker.doubts(attempt.key, first_failed, failure.words):
                 return False
@@ -293,16 +296,23 @@ class Consumer:
         # Nothing can succeed since a first failure, and nothing beside a message that is alone:
         # that is no sign of anything.
         counts = attempt.ctx.attempt == 1 and not breaker.reason
-        if not (counts or await self._is_alone(lanes)):
+        if not (counts or await self._is_alone(lanes, everywhere=was_open)):
             return True
         return result.kind is Kind.DEAD_LETTER and not breaker.may_set_aside(attempt.key)
 
-    async def _is_alone(self, lanes: Lanes) -> bool:
-        """Whether no other message could show that the task works."""
+    async def _is_alone(self, lanes: Lanes, *, everywhere: bool) -> bool:
+        """Whether no other message could show that the task works.
+
+        Args:
+            lanes: Where others may wait.
+            everywhere: Whether those count that were put off: it may be the task, and they the
+                rest of a round.
+        """
         if self._serving > 1:
             return False
         try:
-            return not await lanes.hold_something()
+            put_off = await lanes.count(self.queues.retry) if everywhere else 0
+            return not put_off and not await lanes.hold_something()
         except BrokerError:
             return False
 
@@ -334,20 +344,29 @@ class Consumer:
                 await self._task.check(Context(self._database, self._task.name))
 
     async def _write_to_database(self) -> None:
-        """Write by the run's own connection; one that was lost held the turn, and is left alone."""
-        own = self._task.needs_database and self._database.is_open
-        database = self._database if own else self._database.another()
-        if own:
-            database.expect(None)  # ours is no write of the run
-            database.refuse_no_room()
+        """Write over the run's own connection; over another one if that one takes nothing."""
+        if self._task.needs_database and self._database.is_open:
+            self._database.expect(None)  # ours is no write of the run
+            self._database.refuse_no_room()
+            try:
+                await self._write_over(self._database)
+            except Exception as error:
+                if isinstance(error, MySQLError) and trouble.server_only_reads(error):
+                    raise self._database.explain(error) from error
+                self._database.close()
+            else:
+                return
+        other = self._database.another()
         try:
-            async with asyncio.timeout(self._terms.settle_timeout):
-                await self._presence.prove(database)
+            await self._write_over(other)
         except (MySQLError, TimeoutError) as error:
-            raise database.explain(error) from error
+            raise other.explain(error) from error
         finally:
-            if not own:
-                database.close()
+            other.close()
+
+    async def _write_over(self, database: Database) -> None:
+        async with asyncio.timeout(self._terms.settle_timeout):
+            await self._presence.prove(database)
 
     def _refuse_killer(self, key: str) -> None:
         if self._budget.deaths(key) >= MOST_DEATHS:

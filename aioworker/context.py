@@ -50,7 +50,8 @@ class Context:
 
         `async with ctx.transaction() as cursor` in an `async def`, whose cursor is awaited;
         `with ctx.transaction() as cursor` in a `def`, whose cursor is not. It works on the
-        connection that holds the task's turn.
+        connection that holds the task's turn, one statement at a time, and may wait until
+        the run's first write is due: up to the interval of the rate limit.
 
         Raises:
             MySQLError: The server refuses a statement; what is not caught becomes a retry

@@ -23,7 +23,7 @@ from aioworker.logs import fields
 from aioworker.trouble import Trouble
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
     from contextlib import AbstractAsyncContextManager
     from types import TracebackType
 
@@ -37,7 +37,9 @@ KILL_SECONDS = 3
 OWN_SECONDS = 7
 ANSWER_SECONDS = 3  # for a server to say that it is there; then its address is tried anew
 TOLD_SECONDS = 1.0  # a shorter wait in a run is not worth a word
-_SELECT = re.compile(r"(?:\s|\(|/\*(?![!M]).*?\*/)*SELECT\b", re.IGNORECASE | re.DOTALL)
+_READ = re.compile(
+    r"(?:\s|\(|/\*(?![!M]).*?\*/)*(?:SELECT|SHOW|DESC|DESCRIBE)\b", re.IGNORECASE | re.DOTALL
+)
 _LOGIN_REFUSED = (ER.ACCESS_DENIED_ERROR, trouble.Lacking.SECURE_TRANSPORT_REQUIRED)
 
 
@@ -74,22 +76,36 @@ class Cursor(aiomysql.Cursor):  # type: ignore[misc]  # aiomysql has no types
 
     async def execute(self, query: str, args: object = None) -> int:
         """Run one statement; return the rows it matched."""
-        first = None if self.written or _reads(query) else self.first_write
+        reads = _reads(query)
+        first = None if self.written or reads else self.first_write
         waits = await first.before_writing() if first is not None else ()
         matched = int(await super().execute(_behind(waits, query), args))
         for _ in waits:
             await self.nextset()
             matched = int(self.rowcount)
-        if self.description is None:
-            self.written += matched
-            if first is not None and matched:
+        if not reads:
+            # What returns rows may have written: INSERT … RETURNING, a procedure that reads, too.
+            self.written += matched if self.description is None else max(matched, 1)
+            if first is not None and self.written:
                 first.wrote()
         return matched
 
+    async def callproc(self, procname: str, args: Sequence[object] = ()) -> object:
+        """Call a procedure, which may write."""
+        first = None if self.written else self.first_write
+        if first is not None:
+            for wait in await first.before_writing():
+                await self._query(wait)
+        found: object = await super().callproc(procname, args)
+        self.written += 1
+        if first is not None:
+            first.wrote()
+        return found
+
 
 def _reads(query: str | bytes) -> bool:
-    """Whether a statement can be seen to write nothing."""
-    return isinstance(query, str) and _SELECT.match(query) is not None
+    """Whether a statement can be seen to write nothing, but by a function that it calls."""
+    return isinstance(query, str) and _READ.match(query) is not None and ";" not in query
 
 
 def _behind(waits: tuple[str, ...], query: str | bytes) -> str | bytes:
@@ -141,7 +157,7 @@ class Database:
         self._connect_timeout = connect_timeout
         self._connection: Any = None
         self._pinned = False
-        self._in_transaction = False
+        self._transaction_of: object | None = None  # who holds the transaction that is open
         self._first_write: FirstWrite | None = None
         # Of what is on now, and who is to be told of its waits.
         self._limits: list[tuple[asyncio.Timeout, Callable[[str | None], None] | None]] = []
@@ -201,7 +217,11 @@ class Database:
             return self._server.schema if self._server else self.address.database
 
     async def query(self, statement: str, args: object = None) -> list[tuple[Any, ...]]:
-        """Read rows outside any transaction."""
+        """Run one statement in a transaction of its own; return the rows it read."""
+        if self._first_write is not None and not _reads(statement):
+            async with self.transaction() as cursor:
+                await cursor.execute(statement, args)
+                return list(await cursor.fetchall())
         async with self._use() as connection, connection.cursor() as cursor:
             await cursor.execute(statement, args)
             return list(await cursor.fetchall())
@@ -241,9 +261,9 @@ class Database:
 
     @asynccontextmanager
     async def _transaction(self) -> AsyncIterator[Cursor]:
-        if self._in_transaction:
+        if self._transaction_of is not None:
             raise NestedTransactionError("expected no transaction inside another one")
-        self._in_transaction = True
+        self._transaction_of = mine = object()
         first = self._first_write
         try:
             if first is not None:
@@ -261,7 +281,17 @@ class Database:
                 if written:
                     self._first_write = None
         finally:
-            self._in_transaction = False
+            if self._transaction_of is mine:
+                self._transaction_of = None
+
+    def end_run(self) -> None:
+        """Close the connection if the run left a transaction open: in an asyncio task of its own.
+
+        The next run begins one.
+        """
+        if self._transaction_of is not None:
+            self._transaction_of = None
+            self.close()
 
     def expect(self, first: FirstWrite | None) -> None:
         """Have *first* wait for the next transaction that writes, and write along; None forgets."""
@@ -336,7 +366,7 @@ class Database:
         try:
             async with asyncio.timeout(self.timeout) as limit:
                 with self.bounded(limit):
-                    if not self._in_transaction:
+                    if self._transaction_of is None:
                         await session.restore(connection, self.timeout)
                     yield connection
         except (asyncio.CancelledError, TimeoutError):
@@ -363,7 +393,7 @@ class Database:
         try:
             async with asyncio.timeout(KILL_SECONDS):
                 await self._connection.rollback()
-        except (MySQLError, OSError):
+        except Exception:  # noqa: BLE001 - two of a run's coroutines may use it at once
             self.close()  # the server rolls back what a closed connection leaves
 
     async def _answers(self) -> bool:

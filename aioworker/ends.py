@@ -1,32 +1,43 @@
 """Runs that have ended and could not be settled, since the connection to RabbitMQ was gone.
 
 RabbitMQ delivers such a message again. The process that ran it knows how that ended, and settles
-it without a second run.
+it without a second run. In doubt it runs: a message that has no id, or whose copy looks the same.
 """
 
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from aioworker import outcome
+from aioworker.outcome import Kind
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aio_pika.abc import AbstractIncomingMessage
 
     from aioworker.outcome import Outcome
 
 MOST = 1000
+# RabbitMQ delivers again once it notices a lost connection, after three heartbeats at the latest.
+KNOWN_SECONDS = 600.0
 
 _Known = tuple[str, int, bytes]
 
 
 class Ends:
-    """The last thousand of them, of one task in one process."""
+    """The last thousand of them within ten minutes, of one task in one process.
 
-    def __init__(self) -> None:
-        self._ended: OrderedDict[_Known, Outcome] = OrderedDict()
+    Args:
+        clock: Returns seconds that only ever grow.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._ended: OrderedDict[_Known, tuple[float, Outcome]] = OrderedDict()
 
     def remember(self, delivery: AbstractIncomingMessage, result: Outcome) -> None:
         """Note that only the acknowledgement of a delivery is left to do.
@@ -35,7 +46,9 @@ class Ends:
             delivery: What was run; what is to be copied of it is copied.
             result: What that came to.
         """
-        self._ended[_known(delivery)] = result
+        if result.kind not in (Kind.ACK, Kind.RETRY) or not outcome.has_id(delivery):
+            return
+        self._ended[_known(delivery)] = self._clock(), result
         while len(self._ended) > MOST:
             self._ended.popitem(last=False)
 
@@ -47,7 +60,8 @@ class Ends:
         """
         if not delivery.redelivered or not self._ended:
             return None
-        return self._ended.pop(_known(delivery), None)
+        ended_at, result = self._ended.pop(_known(delivery), (0.0, None))
+        return result if self._clock() - ended_at < KNOWN_SECONDS else None
 
 
 def _known(delivery: AbstractIncomingMessage) -> _Known:

@@ -227,6 +227,11 @@ def key(delivery: AbstractIncomingMessage) -> str:
     return hashlib.sha256(known.encode(errors="replace") + delivery.body).hexdigest()
 
 
+def has_id(delivery: AbstractIncomingMessage) -> bool:
+    """Whether whoever published a message gave it an id."""
+    return bool(delivery.headers.get("id") or delivery.message_id)
+
+
 def message_id(delivery: AbstractIncomingMessage) -> str:
     """Return the message's id; of one without, a name made of its body."""
     known = delivery.headers.get("id") or delivery.message_id

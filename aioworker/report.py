@@ -26,7 +26,7 @@ log = logging.getLogger("aioworker.consumer")
 _FIELDS = frozenset(
     {
         *("time", "level", "logger", "event", "traceback"),
-        *("task", "message_id", "lane", "attempt", "of", "outcome", "reason"),
+        *("task", "message_id", "lane", "attempt", "of", "outcome", "reason", "ran"),
         *("wait_seconds", "run_seconds", "retry_seconds"),
     }
 )
@@ -63,7 +63,13 @@ class Report:
         self._tracebacks = Seldom()
 
     def settled(
-        self, delivery: AbstractIncomingMessage, ctx: Context, result: Outcome, times: Times
+        self,
+        delivery: AbstractIncomingMessage,
+        ctx: Context,
+        result: Outcome,
+        times: Times,
+        *,
+        again: bool = False,
     ) -> None:
         """Log the one line of a settled delivery.
 
@@ -75,8 +81,11 @@ class Report:
             ctx: What its run got.
             result: What it came to.
             times: When.
+            again: Whether its run had ended before, and could not be settled then.
         """
         values = self._values(delivery, ctx, times)
+        if again:
+            values["ran"] = "before"
         if result.reason:
             values["reason"] = line(result.reason)
         if result.kind in (Kind.RETRY, Kind.POSTPONED):

@@ -349,7 +349,8 @@ def _why(
     if limit.paused:
         return row.pause if row is not None and row.paused else f"paused: rate limit {limit.rate}"
     if not queued.urgent and not queued.bulk:
-        return "nothing queued"
+        stalled = (one.reason for one in alive if one.state == "stalled")
+        return next(stalled, "nothing queued")
     return _why_workers_wait(task, limit, alive, row)
 
 

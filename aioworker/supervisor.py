@@ -157,8 +157,8 @@ class Supervisor:
                         serving = await self._serve(Link(lanes, publisher))
                     outage.end()
                 except DatabaseError as error:
-                    if error.unreachable:
-                        self._database.close()  # its address may lead to another server now
+                    # Its address may lead to another server now; or a run spoiled the session.
+                    self._database.close()
                     if options.burst:
                         raise
                     self._trusted = False
@@ -215,7 +215,7 @@ class Supervisor:
             return await self._wait_for_test(seconds)
         # Where a start may begin now, a message just taken is the sign that there are more.
         if not (self._took and wait is None) and not await link.lanes.hold_something(sure=burst):
-            return False if burst else await self._wait(Wait("nothing queued", IDLE_SECONDS))
+            return False if burst else await self._wait_for_messages()
         result: Outcome | None = None
         if wait is None:
             wait, result = await self._serve_due(link)
@@ -243,10 +243,16 @@ class Supervisor:
         async with self._budget.turn() as wait:
             return wait, None if wait is not None else await self._serve_in_turn(link)
 
+    async def _wait_for_messages(self) -> bool:
+        """Wait as nothing is queued; while the breaker is open, for what was put off."""
+        if self.consumer.breaker.reason:
+            return await self._wait_for_test(IDLE_SECONDS)
+        return await self._wait(Wait("nothing queued", IDLE_SECONDS))
+
     async def _wait_for_test(self, seconds: float) -> bool:
         """Wait until the next message may show whether the task works again; end a burst."""
         reason = self.consumer.breaker.reason
-        self._presence.stall(f"breaker open: {reason}; the next test is in at most a minute")
+        self._presence.stall(f"breaker open: {reason}; a few messages a minute are tried")
         await self._presence.keep()
         if self._options.burst:
             return False

@@ -168,7 +168,7 @@ def explaining(database: Database) -> Iterator[None]:
                 f"{words}: run `{command('init')}`, or set AIOWORKER_BUDGET=worker"
             ) from error
         if trouble.code(error) == ER.BAD_FIELD_ERROR:
-            raise DatabaseError(f"{words}: {older()}") from error
+            raise DatabaseError(f"{words}: the table is {older()}") from error
         raise database.explain(error) from error
     except TimeoutError as error:
         raise database.explain(error) from error

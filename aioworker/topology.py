@@ -298,12 +298,7 @@ class Lanes:
             BrokerError: A lane is gone or does not answer, or the connection is lost.
         """
         for queue in self._queues:
-            declared = await _bounded(
-                partial(self._channel.declare_queue, queue.name, passive=True),
-                queue.name,
-                self._timeout,
-            )
-            if declared.declaration_result.message_count:
+            if await self.count(queue.name):
                 return True
         if not sure and time.monotonic() - self._empty_at < EMPTY_SECONDS:
             return False
@@ -311,6 +306,16 @@ class Lanes:
         if delivery is not None:
             await _bounded(delivery.nack, delivery.routing_key or "", self._timeout)
         return delivery is not None
+
+    async def count(self, name: str) -> int:
+        """Return how many messages wait in a queue, by RabbitMQ's count.
+
+        Raises:
+            BrokerError: The queue is gone, or the connection is lost.
+        """
+        declare = partial(self._channel.declare_queue, name, passive=True)
+        declared = await _bounded(declare, name, self._timeout)
+        return declared.declaration_result.message_count or 0
 
     async def take(self) -> AbstractIncomingMessage | None:
         """Take one message, from the urgent lane first; None when both are empty.

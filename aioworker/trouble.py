@@ -192,6 +192,11 @@ def only_reads(error: MySQLError) -> bool:
     return number in _READ_ONLY
 
 
+def server_only_reads(error: MySQLError) -> bool:
+    """Whether it is the server that refuses to write, not the transaction that was begun so."""
+    return only_reads(error) and code(error) != Lacking.CANT_EXECUTE_IN_READ_ONLY_TRANSACTION
+
+
 def code(error: MySQLError) -> int:
     """Return the server's error number, 0 where there is none."""
     first = error.args[0] if error.args else 0

@@ -133,6 +133,58 @@ async def test_a_run_that_is_soon_at_its_write_waits_for_the_first_write_before_
     assert least(seconds) >= 0.5
 
 
+PROCEDURES = (
+    f"CREATE PROCEDURE insert_one() {INSERT}",
+    f"CREATE PROCEDURE insert_and_read() BEGIN {INSERT}; SELECT 1; END",
+)
+
+
+async def insert_returning(ctx: Context) -> None:
+    await ctx.database.query(f"{INSERT} RETURNING id")
+
+
+async def call_a_procedure(ctx: Context) -> None:
+    async with ctx.transaction() as cursor:
+        await cursor.callproc("insert_one")
+
+
+async def call_one_that_reads_too(ctx: Context) -> None:
+    async with ctx.transaction() as cursor:
+        await cursor.execute("CALL insert_and_read()")
+        while await cursor.nextset():
+            pass
+
+
+async def read_and_insert_at_once(ctx: Context) -> None:
+    async with ctx.transaction() as cursor:
+        await cursor.execute(f"SELECT 1; {INSERT}")
+        while await cursor.nextset():
+            pass
+
+
+@pytest.mark.parametrize(
+    "write",
+    [insert_returning, call_a_procedure, call_one_that_reads_too, read_and_insert_at_once],
+)
+async def test_a_write_that_looks_like_none_waits_for_the_first_write_before_it(
+    work: Work, site: Connection[Cursor], write: Callable[[Context], Any]
+) -> None:
+    """Statements that return rows, or write by a procedure, are writes, too."""
+    if write is insert_returning and "MariaDB" not in rows(site, "SELECT VERSION()")[0][0]:
+        pytest.skip("MySQL has no INSERT … RETURNING")
+    execute(site, *PROCEDURES)
+
+    async def take(ctx: Context, before: float) -> None:
+        await asyncio.sleep(before)
+        await write(ctx)
+
+    done = await work(take, "2/s", [[0.4], [0.0]] * 3)
+
+    execute(site, "DROP PROCEDURE insert_one", "DROP PROCEDURE insert_and_read")
+    assert done == {Kind.ACK: 6}
+    assert least(written(site)) >= 0.98 * 0.5
+
+
 async def test_a_transaction_that_only_reads_uses_up_no_wait(
     work: Work, site: Connection[Cursor]
 ) -> None:

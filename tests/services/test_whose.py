@@ -345,3 +345,79 @@ async def test_a_task_that_cancels_itself_ends_no_worker(
     assert worker.consumer.settled == {Kind.RETRY: 2, Kind.ACK: 1}
     reason = (await lanes.take(QUEUES.retry)).headers["x-aioworker-reason"]
     assert str(reason).startswith("the task let out CancelledError")
+
+
+async def gathered(ctx: Context, number: float) -> None:
+    if number == 1:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(3):
+                group.create_task(ctx.database.query("SELECT SLEEP(0.1)"))
+
+
+LEFT: set[asyncio.Task[Any]] = set()
+
+
+async def left_behind(ctx: Context, number: float) -> None:
+    if number == 1:
+        LEFT.add(asyncio.create_task(ctx.database.query("SELECT SLEEP(0.5)")))
+        await asyncio.sleep(0.1)
+        raise ValueError("mine")
+
+
+async def locked(ctx: Context, number: float) -> None:
+    if number == 1:
+        await ctx.database.execute("LOCK TABLES numbers WRITE")
+        raise ValueError("mine")
+
+
+async def reading_only(ctx: Context, number: float) -> None:
+    if number == 1:
+        await ctx.database.execute("SET SESSION TRANSACTION READ ONLY")
+        raise ValueError("mine")
+
+
+async def elsewhere(ctx: Context, number: float) -> None:
+    if number == 1:
+        await ctx.database.execute("USE mysql")
+        raise ValueError("mine")
+
+
+@pytest.mark.parametrize("spoil", [gathered, left_behind, locked, reading_only, elsewhere])
+async def test_what_a_run_did_to_its_connection_is_no_outage_and_harms_no_other_message(
+    make: Make, lanes: Lanes, stop: asyncio.Event, numbers: None, spoil: Work
+) -> None:
+    """The write that judges went over the same one: it ended the worker, or counted nothing."""
+    await send(lanes, 1, 2, 3)
+    worker = make(spoil)
+
+    assert not await worker.run(stop)
+
+    assert worker.consumer.settled == {Kind.RETRY: 1, Kind.ACK: 2}
+    await asyncio.gather(*LEFT, return_exceptions=True)
+    LEFT.clear()
+
+
+async def test_a_transaction_that_a_run_leaves_open_is_no_other_message_s(
+    make: Make, lanes: Lanes, stop: asyncio.Event, numbers: None
+) -> None:
+    async def hold(ctx: Context) -> None:
+        async with ctx.transaction() as cursor:
+            await cursor.execute("SELECT 1")
+            await asyncio.sleep(0.3)
+
+    async def work(ctx: Context, number: float) -> None:
+        if number == 1:
+            LEFT.add(asyncio.create_task(hold(ctx)))
+            await asyncio.sleep(0.1)
+            return
+        async with ctx.transaction() as cursor:
+            await cursor.execute("INSERT INTO numbers (number) VALUES (%s)", (number,))
+
+    await send(lanes, 1, 2, 3)
+    worker = make(work)
+
+    assert await worker.run(stop)
+
+    assert worker.consumer.settled == {Kind.ACK: 3}
+    await asyncio.gather(*LEFT, return_exceptions=True)
+    LEFT.clear()

@@ -56,3 +56,31 @@ def test_the_last_thousand_ends_are_kept() -> None:
 
     assert ends.take(again("0")) is None
     assert ends.take(again("1")) == DONE
+
+
+@pytest.mark.parametrize("kind", [Kind.POSTPONED, Kind.DEAD_LETTER])
+def test_what_has_a_copy_that_looks_the_same_runs(kind: Kind) -> None:
+    """The copy of a postponed message, or a dead letter that is brought back."""
+    ends = Ends()
+    ends.remember(again(redelivered=False), Outcome(kind))
+
+    assert ends.take(again()) is None
+
+
+def test_a_message_without_an_id_runs() -> None:
+    """Another one may have the same body."""
+    ends = Ends()
+    ends.remember(delivered(b"[]"), DONE)
+
+    assert ends.take(delivered(b"[]", redelivered=True)) is None
+
+
+def test_an_end_is_forgotten_after_ten_minutes() -> None:
+    """Somebody else had the message by then."""
+    now = [0.0]
+    ends = Ends(lambda: now[0])
+    ends.remember(again(redelivered=False), DONE)
+
+    now[0] = 601
+
+    assert ends.take(again()) is None
