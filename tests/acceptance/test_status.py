@@ -95,6 +95,7 @@ def test_a_backlog_of_a_whole_sweep(
     start("consume")
     eventually(lambda: rows(shop, "SELECT 1 FROM addons WHERE current_version > 0"), "one start")
     eventually(lambda: status()["waits"].startswith("budget: next start in "), "it waits")
+    eventually(lambda: status()["workers"][0]["state"] == "waiting", "its row says so")
     found = status()
     assert (found["queued"]["bulk"], found["backlog_seconds"]) == (530, 15_900)
     assert 0 < found["budget"]["next_start_seconds"] <= 30

@@ -316,7 +316,8 @@ async def test_a_watchdog_hears_of_the_event_loop_while_it_runs(
         manager.receive()
 
     running = manager.states.index("STATUS=running: block")
-    assert manager.states[running:].count("WATCHDOG=1") <= 2
+    # In 2 s an event loop that is not blocked says so twenty times; some before it is.
+    assert manager.states[running:].count("WATCHDOG=1") < 10
 
 
 def test_another_processs_watchdog_hears_nothing(start: Start, manager: Manager) -> None:
