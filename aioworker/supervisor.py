@@ -157,8 +157,9 @@ class Supervisor:
                         serving = await self._serve(Link(lanes, publisher))
                     outage.end()
                 except DatabaseError as error:
-                    # Its address may lead to another server now; or a run spoiled the session.
-                    self._database.close()
+                    if error.unreachable or self._trusted:
+                        # Its address may lead to another server now, or a run spoiled the session.
+                        self._database.close()
                     if options.burst:
                         raise
                     self._trusted = False
