@@ -77,7 +77,8 @@ async def app(
         "AIOWORKER_QUEUE_TYPE": "classic",
         "PYTHONPATH": importable(tmp_path),
     }
-    assert start("init", **variables).process.wait(30) == 0
+    initialised = start("init", **variables)
+    assert initialised.process.wait(30) == 0, initialised.log
     for name in ("block", "compute", "keep", "mark", "thread"):
         await (await lanes.channel.get_queue(f"aioworker.{name}", ensure=False)).purge()
     return variables

@@ -123,7 +123,7 @@ async def test_a_run_that_takes_too_long_is_cut_off_and_put_off(
     await slow_chunk(shop, lanes, 3000)
     worker = start("consume", "--rate-limit", "100/s", AIOWORKER_TASK_TIMEOUT="1")
 
-    eventually(lambda: worker.log.count('was cut off"') == 2, "both runs are cut off")
+    eventually(lambda: worker.log.count('was cut off" of=6') == 2, "both runs are cut off")
 
     copies = [await lanes.take(QUEUES.retry) for _ in range(2)]
     assert [copy.headers["retries"] for copy in copies] == [1, 1]
@@ -294,7 +294,7 @@ SLEEPER = """
     from aioworker import task
 
     @task(rate_limit="100/s")
-    async def block() -> None:
+    async def nap() -> None:
         time.sleep(2)
 """
 
@@ -305,17 +305,18 @@ async def test_a_watchdog_hears_of_the_event_loop_while_it_runs(
     """Not while a run blocks it, ten times as long as the watchdog is patient."""
     (tmp_path / "sleeper.py").write_text(textwrap.dedent(SLEEPER))
     app = {"AIOWORKER_APP": "sleeper", "PYTHONPATH": importable(tmp_path)}
-    assert start("init", **app).process.wait(30) == 0
+    initialised = start("init", **app)
+    assert initialised.process.wait(30) == 0, initialised.log
 
     start("consume", **app, NOTIFY_SOCKET=manager.name, WATCHDOG_USEC="200000")
     while manager.states.count("WATCHDOG=1") < 10:
         manager.receive()
-    await lanes.send(b"[[], {}, null]", "aioworker.block", headers={"task": "block"})
-    manager.until("STATUS=running: block")
-    while manager.states[-1].startswith(("STATUS=running: block", "WATCHDOG=1")):
+    await lanes.send(b"[[], {}, null]", "aioworker.nap", headers={"task": "nap"})
+    manager.until("STATUS=running: nap")
+    while manager.states[-1].startswith(("STATUS=running: nap", "WATCHDOG=1")):
         manager.receive()
 
-    running = manager.states.index("STATUS=running: block")
+    running = manager.states.index("STATUS=running: nap")
     # In 2 s an event loop that is not blocked says so twenty times; some before it is.
     assert manager.states[running:].count("WATCHDOG=1") < 10
 
