@@ -91,7 +91,7 @@ class Supervisor:
         self._budget = budget
         self._presence = presence
         self._options = options
-        self._trusted = False  # whether the task could read and write since the last failure
+        self._trusted = False  # whether task and budget could be used since the last failure
         self._busy = False  # whether it served a message just now
         self._took = False  # whether the last look into the lanes found a message
         self._careful = False  # whether a message that could not be decoded cut this worker off
@@ -199,7 +199,6 @@ class Supervisor:
         if not self._trusted:
             await self.consumer.see_database()
             await self.consumer.see_task()
-        self._trusted = True
 
     # 1. Wait for messages, for the budget and the turn; nothing is held meanwhile.
 
@@ -208,6 +207,7 @@ class Supervisor:
         burst, self._busy = self._options.burst, False
         await self._presence.keep()
         wait = await self._budget.look(self._presence.others)
+        self._trusted = True
         if wait is not None and (wait.paused or wait.stalled):
             if burst:
                 raise AioworkerError(wait.reason)
