@@ -9,6 +9,7 @@ works again.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,6 +19,27 @@ if TYPE_CHECKING:
 STREAK = 3  # messages that fail for good one after the other
 TEST_SECONDS = 60.0
 MOST_TESTS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A failed attempt at a message.
+
+    Args:
+        message: What the message is known by.
+        first_failed: When it failed first, by the budget's clock.
+        attempt: Which attempt it was, from 1.
+        words: What went wrong.
+        last: Whether it would set the message aside.
+        of_all: Whether it looks like a failure of every message: a missing table or privilege.
+    """
+
+    message: str
+    first_failed: datetime
+    attempt: int
+    words: str
+    last: bool = False
+    of_all: bool = False
 
 
 class Breaker:
@@ -50,32 +72,27 @@ class Breaker:
         self._set_aside.clear()
         self.reason = ""
 
-    def doubts(self, message: str, first_failed: datetime, words: str) -> bool:
-        """Return whether a failure that would set a message aside may be the task's.
+    def fail(self, failed: Failed) -> bool:
+        """Note a failed attempt; return whether the failure may be the task's.
 
-        Args:
-            message: What the message is known by.
-            first_failed: When it failed first.
-            words: What went wrong.
+        Such a failure costs the message an attempt only if the message is alone, so that no
+        other one can tell, and sets it aside only if `may_set_aside` allows that.
         """
-        if not self.reason and self._has_succeeded_since(first_failed):
+        if self.reason:
+            self._fail_test()
+        elif self._has_succeeded_since(failed.first_failed) or not (failed.last or failed.of_all):
             return False
-        self._streak.add(message)
-        if len(self._streak) >= STREAK:
-            self._open(f"{len(self._streak)} messages in a row failed for good, the last: {words}")
-        return True
-
-    def blames_all(self, first_failed: datetime, words: str) -> bool:
-        """Return whether a failure that looks like one of every message may be just that.
-
-        Args:
-            first_failed: When the message failed first.
-            words: What went wrong.
-        """
-        if not self.reason and self._has_succeeded_since(first_failed):
-            return False
-        self._open(words)
-        return True
+        if failed.of_all:
+            self._open(failed.words)
+        elif failed.last:
+            self._streak.add(failed.message)
+            if (streak := len(self._streak)) >= STREAK:
+                self._open(f"{streak} messages in a row failed for good, the last: {failed.words}")
+        if self.reason or failed.attempt > 1:
+            return True
+        # Nothing can succeed since a first failure: that is no sign of anything.
+        self._set_aside.add(failed.message)
+        return False
 
     def may_set_aside(self, message: str) -> bool:
         """Return whether a message in doubt may be set aside all the same: the first three."""
@@ -83,15 +100,6 @@ class Breaker:
             return False
         self._set_aside.add(message)
         return True
-
-    def fail_test(self) -> None:
-        """Note that a message failed while it is open; after a round, the next one is doubled."""
-        if not self._left:
-            return  # it ran already when the breaker opened
-        self._left -= 1
-        if not self._left:
-            self._round_at = self._clock() + TEST_SECONDS
-            self._size = min(2 * self._size, MOST_TESTS)
 
     def seconds(self) -> float:
         """Return the seconds until a message may be taken: 0 for now."""
@@ -102,6 +110,15 @@ class Breaker:
             return seconds
         self._left = self._size
         return 0.0
+
+    def _fail_test(self) -> None:
+        """Count a message that failed while it is open; after a round, the next one is doubled."""
+        if not self._left:
+            return  # it ran already when the breaker opened
+        self._left -= 1
+        if not self._left:
+            self._round_at = self._clock() + TEST_SECONDS
+            self._size = min(2 * self._size, MOST_TESTS)
 
     def _has_succeeded_since(self, moment: datetime) -> bool:
         return self._succeeded_at is not None and self._succeeded_at > moment

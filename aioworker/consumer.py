@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pymysql.err import MySQLError
 
 from aioworker import broker, outcome, trouble
-from aioworker.breaker import Breaker
+from aioworker.breaker import Breaker, Failed
 from aioworker.console import count, duration
 from aioworker.context import Context
 from aioworker.crashes import MOST_DEATHS
@@ -40,8 +40,6 @@ from aioworker.task import AnyTask
 from aioworker.topology import Lanes, Queues
 
 if TYPE_CHECKING:
-    from datetime import datetime
-
     from aio_pika.abc import AbstractIncomingMessage
 
     from aioworker.db import Database
@@ -262,8 +260,15 @@ class Consumer:
         except DatabaseError as away:
             return Outcome(Kind.RELEASED, f"{failure.words}; {away}", failure, away)
         result = self._count(failure, attempt.ctx.attempt, lost=lost)
-        first_failed = outcome.first_failed(delivery, self._budget.now())
-        if await self._is_spared(result, first_failed, attempt, lanes):
+        failed = Failed(
+            attempt.key,
+            outcome.first_failed(delivery, self._budget.now()),
+            attempt.ctx.attempt,
+            failure.words,
+            last=result.kind is Kind.DEAD_LETTER,
+            of_all=failure.fault is Fault.EVERY_MESSAGE,
+        )
+        if await self._is_spared(failed, lanes):
             return Outcome(Kind.POSTPONED, failure.words, failure)
         return result
 
@@ -277,28 +282,14 @@ class Consumer:
         reason = f"{failure.words}; attempt {attempt} of {attempts}"
         return Outcome(Kind.DEAD_LETTER, reason, failure)
 
-    async def _is_spared(
-        self, result: Outcome, first_failed: datetime, attempt: _Attempt, lanes: Lanes
-    ) -> bool:
+    async def _is_spared(self, failed: Failed, lanes: Lanes) -> bool:
         """Whether a failure may be the task's: it is not to cost the message an attempt."""
-        breaker, failure, was_open = self.breaker, result.failure, bool(self.breaker.reason)
-        if failure is None:
+        was_open = bool(self.breaker.reason)
+        if not self.breaker.fail(failed):
             return False
-        if was_open:
-            breaker.fail_test()
-        if failure.fault is Fault.EVERY_MESSAGE and breaker.blames_all(first_failed, failure.words):
-            return not await self._is_alone(lanes, everywhere=was_open)
-        if result.kind is Kind.DEAD_LETTER:
-            if not breaker.doubts(attempt.key, first_failed, failure.words):
-                return False
-        elif not was_open:
-            return False
-        # Nothing can succeed since a first failure, and nothing beside a message that is alone:
-        # that is no sign of anything.
-        counts = attempt.ctx.attempt == 1 and not breaker.reason
-        if not (counts or await self._is_alone(lanes, everywhere=was_open)):
+        if not await self._is_alone(lanes, everywhere=was_open):
             return True
-        return result.kind is Kind.DEAD_LETTER and not breaker.may_set_aside(attempt.key)
+        return failed.last and not self.breaker.may_set_aside(failed.message)
 
     async def _is_alone(self, lanes: Lanes, *, everywhere: bool) -> bool:
         """Whether no other message could show that the task works.

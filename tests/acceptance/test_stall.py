@@ -139,6 +139,41 @@ async def test_threads_that_do_not_return_are_a_stall(
     assert run("health", "stuck", "--app", "hanging").returncode == 0
 
 
+REFUSING = """
+    from aioworker import task
+
+    @task(rate_limit="100/s", max_retries=0)
+    def visit(shop: int) -> None:
+        if shop < 3:
+            raise KeyError(shop)
+"""
+
+
+async def test_a_task_that_fails_as_a_whole_is_red_while_its_lanes_are_empty(
+    start: Start, run: Run, pair: servers.Servers, shop: Connection[Cursor], tmp_path: Path
+) -> None:
+    """Its last message may be gone: that nothing is queued does not make it well."""
+    (tmp_path / "refusing.py").write_text(textwrap.dedent(REFUSING))
+    assert run("init", "--app", "refusing").returncode == 0
+    async with Producer(pair.amqp_url, timeout=10) as producer:
+        for number in range(3):
+            await producer.publish("visit", number)
+        start("consume", "--app", "refusing", PYTHONPATH=importable(tmp_path))
+
+        eventually(lambda: rows(shop, STATE) == [("stalled",)], "the third one opens it")
+
+        status = json.loads(run("status", "visit", "--app", "refusing", "--json").stdout)
+        assert status["queued"] == {"urgent": 0, "bulk": 0, "retry": 0, "dead": 3}
+        sick = run("health", "visit", "--app", "refusing")
+        assert sick.returncode == 1
+        assert "breaker open: 3 messages in a row failed for good, the last: KeyError" in (
+            sick.stderr
+        )
+        await producer.publish("visit", 3)
+        eventually(lambda: rows(shop, STATE) == [("waiting",)], "a success closes it")
+        assert run("health", "visit", "--app", "refusing").returncode == 0
+
+
 def test_health_is_this_machines_workers(run: Run, start: Start, shop: Connection[Cursor]) -> None:
     """None at all, none for 90 s, one elsewhere; then one here."""
     none = run("health")

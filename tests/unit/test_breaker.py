@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from aioworker.breaker import MOST_TESTS, STREAK, TEST_SECONDS, Breaker
+from aioworker.breaker import MOST_TESTS, STREAK, TEST_SECONDS, Breaker, Failed
 
 
 class Time:
@@ -40,17 +40,31 @@ def breaker(time: Time) -> Breaker:
     return Breaker(time)
 
 
+def last(message: str, first_failed: datetime, words: str = "ValueError") -> Failed:
+    """Return the second and last attempt at a message."""
+    return Failed(message, first_failed, 2, words, last=True)
+
+
+def of_all(first_failed: datetime) -> Failed:
+    """Return an attempt that failed as each one may."""
+    return Failed("message", first_failed, 1, "no such table", of_all=True)
+
+
+def fail_test(breaker: Breaker, time: Time) -> None:
+    assert breaker.fail(Failed("a test", time.now, 1, "ValueError"))
+
+
 def open_it(breaker: Breaker, time: Time) -> None:
     for number in range(STREAK):
-        assert breaker.doubts(f"message {number}", time.ago(60), "ValueError")
+        assert breaker.fail(last(f"message {number}", time.ago(60)))
 
 
 def test_three_messages_that_fail_for_good_open_it(breaker: Breaker, time: Time) -> None:
     for message in ("one", "one", "two"):
-        assert breaker.doubts(message, time.ago(60), "ValueError")
+        assert breaker.fail(last(message, time.ago(60)))
     assert breaker.seconds() == 0
 
-    assert breaker.doubts("three", time.ago(60), "KeyError: 'shop'")
+    assert breaker.fail(last("three", time.ago(60), "KeyError: 'shop'"))
 
     assert breaker.reason == "3 messages in a row failed for good, the last: KeyError: 'shop'"
 
@@ -62,20 +76,44 @@ def test_a_success_since_a_message_failed_first_makes_the_failure_its_own(
     breaker.succeed(time.ago(30))
 
     for number in range(10):
-        assert not breaker.doubts(f"message {number}", time.ago(60), "ValueError")
+        assert not breaker.fail(last(f"message {number}", time.ago(60)))
 
     assert not breaker.reason
-    assert breaker.doubts("newer", time.ago(10), "ValueError")
+    assert breaker.fail(last("newer", time.ago(10)))
 
 
 def test_a_success_breaks_the_streak(breaker: Breaker, time: Time) -> None:
     for message in ("one", "two"):
-        breaker.doubts(message, time.ago(60), "ValueError")
+        breaker.fail(last(message, time.ago(60)))
 
     breaker.succeed(time.now)
     time.seconds += 10
 
-    assert breaker.doubts("three", time.ago(5), "ValueError")
+    assert breaker.fail(last("three", time.ago(5)))
+    assert not breaker.reason
+
+
+def test_a_first_failure_is_the_messages_own_until_the_third_in_a_row(
+    breaker: Breaker, time: Time
+) -> None:
+    """Nothing can have succeeded since: that alone is no sign of anything."""
+    doubts = [
+        breaker.fail(Failed(f"message {number}", time.now, 1, "ValueError", last=True))
+        for number in range(4)
+    ]
+
+    assert doubts == [False, False, True, True]
+    # The first two were set aside.
+    assert [breaker.may_set_aside(message) for message in ("message 2", "message 3")] == [
+        True,
+        False,
+    ]
+
+
+def test_a_failure_that_leaves_attempts_opens_nothing(breaker: Breaker, time: Time) -> None:
+    for number in range(10):
+        assert not breaker.fail(Failed(f"message {number}", time.ago(60), 2, "ValueError"))
+
     assert not breaker.reason
 
 
@@ -95,8 +133,8 @@ def test_while_open_an_earlier_success_makes_no_failure_a_messages_own(
     breaker.succeed(time.ago(200))
     open_it(breaker, time)
 
-    assert breaker.doubts("an older one", first_failed, "ValueError")
-    assert breaker.blames_all(first_failed, "no such table")
+    assert breaker.fail(last("an older one", first_failed))
+    assert breaker.fail(of_all(first_failed))
 
 
 def test_open_it_tests_one_at_once_and_then_twice_as_many_each_minute(
@@ -108,7 +146,7 @@ def test_open_it_tests_one_at_once_and_then_twice_as_many_each_minute(
     for _ in range(8):
         tried = 0
         while not breaker.seconds():
-            breaker.fail_test()
+            fail_test(breaker, time)
             tried += 1
         tested.append(tried)
         assert breaker.seconds() == TEST_SECONDS
@@ -121,7 +159,7 @@ def test_open_it_tests_one_at_once_and_then_twice_as_many_each_minute(
 
 def test_the_first_success_closes_it(breaker: Breaker, time: Time) -> None:
     open_it(breaker, time)
-    breaker.fail_test()
+    fail_test(breaker, time)
     assert breaker.seconds()
 
     breaker.succeed(time.now)
@@ -132,17 +170,17 @@ def test_the_first_success_closes_it(breaker: Breaker, time: Time) -> None:
 def test_opened_again_it_begins_with_one_test(breaker: Breaker, time: Time) -> None:
     open_it(breaker, time)
     for _ in range(1 + 2):
-        breaker.fail_test()
+        fail_test(breaker, time)
         time.seconds += TEST_SECONDS
         breaker.seconds()
     breaker.succeed(time.now)
     time.seconds += 100
 
     for number in range(STREAK):
-        breaker.doubts(f"other {number}", time.ago(60), "ValueError")
+        breaker.fail(last(f"other {number}", time.ago(60)))
 
     assert not breaker.seconds()
-    breaker.fail_test()
+    fail_test(breaker, time)
     assert breaker.seconds() == TEST_SECONDS
 
 
@@ -150,18 +188,18 @@ def test_what_ran_beside_as_it_opened_is_no_test(breaker: Breaker, time: Time) -
     open_it(breaker, time)
 
     for _ in range(31):
-        breaker.fail_test()
+        fail_test(breaker, time)
 
     time.seconds += TEST_SECONDS
     assert not breaker.seconds()
-    breaker.fail_test()
+    fail_test(breaker, time)
     assert not breaker.seconds()
-    breaker.fail_test()
+    fail_test(breaker, time)
     assert breaker.seconds() == TEST_SECONDS
 
 
 def test_a_failure_of_every_message_opens_it_at_once(breaker: Breaker, time: Time) -> None:
-    assert breaker.blames_all(time.now, "no such table")
+    assert breaker.fail(of_all(time.now))
 
     assert breaker.reason == "no such table"
     assert not breaker.seconds(), "another message is the test"
@@ -172,12 +210,12 @@ def test_a_failure_of_every_message_is_the_messages_own_once_another_one_succeed
 ) -> None:
     """One missing table of many: the others are there."""
     first_failed = time.now
-    breaker.blames_all(first_failed, "no such table")
+    breaker.fail(of_all(first_failed))
     time.seconds += 1
     breaker.succeed(time.now)
     time.seconds += 59
 
-    assert not breaker.blames_all(first_failed, "no such table")
+    assert not breaker.fail(of_all(first_failed))
     assert not breaker.reason
 
 
@@ -195,7 +233,7 @@ def test_a_share_of_bad_messages_opens_it_never(
         while retries and retries[0][0] <= time.seconds:
             _due, message, first, attempt = retries.pop(0)
             if attempt > max_retries:
-                assert not breaker.doubts(message, first, "ValueError")
+                assert not breaker.fail(last(message, first))
             else:
                 retries.append((time.seconds + 60, message, first, attempt + 1))
         if random.random() < share:
