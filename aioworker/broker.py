@@ -441,6 +441,12 @@ def is_missing(error: ChannelNotFoundEntity) -> bool:
     return "no queue" in str(error)
 
 
+def forbids(error: BrokerError) -> bool:
+    """Whether an error is that this user lacks a right."""
+    cause = error.__cause__
+    return isinstance(cause, ChannelAccessRefused) and _IN_USE not in str(cause)
+
+
 def uncounted(queue: str) -> BrokerError:
     """Return the error for a queue that holds messages, though RabbitMQ counts none."""
     return BrokerError(f"RabbitMQ did not count the messages in queue {queue}", unreachable=True)

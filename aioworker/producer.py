@@ -150,15 +150,21 @@ class Producer:
             await self._publisher.publish(lane, outgoing)
         return outgoing.message_id or ""
 
-    async def backlog(self, task: str) -> int:
+    async def backlog(self, task: str, *, sure: bool = False) -> int:
         """Return how many chunks wait in a task's bulk lane.
+
+        Args:
+            task: The task's name.
+            sure: Whether none is believed only where the lane itself says so: RabbitMQ also
+                counts none in one that does not answer. That takes the right to read the lane.
 
         Raises:
             QueueMissingError: The lane is not declared.
-            BrokerError: RabbitMQ refuses, or the connection is lost.
+            BrokerError: RabbitMQ refuses, the lane does not answer, or the connection is lost.
         """
         bulk = Queues.of(task, self._prefix).bulk
-        waiting = await topology.count(await self._publisher.connection(), bulk, self._timeout)
+        count = topology.count_surely if sure else topology.count
+        waiting = await count(await self._publisher.connection(), bulk, self._timeout)
         if waiting is None:
             raise broker.missing(bulk)
         return waiting

@@ -7,11 +7,11 @@ import math
 import time
 from typing import TYPE_CHECKING, Any
 
-from aioworker import console, keys, tables
+from aioworker import broker, console, keys, tables
 from aioworker.chunk import CHUNK_LIMIT
 from aioworker.console import count, say, tell
 from aioworker.context import Context
-from aioworker.errors import AioworkerError, DatabaseError, TaskError, UsageError
+from aioworker.errors import AioworkerError, BrokerError, DatabaseError, TaskError, UsageError
 from aioworker.limits import in_force
 from aioworker.producer import Producer, Sweep, chunked, publish_sweep
 from aioworker.tables import Row, peek
@@ -72,7 +72,7 @@ async def publish_all(
         only_needed: Leave out what needs no writing.
 
     Returns:
-        The exit status: 0, or 1 when an earlier sweep stands still.
+        The exit status: 0, or 1 when an earlier sweep stands still or is paused.
 
     Raises:
         BrokerError: Not all is confirmed; a note says how far it is, and how to go on.
@@ -97,7 +97,7 @@ async def publish_all(
             return 0
         async with _producer(settings) as producer:
             await _be_alone(database, task)
-            waiting = await producer.backlog(task.name)
+            waiting, _sure = await _backlog(producer, task, ask=not append)
             if waiting and not append:
                 row = await _budget_row(settings, task, database)
                 database.close()  # others need not wait for what is only watched
@@ -197,6 +197,27 @@ async def _budget_row(settings: Settings, task: AnyTask, database: Database) -> 
         return await peek(database, task.name)
 
 
+async def _backlog(producer: Producer, task: AnyTask, *, ask: bool) -> tuple[int, bool]:
+    """Return how many chunks wait, and whether that is sure.
+
+    RabbitMQ also counts none in a lane that does not answer. Only a user who may read the lane
+    can ask it, and one who publishes need not.
+
+    Args:
+        producer: Its connection is used.
+        task: The task.
+        ask: Whether to ask the lane itself where RabbitMQ counts none.
+    """
+    if ask:
+        try:
+            return await producer.backlog(task.name, sure=True), True
+        except BrokerError as error:
+            if not broker.forbids(error):
+                raise
+    waiting = await producer.backlog(task.name)
+    return waiting, waiting > 0
+
+
 async def _watch_earlier(
     settings: Settings, task: AnyTask, producer: Producer, waiting: int, row: Row | None
 ) -> int:
@@ -210,20 +231,27 @@ async def _watch_earlier(
     if row is not None and row.gap_us is not None:
         interval = row.gap_us / 1e6
     paused = interval == math.inf or (row is not None and row.paused)
-    advances = False
+    advances = perhaps = False
     if not paused:
         seconds = min(2.0 + interval * 1.1, LONGEST_WATCH_SECONDS)
         tell(f"an earlier sweep is still queued: watching for {seconds:.0f} s whether it advances")
         deadline = time.monotonic() + seconds
         while not advances and time.monotonic() < deadline:
             await asyncio.sleep(WATCH_SECONDS)
-            advances = await producer.backlog(task.name) < waiting
+            # Once refused, RabbitMQ would log each further try.
+            now, sure = await _backlog(producer, task, ask=not perhaps)
+            advances, perhaps = now < waiting and sure, not sure
     how = "advances" if advances else "is paused" if paused else "stands still"
+    if perhaps:
+        how = (
+            "perhaps advances: RabbitMQ counts none now, as in a lane that does not answer, and"
+            " this user may not read it"
+        )
     say(
         f"published nothing: an earlier sweep is still queued, {count(waiting, 'chunk')},"
         f" and {how}; --append publishes all the same"
     )
-    return 0 if advances else 1
+    return 0 if advances or perhaps else 1
 
 
 def _extent(sweep: Sweep) -> str:

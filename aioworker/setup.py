@@ -86,7 +86,7 @@ async def _declare(
     Args:
         connection: To RabbitMQ.
         queues: The arguments of each.
-        found: How many messages wait in each, None for a queue that is not there.
+        found: How many messages RabbitMQ counts in each, None for a queue that is not there.
         timeout: Seconds for each.
 
     Raises:
@@ -96,7 +96,7 @@ async def _declare(
     try:
         for name, waiting in found.items():
             if waiting is not None:
-                say(f"queue {name}: was there, {count(waiting, 'message')}")
+                say(f"queue {name}: was there, RabbitMQ counts {count(waiting, 'message')}")
                 continue
             await topology.declare(connection, name, queues[name], timeout)
             declared.append(name)

@@ -108,7 +108,8 @@ async def compare(
     """Compare the queues that are there with what `declare` would make; nothing is changed.
 
     Returns:
-        How many messages wait in each queue, None for one that is not there.
+        How many messages RabbitMQ counts in each queue, none also where it does not answer;
+        None for one that is not there.
 
     Raises:
         QueueDiffersError: A queue is there with another argument.

@@ -83,9 +83,9 @@ def test_the_queues_are_declared_once_and_again(
         "a policy such as delivery-limit, max-length, message-ttl or expires"
     )
     assert waiting == "waiting 3 s until the queues are safe"
-    assert second.stdout == first.stdout.replace("declared", "was there, 0 messages").replace(
-        "made", "was there"
-    )
+    assert second.stdout == first.stdout.replace(
+        "declared", "was there, RabbitMQ counts 0 messages"
+    ).replace("made", "was there")
     assert arguments_of(broker) == QUEUES.arguments(queue_type)
 
 

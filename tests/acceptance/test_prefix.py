@@ -115,7 +115,7 @@ def test_init_says_what_the_queues_hold_that_were_there(
     first, _second = two
     first.run("publish-all", QUEUE, "--chunk-size", "1")
 
-    assert f"queue aioworker.{QUEUE}: was there, 20 messages\n" in first.run("init")
+    assert f"queue aioworker.{QUEUE}: was there, RabbitMQ counts 20 messages\n" in first.run("init")
 
 
 def test_the_printed_rights_are_the_prefixs_own(two: tuple[Project, Project]) -> None:

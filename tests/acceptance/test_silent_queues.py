@@ -7,7 +7,7 @@ quarter of a second: it is frozen, cut off, or busy.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,15 @@ from aioworker.addresses import BrokerAddress, Nodes
 from aioworker.broker import Publisher
 from aioworker.look import Look
 from support import servers
-from tests.conftest import DEADLINE_SECONDS, QUEUES, Lanes, Run, simple_addons
+from tests.conftest import (
+    DEADLINE_SECONDS,
+    QUEUES,
+    Lanes,
+    Run,
+    Worker,
+    eventually,
+    simple_addons,
+)
 
 if TYPE_CHECKING:
     from pymysql.connections import Connection
@@ -83,6 +91,74 @@ async def test_a_burst_is_not_done_while_a_lane_is_silent(
     await lie(lanes, QUEUES.bulk)
     again = await asyncio.to_thread(run, "consume", "--burst")
     assert (again.returncode, again.stdout.partition(";")[0]) == (0, "done 1 message in 1 start")
+
+
+async def test_no_sweep_begins_beside_one_in_a_silent_lane(
+    run: Run, broker: servers.Broker, lanes: Lanes, shop: Connection[Cursor]
+) -> None:
+    """Its lane was called empty, and the queue would only grow."""
+    simple_addons(shop, 1)
+    await lanes.send(CHUNK)
+
+    with silent(broker, QUEUES.bulk):
+        done = await asyncio.to_thread(run, "publish-all", **SOON)
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"aioworker: {SILENT.format(QUEUES.bulk)}")
+    await lie(lanes, QUEUES.bulk)
+
+
+async def test_an_earlier_sweep_in_a_silent_lane_does_not_advance(
+    start: Callable[..., Worker], broker: servers.Broker, lanes: Lanes, shop: Connection[Cursor]
+) -> None:
+    """It was said to, with exit status 0, though nothing moved."""
+    await lanes.send(CHUNK)
+    sweep = start("publish-all", **SOON)
+    eventually(lambda: "watching for 35 s" in sweep.log, "it watches")
+
+    with silent(broker, QUEUES.bulk):
+        assert await asyncio.to_thread(sweep.process.wait, DEADLINE_SECONDS) == 1
+
+    assert SILENT.format(QUEUES.bulk) in sweep.log
+    assert "published nothing" not in sweep.log
+    await lie(lanes, QUEUES.bulk)
+
+
+@pytest.fixture
+def writer(broker: servers.Broker) -> Iterator[dict[str, str]]:
+    """Settings of a user who may publish and do nothing else."""
+    broker.control("add_user", "writer", "s3cret")
+    broker.control("set_permissions", "writer", "", r"^amq\.default$", "")
+    yield {"AIOWORKER_AMQP_URL": broker.url("/", "writer", "s3cret")}
+    broker.control("delete_user", "writer")
+
+
+async def test_who_may_not_ask_a_lane_publishes_by_rabbitmqs_count(
+    run: Run, writer: dict[str, str], lanes: Lanes, shop: Connection[Cursor]
+) -> None:
+    simple_addons(shop, 1)
+
+    done = await asyncio.to_thread(run, "publish-all", **writer)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "published 1 chunk, 1 id, last confirmed id 1\n"
+
+
+async def test_who_may_not_ask_a_lane_says_that_its_end_is_not_sure(
+    start: Callable[..., Worker], writer: dict[str, str], lanes: Lanes, shop: Connection[Cursor]
+) -> None:
+    await lanes.send(CHUNK)
+    sweep = start("publish-all", AIOWORKER_RATE_LIMIT="100/s", **writer)
+    eventually(lambda: "watching for 2 s" in sweep.log, "it watches")
+
+    await lanes.purge()
+
+    assert await asyncio.to_thread(sweep.process.wait, DEADLINE_SECONDS) == 0
+    assert sweep.log.endswith(
+        "published nothing: an earlier sweep is still queued, 1 chunk, and perhaps advances:"
+        " RabbitMQ counts none now, as in a lane that does not answer, and this user may not read"
+        " it; --append publishes all the same\n"
+    )
 
 
 @pytest.mark.parametrize("command", ["list", "drop"])
