@@ -37,9 +37,16 @@ KILL_SECONDS = 3
 OWN_SECONDS = 7
 ANSWER_SECONDS = 3  # for a server to say that it is there; then its address is tried anew
 TOLD_SECONDS = 1.0  # a shorter wait in a run is not worth a word
+# What may stand before a statement's first word; a comment with an exclamation mark is executed.
+_BEFORE = r"(?:\s|\(|/\*(?![!M]).*?\*/|(?:#|--(?=\s))[^\n]*(?:\n|\Z))*+"
 _READ = re.compile(
-    r"(?:\s|\(|/\*(?![!M]).*?\*/)*(?:SELECT|SHOW|DESC|DESCRIBE)\b", re.IGNORECASE | re.DOTALL
+    _BEFORE + r"(?:(?:SELECT|SHOW|DESC|DESCRIBE|VALUES|TABLE)\b"
+    r"|WITH\b(?!.*\b(?:INSERT|REPLACE|UPDATE|DELETE)\b))",
+    re.IGNORECASE | re.DOTALL,
 )
+# It returns rows only by RETURNING: those that it wrote.
+_WRITE = re.compile(_BEFORE + r"(?:INSERT|REPLACE|UPDATE|DELETE)\b", re.IGNORECASE | re.DOTALL)
+_CALL = re.compile(_BEFORE + r"CALL\b", re.IGNORECASE | re.DOTALL)
 _LOGIN_REFUSED = (ER.ACCESS_DENIED_ERROR, trouble.Lacking.SECURE_TRANSPORT_REQUIRED)
 
 
@@ -66,46 +73,63 @@ class FirstWrite(Protocol):
 class Cursor(aiomysql.Cursor):  # type: ignore[misc]  # aiomysql has no types
     """What `Database.transaction` gives: aiomysql's cursor, which knows whether it wrote.
 
+    A statement that returns rows may have written them, or read them. In doubt it waits for its
+    moment as a write does, and so does the next one.
+
     Attributes:
-        written: Rows that its statements wrote so far.
-        first_write: Asked before the first of them, and told of it; None for nobody.
+        written: Rows that its statements wrote so far, or may have written.
+        surely: Whether one of them wrote without a doubt.
+        first_write: Asked before the first that does, and told of it; None for nobody.
     """
 
     written = 0
+    surely = False
     first_write: FirstWrite | None = None
 
     async def execute(self, query: str, args: object = None) -> int:
         """Run one statement; return the rows it matched."""
         reads = _reads(query)
-        first = None if self.written or reads else self.first_write
+        first = None if self.surely or reads else self.first_write
         waits = await first.before_writing() if first is not None else ()
         matched = int(await super().execute(_behind(waits, query), args))
         for _ in waits:
             await self.nextset()
             matched = int(self.rowcount)
         if not reads:
-            # What returns rows may have written: INSERT … RETURNING, a procedure that reads, too.
-            self.written += matched if self.description is None else max(matched, 1)
-            if first is not None and self.written:
-                first.wrote()
+            self._note(query, matched, first)
         return matched
 
     async def callproc(self, procname: str, args: Sequence[object] = ()) -> object:
         """Call a procedure, which may write."""
-        first = None if self.written else self.first_write
+        first = None if self.surely else self.first_write
         if first is not None:
             for wait in await first.before_writing():
                 await self._query(wait)
         found: object = await super().callproc(procname, args)
-        self.written += 1
-        if first is not None:
-            first.wrote()
+        self._note(f"CALL {procname}", int(self.rowcount), first)
         return found
+
+    def _note(self, query: str | bytes, matched: int, first: FirstWrite | None) -> None:
+        """Note what a statement wrote, or may have written."""
+        returns = self.description is not None
+        # Of several statements the first has answered, of a procedure's on MySQL the last.
+        in_doubt = returns or self._result.has_next or _begins(query, _CALL)
+        if matched > 0 and (not returns or _begins(query, _WRITE)):
+            self.surely = True
+        elif in_doubt:
+            matched = max(matched, 1)
+        self.written += matched
+        if first is not None and matched:
+            first.wrote()
 
 
 def _reads(query: str | bytes) -> bool:
     """Whether a statement can be seen to write nothing, but by a function that it calls."""
-    return isinstance(query, str) and _READ.match(query) is not None and ";" not in query
+    return _begins(query, _READ) and ";" not in str(query).rstrip(" \t\r\n;")
+
+
+def _begins(query: str | bytes, pattern: re.Pattern[str]) -> bool:
+    return isinstance(query, str) and pattern.match(query) is not None
 
 
 def _behind(waits: tuple[str, ...], query: str | bytes) -> str | bytes:
@@ -274,11 +298,11 @@ class Database:
                 async with connection.cursor(Cursor) as cursor:
                     cursor.first_write = first
                     yield cursor
-                    written = cursor.written > 0
-                    if first is not None and written:
+                    surely, cursor.first_write = cursor.surely, None
+                    if first is not None and cursor.written:
                         await first.before_commit(cursor)
                 await connection.commit()
-                if written:
+                if surely:
                     self._first_write = None
         finally:
             if self._transaction_of is mine:

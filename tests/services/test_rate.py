@@ -16,6 +16,7 @@ import pytest
 
 from aioworker import Context, login, tables
 from aioworker.budget import SharedBudget
+from aioworker.db import _reads
 from aioworker.limits import RateLimit
 from aioworker.outcome import Kind
 from aioworker.task import Task
@@ -136,6 +137,7 @@ async def test_a_run_that_is_soon_at_its_write_waits_for_the_first_write_before_
 PROCEDURES = (
     f"CREATE PROCEDURE insert_one() {INSERT}",
     f"CREATE PROCEDURE insert_and_read() BEGIN {INSERT}; SELECT 1; END",
+    f"CREATE PROCEDURE insert_and_miss() BEGIN {INSERT}; DELETE FROM written WHERE id = 0; END",
 )
 
 
@@ -155,6 +157,21 @@ async def call_one_that_reads_too(ctx: Context) -> None:
             pass
 
 
+async def call_one_that_ends_with_no_row(ctx: Context) -> None:
+    await ctx.database.execute("CALL insert_and_miss()")
+
+
+async def miss_and_insert_at_once(ctx: Context) -> None:
+    async with ctx.transaction() as cursor:
+        await cursor.execute(f"DELETE FROM written WHERE id = 0; {INSERT}")
+        while await cursor.nextset():
+            pass
+
+
+async def hide_behind_comments(ctx: Context) -> None:
+    await ctx.database.query("/* a */ INSERT INTO written (at) /* b */ SELECT SYSDATE(6)")
+
+
 async def read_and_insert_at_once(ctx: Context) -> None:
     async with ctx.transaction() as cursor:
         await cursor.execute(f"SELECT 1; {INSERT}")
@@ -164,7 +181,15 @@ async def read_and_insert_at_once(ctx: Context) -> None:
 
 @pytest.mark.parametrize(
     "write",
-    [insert_returning, call_a_procedure, call_one_that_reads_too, read_and_insert_at_once],
+    [
+        insert_returning,
+        call_a_procedure,
+        call_one_that_reads_too,
+        call_one_that_ends_with_no_row,
+        hide_behind_comments,
+        miss_and_insert_at_once,
+        read_and_insert_at_once,
+    ],
 )
 async def test_a_write_that_looks_like_none_waits_for_the_first_write_before_it(
     work: Work, site: Connection[Cursor], write: Callable[[Context], Any]
@@ -180,7 +205,7 @@ async def test_a_write_that_looks_like_none_waits_for_the_first_write_before_it(
 
     done = await work(take, "2/s", [[0.4], [0.0]] * 3)
 
-    execute(site, "DROP PROCEDURE insert_one", "DROP PROCEDURE insert_and_read")
+    execute(site, *(f"DROP PROCEDURE {one.split()[2][:-2]}" for one in PROCEDURES))
     assert done == {Kind.ACK: 6}
     assert least(written(site)) >= 0.98 * 0.5
 
@@ -201,6 +226,82 @@ async def test_a_transaction_that_only_reads_uses_up_no_wait(
     await work(read_first, "2/s", [[0.4], [0], [0]])
 
     assert least(written(site)) >= 0.5
+
+
+async def call_a_reader(ctx: Context) -> None:
+    async with ctx.transaction() as cursor:
+        await cursor.callproc("only_read")
+        while await cursor.nextset():
+            pass
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SELECT 1;",
+        "-- of the shop\nSELECT 1",
+        "# of the shop\nSELECT 1",
+        "WITH one AS (SELECT 1) SELECT * FROM one",
+        "SELECT ';'",
+        "WITH one AS (SELECT 'delete') SELECT * FROM one",
+        None,
+    ],
+)
+async def test_a_read_before_it_leaves_the_first_write_its_wait(
+    work: Work, site: Connection[Cursor], statement: str | None
+) -> None:
+    """What returns rows was taken for the first write: the real one waited for nothing."""
+    execute(site, "CREATE PROCEDURE only_read() SELECT 1")
+
+    async def read_first(ctx: Context, seconds: float) -> None:
+        if statement is None:
+            await call_a_reader(ctx)
+        else:
+            await ctx.database.query(statement)
+        await asyncio.sleep(seconds)
+        await ctx.database.execute(INSERT)
+
+    done = await work(read_first, "2/s", [[0.4], [0], [0]])
+
+    execute(site, "DROP PROCEDURE only_read")
+    assert done == {Kind.ACK: 3}
+    assert least(written(site)) >= 0.5
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SELECT 1;",
+        " ( SELECT 1 ) ; ; ",
+        "-- a\n# b\n/* c */ select 1",
+        "WITH a AS (SELECT updated FROM b) SELECT * FROM a",
+        "VALUES (1)",
+        "TABLE a",
+        "SHOW TABLES",
+    ],
+)
+def test_a_statement_that_only_reads_is_seen_to(statement: str) -> None:
+    assert _reads(statement)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SELECT 1; DELETE FROM a",
+        "-- SELECT 1\nDELETE FROM a",
+        "--SELECT 1",
+        "# SELECT 1\nDELETE FROM a",
+        "/* a */ INSERT INTO a /* b */ SELECT 1",
+        "/*! INSERT INTO a */ SELECT 1",
+        "WITH a AS (SELECT 1) DELETE FROM b",
+        "INSERT INTO a SELECT 1",
+        "SELECTED",
+        "CALL a()",
+    ],
+)
+def test_a_statement_that_may_write_is_not_taken_for_a_read(statement: str) -> None:
+    """One that hid a write behind two comments was: it waited for nothing."""
+    assert not _reads(statement)
 
 
 @pytest.mark.parametrize("function", [spend, spend_in_thread])
