@@ -26,6 +26,8 @@ from aioworker.tables import ALIVE_SECONDS, Row, holder, peek
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Sequence
 
+    from aio_pika.abc import AbstractConnection
+
     from aioworker.db import Database
     from aioworker.settings import Settings
 
@@ -142,7 +144,7 @@ class Status:
         backlog_seconds: How long the lanes take at this rate; None when nobody can tell.
         budget: Its rate limit; None when the database cannot be asked.
         workers: Who works on it; None when the database cannot be asked.
-        broker_error: Why RabbitMQ cannot be asked; None when it can.
+        broker_error: Why RabbitMQ, or one of the task's queues, cannot be asked; None when all can.
         database_error: Why the database cannot be asked; None when it can.
     """
 
@@ -179,6 +181,8 @@ class _Told:
 
 # The tasks that are meant, what is told of each, and why nothing is.
 _Database = tuple[list[str], dict[str, _Told], DatabaseError | None]
+# What RabbitMQ tells of each task, or why not; and why it tells nothing of the others.
+_Broker = tuple[dict[str, Queued | BrokerError], BrokerError | None]
 
 
 async def look(
@@ -197,7 +201,7 @@ async def look(
     """
     asking = asyncio.create_task(_ask_database(settings, names, before))
     try:
-        queued, broker_error = await _ask_broker(settings, asking)
+        answers, unreachable = await _ask_broker(settings, asking)
         tasks, told, database_error = await asking
     finally:
         asking.cancel()
@@ -206,15 +210,18 @@ async def look(
         of_task = told.get(name, _Told())
         limit = _limit(settings, name, of_task) if database_error is None else None
         queues = topology.Queues.of(name, settings.queue_prefix)
-        waits = _why(name, queues, queued.get(name), broker_error, limit, of_task, database_error)
+        answer = answers.get(name, unreachable)
+        broker_error = answer if isinstance(answer, BrokerError) else None
+        queued = answer if isinstance(answer, Queued) else None
+        waits = _why(name, queues, queued, broker_error, limit, of_task, database_error)
         found.append(
             Status(
                 task=name,
                 at=of_task.row.now if of_task.row else own_time(),
                 clock_ahead_seconds=of_task.ahead,
                 waits=waits,
-                queued=queued.get(name),
-                backlog_seconds=_backlog_seconds(queued.get(name), limit),
+                queued=queued,
+                backlog_seconds=_backlog_seconds(queued, limit),
                 budget=limit,
                 workers=of_task.workers,
                 broker_error=None if broker_error is None else str(broker_error),
@@ -231,28 +238,41 @@ def _backlog_seconds(queued: Queued | None, limit: Limit | None) -> float | None
     return ((queued.urgent or 0) + (queued.bulk or 0)) * interval
 
 
-async def _ask_broker(
-    settings: Settings, database: Awaitable[_Database]
-) -> tuple[dict[str, Queued], BrokerError | None]:
+async def _ask_broker(settings: Settings, database: Awaitable[_Database]) -> _Broker:
     """Connect while *database* finds out which tasks are meant; then ask for their queues."""
     nodes, timeout, own = settings.nodes(), settings.connect_timeout, "aioworker status"
     users = {node.user for node in nodes}
-    found = {}
     try:
         async with (
             broker.connection(nodes, timeout, own) as connection,
             broker.Publisher(nodes, timeout, own) as publisher,
         ):
             tasks, _told, _error = await database
-            for task in tasks:
+
+            def of(task: str) -> Look:
                 queues = topology.Queues.of(task, settings.queue_prefix)
-                names = (queues.urgent, queues.bulk, queues.retry)
-                numbers = [await topology.count_surely(connection, n, timeout) for n in names]
-                look = Look(queues, users, connection, publisher, timeout)
-                found[task] = Queued(*[*numbers, await count_letters(look)])
+                return Look(queues, users, connection, publisher, timeout)
+
+            # At once: of many queues that do not answer, each takes as long as the timeout.
+            told = await asyncio.gather(*(_queued(connection, of(t), timeout) for t in tasks))
+            errors = [one for one in told if isinstance(one, BrokerError) and one.unreachable]
+            if errors and len(errors) == len(told):
+                raise errors[0]  # to be told with the node
+            return dict(zip(tasks, told, strict=True)), None
     except BrokerError as error:
         return {}, error
-    return found, None
+
+
+async def _queued(
+    connection: AbstractConnection, look: Look, timeout: float
+) -> Queued | BrokerError:
+    """Return what is in a task's queues, or why one of them cannot be asked."""
+    names = (look.queues.urgent, look.queues.bulk, look.queues.retry)
+    try:
+        numbers = [await topology.count_surely(connection, name, timeout) for name in names]
+        return Queued(*[*numbers, await count_letters(look)])
+    except BrokerError as error:
+        return error
 
 
 async def _ask_database(
@@ -335,6 +355,8 @@ def _why(
     """Return why the task waits now, the first reason that holds."""
     row = told.row
     alive = [one for one in told.workers or [] if one.alive or one.name == told.turn]
+    if broker_error is not None and broker.forbids(broker_error):
+        return str(broker_error)
     if broker_error is not None:
         words = (one.reason for one in alive if one.reason.startswith("broker unreachable"))
         return next(words, f"broker unreachable: {broker_error}")

@@ -7,13 +7,14 @@ quarter of a second: it is frozen, cut off, or busy.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
 
-from aioworker import topology
+from aioworker import tables, topology
 from aioworker.addresses import BrokerAddress, Nodes
 from aioworker.broker import Publisher
 from aioworker.look import Look
@@ -21,9 +22,11 @@ from support import servers
 from tests.conftest import (
     DEADLINE_SECONDS,
     QUEUES,
+    TASK,
     Lanes,
     Run,
     Worker,
+    declare,
     eventually,
     simple_addons,
 )
@@ -74,6 +77,54 @@ async def test_status_does_not_call_a_silent_queue_empty(
     assert f"broker     {SILENT.format(queue)}" in done.stdout
     assert "queued" not in done.stdout
     await lie(lanes, queue)
+
+
+@pytest.fixture
+async def other(lanes: Lanes, shop: Connection[Cursor]) -> str:
+    """A second task, with a chunk in its bulk lane."""
+    queues = topology.Queues.of("other", "aioworker")
+    await declare(lanes.connection, queues)
+    await (await lanes.channel.get_queue(queues.bulk, ensure=False)).purge()
+    await lanes.send(CHUNK, queues.bulk)
+    with shop.cursor() as cursor:
+        cursor.execute(tables.FIRST_ROW % {"task": "'other'"})
+    shop.commit()
+    return "other"
+
+
+async def test_status_tells_of_the_tasks_beside_a_silent_queue(
+    run: Run, broker: servers.Broker, lanes: Lanes, other: str
+) -> None:
+    """One queue made RabbitMQ unreachable for all of them."""
+    with silent(broker, QUEUES.dead):
+        done = await asyncio.to_thread(run, "status", "--json", **SOON)
+
+    assert done.returncode == 1
+    beside, found = (json.loads(line) for line in done.stdout.splitlines())
+    assert (beside["task"], beside["broker_error"]) == (other, None)
+    assert beside["queued"] == {"urgent": 0, "bulk": 1, "retry": 0, "dead": 0}
+    assert beside["waits"] == "no worker is running: start one with `aioworker consume`"
+    assert (found["task"], found["queued"]) == (TASK, None)
+    assert found["broker_error"].startswith(SILENT.format(QUEUES.dead))
+
+
+async def test_status_tells_of_the_tasks_beside_one_that_may_not_be_read(
+    run: Run, broker: servers.Broker, lanes: Lanes, other: str
+) -> None:
+    broker.control("add_user", "reader", "s3cret")
+    broker.control("set_permissions", "reader", "", "", rf"^aioworker\.{other}")
+    try:
+        address = {"AIOWORKER_AMQP_URL": broker.url("/", "reader", "s3cret")}
+        done = await asyncio.to_thread(run, "status", "--json", **address)
+    finally:
+        broker.control("delete_user", "reader")
+
+    assert done.returncode == 1
+    beside, found = (json.loads(line) for line in done.stdout.splitlines())
+    assert (beside["queued"]["bulk"], beside["broker_error"]) == (1, None)
+    assert (found["task"], found["queued"]) == (TASK, None)
+    assert found["waits"] == found["broker_error"]
+    assert found["waits"].startswith(f"no permission for queue {QUEUES.urgent}: ACCESS_REFUSED")
 
 
 async def test_a_burst_is_not_done_while_a_lane_is_silent(
