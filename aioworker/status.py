@@ -105,7 +105,8 @@ class Limit:
         starts: Starts charged ever.
         last_start: When the last one was charged; None before the first.
         last_worker: By whom.
-        next_start: When the next may begin; None when one may begin now, or none at all.
+        next_start: Before when none may begin, by the last charge; None when that has passed, or
+            none may begin at all. A worker may wait longer: its first write is due later.
         next_start_seconds: Seconds until then.
         turn: Who holds the turn; None for nobody.
     """
@@ -396,9 +397,21 @@ def _why_workers_wait(task: str, limit: Limit, alive: list[Worker], row: Row | N
         return f"budget: next start in {duration(limit.next_start_seconds)}"
     if limit.turn is not None:
         return f"turn: held by {limit.turn}"
-    # Whoever waits has not seen that yet: its row tells what it waited for before.
     last = min(alive, key=lambda one: one.seen_seconds)
+    if last.reason.startswith("budget:") and _may_wait_for_first_write(limit, row):
+        return last.reason
+    # Whoever waits has not seen that yet: its row tells what it waited for before.
     return f"a start is due and not begun; {last.name} was last seen {_ago(last)} ago"
+
+
+def _may_wait_for_first_write(limit: Limit, row: Row | None) -> bool:
+    """Whether a start now might write too soon after the last first write.
+
+    How much sooner than its write a run is to start, each worker measures for itself.
+    """
+    if row is None or limit.interval_seconds is None:
+        return True
+    return row.write_age_us / 1e6 < limit.interval_seconds
 
 
 def _until_first_write(limit: Limit, row: Row | None) -> str:

@@ -33,7 +33,7 @@ def lines(status: Status) -> list[tuple[str, str]]:
     if status.backlog_seconds:
         shown.append(("done in", f"{duration(status.backlog_seconds)} at this rate"))
     if status.budget is not None:
-        shown += _budget_lines(status.budget)
+        shown += _budget_lines(status.budget, status.waits)
     for worker in status.workers or []:
         shown.append(("worker", _worker_line(worker)))
     if status.budget is not None and status.budget.rates_differ:
@@ -50,7 +50,7 @@ def lines(status: Status) -> list[tuple[str, str]]:
     return shown
 
 
-def _budget_lines(limit: Limit) -> list[tuple[str, str]]:
+def _budget_lines(limit: Limit, waits: str) -> list[tuple[str, str]]:
     changed = ""
     if limit.set_by is not None and limit.set_at is not None:
         why = f": {limit.set_why}" if limit.set_why else ""
@@ -68,7 +68,7 @@ def _budget_lines(limit: Limit) -> list[tuple[str, str]]:
         at = f"{limit.next_start:%H:%M:%S} UTC, in {duration(limit.next_start_seconds)}"
         shown.append(("next start", at))
     else:
-        shown.append(("next start", _next_start(limit)))
+        shown.append(("next start", _next_start(limit, waits)))
     shown.append(("turn", f"held by {limit.turn}" if limit.turn else "free"))
     return shown
 
@@ -82,10 +82,12 @@ def _rate(limit: Limit) -> str:
     return f"{limit.rate} {whose}, {_SOURCES[limit.source]}"
 
 
-def _next_start(limit: Limit) -> str:
+def _next_start(limit: Limit, waits: str) -> str:
     """Return when the next start may begin, where no moment is known."""
     if limit.paused:
         return "not while paused"
+    if waits.startswith("budget:"):
+        return "as the worker tells"
     return "as each worker's rate allows" if limit.rate == "unknown" else "at once"
 
 

@@ -228,6 +228,34 @@ async def test_a_worker_that_waits_for_somebody_s_lock_says_so(
     assert "attempt=1" in worker.log
 
 
+@pytest.mark.parametrize(("since_write", "due"), [(20, False), (31, True)])
+def test_a_worker_that_waits_for_its_first_write_is_believed(
+    run: Run,
+    lanes: Lanes,
+    shop: Connection[Cursor],
+    since_write: int,
+    due: bool,
+) -> None:
+    """A start was said to be due, and the worker, which was right to wait, to be held up."""
+    simple_addons(shop, 1)
+    run("publish", "1")
+    waits = "budget: next start at 02:10:00 UTC"
+    execute(
+        shop,
+        "INSERT INTO aioworker_worker SELECT 'id', 'web1', 77, task, '1', '2/m', 0, 'waiting',"
+        f" '{waits}', SYSDATE(6), SYSDATE(6) FROM aioworker_budget",
+        "UPDATE aioworker_budget SET starts = 2, holder = 'web1:76',"
+        " last_charge = SYSDATE(6) - INTERVAL 40 SECOND,"
+        f" last_write = SYSDATE(6) - INTERVAL {since_write} SECOND, last_start = last_write",
+    )
+
+    shown = dict(line.split(maxsplit=1) for line in run("status").stdout.splitlines())
+
+    assert shown["waits"].startswith("a start is due and not begun; web1:77" if due else waits)
+    next_start = run("status").stdout.partition("\nnext start ")[2].splitlines()[0]
+    assert next_start == ("at once" if due else "as the worker tells")
+
+
 def test_a_turn_names_its_holder(
     run: Run, status: Any, lanes: Lanes, shop: Connection[Cursor], database: Database
 ) -> None:
