@@ -1,8 +1,8 @@
 """The breaker: whether a task works at all, so that a bad deploy drains no queue.
 
 One bad message after the other says nothing while others succeed. If nothing has succeeded since
-they first failed, it may be the task or the database: then the breaker opens, no message is set
-aside, and one message at a time, later two, four, up to 32, shows each minute whether the task
+they first failed, it may be the task or the database: then the breaker opens, no fourth message is
+set aside, and one message at a time, later two, four, up to 32, shows each minute whether the task
 works again.
 """
 
@@ -27,16 +27,19 @@ class Failed:
 
     Args:
         message: What the message is known by.
-        first_failed: When it failed first, by the budget's clock.
+        first_failed: When it failed for the first time, by the budget's clock, if it is known to
+            have failed before.
         attempt: Which attempt it was, from 1.
+        taken: When it was taken, by the breaker's clock.
         words: What went wrong.
         last: Whether it would set the message aside.
         of_all: Whether it looks like a failure of every message: a missing table or privilege.
     """
 
     message: str
-    first_failed: datetime
+    first_failed: datetime | None
     attempt: int
+    taken: float
     words: str
     last: bool = False
     of_all: bool = False
@@ -64,6 +67,7 @@ class Breaker:
         self._size = 1  # messages that the round of tests which is on, or comes next, tries
         self._left = 0  # of them, those that were not tried yet
         self._round_at = 0.0
+        self._opened_at = 0.0
 
     def succeed(self, now: datetime) -> None:
         """Note that a run ended well: the task works, and the breaker closes."""
@@ -79,16 +83,17 @@ class Breaker:
         other one can tell, and sets it aside only if `may_set_aside` allows that.
         """
         if self.reason:
-            self._fail_test()
+            if failed.taken > self._opened_at:
+                self._fail_test()
         elif self._has_succeeded_since(failed.first_failed) or not (failed.last or failed.of_all):
             return False
         if failed.of_all:
             self._open(failed.words)
-        elif failed.last:
+        elif failed.last and not self.reason:
             self._streak.add(failed.message)
             if (streak := len(self._streak)) >= STREAK:
                 self._open(f"{streak} messages in a row failed for good, the last: {failed.words}")
-        if self.reason or failed.attempt > 1:
+        if self.reason or failed.attempt > 1 or failed.first_failed is not None:
             return True
         # Nothing can succeed since a first failure: that is no sign of anything.
         self._set_aside.add(failed.message)
@@ -96,7 +101,7 @@ class Breaker:
 
     def may_set_aside(self, message: str) -> bool:
         """Return whether a message in doubt may be set aside all the same: the first three."""
-        if len(self._set_aside) >= STREAK:
+        if len(self._set_aside | {message}) > STREAK:
             return False
         self._set_aside.add(message)
         return True
@@ -114,16 +119,18 @@ class Breaker:
     def _fail_test(self) -> None:
         """Count a message that failed while it is open; after a round, the next one is doubled."""
         if not self._left:
-            return  # it ran already when the breaker opened
+            return
         self._left -= 1
         if not self._left:
             self._round_at = self._clock() + TEST_SECONDS
             self._size = min(2 * self._size, MOST_TESTS)
 
-    def _has_succeeded_since(self, moment: datetime) -> bool:
-        return self._succeeded_at is not None and self._succeeded_at > moment
+    def _has_succeeded_since(self, moment: datetime | None) -> bool:
+        succeeded_at = self._succeeded_at
+        return succeeded_at is not None and moment is not None and succeeded_at > moment
 
     def _open(self, words: str) -> None:
         if not self.reason:
             self._size = self._left = 1  # another message, at once
+            self._opened_at = self._clock()
             self.reason = words

@@ -149,9 +149,10 @@ class Consumer:
         self._worker = worker
         self._report = Report(terms.max_retries)
         self._ends = Ends()
-        self._serving = 0
+        self._running = 0  # deliveries whose end is not known yet
         self._seeing = asyncio.Lock()
-        self._seen_at = -math.inf  # when a look at the database began that went well
+        self._seen_at = -math.inf  # when the last look at the database began
+        self._seen_away: DatabaseError | None = None  # and what that look came to
 
     @property
     def longest_run(self) -> float:
@@ -164,23 +165,24 @@ class Consumer:
         Raises:
             BrokerError: It could not be settled: RabbitMQ will deliver it again.
         """
-        attempt = self._attempt(delivery)
-        self._serving += 1
+        attempt, over = self._attempt(delivery), False
+        ended = result = self._ends.take(delivery)
         try:
-            ended = self._ends.take(delivery)
-            if ended is not None:
-                result = await self._acknowledge(delivery, ended)
-            else:
+            if result is None:
                 result = await self._work(delivery, attempt, link.lanes)
                 result = await self._settle(delivery, result, link.publisher)
+            else:
+                result = await self._acknowledge(delivery, result)
+            over = result.kind is not Kind.RELEASED
             again = ended is not None
             self._report.settled(delivery, attempt.ctx, result, attempt.times, again=again)
         except BrokerError as error:
-            self._report.unsettled(delivery, attempt.ctx, error, attempt.times)
+            self._report.unsettled(delivery, attempt.ctx, error, result, attempt.times)
             raise
         finally:
-            self._serving -= 1
-            await self._budget.ended(attempt.key)
+            # The deaths of one that did not even run are not forgotten.
+            if over or attempt.times.began:
+                await self._budget.ended(attempt.key)
         self.settled[result.kind] += 1
         self.failures += result.failed
         return result
@@ -202,6 +204,17 @@ class Consumer:
         self, delivery: AbstractIncomingMessage, attempt: _Attempt, lanes: Lanes
     ) -> Outcome:
         """Take a delivery up to its end; whatever happens is its outcome."""
+        self._running += 1
+        try:
+            result = await self._try(delivery, attempt)
+        finally:
+            self._running -= 1
+        if isinstance(result, Failure):
+            return await self._judge(delivery, result, attempt, lanes)
+        return result
+
+    async def _try(self, delivery: AbstractIncomingMessage, attempt: _Attempt) -> Outcome | Failure:
+        """Try to do what a delivery asks for."""
         ctx = attempt.ctx
         try:
             self._refuse_killer(attempt.key)
@@ -226,11 +239,13 @@ class Consumer:
             if running is not None and running.cancelling():
                 raise  # the worker ends
             attempt.times.ended = time.monotonic()
-            self._database.end_run()
             failure = Failure.of(error)
+            if self._has_lost_connection(attempt):
+                failure = replace(failure, lost=True)
+            self._database.end_run()
             if failure.error is None:
                 let_go(error)
-            return await self._judge(delivery, failure, attempt, lanes)
+            return failure
         attempt.times.ended = time.monotonic()
         self._database.end_run()
         if attempt.times.began:
@@ -252,18 +267,18 @@ class Consumer:
         """
         if failure.fault is Fault.MESSAGE:
             return Outcome(Kind.DEAD_LETTER, failure.words, failure)
-        lost = failure.lost or (self._task.needs_database and not self._database.is_open)
         try:
             await self.see_database()
             if failure.fault is Fault.EVERY_MESSAGE:
                 await self.see_task()
         except DatabaseError as away:
             return Outcome(Kind.RELEASED, f"{failure.words}; {away}", failure, away)
-        result = self._count(failure, attempt.ctx.attempt, lost=lost)
+        result = self._count(failure, attempt.ctx.attempt)
         failed = Failed(
             attempt.key,
-            outcome.first_failed(delivery, self._budget.now()),
+            outcome.first_failed(delivery),
             attempt.ctx.attempt,
+            attempt.times.taken,
             failure.words,
             last=result.kind is Kind.DEAD_LETTER,
             of_all=failure.fault is Fault.EVERY_MESSAGE,
@@ -272,13 +287,18 @@ class Consumer:
             return Outcome(Kind.POSTPONED, failure.words, failure)
         return result
 
-    def _count(self, failure: Failure, attempt: int, *, lost: bool) -> Outcome:
+    def _has_lost_connection(self, attempt: _Attempt) -> bool:
+        """Whether a run's connection is gone, and not because its time was up."""
+        gone = self._task.needs_database and not self._database.is_open
+        return gone and not attempt.times.cut_off
+
+    def _count(self, failure: Failure, attempt: int) -> Outcome:
         """Return what a failure comes to that is the message's own."""
-        attempts = self._terms.max_retries + 1
+        attempts = max(self._terms.max_retries + 1, LEAST_LOST if failure.lost else 0)
         if failure.fault is Fault.DATA:
             return Outcome(Kind.DEAD_LETTER, failure.words, failure)
-        if attempt < (max(attempts, LEAST_LOST) if lost else attempts):
-            return Outcome(Kind.RETRY, failure.words, failure)
+        if attempt < attempts:
+            return Outcome(Kind.RETRY, failure.words, failure, attempts=attempts)
         reason = f"{failure.words}; attempt {attempt} of {attempts}"
         return Outcome(Kind.DEAD_LETTER, reason, failure)
 
@@ -299,7 +319,7 @@ class Consumer:
             everywhere: Whether those count that were put off: it may be the task, and they the
                 rest of a round.
         """
-        if self._serving > 1:
+        if self._running:
             return False
         try:
             put_off = await lanes.count(self.queues.retry) if everywhere else 0
@@ -320,9 +340,14 @@ class Consumer:
         # the last of them failed, does for all.
         async with self._seeing:
             if self._seen_at < asked:
-                began = time.monotonic()
-                await self._write_to_database()
-                self._seen_at = began
+                began, away = time.monotonic(), None
+                try:
+                    await self._write_to_database()
+                except DatabaseError as error:
+                    away = error
+                self._seen_at, self._seen_away = began, away
+            if self._seen_away is not None:
+                raise self._seen_away
 
     async def see_task(self) -> None:
         """See that the task can work at all, by its own check.
@@ -388,6 +413,7 @@ class Consumer:
         except TimeoutError as error:
             if not limit.expired():
                 raise
+            attempt.times.cut_off = True
             raise TimeoutError(
                 f"the run took longer than {self._time_for(call):g} s and was cut off"
             ) from error

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from aioworker import outcome
+from aioworker.errors import let_go
 from aioworker.outcome import Kind
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class Ends:
         """
         if result.kind not in (Kind.ACK, Kind.RETRY) or not outcome.has_id(delivery):
             return
+        if result.failure is not None:
+            let_go(result.failure.error)
         self._ended[_known(delivery)] = self._clock(), result
         while len(self._ended) > MOST:
             self._ended.popitem(last=False)

@@ -28,8 +28,9 @@ class Flow:
         served: How many were served.
         running: How many are being served.
         moved: When one was begun or ended last, by the event loop's time.
-        ended: Set when one was given back after a failure, or could not be settled.
-        failure: What that one came to.
+        ended: Set when no more are to be served: one was given back or put off uncounted, or
+            could not be settled.
+        failure: What the last one that was given back or put off came to.
     """
 
     def __init__(self, serve: Callable[[AbstractIncomingMessage], Awaitable[Outcome]]) -> None:
@@ -42,19 +43,28 @@ class Flow:
 
     @asynccontextmanager
     async def serving(
-        self, arrived: asyncio.Queue[AbstractIncomingMessage | None], at_once: int
+        self,
+        first: AbstractIncomingMessage,
+        arrived: asyncio.Queue[AbstractIncomingMessage | None],
+        at_once: int,
     ) -> AsyncIterator[None]:
         """Serve what arrives while inside; at the end wait for what runs, and leave the rest.
+
+        Args:
+            first: What was taken before, by a channel that stays open: it is served, come what may.
+            arrived: What arrives; it goes back with its channel if it is left.
+            at_once: How many of those are served at once.
 
         Raises:
             BrokerError: One could not be settled: RabbitMQ will deliver it again.
         """
-        loops = [asyncio.create_task(self._serve_all(arrived)) for _ in range(at_once)]
+        loops = [asyncio.create_task(self._serve_one(first))]
+        loops += [asyncio.create_task(self._serve_all(arrived)) for _ in range(at_once)]
         try:
             yield
         finally:
             self.ended.set()
-            for _ in loops:
+            for _ in range(at_once):
                 arrived.put_nowait(None)
             ends = await asyncio.gather(*loops, return_exceptions=True)
         for end in ends:
@@ -66,18 +76,21 @@ class Flow:
             if self.ended.is_set():
                 arrived.put_nowait(delivery)
                 return
-            self._moves(1)
-            try:
-                result = await self._serve(delivery)
-            except BaseException:
-                self.ended.set()
-                raise
-            finally:
-                self._moves(-1)
-            self.served += 1
-            if result.uncounted:
-                self.failure = result
-                self.ended.set()
+            await self._serve_one(delivery)
+
+    async def _serve_one(self, delivery: AbstractIncomingMessage) -> None:
+        self._moves(1)
+        try:
+            result = await self._serve(delivery)
+        except BaseException:
+            self.ended.set()
+            raise
+        finally:
+            self._moves(-1)
+        self.served += 1
+        if result.uncounted:
+            self.failure = result
+            self.ended.set()
 
     def _moves(self, more: int) -> None:
         self.running += more

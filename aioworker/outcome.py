@@ -66,12 +66,14 @@ class Outcome:
         failure: What went wrong, if something did.
         away: What is wrong with a server, which is why it is given back: the database takes no
             writes, or RabbitMQ no copies.
+        attempts: How many attempts the message has, if it failed; 0 if that is not known.
     """
 
     kind: Kind
     reason: str = ""
     failure: Failure | None = None
     away: BrokerError | DatabaseError | None = None
+    attempts: int = 0
 
     @property
     def uncounted(self) -> bool:
@@ -91,7 +93,7 @@ def retry(delivery: AbstractIncomingMessage, outcome: Outcome, now: datetime) ->
         "x-aioworker-reason": line(outcome.reason),
     }
     if outcome.failed:
-        headers["x-aioworker-first-failed-at"] = _shown(first_failed(delivery, now))
+        headers["x-aioworker-first-failed-at"] = _shown(first_failed(delivery) or now)
     return _copy(delivery, headers)
 
 
@@ -148,7 +150,7 @@ def dead_letter(
             "x-aioworker-traceback": "" if failure is None else failure.traceback,
             "x-aioworker-attempts": attempt(delivery),
             "x-aioworker-lane": lane(delivery),
-            "x-aioworker-first-failed-at": _shown(first_failed(delivery, now)),
+            "x-aioworker-first-failed-at": _shown(first_failed(delivery) or now),
             "x-aioworker-failed-at": _shown(now),
             "x-aioworker-worker": worker,
         },
@@ -159,10 +161,10 @@ def _shown(now: datetime) -> str:
     return now.isoformat(timespec="milliseconds")
 
 
-def first_failed(delivery: AbstractIncomingMessage, now: datetime) -> datetime:
-    """Return when a message failed first, as its headers have it; now if they do not."""
+def first_failed(delivery: AbstractIncomingMessage) -> datetime | None:
+    """Return when a message failed first, as its headers have it; None if it has not yet."""
     noted = delivery.headers.get("x-aioworker-first-failed-at")
-    return moment(noted if isinstance(noted, str) else None) or now
+    return moment(noted if isinstance(noted, str) else None)
 
 
 def moment(text: str | None) -> datetime | None:

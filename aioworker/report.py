@@ -43,11 +43,13 @@ class Times:
         taken: When it was taken.
         began: When its run began; 0 for never.
         ended: When that ended; 0 for not yet.
+        cut_off: Whether that was because its time was up.
     """
 
     taken: float
     began: float = 0.0
     ended: float = 0.0
+    cut_off: bool = False
 
 
 class Report:
@@ -89,7 +91,8 @@ class Report:
         if result.reason:
             values["reason"] = line(result.reason)
         if result.kind in (Kind.RETRY, Kind.POSTPONED):
-            values |= {"of": self._attempts, "retry_seconds": RETRY_TTL_MS / 1000}
+            values["of"] = result.attempts or self._attempts
+            values["retry_seconds"] = RETRY_TTL_MS / 1000
         values["outcome"] = str(result.kind)
         phrase, level = _phrase(result)
         error = result.failure.error if result.failure is not None else None
@@ -106,11 +109,15 @@ class Report:
         delivery: AbstractIncomingMessage,
         ctx: Context,
         error: BrokerError,
+        result: Outcome | None,
         times: Times,
     ) -> None:
-        """Log that a delivery could not be settled: RabbitMQ delivers it again."""
+        """Log that a delivery could not be settled, and why: RabbitMQ delivers it again."""
         values = self._values(delivery, ctx, times)
-        log.warning("not settled", extra=fields(**values, reason=str(error)))
+        reason = str(error)
+        if result is not None and result.reason:
+            reason += f"; it came to: {result.reason}"
+        log.warning("not settled", extra=fields(**values, reason=line(reason)))
 
     def _values(
         self, delivery: AbstractIncomingMessage, ctx: Context, times: Times

@@ -49,7 +49,7 @@ class Options:
 
     Args:
         addresses: The nodes of the RabbitMQ cluster.
-        burst: End once the lanes are empty, or at the first failure.
+        burst: End once the lanes are empty, or where no start can be made for now.
         connect_timeout: Seconds for each step with RabbitMQ.
         worker: This worker's name, in connections.
         needs_database: Whether anything of it does.
@@ -213,7 +213,7 @@ class Supervisor:
                 raise AioworkerError(wait.reason)
             return await self._wait(wait)
         if (seconds := self.consumer.breaker.seconds()) > 0:
-            return await self._wait_for_test(seconds)
+            return await self._wait_for_test(min(seconds, POLL_SECONDS))
         # Where a start may begin now, a message just taken is the sign that there are more.
         if not (self._took and wait is None) and not await link.lanes.hold_something(sure=burst):
             return False if burst else await self._wait_for_messages()
@@ -252,14 +252,11 @@ class Supervisor:
 
     async def _wait_for_test(self, seconds: float) -> bool:
         """Wait until the next message may show whether the task works again; end a burst."""
-        reason = self.consumer.breaker.reason
-        self._presence.stall(f"breaker open: {reason}; a few messages a minute are tried")
-        await self._presence.keep()
+        wait = Wait("a few messages a minute are tried", seconds)
         if self._options.burst:
+            self._tell_wait(wait)
             return False
-        await _first_of(min(seconds, POLL_SECONDS), self._stop, self._lost)
-        self._notice_loss()
-        return not self._stop.is_set()
+        return await self._wait(wait)
 
     # 2. Take, from the urgent lane first.
 
@@ -272,12 +269,15 @@ class Supervisor:
             What the last one came to, if it came to anything.
         """
         starts, result = self.consumer.starts, None
+        until = time.monotonic() + POLL_SECONDS
         while self.consumer.starts == starts and not self._stop.is_set():
             result = await self._serve_one(link)
             lost = self._options.needs_database and not self._database.is_open
             if result is None or result.uncounted or lost:
                 break
             await self._presence.keep()
+            if time.monotonic() >= until:
+                break  # a pause is followed, though nothing needs a start
         return result
 
     async def _serve_unlimited(self, link: Link) -> Outcome | None:
@@ -311,9 +311,8 @@ class Supervisor:
         flow = Flow(partial(self._serve_delivery, link=link))
         async with (
             link.lanes.flow(AT_ONCE, flow.ended.set) as arrived,
-            flow.serving(arrived, 2 * AT_ONCE),
+            flow.serving(first, arrived, 2 * AT_ONCE),
         ):
-            arrived.put_nowait(first)
             look_at = time.monotonic() + POLL_SECONDS
             while not (self._stop.is_set() or self._lost.is_set() or flow.ended.is_set()):
                 served = flow.served
@@ -328,7 +327,19 @@ class Supervisor:
                 if await self._budget.look() is not None or self._budget.limited:
                     break
                 look_at = time.monotonic() + POLL_SECONDS
+            await self._let_end(flow)
         return flow.failure
+
+    async def _let_end(self, flow: Flow) -> None:
+        """Wait for what runs in a flow, and say so if it does not end: threads may hang."""
+        flow.ended.set()
+        look_at = time.monotonic() + POLL_SECONDS
+        while flow.running:
+            await asyncio.sleep(FLOW_SECONDS)
+            if time.monotonic() >= look_at:
+                self._look_for_stall(flow)
+                await self._presence.keep_if_possible()
+                look_at = time.monotonic() + POLL_SECONDS
 
     def _look_for_stall(self, flow: Flow) -> None:
         """Say so where nothing in a flow has ended for longer than it may: threads that hang."""
@@ -366,17 +377,24 @@ class Supervisor:
             BrokerError: The connection to RabbitMQ was lost.
             DatabaseError: The worker's row cannot be written.
         """
-        if not wait.stuck:
-            self._moves()
-        if wait.stalled:
-            self._presence.stall(wait.reason)
-        else:
-            self._presence.tell("waiting", wait.reason, logging.INFO)
+        self._tell_wait(wait)
         await self._presence.keep()
         await _first_of(wait.seconds, self._stop, self._lost)
         if not self._stop.is_set():
             self._notice_loss()
         return not self._stop.is_set()
+
+    def _tell_wait(self, wait: Wait) -> None:
+        """Say why it waits; while the breaker is open, that first, unless somebody paused it."""
+        if not wait.stuck:
+            self._moves()
+        breaker = self.consumer.breaker.reason
+        if wait.stalled:
+            self._presence.stall(wait.reason)
+        elif breaker and not wait.paused:
+            self._presence.stall(f"breaker open: {breaker}; {wait.reason}")
+        else:
+            self._presence.tell("waiting", wait.reason, logging.INFO)
 
     async def _sit_out(self, refusal: BrokerError, publisher: broker.Publisher) -> None:
         """Wait after a copy that was not taken, following what is set at run time meanwhile.
@@ -405,7 +423,7 @@ class Supervisor:
             unblocked.cancel()
 
     async def _back_off(self, reason: str, seconds: float, level: int, *, writes: bool) -> None:
-        """Wait after a failure that is not the broker's, saying why.
+        """Wait after a failure that leaves the connection to RabbitMQ as it is, saying why.
 
         Args:
             reason: Why.

@@ -30,16 +30,37 @@ class FakeClock:
             self.now = min(self.now + step, end)
 
 
+class Settleable(aio_pika.IncomingMessage):
+    """A delivery that no channel is needed to settle."""
+
+    refusal: Exception | None = None
+
+    async def ack(self, multiple: bool = False) -> None:
+        """Acknowledge it, or fail as `refusal` has it."""
+        if self.refusal is not None:
+            raise self.refusal
+
+    async def nack(self, multiple: bool = False, requeue: bool = True) -> None:
+        """Give it back."""
+
+
+def settleable(body: bytes, **properties: Any) -> Settleable:
+    """Return a delivery that can be settled."""
+    return Settleable(_message(body, False, properties))
+
+
 def delivered(
     body: bytes = b"body", *, redelivered: bool = False, **properties: Any
 ) -> aio_pika.IncomingMessage:
     """Return a delivery as it comes out of its frames."""
+    return aio_pika.IncomingMessage(_message(body, redelivered, properties))
+
+
+def _message(body: bytes, redelivered: bool, properties: dict[str, Any]) -> DeliveredMessage:
     header = ContentHeader()
     sent = Basic.Properties(**properties)
     header.unmarshal(ContentHeader(body_size=len(body), properties=sent).marshal())
     method = Basic.GetOk(
         delivery_tag=1, exchange="", routing_key="aioworker.shop", redelivered=redelivered
     )
-    return aio_pika.IncomingMessage(
-        DeliveredMessage(delivery=method, header=header, body=body, channel=None)  # type: ignore[arg-type]
-    )
+    return DeliveredMessage(delivery=method, header=header, body=body, channel=None)  # type: ignore[arg-type]

@@ -174,6 +174,33 @@ async def test_a_task_that_fails_as_a_whole_is_red_while_its_lanes_are_empty(
         assert run("health", "visit", "--app", "refusing").returncode == 0
 
 
+async def test_an_open_breaker_is_red_while_its_next_test_waits_for_the_budget(
+    start: Start, run: Run, pair: servers.Servers, shop: Connection[Cursor], tmp_path: Path
+) -> None:
+    """At two a minute that is most of the time."""
+    (tmp_path / "refusing.py").write_text(textwrap.dedent(REFUSING))
+    assert run("init", "--app", "refusing").returncode == 0
+    execute(
+        shop,
+        "CREATE TABLE waits (state VARCHAR(20), reason VARCHAR(500))",
+        "CREATE TRIGGER noted AFTER UPDATE ON aioworker_worker FOR EACH ROW"
+        " INSERT INTO waits VALUES (NEW.state, NEW.reason)",
+    )
+    async with Producer(pair.amqp_url, timeout=10) as producer:
+        for _ in range(5):
+            await producer.publish("visit", 0)
+
+    start(
+        *("consume", "--app", "refusing", "--rate-limit", "20/m"),
+        PYTHONPATH=importable(tmp_path),
+    )
+
+    waits = "SELECT DISTINCT state FROM waits WHERE reason LIKE '%budget: next start%'"
+    opened = f"{waits} AND reason LIKE 'breaker open: 3 messages%'"
+    eventually(lambda: rows(shop, opened) == [("stalled",)], "the next test waits")
+    assert rows(shop, f"{waits} AND reason LIKE 'budget%'") == [("waiting",)]
+
+
 def test_health_is_this_machines_workers(run: Run, start: Start, shop: Connection[Cursor]) -> None:
     """None at all, none for 90 s, one elsewhere; then one here."""
     none = run("health")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioworker.flow import Flow
 from aioworker.outcome import Kind
 from aioworker.supervisor import AT_ONCE, SUSPECT_RETURNS, Supervisor
 from aioworker.task import Task
@@ -231,30 +230,6 @@ def waits(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
     return [one.__dict__["fields"] for one in caplog.records if one.message == "waiting"]
 
 
-async def test_one_that_cannot_be_settled_ends_the_flow_after_the_others() -> None:
-    """The others are not cut off in the middle."""
-    ended: list[int] = []
-
-    async def serve(delivery: Any) -> Any:
-        if delivery == 1:
-            raise ConnectionError("lost")
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        ended.append(delivery)
-        raise ConnectionError("lost too")
-
-    flow = Flow(serve)
-    arrived: asyncio.Queue[Any] = asyncio.Queue()
-    for delivery in (2, 1):
-        arrived.put_nowait(delivery)
-
-    with pytest.raises(ConnectionError):
-        async with flow.serving(arrived, 2):
-            await flow.ended.wait()
-
-    assert ended == [2]
-
-
 async def test_what_comes_back_again_and_again_is_served_alone(
     make: Make, lanes: Lanes, stop: asyncio.Event
 ) -> None:
@@ -278,3 +253,24 @@ async def test_what_comes_back_again_and_again_is_served_alone(
     assert await make(note, burst=True).run(stop)
 
     assert most == 1
+
+
+async def test_two_that_fail_for_good_at_once_are_not_put_off_for_ever(
+    make: Make, lanes: Lanes, stop: asyncio.Event
+) -> None:
+    """One that has failed too cannot show that the task works."""
+    both = asyncio.Barrier(2)
+
+    async def bad(_number: int) -> None:
+        await both.wait()
+        raise ValueError
+
+    failed = {"retries": 5, "x-aioworker-first-failed-at": "2026-01-01T00:00:00+00:00"}
+    for number in range(2):
+        await lanes.send(json.dumps([[number], {}, None]).encode(), headers=failed)
+    worker = make(bad, burst=True)
+
+    assert not await worker.run(stop)
+
+    assert worker.consumer.settled[Kind.DEAD_LETTER] > 0
+    assert worker.consumer.settled.total() == 2

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pymysql.err import DataError, OperationalError
 
+from aioworker import supervisor
 from aioworker.consumer import MOST_RETURNS
 from aioworker.context import Context
-from aioworker.errors import DatabaseError
+from aioworker.errors import AioworkerError, DatabaseError
 from aioworker.outcome import Kind
 from aioworker.task import AnyTask, Task
 from support.servers import Servers
@@ -336,6 +337,33 @@ async def test_a_message_that_is_alone_is_set_aside_as_usual(
     await worker.run(stop)
 
     assert worker.consumer.settled == {Kind.POSTPONED: 1, Kind.DEAD_LETTER: 2}
+
+
+async def test_a_pause_is_followed_while_chunks_need_nothing(
+    pair: Servers,
+    lanes: Lanes,
+    database: Database,
+    shop: Connection[Cursor],
+    stop: asyncio.Event,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They need no start, so no charge is refused."""
+    monkeypatch.setattr(supervisor, "POLL_SECONDS", 0)
+    task = failing(ValueError("nobody asked for it"))
+
+    @task.needed
+    async def pause(_ctx: Context, _ids: list[int]) -> list[int]:
+        execute(shop, "UPDATE aioworker_budget SET paused = 1")
+        return []
+
+    for number in range(3):
+        await lanes.send(chunk([number + 1]))
+    worker = make_worker(pair, database, task=task, rate_limit="100/s")
+
+    with pytest.raises(AioworkerError, match="paused"):
+        await worker.run(stop)
+
+    assert worker.consumer.settled == {Kind.ACK: 1}
 
 
 async def test_what_is_given_back_too_often_goes_behind_and_is_counted_anew(

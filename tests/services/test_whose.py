@@ -35,7 +35,7 @@ HEADERS = {"task": TASK, "id": "one"}
 def make(request: pytest.FixtureRequest, pair: Servers, database: Database, shop: object) -> Make:
     """Make a worker of a function: without and with a rate limit, and without its own row."""
 
-    def worker(work: Work, *, max_retries: int = 5) -> Supervisor:
+    def worker(work: Work, *, max_retries: int = 5, task_timeout: float = 30) -> Supervisor:
         return make_worker(
             pair,
             database,
@@ -43,6 +43,7 @@ def make(request: pytest.FixtureRequest, pair: Servers, database: Database, shop
             rate_limit="20/s" if request.param == "limit" else None,
             keeps_row=request.param != "no rows",
             max_retries=max_retries,
+            task_timeout=task_timeout,
         )
 
     return worker
@@ -146,6 +147,23 @@ async def test_a_statement_that_loses_its_connection_each_time_is_set_aside_at_t
     assert settled == [{Kind.RETRY: 1}, {Kind.RETRY: 1}, {Kind.DEAD_LETTER: 1}]
     letter = await lanes.take(QUEUES.dead)
     assert letter.headers["x-aioworker-attempts"] == 3
+    assert str(letter.headers["x-aioworker-reason"]).endswith("attempt 3 of 3")
+
+
+async def test_a_statement_that_its_time_cuts_off_is_no_lost_connection(
+    make: Make, lanes: Lanes, stop: asyncio.Event
+) -> None:
+    """It gets the attempts that are set, no more."""
+
+    async def sleep(ctx: Context, _number: float) -> None:
+        await ctx.database.query("SELECT SLEEP(20)")
+
+    await send(lanes, 1)
+    worker = make(sleep, max_retries=0, task_timeout=0.5)
+
+    assert not await worker.run(stop)
+
+    assert worker.consumer.settled == {Kind.DEAD_LETTER: 1}
 
 
 async def test_a_statement_that_an_option_forbids_counts_as_an_attempt(

@@ -8,6 +8,7 @@ import pytest
 from aio_pika import IncomingMessage
 
 from aioworker.ends import MOST, Ends
+from aioworker.failure import Failure
 from aioworker.outcome import Kind, Outcome
 from tests.fakes import delivered
 
@@ -84,3 +85,19 @@ def test_an_end_is_forgotten_after_ten_minutes() -> None:
     now[0] = 601
 
     assert ends.take(again()) is None
+
+
+def test_an_end_holds_no_frames_of_a_run() -> None:
+    """They hold the message's body."""
+    ends = Ends()
+    try:
+        int("shop")
+    except ValueError as error:
+        failed = Outcome(Kind.RETRY, "ValueError: shop", Failure.of(error))
+
+    ends.remember(again(redelivered=False), failed)
+
+    assert failed.failure is not None
+    assert failed.failure.error is not None
+    assert failed.failure.error.__traceback__ is None
+    assert ends.take(again()) == failed
