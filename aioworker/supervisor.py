@@ -216,6 +216,7 @@ class Supervisor:
             return await self._wait_for_test(min(seconds, POLL_SECONDS))
         # Where a start may begin now, a message just taken is the sign that there are more.
         if not (self._took and wait is None) and not await link.lanes.hold_something(sure=burst):
+            self._took = False
             return False if burst else await self._wait_for_messages()
         result: Outcome | None = None
         if wait is None:

@@ -52,7 +52,10 @@ NO_LIMIT = 1_000_000_000
 # messages when the broker is killed (measured); three seconds leave room.
 SAFE_AFTER_SECONDS = 3.0
 # For so long after a `get` that found nothing, a lane is empty if RabbitMQ counts nothing in it.
-EMPTY_SECONDS = 30.0
+# An idle worker leaves a node that is cut off within 10 s: after this, the next look, and the wait
+# for the answer to a `get`, which takes 1 ms where all is well.
+EMPTY_SECONDS = 5.0
+ANSWER_SECONDS = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +296,8 @@ class Lanes:
         a while after a `get` found nothing. One that finds a message gives it back.
 
         Args:
-            sure: Whether it is not believed without a `get` now.
+            sure: Whether it is not believed without a `get` now. That may take as long as any
+                other step; else it is given up after `ANSWER_SECONDS`.
 
         Raises:
             BrokerError: A lane is gone or does not answer, or the connection is lost.
@@ -303,7 +307,8 @@ class Lanes:
                 return True
         if not sure and time.monotonic() - self._empty_at < EMPTY_SECONDS:
             return False
-        delivery = await self.take()
+        seconds = self._timeout if sure else min(self._timeout, ANSWER_SECONDS)
+        delivery = await self._take(seconds)
         if delivery is not None:
             await _bounded(delivery.nack, delivery.routing_key or "", self._timeout)
         return delivery is not None
@@ -324,9 +329,12 @@ class Lanes:
         Raises:
             BrokerError: A lane is gone or does not answer, or the connection is lost.
         """
+        return await self._take(self._timeout)
+
+    async def _take(self, seconds: float) -> AbstractIncomingMessage | None:
         for queue in self._queues:
             delivery = await _bounded(
-                partial(queue.get, fail=False, timeout=self._timeout), queue.name, self._timeout
+                partial(queue.get, fail=False, timeout=seconds), queue.name, seconds
             )
             if delivery is not None:
                 return delivery

@@ -35,10 +35,12 @@ if TYPE_CHECKING:
     from pymysql.connections import Connection
     from pymysql.cursors import Cursor
 
+Taken = tuple[topology.Lanes, list[float]]
 _DO = """
 {{ok, Queue}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"/">>, queue, <<"{}">>)),
 {{Leader, _}} = amqqueue:get_pid(Queue),
 sys:{}(Leader)."""
+PATIENCE_SECONDS = 10
 SOON = {"AIOWORKER_CONNECT_TIMEOUT": "2"}
 CHUNK = b"[[[1]], {}, null]"
 SILENT = "RabbitMQ did not answer in time about queue {}, out of memory or disk perhaps;"
@@ -228,57 +230,58 @@ async def test_no_command_calls_silent_dead_letters_none(
 
 
 @pytest.fixture
-async def taken(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> tuple[topology.Lanes, list[int]]:
-    """The lanes as a worker has them, and the moments at which it asked them by `get`."""
-    opened = await topology.Lanes.open(lanes.connection, QUEUES, 10)
-    asked: list[int] = []
-    take = opened.take
+async def taken(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> Taken:
+    """The lanes as a worker has them, and for how long it waited for each `get` of theirs."""
+    opened = await topology.Lanes.open(lanes.connection, QUEUES, PATIENCE_SECONDS)
+    asked: list[float] = []
+    take = opened._take
 
-    async def asking() -> object:
-        asked.append(1)
-        return await take()
+    async def asking(seconds: float) -> object:
+        asked.append(seconds)
+        return await take(seconds)
 
-    monkeypatch.setattr(opened, "take", asking)
+    monkeypatch.setattr(opened, "_take", asking)
     return opened, asked
 
 
-async def test_an_idle_worker_asks_by_get_twice_a_minute(
-    taken: tuple[topology.Lanes, list[int]], monkeypatch: pytest.MonkeyPatch
+async def test_an_idle_worker_does_not_ask_by_get_at_each_look(
+    taken: Taken, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each `get` is an entry in the logs of the queue's members, on their disks."""
     lanes, asked = taken
 
     for _ in range(10):
         assert not await lanes.hold_something()
-    assert len(asked) == 1
+    assert asked == [topology.ANSWER_SECONDS]
     monkeypatch.setattr(topology, "EMPTY_SECONDS", 0)
     assert not await lanes.hold_something()
     assert len(asked) == 2
 
 
 async def test_the_end_of_a_burst_is_asked_for_by_get_each_time(
-    taken: tuple[topology.Lanes, list[int]],
+    taken: Taken,
 ) -> None:
+    """Nobody else would find what is left; so the answer is waited for."""
     lanes, asked = taken
 
     for _ in range(3):
         assert not await lanes.hold_something(sure=True)
 
-    assert len(asked) == 3
+    assert asked == [PATIENCE_SECONDS] * 3
 
 
 async def test_a_message_that_comes_between_count_and_get_is_given_back(
-    taken: tuple[topology.Lanes, list[int]], lanes: Lanes, monkeypatch: pytest.MonkeyPatch
+    taken: Taken, lanes: Lanes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is not this worker's turn: nothing is held while it waits."""
     opened, _asked = taken
-    take = opened.take
+    take = opened._take
 
-    async def late() -> object:
+    async def late(seconds: float) -> object:
         await lanes.send(CHUNK)
-        return await take()
+        return await take(seconds)
 
-    monkeypatch.setattr(opened, "take", late)
+    monkeypatch.setattr(opened, "_take", late)
 
     assert await opened.hold_something()
 

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from aio_pika.exceptions import DeliveryError
 
 from support import servers
-from tests.conftest import QUEUES, eventually
+from tests.conftest import QUEUES, eventually, simple_addons
 from tests.faults.conftest import frozen, within
-from tests.faults.moments import assert_each_done_once
-from tests.place import Place
+from tests.faults.moments import assert_each_done_once, says
+from tests.place import Place, chunk
 
 if TYPE_CHECKING:
     from subprocess import CompletedProcess
@@ -30,6 +31,7 @@ TICK_SECONDS = 20  # a node that stands still is noticed after that, and a quart
 RATE, INTERVAL, LEAST_GAP = "2/s", 0.5, 0.98
 # RabbitMQ's own election, up to 25 s where a node stands still; thrice what that takes at most.
 LATE_SECONDS = 75
+NOTICE_SECONDS = 10  # in which an idle worker finds the nodes that serve again
 SOON = {"AIOWORKER_CONNECT_TIMEOUT": "2"}
 LOOKS = ("status", f"consume --burst --rate-limit {RATE}", "dead list")
 
@@ -82,6 +84,14 @@ class Trio(Place):
         """Starts begin again, soon."""
         done = self.done()
         within(LATE_SECONDS, lambda: self.done() >= done + 2, "it works")
+
+    def takes(self, body: bytes) -> bool:
+        """Publish a message; return whether RabbitMQ took it: without a leader it does not."""
+        try:
+            self.publish(body)
+        except DeliveryError:
+            return False
+        return True
 
     def lead(self, node: servers.Broker) -> None:
         """Have all queues led by a node, and every node know it."""
@@ -189,3 +199,20 @@ def test_the_node_in_use_is_cut_off_from_the_others(trio: Trio) -> None:
     start_anew(trio.struck)
 
     assert_kept(trio, 30)
+
+
+@pytest.mark.timeout(300)
+def test_an_idle_worker_leaves_the_node_that_is_cut_off(trio: Trio) -> None:
+    """That node counts no message, whatever the others hold: it is not believed for long."""
+    simple_addons(trio.shop, 2)
+    trio.publish(chunk(1))
+    worker = trio.worker("--rate-limit", RATE)
+    eventually(lambda: trio.done() == 1 and says(trio, "nothing queued"), "it is idle")
+
+    with cut_off(trio.struck, [trio.other, trio.witness]):
+        within(LATE_SECONDS, lambda: trio.takes(chunk(2)), "the others have a leader")
+        within(NOTICE_SECONDS, lambda: trio.done() == 2, "it starts there")
+        assert f":{trio.struck.port}/{trio.name}: RabbitMQ did not answer in time" in worker.log
+    start_anew(trio.struck)
+
+    assert_each_done_once(trio, 2)
