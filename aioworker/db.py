@@ -11,6 +11,7 @@ import asyncio
 import logging
 import re
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import aiomysql
@@ -148,6 +149,36 @@ class Answer(NamedTuple):
 
     matched: int
     rows: list[tuple[Any, ...]]
+
+
+class _Run:
+    """What uses a connection: a run of a task, or a step of the worker's own.
+
+    Args:
+        database: Whose connection.
+
+    Attributes:
+        uses: How many of its asyncio tasks use it.
+        ended: Whether the run is over.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self.uses = 0
+        self.ended = False
+
+    def refuse_ended(self) -> None:
+        """See that the run is not over: others use the connection by then.
+
+        Raises:
+            DatabaseError: It is.
+        """
+        if self.ended:
+            raise DatabaseError("expected a statement inside its run, which has ended")
+
+
+# An asyncio task and a thread have a copy of it: what a run begins is known by it.
+_current: ContextVar[_Run | None] = ContextVar("aioworker_run", default=None)
 
 
 class Database:
@@ -324,17 +355,35 @@ class Database:
     def bounded(
         self, limit: asyncio.Timeout, tell: Callable[[str | None], None] | None = None
     ) -> ExitStack:
-        """Inside, a wait for a first write is no part of a limit.
+        """Inside is a run: its wait for a first write is no part of its limit.
+
+        What it leaves behind in an asyncio task of its own may use the connection no more: a
+        statement that runs at its end is cut off by closing it.
 
         Args:
             limit: The limit.
-            tell: Called with the reason when one begins that lasts a second or more, and with
-                None when it is over.
+            tell: Called with the reason when a wait begins that lasts a second or more, and
+                with None when it is over.
         """
-        entry = (limit, tell)
-        self._limits.append(entry)
         # No generator of contextlib's, which sets the traceback of an error that passes: an
         # exception of a task's may be a frozen dataclass, and refuse.
+        inside = self._limited(limit, tell)
+        _current.set(run := _Run(self))
+        inside.callback(self._end, run)
+        return inside
+
+    def _end(self, run: _Run) -> None:
+        _current.set(None)
+        run.ended = True
+        if run.uses:
+            self.close()
+
+    def _limited(
+        self, limit: asyncio.Timeout, tell: Callable[[str | None], None] | None = None
+    ) -> ExitStack:
+        """Inside, a wait for a first write is no part of a limit."""
+        entry = (limit, tell)
+        self._limits.append(entry)
         inside = ExitStack()
         inside.callback(self._limits.remove, entry)
         return inside
@@ -381,15 +430,30 @@ class Database:
 
     @asynccontextmanager
     async def _use(self) -> AsyncIterator[Any]:
+        """Lend the connection: what belongs to a run has it until that ends."""
+        run = _current.get()
+        if run is None or run.database is not self:
+            run = _Run(self)
+        run.uses += 1
+        try:
+            async with self._lend(run) as connection:
+                yield connection
+        finally:
+            run.uses -= 1
+
+    @asynccontextmanager
+    async def _lend(self, run: _Run) -> AsyncIterator[Any]:
         """Lend the connection; leave no transaction open and no statement running."""
+        run.refuse_ended()
         if self._connection is None:
             if self._pinned:
                 raise DatabaseError(f"connection to MySQL at {self.address.shown} lost in a run")
             await self.ready()
+            run.refuse_ended()
         connection = self._connection
         try:
             async with asyncio.timeout(self.timeout) as limit:
-                with self.bounded(limit):
+                with self._limited(limit):
                     if self._transaction_of is None:
                         await session.restore(connection, self.timeout)
                     yield connection

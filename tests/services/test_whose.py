@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pymysql
 import pytest
-from pymysql.err import OperationalError
+from pymysql.err import MySQLError, OperationalError
 
 from aioworker.context import Context
 from aioworker.errors import DatabaseError
@@ -56,7 +56,7 @@ async def send(lanes: Lanes, *numbers: float, retries: int = 0) -> None:
 
 
 @pytest.fixture
-def numbers(shop: Connection[Cursor]) -> Iterator[None]:
+def numbers(shop: Connection[Cursor], database: Database) -> Iterator[None]:
     """A table for numbers."""
     execute(
         shop,
@@ -64,6 +64,7 @@ def numbers(shop: Connection[Cursor]) -> Iterator[None]:
         "CREATE TABLE numbers (number DOUBLE, words LONGTEXT) ENGINE=InnoDB",
     )
     yield
+    database.close()  # it may hold a lock on it
     execute(shop, "DROP TABLE numbers")
 
 
@@ -439,3 +440,68 @@ async def test_a_transaction_that_a_run_leaves_open_is_no_other_message_s(
     assert worker.consumer.settled == {Kind.ACK: 3}
     await asyncio.gather(*LEFT, return_exceptions=True)
     LEFT.clear()
+
+
+async def leave_a_query(ctx: Context) -> None:
+    LEFT.add(asyncio.create_task(ctx.database.query("SELECT SLEEP(0.5)")))
+    await asyncio.sleep(0.1)
+
+
+async def leave_a_write(ctx: Context) -> None:
+    insert = "INSERT INTO numbers (number) SELECT SLEEP(0.5)"
+    LEFT.add(asyncio.create_task(ctx.database.execute(insert)))
+    await asyncio.sleep(0.1)
+
+
+async def leave_one_that_begins_after_it(ctx: Context) -> None:
+    LEFT.add(asyncio.create_task(ctx.database.query("SELECT SLEEP(0.5)")))
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [leave_a_query, leave_a_write, leave_one_that_begins_after_it],
+    ids=lambda one: one.__name__,
+)
+async def test_a_statement_that_a_run_leaves_behind_is_no_other_message_s(
+    make: Make,
+    lanes: Lanes,
+    stop: asyncio.Event,
+    shop: Connection[Cursor],
+    numbers: None,
+    leave: Callable[[Context], Awaitable[None]],
+) -> None:
+    """Two at once on one connection: the worker ended by RuntimeError, at each such message."""
+
+    async def work(ctx: Context, number: float) -> None:
+        if number == 1:
+            await leave(ctx)
+            return
+        await ctx.database.execute("INSERT INTO numbers (number) VALUES (%s)", (number,))
+
+    await send(lanes, 1, 2, 3)
+    worker = make(work)
+
+    assert await worker.run(stop)
+
+    assert worker.consumer.settled == {Kind.ACK: 3}
+    assert rows(shop, "SELECT number FROM numbers WHERE number > 1") == [(2.0,), (3.0,)]
+    [left] = await asyncio.gather(*LEFT, return_exceptions=True)
+    LEFT.clear()
+    assert isinstance(left, MySQLError | DatabaseError)
+
+
+async def test_a_statement_of_the_workers_own_harms_no_run_beside_it(
+    pair: Servers, shop: object
+) -> None:
+    """Where several messages run at once, one ends while the worker's row is written."""
+    database = make_database(pair)
+    writing = asyncio.create_task(database.query("SELECT SLEEP(0.2), 1"))
+    await asyncio.sleep(0.1)
+
+    async with asyncio.timeout(5) as limit:
+        with database.bounded(limit):
+            await asyncio.sleep(0)
+    database.end_run()
+
+    assert await writing == [(0, 1)]
+    database.close()
