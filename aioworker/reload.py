@@ -58,8 +58,12 @@ class Origin:
         """Load code and settings in a child; return why they do not load, None if they do."""
         command = sys.orig_argv[1:]
         command.insert(command.index(COMMAND) + 1, CHECK)
-        # Files: a process that a module starts would keep pipes open.
-        with TemporaryFile() as out, TemporaryFile() as err:
+        try:
+            # Files: a process that a module starts would keep pipes open.
+            out, err = _file(), _file()
+        except OSError as error:
+            return f"no file for what the check says: {error}"
+        with out, err:
             try:
                 child = await asyncio.create_subprocess_exec(
                     sys.executable,
@@ -98,6 +102,13 @@ class Origin:
         sys.stderr.flush()
         os.chdir(self.folder)
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], self.environment)
+
+
+def _file() -> IO[bytes]:
+    """Return a file without a name: in memory, since a container may have no folder to write to."""
+    if hasattr(os, "memfd_create"):
+        return open(os.memfd_create("aioworker-check"), "w+b")
+    return TemporaryFile()
 
 
 def _lines(file: IO[bytes]) -> list[str]:

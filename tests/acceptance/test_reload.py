@@ -213,6 +213,33 @@ async def test_code_that_does_not_load_changes_nothing(
     assert children(worker) == []
 
 
+@pytest.mark.parametrize(
+    ("left", "says"),
+    [
+        ("", "the new code begins"),
+        (
+            "import os\ndel os.memfd_create\n",
+            "no file for what the check says: [Errno 2] No such file",
+        ),
+    ],
+    ids=["in memory", "nowhere"],
+)
+async def test_a_reload_needs_no_folder_to_write_to(
+    start: Start, tmp_path: Path, shop: Connection[Cursor], code: Code, left: str, says: str
+) -> None:
+    """In a container that only reads nothing was said, and the service manager waited."""
+    code.write(
+        f"import tempfile\ntempfile.tempdir = '/nowhere'\n{left}"
+        + textwrap.dedent(CODE.format(version=0))
+    )
+    worker = start("consume", "--app", "reloaded_tasks", PYTHONPATH=importable(tmp_path))
+    eventually(lambda: rows(shop, "SELECT 1 FROM aioworker_worker"), "it waits")
+
+    worker.process.send_signal(signal.SIGHUP)
+
+    eventually(lambda: says in worker.log, "it reloads, or says why not")
+
+
 async def test_a_stop_beside_a_reload_is_a_stop(
     start: Start, tmp_path: Path, shop: Connection[Cursor], code: Code
 ) -> None:
