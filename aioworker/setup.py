@@ -27,6 +27,8 @@ POLICIES = (
     " what it does"
 )
 _LACKING = "# MySQL: what users lack that work already"
+# Seconds for each use of the database: the time of a task, 1 s perhaps, is none to wait for a lock.
+DATABASE_SECONDS = 60.0
 _PUBLISH = r"^amq\.default$"  # the right to write to the default exchange
 
 
@@ -45,7 +47,7 @@ async def init(settings: Settings, tasks: Sequence[AnyTask]) -> None:
     async with AsyncExitStack() as stack:
         database = None
         if settings.budget == "shared":
-            database = await stack.enter_async_context(settings.database())
+            database = await stack.enter_async_context(settings.database(DATABASE_SECONDS))
         connection = await stack.enter_async_context(
             broker.connection(settings.nodes(), timeout, "aioworker init")
         )
@@ -55,7 +57,9 @@ async def init(settings: Settings, tasks: Sequence[AnyTask]) -> None:
             for name in schema.NAMES:
                 with tables.explaining(database):
                     say(f"table {name}: {await schema.settle(database, name)}")
-            for grant in await grants.lacking(database):
+            with tables.explaining(database):
+                lacking = await grants.lacking(database)
+            for grant in lacking:
                 say(f"lacking: {grant}")
         await _declare(connection, queues, found, timeout)
         if database is not None:  # last: a row lets its task start

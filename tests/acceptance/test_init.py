@@ -9,21 +9,25 @@ from typing import TYPE_CHECKING
 import aio_pika
 import pytest
 
-from aioworker import schema, topology
+from aioworker import grants, schema, setup, topology
+from aioworker.errors import DatabaseError
+from aioworker.settings import Settings
 from support import servers
 from tests.conftest import (
     QUEUES,
     Lanes,
     Run,
+    Worker,
     current_versions,
     declare,
+    eventually,
     execute,
     rows,
     simple_addons,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from pymysql.connections import Connection
     from pymysql.cursors import Cursor
@@ -129,6 +133,35 @@ def test_a_table_that_lacks_a_column_is_given_it(
         ["table aioworker_budget: added gap_us, set_by", "table aioworker_worker: was there"],
     )
     assert rows(shop, "SELECT paused, gap_us, set_by FROM aioworker_budget") == [(1, None, None)]
+
+
+def test_a_lock_is_waited_for_however_short_a_task_may_be(
+    start: Callable[..., Worker], vhost: str, pair: servers.Servers, shop: Connection[Cursor]
+) -> None:
+    """A task's timeout of a second ended it at the first try, and nobody was named."""
+    execute(shop, "ALTER TABLE aioworker_budget DROP COLUMN gap_us")
+    with servers.connect(pair.mysql_url) as theirs:
+        execute(theirs, "LOCK TABLES aioworker_budget READ")
+        init = start("init", AIOWORKER_AMQP_URL=vhost, AIOWORKER_TASK_TIMEOUT="1")
+        words = "waiting for a lock on table aioworker_budget: "
+        eventually(lambda: words in init.log or init.process.poll() is not None, "it waits")
+
+    assert init.process.wait(60) == 0, init.log
+    assert words in init.log
+    assert "table aioworker_budget: added gap_us\n" in init.log
+
+
+async def test_a_look_at_the_grants_that_takes_too_long_is_the_databases_error(
+    pair: servers.Servers, shop: Connection[Cursor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was an unexpected TimeoutError, without the server's name."""
+    for name, value in pair.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(setup, "DATABASE_SECONDS", 1.0)
+    monkeypatch.setattr(grants, "_GRANTED", "SELECT 1, 2, SLEEP(20)")
+
+    with pytest.raises(DatabaseError, match=r"^cannot use MySQL at mysql://.*: no answer in time"):
+        await setup.init(Settings.load(), [])
 
 
 def test_no_table_is_changed_on_a_server_that_only_reads(
