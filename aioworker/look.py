@@ -129,19 +129,29 @@ class Look:
             BrokerError: The queue does not answer.
         """
         for _ in range(2):
-            if (lie := (await self._ask())[0]) or await self._is_empty():
+            if (lie := (await self._ask())[0]) or await self._is_empty(copies=False):
                 return lie
         raise broker.uncounted(self.queues.dead)
 
-    async def _is_empty(self) -> bool:
+    async def _is_empty(self, *, copies: bool = True) -> bool:
         """Whether the queue itself says so; RabbitMQ also counts nothing where it does not answer.
 
         A letter that comes right then stays.
+
+        Args:
+            copies: Whether it fails where RabbitMQ takes no copy of that letter. Otherwise it
+                gives the letter back then: who only counts may publish nothing.
         """
         delivery = await self._bounded(self._queue.get(fail=False, timeout=self._timeout))
-        if delivery is not None:
+        if delivery is None:
+            return True
+        try:
             await self._settle(delivery, self.queues.dead)
-        return delivery is None
+        except BrokerError as error:
+            if copies or not broker.forbids(error):
+                raise
+            await self._bounded(delivery.nack())
+        return False
 
     async def _each(self, decide: Decide, what: str, *, quiet: bool) -> None:
         if not await self._alone():

@@ -16,7 +16,7 @@ import pytest
 
 from aioworker import tables, topology
 from aioworker.addresses import BrokerAddress, Nodes
-from aioworker.broker import Publisher
+from aioworker.broker import Publisher, connection
 from aioworker.look import Look
 from support import servers
 from tests.conftest import (
@@ -297,13 +297,23 @@ def unforgiving(broker: servers.Broker) -> Iterator[None]:
     broker.control("clear_policy", "once")
 
 
-async def test_a_letter_that_comes_between_count_and_get_is_not_ended(
-    pair: servers.Servers, lanes: Lanes, unforgiving: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No look ends a letter, that of `status` neither."""
-    nodes = Nodes(BrokerAddress.parse_all(pair.amqp_url))
-    async with Publisher(nodes, 10, "test") as publisher:
-        look = Look(QUEUES, {"guest"}, lanes.connection, publisher, 10)
+@pytest.fixture
+def counter(broker: servers.Broker) -> Iterator[str]:
+    """The address of a user who may do what `status` needs, and no more."""
+    broker.control("add_user", "counter", "s3cret")
+    broker.control("set_permissions", "counter", "", "", r"^aioworker\.")
+    yield broker.url("/", "counter", "s3cret")
+    broker.control("delete_user", "counter")
+
+
+async def count_as_one_comes(lanes: Lanes, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count the letters, of which one comes between RabbitMQ's count and the `get`."""
+    nodes = Nodes(BrokerAddress.parse_all(address))
+    async with (
+        connection(nodes, 10, "test") as theirs,
+        Publisher(nodes, 10, "test") as publisher,
+    ):
+        look = Look(QUEUES, {"guest"}, theirs, publisher, 10)
         ask = look._ask
 
         async def early() -> tuple[int, int]:
@@ -316,5 +326,21 @@ async def test_a_letter_that_comes_between_count_and_get_is_not_ended(
         monkeypatch.setattr(look, "_ask", early)
         assert await look.count() == 1
         await look.close()
+
+
+async def test_a_letter_that_comes_between_count_and_get_is_not_ended(
+    pair: servers.Servers, lanes: Lanes, unforgiving: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No look ends a letter, that of `status` neither."""
+    await count_as_one_comes(lanes, pair.amqp_url, monkeypatch)
+
+    assert (await lanes.take(QUEUES.dead)).body == CHUNK
+
+
+async def test_a_letter_that_comes_then_is_counted_by_who_may_publish_nothing(
+    lanes: Lanes, counter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`status` said that it lacked a right, which `init --print` does not give it."""
+    await count_as_one_comes(lanes, counter, monkeypatch)
 
     assert (await lanes.take(QUEUES.dead)).body == CHUNK
