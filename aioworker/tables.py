@@ -11,7 +11,7 @@ import hashlib
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pymysql.constants import ER
@@ -23,7 +23,6 @@ from aioworker.errors import DatabaseError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from datetime import datetime
 
     from aioworker.db import Database
 
@@ -37,15 +36,21 @@ VALUES (%(task)s, '2000-01-01', {SERVER}) ON DUPLICATE KEY UPDATE starts = start
 # `last_start` is the later of charge and first write. Where it is not, an older worker or an
 # operator wrote it: then it stands for both.
 _OURS = "last_start <=> GREATEST(last_charge, last_write)"
-CHARGED = f"IF({_OURS}, last_charge, last_start)"
-WROTE = f"IF({_OURS}, last_write, last_start)"
+# An operator may have written what no calendar has, such as 0: it is as long ago, or as far ahead,
+# as can be reckoned with.
+_BOUNDED = (
+    "GREATEST(LEAST({}, TIMESTAMP'9000-01-01 00:00:00'), TIMESTAMP'2000-01-01 00:00:00')".format
+)
+_STARTED = _BOUNDED("last_start")
+CHARGED = _BOUNDED(f"IF({_OURS}, last_charge, last_start)")
+WROTE = _BOUNDED(f"IF({_OURS}, last_write, last_start)")
 
 # Some users may write all the same, into what another server overwrites. MariaDB is about to
 # answer with words.
 _ONLY_READS = "CONCAT(@@read_only) NOT IN ('0', 'OFF') OR @@innodb_read_only"
 
-_PEEK = f"""SELECT paused, gap_us, TIMESTAMPDIFF(MICROSECOND, last_start, SYSDATE(6)),
-    last_start, server = {SERVER}, server, {SERVER},
+_PEEK = f"""SELECT paused, gap_us, TIMESTAMPDIFF(MICROSECOND, {_STARTED}, SYSDATE(6)),
+    {_STARTED}, server = {SERVER}, server, {SERVER},
     COALESCE(IS_USED_LOCK(%(lock)s), 0), CONNECTION_ID(),
     starts, holder, paused_by, paused_at, paused_why, set_by, set_at, set_why,
     TIMESTAMPDIFF(MICROSECOND, {CHARGED}, SYSDATE(6)),
@@ -62,6 +67,9 @@ WHERE task = %s AND seen > SYSDATE(6) - INTERVAL {ALIVE_SECONDS} SECOND"""
 _NEED_INIT = frozenset({ER.NO_SUCH_TABLE, ER.BAD_FIELD_ERROR})
 # What an operator writes may be beyond any calendar.
 LONGEST_GAP_US = 366 * 86_400 * 1_000_000
+
+
+_PAUSED_AT, _SET_AT = 12, 15  # where they stand in an answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +283,9 @@ def _row(database: Database, answer: tuple[Any, ...]) -> Row:
     values[0], values[4] = bool(values[0]), bool(values[4])
     if values[1] is not None:
         values[1] = min(values[1], LONGEST_GAP_US)
+    for told in (_PAUSED_AT, _SET_AT):
+        if not isinstance(values[told], datetime):
+            values[told] = None  # such as 0: text, as it is in no calendar
     values[-3:] = _messages(values[-3]), _deaths(values[-2]), values[-1].replace(tzinfo=UTC)
     return Row(*values)
 

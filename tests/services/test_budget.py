@@ -15,7 +15,7 @@ from aioworker.db import Database
 from aioworker.errors import DatabaseError, TurnLostError
 from aioworker.limits import RateLimit, Wait
 from aioworker.tables import Row, peek
-from tests.conftest import TASK, execute, make_database, rows, simple_addons
+from tests.conftest import TASK, Run, execute, make_database, rows, simple_addons
 
 if TYPE_CHECKING:
     from pymysql.connections import Connection
@@ -263,6 +263,62 @@ async def test_another_clock_costs_one_interval_at_most(
     assert await start(budget) is None
 
     assert 0.45 < loop.time() - began < 5
+
+
+UNLIKELY = ["0", "'0000-05-05'", "'0001-01-01'", "'9999-12-31 23:59:59.999999'"]
+
+
+@pytest.mark.parametrize("column", ["last_start", "last_charge", "last_write"])
+@pytest.mark.parametrize("moment", UNLIKELY)
+async def test_a_start_beyond_any_calendar_ends_no_worker_and_holds_none_up(
+    make: Fleet, shop: Connection[Cursor], run: Run, column: str, moment: str
+) -> None:
+    """A DBA who lets a start begin writes `last_start = 0`: it was a TypeError, and never due."""
+    budget = make("2/s")
+    await budget.look()
+    assert await start(budget) is None
+    execute(
+        shop,
+        "SET SESSION sql_mode = ''",
+        f"UPDATE aioworker_budget SET {column} = {moment}",
+        "UPDATE aioworker_budget SET last_start = GREATEST(last_start, last_charge, last_write)",
+    )
+    if column == "last_start":
+        execute(shop, f"UPDATE aioworker_budget SET last_start = {moment}")
+
+    shown = run("status")
+    async with asyncio.timeout(5):
+        while await budget.look() is not None:  # noqa: ASYNC110 - the server's clock is waited for
+            await asyncio.sleep(0.01)
+        assert await start(budget) is None
+
+    assert "Error" not in shown.stderr
+    assert shown.returncode == 0
+    assert await looked(budget) == "budget: next start"
+    assert rows(shop, "SELECT last_start > NOW() - INTERVAL 9 SECOND FROM aioworker_budget") == [
+        (1,)
+    ]
+
+
+@pytest.mark.parametrize("moment", UNLIKELY)
+async def test_a_pause_beyond_any_calendar_is_a_pause(
+    make: Fleet, shop: Connection[Cursor], run: Run, moment: str
+) -> None:
+    """By plain SQL: what is no time cannot be told, and ends nobody."""
+    execute(
+        shop,
+        "SET SESSION sql_mode = ''",
+        f"UPDATE aioworker_budget SET paused = 1, paused_at = {moment}, paused_by = 'me',"
+        f" set_at = {moment}, set_by = 'me'",
+    )
+
+    shown = run("status")
+    wait = await make().look()
+
+    assert wait is not None
+    assert wait.paused
+    assert wait.reason.startswith("paused by me")
+    assert shown.returncode == 0
 
 
 async def test_only_init_makes_a_task_s_row(make: Fleet, shop: Connection[Cursor]) -> None:
