@@ -200,8 +200,8 @@ def publish_all(  # noqa: PLR0913 - as many as the command has options
 
     Prints how many chunks and ids RabbitMQ has confirmed, and the last id. Cut short, it
     prints the command that goes on from there. While an earlier sweep is still queued it
-    publishes nothing: exits 0 if that one advances, 1 if it stands still. Exits 0 when
-    every message is confirmed, 1 when one is not.
+    publishes nothing: exits 0 if that one advances, 1 if it stands still or is paused.
+    Exits 0 when every message is confirmed, 1 when one is not.
     """
     from aioworker import publishing
 
