@@ -11,11 +11,12 @@ from aioworker import early  # noqa: F401 - for what it does
 # isort: split
 from typing import TYPE_CHECKING, Any
 
+from aioworker.errors import AioworkerError, DeadLetter, Retry
+
 # Imported here and now: the function `task` has the name of the module it comes from, and
 # whichever is imported last is what `aioworker.task` means.
-from aioworker.context import Context
-from aioworker.errors import AioworkerError, DeadLetter, Retry
-from aioworker.task import Task, task
+from aioworker.tasks.context import Context
+from aioworker.tasks.task import Task, task
 
 if TYPE_CHECKING:
     from aioworker.producer import Producer

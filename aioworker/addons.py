@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from aioworker import repo
-from aioworker.context import Context
 from aioworker.errors import RowsRefusedError
-from aioworker.task import task
+from aioworker.tasks.context import Context
+from aioworker.tasks.task import task
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator

@@ -14,14 +14,8 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from pymysql.err import MySQLError
-
-from aioworker import broker, outcome, trouble
-from aioworker.breaker import Breaker, Failed
+from aioworker.budget.deaths import MOST_DEATHS
 from aioworker.console import count, duration
-from aioworker.context import Context
-from aioworker.crashes import MOST_DEATHS
-from aioworker.ends import Ends
 from aioworker.errors import (
     AioworkerError,
     BrokerError,
@@ -31,19 +25,26 @@ from aioworker.errors import (
     UsageError,
     let_go,
 )
-from aioworker.failure import Failure, Fault
-from aioworker.message import Call, decode
-from aioworker.outcome import Kind, Outcome
-from aioworker.presence import Presence
-from aioworker.report import Report, Times
-from aioworker.task import AnyTask
-from aioworker.topology import Lanes, Queues
+from aioworker.mysql import trouble
+from aioworker.mysql.trouble import MySQLError
+from aioworker.rabbitmq import broker
+from aioworker.rabbitmq.message import Call, decode
+from aioworker.rabbitmq.topology import Lanes, Queues
+from aioworker.settling import outcome
+from aioworker.settling.breaker import Breaker, Failed
+from aioworker.settling.ends import Ends
+from aioworker.settling.failure import Failure, Fault
+from aioworker.settling.outcome import Kind, Outcome
+from aioworker.settling.report import Report, Times
+from aioworker.status.presence import Presence
+from aioworker.tasks.context import Context
+from aioworker.tasks.task import AnyTask
 
 if TYPE_CHECKING:
     from aio_pika.abc import AbstractIncomingMessage
 
-    from aioworker.db import Database
     from aioworker.limits import Budget
+    from aioworker.mysql.database import Database
 
 log = logging.getLogger(__name__)
 

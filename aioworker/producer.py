@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import aio_pika
 
-from aioworker import broker, message, topology
 from aioworker.addresses import BrokerAddress
-from aioworker.chunk import id_of
 from aioworker.errors import ConnectionLostError, UsageError
+from aioworker.rabbitmq import broker, message, topology
+from aioworker.rabbitmq.topology import Queues
 from aioworker.settings import Settings, checked_prefix
-from aioworker.task import AnyTask, check_publishable
-from aioworker.topology import Queues
+from aioworker.tasks.chunk import id_of
+from aioworker.tasks.task import AnyTask, check_publishable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence

@@ -19,15 +19,14 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
-from pymysql.err import MySQLError
-
-from aioworker import trouble
 from aioworker.errors import RowsContendedError
+from aioworker.mysql import trouble
+from aioworker.mysql.trouble import MySQLError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
-    from aioworker.db import Database
+    from aioworker.mysql.database import Database
 
 TASK = "update_current_version"
 PAGE_SIZE = 5000  # rows that are looked at for a page

@@ -19,14 +19,14 @@ from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from aioworker.addresses import BrokerAddress, DatabaseAddress, Nodes
-from aioworker.chunk import CHUNK_LIMIT
 from aioworker.errors import TlsFileError, UsageError
 from aioworker.limits import NoLimit, RateLimit, parse_limit
-from aioworker.message import LONGEST_RUN_SECONDS, RETRIES_LIMIT
+from aioworker.rabbitmq.message import LONGEST_RUN_SECONDS, RETRIES_LIMIT
+from aioworker.tasks.chunk import CHUNK_LIMIT
 from aioworker.tls import refuse_pipe
 
 if TYPE_CHECKING:
-    from aioworker.db import Database
+    from aioworker.mysql.database import Database
 
 PREFIX = "AIOWORKER_"
 ENV_FILE = ".env"
@@ -218,7 +218,7 @@ class Settings(BaseSettings):
         Raises:
             UsageError: A file that its address names for TLS cannot be used.
         """
-        from aioworker.db import Database  # help needs no client of a server
+        from aioworker.mysql.database import Database  # help needs no client of a server
 
         if check:
             _check_files("mysql_url", self.mysql_url)

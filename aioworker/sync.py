@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from aioworker.producer import Producer
-from aioworker.task import AnyTask
+from aioworker.tasks.task import AnyTask
 
 CLOSE_SECONDS = 3.0
 

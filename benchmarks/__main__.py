@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING
 import aio_pika
 import psutil
 
-from aioworker import repo, topology
+from aioworker import repo
 from aioworker.addresses import DatabaseAddress
-from aioworker.budget import SharedBudget
-from aioworker.db import Database
+from aioworker.budget.shared import SharedBudget
 from aioworker.limits import RateLimit
+from aioworker.mysql.database import Database
+from aioworker.rabbitmq import topology
 from benchmarks import noop, rate
 from benchmarks.great_sweep import read_ends
 from benchmarks.other_writer import felt_beside

@@ -7,7 +7,7 @@ import time
 
 from aioworker import repo
 from aioworker.addresses import DatabaseAddress
-from aioworker.db import Database
+from aioworker.mysql.database import Database
 
 
 async def read_ends(mysql_url: str, size: int, count: int, rounds: int) -> tuple[float, float]:

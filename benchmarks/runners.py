@@ -16,13 +16,13 @@ from collections.abc import AsyncIterator
 import aio_pika
 
 from aioworker.addons import update_current_version
-from aioworker.budget import SharedBudget
+from aioworker.budget.shared import SharedBudget
 from aioworker.consumer import Consumer, Terms
-from aioworker.presence import Presence
 from aioworker.producer import Producer, Sweep, chunked, outgoing_message, publish_sweep
+from aioworker.rabbitmq.topology import Queues
 from aioworker.settings import Settings
-from aioworker.supervisor import Options, Supervisor
-from aioworker.topology import Queues
+from aioworker.status.presence import Presence
+from aioworker.worker.supervisor import Options, Supervisor
 
 IDS = int(sys.argv[2]) if len(sys.argv) > 2 else 200_000
 PAGE = 5000

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from pymysql.err import MySQLError
 
-from aioworker import broker
 from aioworker.addresses import BrokerAddress, DatabaseAddress, Nodes
+from aioworker.rabbitmq import broker
 from support import servers
 
 SECONDS = 10

@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import aio_pika
 import pytest
 
-from aioworker import schema, tables, topology
 from aioworker.addons import update_current_version
 from aioworker.addresses import BrokerAddress, DatabaseAddress
-from aioworker.budget import SharedBudget
+from aioworker.budget import schema, tables
+from aioworker.budget.shared import SharedBudget
 from aioworker.clock import Clock
 from aioworker.consumer import Consumer, Terms
-from aioworker.db import Database
 from aioworker.limits import Budget, RateLimit, WorkerBudget
-from aioworker.presence import Presence
+from aioworker.mysql.database import Database
 from aioworker.producer import Producer
-from aioworker.supervisor import Options, Supervisor
+from aioworker.rabbitmq import topology
+from aioworker.status.presence import Presence
+from aioworker.worker.supervisor import Options, Supervisor
 from support import servers, site
 from tests.fakes import FakeClock
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from pymysql.connections import Connection
     from pymysql.cursors import Cursor
 
-    from aioworker.task import AnyTask
+    from aioworker.tasks.task import AnyTask
 
 AIOWORKER = Path(sys.executable).parent / "aioworker"
 TASK = "update_current_version"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from aioworker import cli
 from aioworker.addons import update_current_version
-from aioworker.context import Context
+from aioworker.cli import main
+from aioworker.tasks.context import Context
 
 DEADLY_ADDON = 13
 STATUS = 139
@@ -21,4 +21,4 @@ async def _refresh_or_die(ctx: Context, ids: list[int]) -> None:
 
 if __name__ == "__main__":
     update_current_version.function = _refresh_or_die
-    cli.main()
+    main.main()

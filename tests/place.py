@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import aio_pika
 
-from aioworker import schema, tables
 from aioworker.addresses import DatabaseAddress
-from aioworker.db import Database
+from aioworker.budget import schema, tables
+from aioworker.mysql.database import Database
 from support import servers, site
 from tests.conftest import (
     AIOWORKER,

@@ -13,6 +13,7 @@ import aioworker
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+PACKAGE = Path(aioworker.__file__).parent
 RESERVED = Path(__file__).parent / "data/reserved"
 # What no statement of ours names: text, comments, the driver's parameters, variables.
 _NOT_NAMES = re.compile(r"'[^']*'|/\*.*?\*/|%\(\w+\)s|@@?[\w.]+", re.DOTALL)
@@ -40,7 +41,7 @@ class Statement(NamedTuple):
 
 def statements() -> list[Statement]:
     """Return every statement of the package."""
-    modules = sorted(Path(aioworker.__file__).parent.rglob("*.py"))
+    modules = sorted(PACKAGE.rglob("*.py"))
     return [one for module in modules for one in _statements(module)]
 
 
@@ -50,10 +51,14 @@ def reserved(server: str) -> set[str]:
 
 
 def _statements(path: Path) -> Iterator[Statement]:
+    inside = path.relative_to(PACKAGE.parent).with_suffix("")
+    module = ".".join(inside.parts)
     for node in ast.walk(ast.parse(path.read_text())):
-        text = _text(node, path.stem)
+        text = _text(node, module)
         if text is not None and _STATEMENT.match(text):
-            yield Statement(f"{path.stem}:{getattr(node, 'lineno', 0)}", text)
+            yield Statement(
+                f"{module.removeprefix('aioworker.')}:{getattr(node, 'lineno', 0)}", text
+            )
 
 
 def _text(node: ast.AST, module: str) -> str | None:
@@ -71,7 +76,7 @@ def _part(node: ast.expr, module: str) -> str:
     found: object = None
     for name in ast.unparse(node.value).split("."):
         found = (
-            getattr(importlib.import_module(f"aioworker.{module}"), name, None)
+            getattr(importlib.import_module(module), name, None)
             if found is None
             else getattr(found, name, None)
         )

@@ -19,8 +19,6 @@ from typing import Any, NoReturn
 from pamqp.header import ContentHeader
 from pymysql.err import DataError, InterfaceError, OperationalError
 
-from aioworker import outcome
-from aioworker.context import Context
 from aioworker.errors import (
     AioworkerError,
     BrokerError,
@@ -34,10 +32,12 @@ from aioworker.errors import (
     TurnLostError,
     name_of,
 )
-from aioworker.failure import Failure, Fault
 from aioworker.logs import ConsoleFormatter, JsonFormatter
-from aioworker.outcome import Kind, Outcome
-from aioworker.report import Report, Times
+from aioworker.settling import outcome
+from aioworker.settling.failure import Failure, Fault
+from aioworker.settling.outcome import Kind, Outcome
+from aioworker.settling.report import Report, Times
+from aioworker.tasks.context import Context
 from tests.fakes import delivered
 
 RAISED: tuple[type[BaseException], ...] = (

@@ -225,7 +225,7 @@ async def test_a_slow_and_limited_task_holds_up_no_other(
         (
             "from aioworker import Context, task\n\n@task\ndef f(n: int, ctx: Context): ...\n",
             "module 'broken': task 'f': expected `Context` itself as an annotation, of the first"
-            " positional parameter alone, got: ctx: aioworker.context.Context",
+            " positional parameter alone, got: ctx: aioworker.tasks.context.Context",
         ),
         (
             "from aioworker import task\n\n@task(timeout='30')\ndef f(): ...\n",

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from aioworker.crashes import MOST_DEATHS
+from aioworker.budget.deaths import MOST_DEATHS
 from support.servers import ROOT
 from tests.conftest import (
     COMMAND_SECONDS,

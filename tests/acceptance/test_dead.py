@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import aio_pika
 import pytest
 
-from aioworker import dead, topology
+from aioworker.commands import dead
+from aioworker.commands.letters import Filter
 from aioworker.errors import AioworkerError
-from aioworker.letters import Filter
+from aioworker.rabbitmq import topology
 from aioworker.settings import Settings
 from tests.conftest import (
     AIOWORKER,

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import aio_pika
 import pytest
 
-from aioworker import dead, outcome, topology
+from aioworker.commands import dead
+from aioworker.commands.letters import Filter
 from aioworker.errors import NotTakenError
-from aioworker.letters import Filter
+from aioworker.rabbitmq import topology
 from aioworker.settings import Settings
+from aioworker.settling import outcome
 from support import servers
 from tests.conftest import COMMAND_SECONDS, PREFIX, QUEUES, TASK, Run
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aioworker import schema, session
+from aioworker.budget import schema
+from aioworker.mysql import session
 from aioworker.settings import Settings
 from tests.conftest import Run, execute, rows
 
@@ -106,7 +107,7 @@ def test_each_claim_of_what_is_not_trusted_names_its_test() -> None:
 def test_help_imports_no_client_of_a_server(arguments: list[str]) -> None:
     """It answers at once."""
     code = (
-        "import sys; from aioworker.cli import main; sys.argv[0] = 'aioworker'\n"
+        "import sys; from aioworker.cli.main import main; sys.argv[0] = 'aioworker'\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "print([name for name in ('aio_pika', 'aiomysql', 'rich') if name in sys.modules])"

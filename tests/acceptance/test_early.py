@@ -184,7 +184,7 @@ def test_a_worker_keeps_every_sighup_of_its_start(
 
     assert (done.returncode, done.stdout) == (0, "aioworker: loaded update_current_version\n")
     modules = (tmp_path / "all").read_text().splitlines()
-    assert {"typer", "pydantic", "aioworker.task", "aioworker.addons"} <= set(modules)
+    assert {"typer", "pydantic", "aioworker.tasks.task", "aioworker.addons"} <= set(modules)
     assert len(modules) > 200
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import aio_pika
 import pytest
 
-from aioworker import topology
+from aioworker.rabbitmq import topology
 from support import servers
 from tests.conftest import AIOWORKER, COMMAND_SECONDS, PREFIX, eventually, execute, rows
 

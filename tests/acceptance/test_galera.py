@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aioworker import schema, tables
+from aioworker.budget import schema, tables
 from support import servers, site
 from support.servers import Maria
 from tests.conftest import TASK, Lanes, Run, execute, rows

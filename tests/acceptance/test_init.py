@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 import aio_pika
 import pytest
 
-from aioworker import grants, schema, setup, topology
+from aioworker.budget import grants, schema
+from aioworker.commands import init
 from aioworker.errors import DatabaseError
+from aioworker.rabbitmq import topology
 from aioworker.settings import Settings
 from support import servers
 from tests.conftest import (
@@ -157,11 +159,11 @@ async def test_a_look_at_the_grants_that_takes_too_long_is_the_databases_error(
     """It was an unexpected TimeoutError, without the server's name."""
     for name, value in pair.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(setup, "DATABASE_SECONDS", 1.0)
+    monkeypatch.setattr(init, "DATABASE_SECONDS", 1.0)
     monkeypatch.setattr(grants, "_GRANTED", "SELECT 1, 2, SLEEP(20)")
 
     with pytest.raises(DatabaseError, match=r"^cannot use MySQL at mysql://.*: no answer in time"):
-        await setup.init(Settings.load(), [])
+        await init.init(Settings.load(), [])
 
 
 def test_no_table_is_changed_on_a_server_that_only_reads(

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit, urlunsplit
 import aio_pika
 import pytest
 
-from aioworker import schema
+from aioworker.budget import schema
 from support import servers
 from tests.conftest import AIOWORKER, COMMAND_SECONDS, TASK, execute
 

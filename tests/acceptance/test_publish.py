@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import aio_pika
 import pytest
 
-from aioworker import topology
+from aioworker.rabbitmq import topology
 from support import servers, site
 from tests.conftest import (
     AIOWORKER,

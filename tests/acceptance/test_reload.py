@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from aioworker import Producer
-from aioworker.reload import FRESH_SECONDS
+from aioworker.worker.reload import FRESH_SECONDS
 from tests.conftest import (
     AIOWORKER,
     ModuleWorker,

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aioworker import tables, topology
 from aioworker.addresses import BrokerAddress, Nodes
-from aioworker.broker import Publisher, connection
-from aioworker.look import Look
+from aioworker.budget import tables
+from aioworker.commands.look import Look
+from aioworker.rabbitmq import topology
+from aioworker.rabbitmq.broker import Publisher, connection
 from support import servers
 from tests.conftest import (
     DEADLINE_SECONDS,

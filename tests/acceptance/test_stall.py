@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aioworker import Producer, tables
+from aioworker import Producer
+from aioworker.budget import tables
 from support import servers
 from tests.conftest import (
     TASK,

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pydantic import TypeAdapter
 
-from aioworker import tables
-from aioworker.db import Database
+from aioworker.budget import tables
+from aioworker.cli.text import lines
+from aioworker.commands.status import Status, look
+from aioworker.mysql.database import Database
 from aioworker.settings import Settings
-from aioworker.status import Status, look
-from aioworker.status_text import lines
 from support import servers
 from tests.conftest import (
     TASK,
@@ -304,7 +304,7 @@ async def test_a_clock_that_is_not_the_databases_is_shown(
     for name, value in pair.environment.items():
         monkeypatch.setenv(name, value)
     ahead = timedelta(minutes=minutes)
-    monkeypatch.setattr("aioworker.status.own_time", lambda: datetime.now(UTC) + ahead)
+    monkeypatch.setattr("aioworker.commands.status.own_time", lambda: datetime.now(UTC) + ahead)
 
     [found] = await look(Settings.load(), [TASK])
 

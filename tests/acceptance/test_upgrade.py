@@ -40,7 +40,8 @@ ROW = (
 )
 # A module of a version that needs one column more.
 NEWER = """
-from aioworker import schema, task
+from aioworker import task
+from aioworker.budget import schema
 
 schema._STATEMENTS["aioworker_budget"] = schema.BUDGET.replace(
     "deaths TEXT NULL", "deaths TEXT NULL,\\n    newest INT NULL"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from pamqp.commands import Basic
 
-from aioworker.message import retries
+from aioworker.rabbitmq.message import retries
 from tests.conftest import TASK
 
 ADDONS = [1001, 1002, 1003]  # what they name: nothing may ever write these

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import psutil
 
 from aioworker.addresses import BrokerAddress
-from aioworker.broker import Publisher
 from aioworker.errors import BrokerError
-from aioworker.session import LOCK_WAIT_SECONDS
+from aioworker.mysql.session import LOCK_WAIT_SECONDS
+from aioworker.rabbitmq.broker import Publisher
 from support import servers
 from tests.conftest import Worker, execute, rows, simple_addons
 from tests.faults.conftest import alarmed, away, frozen, within

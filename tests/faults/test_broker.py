@@ -15,8 +15,8 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from aioworker import topology
-from aioworker.supervisor import ALARM_SECONDS
+from aioworker.rabbitmq import topology
+from aioworker.worker.supervisor import ALARM_SECONDS
 from support import servers
 from tests.acceptance.test_worker import Manager
 from tests.conftest import DEADLINE_SECONDS, QUEUES, eventually, simple_addons

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import pymysql
 import pytest
 
-from aioworker.db import KILL_SECONDS
+from aioworker.mysql.database import KILL_SECONDS
 from support import servers
 from tests.acceptance.test_worker import Manager
 from tests.conftest import QUEUES, eventually, execute, rows, simple_addons

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pymysql
 import pytest
 
-from aioworker import schema, tables
+from aioworker.budget import schema, tables
 from support import servers, site
 from tests.conftest import QUEUES, TASK, eventually, execute, rows, simple_addons
 from tests.faults.conftest import MakePlace

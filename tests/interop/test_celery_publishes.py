@@ -14,8 +14,8 @@ from amqp.exceptions import AccessRefused, ChannelError
 from celery import Celery, chain, chord, group
 from kombu import Queue
 
-from aioworker.outcome import Kind
-from aioworker.task import Task
+from aioworker.settling.outcome import Kind
+from aioworker.tasks.task import Task
 from tests.conftest import (
     QUEUES,
     TASK,

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aioworker import tables
-from aioworker.budget import SharedBudget
-from aioworker.db import Database
+from aioworker.budget import tables
+from aioworker.budget.shared import SharedBudget
+from aioworker.budget.tables import Row, peek
 from aioworker.errors import DatabaseError, TurnLostError
 from aioworker.limits import RateLimit, Wait
-from aioworker.tables import Row, peek
+from aioworker.mysql.database import Database
 from tests.conftest import TASK, Run, execute, make_database, rows, simple_addons
 
 if TYPE_CHECKING:

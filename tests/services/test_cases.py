@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioworker.outcome import Kind
+from aioworker.settling.outcome import Kind
 from support import site
 from tests.conftest import (
     TASK,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pymysql.connections import Connection
     from pymysql.cursors import Cursor
 
-    from aioworker.db import Database
+    from aioworker.mysql.database import Database
     from support.servers import Servers
 
 CASES = json.loads((Path(__file__).parent.parent / "data/current_version_cases.json").read_text())

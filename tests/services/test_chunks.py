@@ -14,8 +14,8 @@ import pamqp.encode
 import pytest
 
 from aioworker import repo
-from aioworker.db import Database
-from aioworker.outcome import Kind
+from aioworker.mysql.database import Database
+from aioworker.settling.outcome import Kind
 from tests.conftest import (
     QUEUES,
     Lanes,

@@ -13,8 +13,8 @@ import pytest
 
 from aioworker import DeadLetter
 from aioworker.clock import Clock
-from aioworker.outcome import Kind
-from aioworker.task import Task
+from aioworker.settling.outcome import Kind
+from aioworker.tasks.task import Task
 from tests.conftest import QUEUES, TASK, Lanes, make_database, make_worker
 
 if TYPE_CHECKING:

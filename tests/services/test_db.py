@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import pytest
 from pymysql.err import OperationalError
 
-from aioworker import session
 from aioworker.addresses import DatabaseAddress
-from aioworker.db import KILL_SECONDS, OWN_SECONDS, Database
 from aioworker.errors import DatabaseError
-from aioworker.trouble import Trouble, sort
+from aioworker.mysql import session
+from aioworker.mysql.database import KILL_SECONDS, OWN_SECONDS, Database
+from aioworker.mysql.trouble import Trouble, sort
 from support.servers import Maria, Servers
 from tests.conftest import current_versions, eventually, execute, make_database, rows, simple_addons
 from tests.faults.proxy import Proxy

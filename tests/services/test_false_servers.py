@@ -12,10 +12,10 @@ from urllib.parse import quote
 import pytest
 from pymysql.constants import CLIENT
 
-from aioworker import broker
 from aioworker.addresses import BrokerAddress, DatabaseAddress, Nodes
-from aioworker.db import Database
 from aioworker.errors import AioworkerError, BrokerError, DatabaseError
+from aioworker.mysql.database import Database
+from aioworker.rabbitmq import broker
 from tests import false_servers
 from tests.false_servers import FalseServer, Part, greeting, packet, refusal, says, slowly, switch
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioworker.outcome import Kind
-from aioworker.supervisor import AT_ONCE, SUSPECT_RETURNS, Supervisor
-from aioworker.task import Task
+from aioworker.settling.outcome import Kind
+from aioworker.tasks.task import Task
+from aioworker.worker.supervisor import AT_ONCE, SUSPECT_RETURNS, Supervisor
 from tests.conftest import QUEUES, TASK, Lanes, make_worker
 
 if TYPE_CHECKING:
-    from aioworker.db import Database
+    from aioworker.mysql.database import Database
     from support.servers import Broker, Servers
 
 Make = Callable[..., Supervisor]

@@ -16,10 +16,11 @@ import pytest
 from pymysql.constants import ER
 from pymysql.err import MySQLError
 
-from aioworker import Context, schema, tables
+from aioworker import Context
 from aioworker.addons import update_current_version
+from aioworker.budget import schema, tables
 from aioworker.errors import DatabaseError
-from aioworker.task import AnyTask, Task
+from aioworker.tasks.task import AnyTask, Task
 from support import servers, site
 from tests.conftest import (
     QUEUES,

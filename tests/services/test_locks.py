@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from aioworker import repo
-from aioworker.db import Database
+from aioworker.mysql.database import Database
 from tests.conftest import (
     current_versions,
     eventually,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aioworker import repo
-from aioworker.db import Database
 from aioworker.errors import RowsContendedError
+from aioworker.mysql.database import Database
 from support import servers
 from tests.conftest import current_versions, execute, make_database, rows, simple_addons
 

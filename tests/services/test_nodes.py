@@ -8,9 +8,9 @@ from typing import NamedTuple
 import aio_pika
 import pytest
 
-from aioworker import broker as rabbitmq
 from aioworker.addresses import BrokerAddress, Nodes
 from aioworker.errors import BrokerError, QueueMissingError
+from aioworker.rabbitmq import broker as rabbitmq
 from support import servers
 from tests.conftest import QUEUES, Lanes
 from tests.faults.conftest import alarmed

@@ -13,9 +13,9 @@ import pytest
 from pymysql.constants import CR
 from pymysql.err import OperationalError
 
-from aioworker.db import Database
-from aioworker.outcome import Kind
-from aioworker.presence import Presence
+from aioworker.mysql.database import Database
+from aioworker.settling.outcome import Kind
+from aioworker.status.presence import Presence
 from tests.conftest import (
     DEADLINE_SECONDS,
     TASK,

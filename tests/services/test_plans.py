@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pymysql.connections import Connection
     from pymysql.cursors import Cursor
 
-    from aioworker.db import Database
+    from aioworker.mysql.database import Database
 
 ROWS = 2**20
 LOOKED_AT = "SHOW SESSION STATUS WHERE variable_name REGEXP '^Handler_(read_|icp_attempts)'"

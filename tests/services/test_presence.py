@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from aioworker.presence import Presence
+from aioworker.status.presence import Presence
 from tests.conftest import TASK, rows
 
 if TYPE_CHECKING:
     from pymysql.connections import Connection
     from pymysql.cursors import Cursor
 
-    from aioworker.db import Database
+    from aioworker.mysql.database import Database
 
 
 def made(database: Database, run_seconds: float = 30) -> Presence:

@@ -23,8 +23,8 @@ import aio_pika
 import pytest
 
 from aioworker import Producer, Task, publish_sync, sync
-from aioworker.broker import Publisher
 from aioworker.errors import BrokerError, ConnectionLostError, QueueMissingError, UsageError
+from aioworker.rabbitmq.broker import Publisher
 from support import servers
 from tests.conftest import QUEUES, TASK, Lanes, eventually
 from tests.faults.proxy import Proxy

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioworker import Context, login, tables
-from aioworker.budget import SharedBudget
-from aioworker.db import _reads
+from aioworker import Context
+from aioworker.budget import tables
+from aioworker.budget.shared import SharedBudget
 from aioworker.limits import RateLimit
-from aioworker.outcome import Kind
-from aioworker.task import Task
+from aioworker.mysql import login
+from aioworker.mysql.database import _reads
+from aioworker.settling.outcome import Kind
+from aioworker.tasks.task import Task
 from tests.conftest import TASK, Lanes, database_name, execute, make_database, make_worker, rows
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import pytest
 
 from aioworker import DeadLetter, Retry
 from aioworker.logs import ConsoleFormatter, JsonFormatter
-from aioworker.task import AnyTask, Task
+from aioworker.tasks.task import AnyTask, Task
 from tests.conftest import TASK, Lanes, make_database, make_worker
 
 if TYPE_CHECKING:

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pymysql.err import DataError, OperationalError
 
-from aioworker import supervisor
 from aioworker.consumer import MOST_RETURNS
-from aioworker.context import Context
 from aioworker.errors import AioworkerError, DatabaseError
-from aioworker.outcome import Kind
-from aioworker.task import AnyTask, Task
+from aioworker.settling.outcome import Kind
+from aioworker.tasks.context import Context
+from aioworker.tasks.task import AnyTask, Task
+from aioworker.worker import supervisor
 from support.servers import Servers
 from tests.conftest import (
     QUEUES,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from pymysql.connections import Connection
     from pymysql.cursors import Cursor
 
-    from aioworker.db import Database
+    from aioworker.mysql.database import Database
 
 
 def chunk(ids: list[int]) -> bytes:

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioworker import schema, tables
-from aioworker.budget import SharedBudget
-from aioworker.db import Answer, Database
+from aioworker.budget import schema, tables
+from aioworker.budget.shared import SharedBudget
 from aioworker.limits import RateLimit
+from aioworker.mysql.database import Answer, Database
 from support import servers
 from tests.conftest import TASK, database_name, execute, make_database, rows
 

@@ -13,7 +13,7 @@ from pymysql.connections import Connection
 from pymysql.cursors import Cursor
 
 from aioworker import repo
-from aioworker.chunk import check_ids
+from aioworker.tasks.chunk import check_ids
 from support import servers, site
 from tests.conftest import current_versions, execute, make_database
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aioworker import schema, tables
-from aioworker.budget import SharedBudget
+from aioworker.budget import schema, tables
+from aioworker.budget.shared import SharedBudget
 from aioworker.errors import DatabaseError
 from aioworker.limits import RateLimit
 from support import servers
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pymysql.connections import Connection
     from pymysql.cursors import Cursor
 
-    from aioworker.db import Database
+    from aioworker.mysql.database import Database
 
 VERSIONS = pytest.mark.parametrize("version", EARLIER, ids=lambda path: path.name)
 # What a DBA, and the workers, have written into it.

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 import pymysql
 import pytest
 
-from aioworker import repo, schema, tables
+from aioworker import repo
 from aioworker.addresses import DatabaseAddress
-from aioworker.budget import SharedBudget
-from aioworker.db import Database
+from aioworker.budget import schema, tables
+from aioworker.budget.shared import SharedBudget
 from aioworker.errors import DatabaseError
 from aioworker.limits import RateLimit
+from aioworker.mysql.database import Database
 from support import servers, site
 from support.servers import HOST, Maria
 from tests.conftest import TASK, Lanes, current_versions, execute, make_worker, rows, simple_addons

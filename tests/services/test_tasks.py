@@ -20,15 +20,15 @@ import pytest
 from aioworker import Context, DeadLetter, Retry
 from aioworker.errors import TaskError
 from aioworker.logs import ConsoleFormatter
-from aioworker.outcome import Kind
-from aioworker.task import AnyTask, Task
+from aioworker.settling.outcome import Kind
+from aioworker.tasks.task import AnyTask, Task
 from tests.conftest import QUEUES, TASK, Lanes, execute, make_database, make_worker, rows
 
 if TYPE_CHECKING:
     from pymysql.connections import Connection
     from pymysql.cursors import Cursor
 
-    from aioworker.db import Database
+    from aioworker.mysql.database import Database
     from support.servers import Servers
 
 Served = Callable[..., Any]

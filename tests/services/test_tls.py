@@ -13,10 +13,10 @@ from urllib.parse import quote
 
 import pytest
 
-from aioworker import broker
 from aioworker.addresses import BrokerAddress, DatabaseAddress, Nodes
-from aioworker.db import Database
 from aioworker.errors import BrokerError, DatabaseError
+from aioworker.mysql.database import Database
+from aioworker.rabbitmq import broker
 from support import servers
 from tests.authority import Authority
 from tests.conftest import execute, rows

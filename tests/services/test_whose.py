@@ -11,11 +11,11 @@ import pymysql
 import pytest
 from pymysql.err import MySQLError, OperationalError
 
-from aioworker.context import Context
 from aioworker.errors import DatabaseError
 from aioworker.logs import ConsoleFormatter
-from aioworker.outcome import Kind
-from aioworker.task import Task
+from aioworker.settling.outcome import Kind
+from aioworker.tasks.context import Context
+from aioworker.tasks.task import Task
 from support.servers import Maria, Servers
 from tests.conftest import QUEUES, TASK, Lanes, execute, make_database, make_worker, rows
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from pymysql.connections import Connection
     from pymysql.cursors import Cursor
 
-    from aioworker.db import Database
-    from aioworker.supervisor import Supervisor
+    from aioworker.mysql.database import Database
+    from aioworker.worker.supervisor import Supervisor
 
 Work = Callable[..., Awaitable[None]]
 Make = Callable[..., "Supervisor"]

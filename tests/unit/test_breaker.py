@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from aioworker.breaker import MOST_TESTS, STREAK, TEST_SECONDS, Breaker, Failed
+from aioworker.settling.breaker import MOST_TESTS, STREAK, TEST_SECONDS, Breaker, Failed
 
 
 class Time:

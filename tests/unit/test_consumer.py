@@ -11,11 +11,11 @@ import pytest
 
 from aioworker.addresses import DatabaseAddress
 from aioworker.consumer import Consumer, Link, Terms
-from aioworker.db import Database
 from aioworker.errors import BrokerError, DatabaseError
 from aioworker.limits import Budget, Wait, WorkerBudget
-from aioworker.outcome import Kind
-from aioworker.task import Task
+from aioworker.mysql.database import Database
+from aioworker.settling.outcome import Kind
+from aioworker.tasks.task import Task
 from tests.fakes import Settleable, settleable
 
 LINK = Link(Mock(), AsyncMock())

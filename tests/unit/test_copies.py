@@ -9,9 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pamqp.header import ContentHeader
 
-from aioworker import outcome
-from aioworker.failure import Failure
-from aioworker.outcome import Kind, Outcome
+from aioworker.settling import outcome
+from aioworker.settling.failure import Failure
+from aioworker.settling.outcome import Kind, Outcome
 from tests.fakes import delivered
 
 FRAME_BYTES = 131_072 - 8  # what RabbitMQ takes, less a frame's own

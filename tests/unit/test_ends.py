@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from aio_pika import IncomingMessage
 
-from aioworker.ends import MOST, Ends
-from aioworker.failure import Failure
-from aioworker.outcome import Kind, Outcome
+from aioworker.settling.ends import MOST, Ends
+from aioworker.settling.failure import Failure
+from aioworker.settling.outcome import Kind, Outcome
 from tests.fakes import delivered
 
 DONE = Outcome(Kind.ACK)

@@ -18,7 +18,7 @@ from aioworker.errors import (
     family,
     let_go,
 )
-from aioworker.failure import Failure, Fault
+from aioworker.settling.failure import Failure, Fault
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from aioworker.flow import Flow
-from aioworker.outcome import Kind, Outcome
+from aioworker.settling.outcome import Kind, Outcome
+from aioworker.worker.intake import Flow
 
 
 @pytest.mark.parametrize("ended", [False, True], ids=["all loops are taken", "it has ended"])

@@ -14,8 +14,8 @@ from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 from pamqp.heartbeat import Heartbeat
 
-from aioworker.frames import SHOWN_BYTES, Frames, PlainConnection
-from aioworker.message import PROPERTIES, UNREADABLE
+from aioworker.rabbitmq.frames import SHOWN_BYTES, Frames, PlainConnection
+from aioworker.rabbitmq.message import PROPERTIES, UNREADABLE
 from tests.faults.junk import UNDECODABLE, Properties
 
 BODY_SIZE = 7

@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple, NewType, TypeAlias
 
 import pytest
 
-from aioworker.hints import IDS, ROWS, behind, chunk_of
+from aioworker.tasks.hints import IDS, ROWS, behind, chunk_of
 
 ShopId = NewType("ShopId", int)
 Shops: TypeAlias = list[ShopId]

@@ -10,10 +10,10 @@ from typing import Any, cast
 import pytest
 
 from aioworker import Context
-from aioworker.db import Database
 from aioworker.errors import TaskError, UsageError
-from aioworker.keys import naming, pages
-from aioworker.task import Task
+from aioworker.mysql.database import Database
+from aioworker.tasks.keys import naming, pages
+from aioworker.tasks.task import Task
 
 CTX = Context(cast("Database", None), "sweep")
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import pytest
 
-from aioworker.failure import Failure
 from aioworker.logs import ConsoleFormatter, JournalFormatter, JsonFormatter, Seldom
+from aioworker.settling.failure import Failure
 
 
 class UnshowableError(Exception):

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aioworker.addons import update_current_version
-from aioworker.chunk import check_ids
 from aioworker.errors import AioworkerError, MessageRefusedError, UsageError
-from aioworker.message import BODY_LIMIT, decode, encode, retries
+from aioworker.rabbitmq.message import BODY_LIMIT, decode, encode, retries
+from aioworker.tasks.chunk import check_ids
 
 TASK = "update_current_version"
 HEADERS = {"task": TASK, "id": "one"}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from aioworker import logs
-from aioworker.presence import Presence
+from aioworker.status.presence import Presence
 
 WARNING, INFO = logging.WARNING, logging.INFO
 
@@ -24,7 +24,7 @@ class Clock:
 def passing(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock of what was said."""
     clock = Clock()
-    monkeypatch.setattr("aioworker.presence.Seldom", lambda: logs.Seldom(lambda: clock.now))
+    monkeypatch.setattr("aioworker.status.presence.Seldom", lambda: logs.Seldom(lambda: clock.now))
     return clock
 
 

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 
 from aioworker.errors import BrokerError, DatabaseError, StalledError
-from aioworker.recovery import Outage, Stall
+from aioworker.worker.recovery import Outage, Stall
 from tests.fakes import FakeClock
 
 AWAY = DatabaseError("gone", unreachable=True)
@@ -70,7 +70,7 @@ def test_an_outage_is_told_since_its_own_beginning(monkeypatch: pytest.MonkeyPat
 
     for minute, heals in ((1, False), (2, True), (3, False), (4, False)):
         moment = datetime(2026, 11, 28, 12, minute, tzinfo=UTC)
-        monkeypatch.setattr("aioworker.recovery.datetime", Mock(now=lambda _: moment))  # noqa: B023
+        monkeypatch.setattr("aioworker.worker.recovery.datetime", Mock(now=lambda _: moment))  # noqa: B023
         said.append(outage.tell(AWAY).partition(" UTC")[0])
         if heals:
             outage.end()

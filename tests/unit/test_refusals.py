@@ -19,8 +19,8 @@ from aiormq.exceptions import (
 )
 from pamqp.commands import Basic
 
-from aioworker import broker
 from aioworker.errors import QueueMissingError
+from aioworker.rabbitmq import broker
 
 QUEUE = "aioworker.shop"
 MISSING = f"NOT_FOUND - no queue '{QUEUE}' in vhost '/'"

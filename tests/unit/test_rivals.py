@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 
 import pytest
 
-from aioworker.rivals import AGAIN_SECONDS, ALONE_SECONDS, Rivals
-from aioworker.tables import Row
+from aioworker.budget.rivals import AGAIN_SECONDS, ALONE_SECONDS, Rivals
+from aioworker.budget.tables import Row
 
 OURS, THEIRS = "db1:3306:1", "db2:3306:2"
 LOOK_SECONDS = 2.0

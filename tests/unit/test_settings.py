@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from aioworker import Producer
 from aioworker.errors import UsageError
 from aioworker.limits import RateLimit
+from aioworker.rabbitmq.topology import Queues
 from aioworker.settings import Settings
-from aioworker.topology import Queues
 
 
 @pytest.fixture(autouse=True)

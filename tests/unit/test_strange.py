@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aioworker.chunk import part_of
-from aioworker.context import Context
 from aioworker.errors import UsageError, name_of
 from aioworker.logs import fields
-from aioworker.message import brief
-from aioworker.task import Task
+from aioworker.rabbitmq.message import brief
+from aioworker.tasks.chunk import part_of
+from aioworker.tasks.context import Context
+from aioworker.tasks.task import Task
 from tests import strange
 
 RUNS = 500

@@ -16,7 +16,7 @@ import pytest
 from aioworker import Context, task
 from aioworker import task as decorator
 from aioworker.errors import RateLimitError, TaskError, UsageError
-from aioworker.task import AnyTask, check_publishable, find, registered
+from aioworker.tasks.task import AnyTask, check_publishable, find, registered
 
 
 def pages() -> Iterator[list[int]]:
@@ -56,7 +56,7 @@ class Shop:
 def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test registers for itself."""
     # By its name in sys.modules: `aioworker.task` is the decorator.
-    monkeypatch.setattr(sys.modules["aioworker.task"], "_registry", {})
+    monkeypatch.setattr(sys.modules["aioworker.tasks.task"], "_registry", {})
 
 
 def test_a_decorated_function_is_still_itself() -> None:
@@ -139,7 +139,7 @@ async def test_a_coroutine_is_awaited_as_before() -> None:
             {},
             context_by_name,
             "task 'context_by_name': expected `Context` itself as an annotation, of the first"
-            " positional parameter alone, got: ctx: aioworker.context.Context",
+            " positional parameter alone, got: ctx: aioworker.tasks.context.Context",
         ),
         (
             {},

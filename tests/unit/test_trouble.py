@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pymysql.err import MySQLError, OperationalError
 
-from aioworker.trouble import Trouble, describe, sort
+from aioworker.mysql.trouble import Trouble, describe, sort
 
 READS = "; this server only reads: is it a replica? check AIOWORKER_MYSQL_URL"
 

@@ -1,0 +1,1 @@
+"""When a start may begin, over all workers: the shared row, and the tables."""

@@ -1,0 +1,171 @@
+"""A run's first write: it waits until that is due, and the budget's row is told when it came.
+
+First writes are an interval apart, as charges are. A run is charged so early that its first
+write is due when it usually gets there; what is left is waited for before its transaction is
+opened, and the last of it right before the statement that may write, by the server's clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from aioworker.errors import TurnLostError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from datetime import datetime
+
+    from aioworker.mysql.database import Cursor, Database
+
+# An event loop wakes up a millisecond late or more: the server waits out the rest.
+SERVER_SECONDS = 0.005
+LONGEST_SERVER_SECONDS = 0.05  # whatever a clock says
+# Two clocks may come apart by this part of the time.
+APART = 0.001
+KEPT = 7 / 8  # of what something took at most, each time that it takes less
+
+# The time first: to find and lock the row takes a tenth of a millisecond.
+_NOW = "SET @aioworker_now = SYSDATE(6)"
+_STAMP = """UPDATE aioworker_budget
+SET last_write = @aioworker_now - INTERVAL %(passed_us)s MICROSECOND,
+    last_start = GREATEST(last_charge, last_write)
+WHERE task = %(task)s AND IS_USED_LOCK(%(lock)s) = CONNECTION_ID()"""
+
+
+def server_waits(moment: str) -> tuple[str, ...]:
+    """Return statements in which the server waits until a moment; NULL is now.
+
+    Args:
+        moment: An expression of SQL; less than 50 ms ahead, or it is not waited for.
+    """
+    # A sleep ends a tenth of a millisecond late, the shorter one less; one of less than 10 µs
+    # is none.
+    return tuple(
+        "DO SLEEP(LEAST(GREATEST(COALESCE("
+        f"TIMESTAMPDIFF(MICROSECOND, SYSDATE(6), {moment}) + {more_us}, 0) / 1e6, 0),"
+        f" {LONGEST_SERVER_SECONDS}))"
+        for more_us in (-80, 10)
+    )
+
+
+class Usual:
+    """How long something takes at most, lately.
+
+    Attributes:
+        seconds: How long; 0 where it has not been seen.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def took(self, seconds: float) -> None:
+        """Note how long it took."""
+        self.seconds = max(seconds, KEPT * self.seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Habits:
+    """What the runs of a task usually take to come to their first write.
+
+    Args:
+        from_charge: Since they were charged.
+        from_opening: Since their transaction was opened.
+    """
+
+    from_charge: Usual = field(default_factory=Usual)
+    from_opening: Usual = field(default_factory=Usual)
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """When a write is due.
+
+    Args:
+        at: By the event loop's clock, a little late at most.
+        moment: By the server's, UTC.
+        known_at: When that was known, by the event loop's clock.
+    """
+
+    at: float
+    moment: datetime
+    known_at: float
+
+
+class FirstWrite:
+    """Waits for the first write of one run, which was charged just now, and stamps the row.
+
+    Args:
+        database: The connection that holds the turn.
+        arguments: `task` and `lock`, for the statement.
+        due: When the write is due.
+        habits: What such runs usually take.
+        charged_at: When it was charged at the earliest, by the event loop's clock.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        arguments: Mapping[str, object],
+        due: Due,
+        habits: Habits,
+        charged_at: float,
+    ) -> None:
+        self._database = database
+        self._arguments = arguments
+        self._due = due
+        self._habits = habits
+        self._clock = asyncio.get_running_loop().time
+        self._waited = 0.0
+        self._charged_at = self._opened_at = self._ready_at = charged_at
+        self._wrote_at = 0.0
+
+    async def before_opening(self) -> None:
+        """Wait as long as whoever opens a transaction now would usually write too early."""
+        await self._wait_until(self._due.at - self._habits.from_opening.seconds)
+        self._opened_at = self._spent()
+
+    async def before_writing(self) -> tuple[str, ...]:
+        """Wait until the write is due; return what has the server wait out the rest."""
+        self._ready_at = self._spent()
+        await self._wait_until(self._due.at)
+        now = self._clock()
+        if now >= self._due.at + APART * (now - self._due.known_at):
+            return ()
+        return server_waits(f"'{self._due.moment:%Y-%m-%d %H:%M:%S.%f}'")
+
+    def wrote(self) -> None:
+        """Note that the first write was now."""
+        self._wrote_at = self._clock()
+        self._habits.from_charge.took(self._ready_at - self._charged_at)
+        self._habits.from_opening.took(self._ready_at - self._opened_at)
+
+    async def before_commit(self, cursor: Cursor) -> None:
+        """Tell the row when it was: as the last statement, which locks it until the commit.
+
+        Raises:
+            TurnLostError: Somebody else may hold the turn.
+        """
+        passed = (self._clock() - self._wrote_at) * (1 - APART)
+        stamped = {**self._arguments, "passed_us": int(passed * 1e6)}
+        await cursor.execute(f"{_NOW}; {_STAMP}", stamped)
+        await cursor.nextset()
+        if not cursor.rowcount:
+            task = self._arguments["task"]
+            raise TurnLostError(f"the turn of {task} was lost before its first write")
+
+    def _spent(self) -> float:
+        """Return the seconds of a clock that stands still while this waits."""
+        return self._clock() - self._waited
+
+    async def _wait_until(self, moment: float) -> None:
+        """Wait but for the last milliseconds; nobody's time runs meanwhile."""
+        began = self._clock()
+        seconds = moment - SERVER_SECONDS - began
+        if seconds <= 0:
+            return
+        reason = f"budget: first write at {self._due.moment:%H:%M:%S} UTC"
+        with self._database.waiting(seconds, reason):
+            await asyncio.sleep(seconds)
+        self._waited += self._clock() - began

@@ -1,0 +1,188 @@
+"""aioworker's own two tables as this version has them, and their change in place.
+
+A table of an earlier version is given the columns that it lacks, and keeps all that is in it.
+Workers of that version read and write on beside newer ones: every statement names its columns,
+and what came after the first version is NULL or has a default.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from aioworker.console import command, tell
+from aioworker.errors import DatabaseError
+from aioworker.mysql import trouble
+from aioworker.mysql.trouble import ER, MySQLError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from aioworker.mysql.database import Database
+
+NAMES = ("aioworker_budget", "aioworker_worker")
+
+# One column a line: these are also what a table of an earlier version is held against.
+BUDGET = """CREATE TABLE IF NOT EXISTS aioworker_budget (
+    task VARCHAR(190) CHARACTER SET ascii COLLATE ascii_bin NOT NULL PRIMARY KEY,
+    last_start DATETIME(6) NOT NULL,
+    last_charge DATETIME(6) NULL,
+    last_write DATETIME(6) NULL,
+    server VARCHAR(100) NOT NULL,
+    starts BIGINT UNSIGNED NOT NULL DEFAULT 0,
+    holder VARCHAR(190) NULL,
+    paused BOOLEAN NOT NULL DEFAULT FALSE,
+    paused_by VARCHAR(190) NULL,
+    paused_at DATETIME(6) NULL,
+    paused_why VARCHAR(500) NULL,
+    gap_us BIGINT UNSIGNED NULL,
+    set_by VARCHAR(190) NULL,
+    set_at DATETIME(6) NULL,
+    set_why VARCHAR(500) NULL,
+    running TEXT NULL,
+    deaths TEXT NULL
+) ENGINE=InnoDB ROW_FORMAT=DYNAMIC DEFAULT CHARACTER SET utf8mb4"""
+
+# The first version had no `id`: its rows, and those that its workers write, are told apart by
+# what was their key.
+WORKER = """CREATE TABLE IF NOT EXISTS aioworker_worker (
+    id CHAR(12) CHARACTER SET ascii COLLATE ascii_bin NOT NULL
+        DEFAULT (LEFT(SHA2(CONCAT_WS(':', host, pid, task), 256), 12)) PRIMARY KEY,
+    host VARCHAR(100) NOT NULL,
+    pid INT UNSIGNED NOT NULL,
+    task VARCHAR(190) CHARACTER SET ascii COLLATE ascii_bin NOT NULL,
+    version VARCHAR(40) NOT NULL,
+    rate VARCHAR(20) NULL,
+    session BIGINT UNSIGNED NOT NULL,
+    state VARCHAR(20) NOT NULL,
+    reason VARCHAR(500) NOT NULL,
+    since DATETIME(6) NOT NULL,
+    seen DATETIME(6) NOT NULL
+) ENGINE=InnoDB ROW_FORMAT=DYNAMIC DEFAULT CHARACTER SET utf8mb4"""
+
+_STATEMENTS = dict(zip(NAMES, (BUDGET, WORKER), strict=True))
+
+# Whoever reads the row waits behind an ALTER that waits, so it gives way to them again and again.
+LOCK_SECONDS = 2
+LOCK_TRIES = 10
+PAUSE_SECONDS = 1.0
+# The lock was not to be had, or another `init` was first.
+_AGAIN = frozenset({ER.LOCK_WAIT_TIMEOUT, ER.DUP_FIELDNAME})
+
+_COLUMNS = """SELECT LOWER(column_name) FROM information_schema.columns
+WHERE table_schema = DATABASE() AND table_name = %s"""
+# Who holds a lock on a table: what MySQL tells, and MariaDB if it is set up to. Otherwise it is
+# somebody who is in the middle of a transaction.
+_HOLDERS = {
+    "held by": (
+        """SELECT processlist_id, processlist_user, processlist_host,
+        SYSDATE() - INTERVAL processlist_time SECOND
+        FROM performance_schema.metadata_locks
+        JOIN performance_schema.threads ON thread_id = owner_thread_id
+        WHERE object_type = 'TABLE' AND lock_status = 'GRANTED'
+        AND object_schema = DATABASE() AND object_name = %(table)s
+        AND processlist_id <> CONNECTION_ID()""",
+        """SELECT id, user, host, SYSDATE() - INTERVAL time SECOND
+        FROM information_schema.metadata_lock_info
+        JOIN information_schema.processlist ON id = thread_id
+        WHERE table_schema = DATABASE() AND table_name = %(table)s AND id <> CONNECTION_ID()""",
+    ),
+    "perhaps held by": (
+        """SELECT id, user, host, SYSDATE() - INTERVAL time SECOND
+        FROM information_schema.innodb_trx
+        JOIN information_schema.processlist ON id = trx_mysql_thread_id
+        WHERE id <> CONNECTION_ID()""",
+    ),
+}
+
+
+async def settle(database: Database, name: str) -> str:
+    """Make a table that is not there, or add what one of an earlier version lacks.
+
+    Returns:
+        What became of it: `made`, `was there`, or which columns were added.
+
+    Raises:
+        DatabaseError: Others held a lock on it all the time; they are named.
+        MySQLError: The user may not.
+    """
+    for tries in range(LOCK_TRIES):
+        found = await _found(database, name)
+        statement = change(name, found)
+        if statement is None:
+            return "was there"
+        try:
+            await database.execute(f"SET SESSION lock_wait_timeout = {LOCK_SECONDS}")
+            await database.execute(statement)
+        except MySQLError as error:
+            if trouble.code(error) not in _AGAIN:
+                raise
+        else:
+            return f"added {', '.join(_lacking(name, found))}" if found else "made"
+        if not tries:
+            tell(f"waiting for a lock on table {name}: {await _holders(database, name)}")
+        await asyncio.sleep(PAUSE_SECONDS)
+    raise DatabaseError(
+        f"no lock on table {name} at {database.address.shown} within {LOCK_SECONDS} s, in"
+        f" {LOCK_TRIES} tries: {await _holders(database, name)}; run `{command('init')}` again"
+        " when that has ended"
+    )
+
+
+async def changes(database: Database) -> dict[str, str]:
+    """Return the ALTER of each table that is there and lacks something, by its name."""
+    wanted = {}
+    for name in NAMES:
+        found = await _found(database, name)
+        if found and (statement := change(name, found)):
+            wanted[name] = statement
+    return wanted
+
+
+def change(name: str, found: Collection[str]) -> str | None:
+    """Return the statement that makes a table what it is to be; None if it is that.
+
+    The server chooses the way that disturbs others least: none waits while columns are added.
+
+    Args:
+        name: The table's name.
+        found: The columns that it has; none, if it is not there.
+    """
+    if not found:
+        return _STATEMENTS[name]
+    lacking = _lacking(name, found)
+    if not lacking:
+        return None
+    parts = [f"ADD COLUMN {column} {definition}" for column, definition in lacking.items()]
+    if any("PRIMARY KEY" in definition for definition in lacking.values()):
+        parts.insert(0, "DROP PRIMARY KEY")
+    return f"ALTER TABLE {name}\n    " + ",\n    ".join(parts)
+
+
+def _lacking(name: str, found: Collection[str]) -> dict[str, str]:
+    """Return the definitions of the columns that a table lacks, by their names."""
+    columns = _STATEMENTS[name].partition("(\n    ")[2].rpartition("\n)")[0]
+    wanted = dict(column.split(" ", 1) for column in re.split(r",\n    (?=\w)", columns))
+    return {name: definition for name, definition in wanted.items() if name not in found}
+
+
+async def _found(database: Database, name: str) -> list[str]:
+    return [column for [column] in await database.query(_COLUMNS, (name,))]
+
+
+async def _holders(database: Database, name: str) -> str:
+    """Return in one line which sessions hold a lock on a table, as far as the server tells."""
+    for words, statements in _HOLDERS.items():
+        for statement in statements:
+            with suppress(MySQLError):  # not there, or not for this user
+                found = await database.query(statement, {"table": name})
+                if found:
+                    return f"{words} {', '.join(map(_session, found))}"
+    return "this user cannot see by whom it is held"
+
+
+def _session(row: tuple[Any, ...]) -> str:
+    number, user, host, since = row
+    return f"session {number} of {user}@{host} since {since:%Y-%m-%d %H:%M:%S} UTC"

@@ -1,0 +1,345 @@
+"""aioworker's own two tables, in the database that is being protected: read and explained.
+
+`aioworker init` makes them, and nothing else does; `schema` has their columns. Their times are
+UTC, by that database's clock. `docs/operations.md` tells what an operator may read and set by
+plain SQL.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from aioworker.console import command
+from aioworker.errors import DatabaseError
+from aioworker.mysql import trouble
+from aioworker.mysql.trouble import ER, MySQLError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from aioworker.mysql.database import Database
+
+# Which server wrote a row: another one has another clock.
+SERVER = "CONCAT(@@hostname, ':', @@port, ':', @@server_id)"
+
+# A row that init makes lets the first start begin at once: its last one was long ago.
+FIRST_ROW = f"""INSERT INTO aioworker_budget (task, last_start, server)
+VALUES (%(task)s, '2000-01-01', {SERVER}) ON DUPLICATE KEY UPDATE starts = starts"""
+
+# `last_start` is the later of charge and first write. Where it is not, an older worker or an
+# operator wrote it: then it stands for both.
+_OURS = "last_start <=> GREATEST(last_charge, last_write)"
+# An operator may have written what no calendar has, such as 0: it is as long ago, or as far ahead,
+# as can be reckoned with.
+_BOUNDED = (
+    "GREATEST(LEAST({}, TIMESTAMP'9000-01-01 00:00:00'), TIMESTAMP'2000-01-01 00:00:00')".format
+)
+_STARTED = _BOUNDED("last_start")
+CHARGED = _BOUNDED(f"IF({_OURS}, last_charge, last_start)")
+WROTE = _BOUNDED(f"IF({_OURS}, last_write, last_start)")
+
+# Some users may write all the same, into what another server overwrites. MariaDB is about to
+# answer with words.
+_ONLY_READS = "CONCAT(@@read_only) NOT IN ('0', 'OFF') OR @@innodb_read_only"
+
+_PEEK = f"""SELECT paused, gap_us, TIMESTAMPDIFF(MICROSECOND, {_STARTED}, SYSDATE(6)),
+    {_STARTED}, server = {SERVER}, server, {SERVER},
+    COALESCE(IS_USED_LOCK(%(lock)s), 0), CONNECTION_ID(),
+    starts, holder, paused_by, paused_at, paused_why, set_by, set_at, set_why,
+    TIMESTAMPDIFF(MICROSECOND, {CHARGED}, SYSDATE(6)),
+    TIMESTAMPDIFF(MICROSECOND, {WROTE}, SYSDATE(6)),
+    running, deaths, SYSDATE(6), {_ONLY_READS}
+FROM aioworker_budget WHERE task = %(task)s"""
+
+ALIVE_SECONDS = 90  # a worker not seen for so long counts for nothing
+_HOLDER = f"""SELECT host, pid, seen > SYSDATE(6) - INTERVAL {ALIVE_SECONDS} SECOND
+FROM aioworker_worker WHERE session = %s AND task = %s ORDER BY seen DESC LIMIT 1"""
+_TASKS = "SELECT task FROM aioworker_budget ORDER BY task"
+_RATES = f"""SELECT DISTINCT COALESCE(rate, 'none') FROM aioworker_worker
+WHERE task = %s AND seen > SYSDATE(6) - INTERVAL {ALIVE_SECONDS} SECOND"""
+_NEED_INIT = frozenset({ER.NO_SUCH_TABLE, ER.BAD_FIELD_ERROR})
+# What an operator writes may be beyond any calendar.
+LONGEST_GAP_US = 366 * 86_400 * 1_000_000
+
+
+_PAUSED_AT, _SET_AT = 12, 15  # where they stand in an answer
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A task's row of the budget, as the server answers.
+
+    Args:
+        paused: Whether an operator stopped all starts.
+        gap_us: The interval set at run time, in microseconds; None where none is set.
+        age_us: Microseconds since the last start; below 0 after a step of the clock back.
+        last_start: When that was, UTC.
+        same_server: Whether this server wrote the row.
+        server: Which one wrote it.
+        here: Which one this is.
+        turn: The session that holds the turn, 0 for nobody.
+        session: This session.
+        starts: Starts charged ever.
+        holder: The worker of the last start.
+        paused_by: Who paused it.
+        paused_at: When.
+        paused_why: Why.
+        set_by: Who set or reset `gap_us` last.
+        set_at: When.
+        set_why: Why.
+        charge_age_us: Microseconds since the last charge.
+        write_age_us: Microseconds since a run's last first write.
+        running: The messages of the run that is on, as the charge noted them.
+        deaths: How often a message's worker died while it ran, by the message's key.
+        now: What time it was there, UTC, with its zone.
+    """
+
+    paused: bool
+    gap_us: int | None
+    age_us: int
+    last_start: datetime
+    same_server: bool
+    server: str
+    here: str
+    turn: int
+    session: int
+    starts: int
+    holder: str | None
+    paused_by: str | None
+    paused_at: datetime | None
+    paused_why: str | None
+    set_by: str | None
+    set_at: datetime | None
+    set_why: str | None
+    charge_age_us: int
+    write_age_us: int
+    running: list[str]
+    deaths: dict[str, int]
+    now: datetime
+
+    @property
+    def charged_at(self) -> datetime:
+        """When the last start was charged, UTC."""
+        return self.now - timedelta(microseconds=self.charge_age_us)
+
+    @property
+    def pause(self) -> str:
+        """Who paused the task, when and why."""
+        by = f" by {self.paused_by}" if self.paused_by else ""
+        since = f" since {self.paused_at:%Y-%m-%d %H:%M:%S} UTC" if self.paused_at else ""
+        why = f": {self.paused_why}" if self.paused_why else ""
+        return " ".join(f"paused{by}{since}{why}".split())
+
+
+async def refuse_reader(database: Database) -> None:
+    """Refuse a server that only reads: a table changed there ends its replication.
+
+    Raises:
+        DatabaseError: It is one.
+    """
+    with explaining(database):
+        [[only_reads]] = await database.query(f"SELECT {_ONLY_READS}")
+    _leave(database, only_reads)
+
+
+async def add_rows(database: Database, tasks: Sequence[str]) -> None:
+    """Make the tasks' rows that are not there: each lets its task start at once.
+
+    Raises:
+        DatabaseError: The user may not.
+    """
+    with explaining(database):
+        for task in tasks:
+            await database.execute(FIRST_ROW, {"task": task})
+
+
+@contextmanager
+def explaining(database: Database) -> Iterator[None]:
+    """Turn what goes wrong inside into one `DatabaseError`; a table to be made has its cure.
+
+    Raises:
+        DatabaseError: Anything of the database failed.
+    """
+    try:
+        yield
+    except MySQLError as error:
+        words = f"{trouble.describe(error).partition(';')[0]} at {database.address.shown}"
+        if trouble.code(error) == ER.NO_SUCH_TABLE:
+            raise DatabaseError(
+                f"{words}: run `{command('init')}`, or set AIOWORKER_BUDGET=worker"
+            ) from error
+        if trouble.code(error) == ER.BAD_FIELD_ERROR:
+            raise DatabaseError(f"{words}: the table is {older()}") from error
+        raise database.explain(error) from error
+    except TimeoutError as error:
+        raise database.explain(error) from error
+
+
+def older() -> str:
+    """Return what to say of a table that lacks a column."""
+    return f"of an earlier version: run `{command('init')}`, which keeps what is in it"
+
+
+def needs_init(error: DatabaseError) -> bool:
+    """Whether an error is that a table is not there, or of an earlier version."""
+    cause = error.__cause__
+    return isinstance(cause, MySQLError) and trouble.code(cause) in _NEED_INIT
+
+
+def lock_name(schema: str, task: str, purpose: str = "aioworker") -> str:
+    """Return the name of a task's lock: its own for each database of one server.
+
+    Named locks are the whole server's, blind to case, and end at 64 characters on MySQL.
+
+    Args:
+        schema: The database that the task works on, by `Database.schema`.
+        task: The task's name.
+        purpose: What the lock is for, up to 16 characters.
+    """
+    owner = f"{schema}\0{task}"
+    digest = hashlib.sha256(owner.encode()).hexdigest()[:16]
+    return f"{purpose}:{task[: 45 - len(purpose)]}:{digest}"
+
+
+async def read(database: Database, task: str) -> Row:
+    """Return the task's row.
+
+    Raises:
+        DatabaseError: There is none, and only `aioworker init` makes one; or this server only
+            reads.
+    """
+    return _the_row(database, await _found(database, task), task)
+
+
+async def take(database: Database, task: str, patience: int) -> tuple[bool, Row]:
+    """Ask for the task's turn, and read the row once that is answered.
+
+    Args:
+        database: The connection that is to hold it.
+        task: The task's name.
+        patience: Seconds that the server lets it wait while somebody else has the turn.
+
+    Returns:
+        Whether it holds the turn, and the row.
+
+    Raises:
+        DatabaseError: There is no row, or this server only reads.
+    """
+    arguments = {
+        "task": task,
+        "lock": lock_name(await database.schema(), task),
+        "patience": patience,
+    }
+    asked = "SELECT GET_LOCK(%(lock)s, %(patience)s)"
+    [[[got]], found] = [one.rows for one in await database.each(asked, _PEEK, args=arguments)]
+    return got == 1, _the_row(database, found, task)
+
+
+async def tasks(database: Database) -> list[str]:
+    """Return the names of all tasks that have a row, in order."""
+    return [name for [name] in await database.query(_TASKS)]
+
+
+async def rates(database: Database, task: str) -> set[str]:
+    """Return the rate limits that the workers of a task have of their own, `none` for none."""
+    return {rate for [rate] in await database.query(_RATES, (task,))}
+
+
+async def peek(database: Database, task: str) -> Row | None:
+    """Return the task's row, None if there is none.
+
+    Raises:
+        DatabaseError: This server only reads.
+    """
+    found = await _found(database, task)
+    return _row(database, found[0]) if found else None
+
+
+async def _found(database: Database, task: str) -> list[tuple[Any, ...]]:
+    lock = lock_name(await database.schema(), task)
+    [answer] = await database.each(_PEEK, args={"task": task, "lock": lock})
+    return answer.rows
+
+
+def _the_row(database: Database, found: list[tuple[Any, ...]], task: str) -> Row:
+    if not found:
+        raise DatabaseError(
+            f"task {task!r} has no row in aioworker_budget: run `{command('init')}`"
+        )
+    return _row(database, found[0])
+
+
+def _row(database: Database, answer: tuple[Any, ...]) -> Row:
+    values: list[Any]
+    *values, only_reads = answer
+    _leave(database, only_reads)
+    values[0], values[4] = bool(values[0]), bool(values[4])
+    if values[1] is not None:
+        values[1] = min(values[1], LONGEST_GAP_US)
+    for told in (_PAUSED_AT, _SET_AT):
+        if not isinstance(values[told], datetime):
+            values[told] = None  # such as 0: text, as it is in no calendar
+    values[-3:] = _messages(values[-3]), _deaths(values[-2]), values[-1].replace(tzinfo=UTC)
+    return Row(*values)
+
+
+def _leave(database: Database, only_reads: object) -> None:
+    """Leave a server that only reads: its address may lead to another one now."""
+    if only_reads:
+        database.close()
+        raise DatabaseError(
+            f"cannot use MySQL at {database.address.shown}: {trouble.ONLY_READS}", unreachable=True
+        )
+
+
+# Notes are read with care: anybody may have written something else over them.
+
+
+def _messages(text: str | None) -> list[str]:
+    found = _noted(text)
+    return [one for one in found if isinstance(one, str)] if isinstance(found, list) else []
+
+
+def _deaths(text: str | None) -> dict[str, int]:
+    found = _noted(text)
+    if not isinstance(found, dict):
+        return {}
+    return {message: deaths for message, deaths in found.items() if type(deaths) is int}
+
+
+def _noted(text: str | None) -> Any:
+    try:
+        return json.loads(text or "null")
+    except ValueError:
+        return None
+
+
+class Holder(NamedTuple):
+    """Who holds a task's turn.
+
+    Args:
+        name: `host:pid` of a worker; `session N` of whom no worker's row tells.
+        alive: Whether it is a worker that was seen lately.
+    """
+
+    name: str
+    alive: bool
+
+
+async def holder(database: Database, task: str, session: int) -> Holder | None:
+    """Return whose session holds a task's turn, None for nobody.
+
+    Sessions are counted anew when the server starts: the one seen last is meant.
+    """
+    if not session:
+        return None
+    found = await database.query(_HOLDER, (session, task))
+    if not found:
+        return Holder(f"session {session}", alive=False)
+    host, pid, alive = found[0]
+    return Holder(f"{host}:{pid}", bool(alive))

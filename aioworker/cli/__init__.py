@@ -1,0 +1,1 @@
+"""Options to commands, values to words: alone prints and exits."""

@@ -1,0 +1,173 @@
+"""What an operator sets while the workers run: the rate limit, a pause.
+
+It is kept in the task's row of `aioworker_budget`, with who, when and why. Every worker
+reads the row at least every two seconds, and all of it outlives them.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from aioworker.budget import tables
+from aioworker.commands import meant
+from aioworker.console import say
+from aioworker.errors import UsageError
+from aioworker.limits import NoLimit, RateLimit, shown_interval
+from aioworker.tasks.task import find, registered
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+
+    from aioworker.budget.tables import Row
+    from aioworker.mysql.database import Database
+    from aioworker.settings import Settings
+
+REASON_LENGTH = 500
+
+_SET_RATE = """UPDATE aioworker_budget SET gap_us = %(value)s,
+    set_by = %(who)s, set_at = SYSDATE(6), set_why = %(why)s WHERE task = %(task)s"""
+_SET_PAUSED = """UPDATE aioworker_budget SET paused = %(value)s,
+    paused_by = %(who)s, paused_at = SYSDATE(6), paused_why = %(why)s WHERE task = %(task)s"""
+
+
+async def set_rate(
+    settings: Settings, names: Sequence[str], rate: RateLimit | NoLimit | None, why: str | None
+) -> None:
+    """Set the rate limit of all workers of the task that is meant, or take it back (None).
+
+    Raises:
+        DatabaseError: The row cannot be written; nothing was changed.
+        UsageError: No one task is meant.
+    """
+    gap: int | None = None
+    if isinstance(rate, RateLimit):
+        if rate.paused:
+            await pause(settings, names, why)
+            return
+        gap = rate.gap_us
+    elif rate is NoLimit.NONE:
+        gap = 0
+    async with _row(settings, names) as (database, name, before):
+        await _set(database, name, _SET_RATE, gap, why)
+        own = await tables.rates(database, name)
+        was, now = (
+            in_words(limit_and_source(settings, name, g, own)) for g in (before.gap_us, gap)
+        )
+        still = f"; still {before.pause}" if before.paused else ""
+        say(f"{name}: rate limit {now} (was {was}){still}")
+
+
+async def pause(settings: Settings, names: Sequence[str], why: str | None) -> None:
+    """Let no start of the task that is meant begin any more; one that runs ends as usual.
+
+    Raises:
+        DatabaseError: The row cannot be written; nothing was changed.
+        UsageError: No one task is meant.
+    """
+    async with _row(settings, names) as (database, name, before):
+        if before.paused:
+            say(f"{name}: {before.pause}; nothing was changed")
+            return
+        await _set(database, name, _SET_PAUSED, True, why)
+        say(f"{name}: paused; what runs ends, nothing new begins")
+
+
+async def resume(settings: Settings, names: Sequence[str], why: str | None) -> None:
+    """End a pause of the task that is meant.
+
+    Raises:
+        DatabaseError: The row cannot be written; nothing was changed.
+        UsageError: No one task is meant.
+    """
+    async with _row(settings, names) as (database, name, before):
+        own = await tables.rates(database, name)
+        limit = in_words(limit_and_source(settings, name, before.gap_us, own))
+        if not before.paused:
+            say(f"{name}: not paused, rate limit {limit}; nothing was changed")
+            return
+        await _set(database, name, _SET_PAUSED, False, why)
+        say(f"{name}: resumed, rate limit {limit}")
+
+
+def limit_and_source(
+    settings: Settings, name: str, gap_us: int | None, workers: set[str]
+) -> tuple[str, str]:
+    """Return the rate limit in force, and where it comes from.
+
+    Args:
+        settings: This process's settings.
+        name: The task's name; its own rate is known if its module is imported here.
+        gap_us: What is set at run time, None for nothing.
+        workers: The rates that its workers have of their own.
+
+    Returns:
+        The rate, `none` for no limit, with `run time`, `setting`, `task` or `workers`; or
+        `unknown` twice.
+    """
+    if gap_us is not None:
+        return shown_interval(gap_us), "run time"
+    found = "unknown", "unknown"
+    if settings.rate_limit is not None:
+        found = str(settings.rate_limit), "setting"
+    elif name in registered():
+        found = str(find(name).rate_limit or "none"), "task"
+    if len(workers) == 1 and found[0] not in workers:
+        return next(iter(workers)), "workers"
+    return found
+
+
+def in_words(limit: tuple[str, str]) -> str:
+    """Return a rate limit and its source as a control says them."""
+    rate, source = limit
+    return "each worker's own" if source == "unknown" else f"{rate}, {source}"
+
+
+def checked_reason(settings: Settings, why: str | None) -> str | None:
+    """Return a reason as it is kept, in one line; refuse what no worker would follow.
+
+    Raises:
+        UsageError: The budget is each worker's own, or the reason cannot be kept.
+    """
+    if settings.budget != "shared":
+        raise UsageError(
+            "AIOWORKER_BUDGET=worker: each worker keeps its own budget, and nothing can be set"
+            " at run time"
+        )
+    if why is None:
+        return None
+    line = " ".join(why.split())
+    if len(line) > REASON_LENGTH or not line.isprintable():
+        raise UsageError(
+            f"--reason: expected up to {REASON_LENGTH} printable characters,"
+            f" got: {len(line)}, beginning with {line[:20]!r}"
+        )
+    return line
+
+
+@asynccontextmanager
+async def _row(
+    settings: Settings, names: Sequence[str]
+) -> AsyncIterator[tuple[Database, str, Row]]:
+    """Yield the database, the task that is meant, and its row."""
+    async with settings.database(locks=False) as database:
+        name = meant.only(await meant.of_table(database, names))
+        with tables.explaining(database):
+            yield database, name, await tables.read(database, name)
+
+
+async def _set(
+    database: Database, name: str, statement: str, value: object, why: str | None
+) -> None:
+    arguments = {"value": value, "who": _operator(), "why": why, "task": name}
+    await database.execute(statement, arguments)
+
+
+def _operator() -> str:
+    """Return who gives the order, as this machine knows it."""
+    try:
+        return (os.environ.get("SUDO_USER") or getpass.getuser())[:190]
+    except (KeyError, OSError):  # a user without a name, as in a container
+        return f"uid {os.getuid()}"

@@ -1,0 +1,72 @@
+"""Whether the workers of this machine do their work, for Docker and monitors.
+
+It is read from their rows in the database, without a round trip to RabbitMQ. A worker that
+waits for a server is healthy: to start it anew would not help.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING
+
+from aioworker.budget import tables
+from aioworker.commands import meant, status
+from aioworker.console import duration
+from aioworker.errors import UnhealthyError, UsageError
+from aioworker.status import presence
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from aioworker.commands.status import Worker
+    from aioworker.mysql.database import Database
+    from aioworker.settings import Settings
+
+
+async def check(settings: Settings, names: Sequence[str]) -> str:
+    """Return what this machine's workers of the tasks that are meant do, a line a task.
+
+    Raises:
+        UnhealthyError: None of a task's was seen lately, or one stands still; all are named.
+        DatabaseError: Their rows cannot be read.
+        UsageError: The workers keep no rows.
+    """
+    if settings.budget != "shared":
+        raise UsageError("AIOWORKER_BUDGET=worker: workers keep no row that tells how they are")
+    async with settings.database() as database:
+        tasks = await meant.of_table(database, names)
+        with tables.explaining(database):
+            found = {name: await _here(database, name) for name in tasks}
+    problems = {name: _problem(name, workers) for name, workers in found.items()}
+    sick = {name: problem for name, problem in problems.items() if problem is not None}
+    labels = {name: f"{name}: " if len(found) > 1 else "" for name in found}
+    if sick:
+        raise UnhealthyError("; ".join(labels[name] + problem for name, problem in sick.items()))
+    lines = [labels[name] + _doing(workers) for name, workers in found.items()]
+    return "\n".join(" ".join(line.split()) for line in lines)
+
+
+async def _here(database: Database, name: str) -> list[Worker]:
+    host = _host()
+    return [one for one in await status.workers(database, name) if one.host == host]
+
+
+def _host() -> str:
+    return socket.gethostname()[: presence.HOST_LENGTH]
+
+
+def _problem(name: str, workers: list[Worker]) -> str | None:
+    """Return what is wrong with a task's workers on this machine, None if all is well."""
+    alive = [one for one in workers if one.alive]
+    if not alive:
+        seen = min((one.seen_seconds for one in workers), default=None)
+        when = "" if seen is None else f"; the last was seen {duration(seen)} ago"
+        return f"no worker of {name} is alive on {_host()}{when}"
+    for one in alive:
+        if one.state == "stalled":
+            return f"{one.name} stalled: {one.reason}"
+    return None
+
+
+def _doing(workers: list[Worker]) -> str:
+    return "; ".join(f"{one.name} {one.state}: {one.reason}" for one in workers if one.alive)

@@ -1,0 +1,220 @@
+"""What `init` makes, once: the budget's tables and the queues; or shows, with `--print`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shlex
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any
+
+from aioworker import repo
+from aioworker.budget import grants, schema, tables
+from aioworker.console import count, say, tell
+from aioworker.errors import AioworkerError, BrokerError, DatabaseError
+from aioworker.rabbitmq import broker, topology
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from aio_pika.abc import AbstractConnection
+
+    from aioworker.addresses import BrokerAddress
+    from aioworker.settings import Settings
+    from aioworker.tasks.task import AnyTask
+
+POLICIES = (
+    "a policy such as delivery-limit, max-length, message-ttl or expires takes messages away from"
+    " these queues, unseen by aioworker: `rabbitmqctl list_policies` shows it, docs/operations.md"
+    " what it does"
+)
+_LACKING = "# MySQL: what users lack that work already"
+# Seconds for each use of the database: the time of a task, 1 s perhaps, is none to wait for a lock.
+DATABASE_SECONDS = 60.0
+_PUBLISH = r"^amq\.default$"  # the right to write to the default exchange
+
+
+async def init(settings: Settings, tasks: Sequence[AnyTask]) -> None:
+    """Make the budget's tables, declare the tasks' queues and wait until they are safe.
+
+    What is there is compared first: if a queue differs, nothing is changed; if a table may not
+    be made, or changed, no queue is declared.
+
+    Raises:
+        DatabaseError: The database cannot be used, or others hold a lock on a table.
+        BrokerError: RabbitMQ cannot be used, or a queue differs.
+    """
+    timeout = settings.connect_timeout
+    queues = _arguments(settings, tasks)
+    async with AsyncExitStack() as stack:
+        database = None
+        if settings.budget == "shared":
+            database = await stack.enter_async_context(settings.database(DATABASE_SECONDS))
+        connection = await stack.enter_async_context(
+            broker.connection(settings.nodes(), timeout, "aioworker init")
+        )
+        found = await topology.compare(connection, queues, timeout)
+        if database is not None:
+            await tables.refuse_reader(database)
+            for name in schema.NAMES:
+                with tables.explaining(database):
+                    say(f"table {name}: {await schema.settle(database, name)}")
+            with tables.explaining(database):
+                lacking = await grants.lacking(database)
+            for grant in lacking:
+                say(f"lacking: {grant}")
+        await _declare(connection, queues, found, timeout)
+        if database is not None:  # last: a row lets its task start
+            await tables.add_rows(database, [task.name for task in tasks])
+        tell(POLICIES)
+        # Also when they were there: another init may have made them a moment ago.
+        tell(f"waiting {topology.SAFE_AFTER_SECONDS:g} s until the queues are safe")
+        await topology.wait_until_safe(connection, queues, timeout)
+
+
+def _arguments(settings: Settings, tasks: Sequence[AnyTask]) -> dict[str, dict[str, Any]]:
+    """Return the arguments of each queue of all tasks."""
+    found: dict[str, dict[str, Any]] = {}
+    for task in tasks:
+        queues = topology.Queues.of(task.name, settings.queue_prefix)
+        found |= queues.arguments(settings.queue_type)
+    return found
+
+
+async def _declare(
+    connection: AbstractConnection,
+    queues: Mapping[str, dict[str, Any]],
+    found: Mapping[str, int | None],
+    timeout: float,
+) -> None:
+    """Declare the queues that are not there, and say what became of each.
+
+    Args:
+        connection: To RabbitMQ.
+        queues: The arguments of each.
+        found: How many messages RabbitMQ counts in each, None for a queue that is not there.
+        timeout: Seconds for each.
+
+    Raises:
+        BrokerError: A queue cannot be declared; a note names those that were.
+    """
+    declared: list[str] = []
+    try:
+        for name, waiting in found.items():
+            if waiting is not None:
+                say(f"queue {name}: was there, RabbitMQ counts {count(waiting, 'message')}")
+                continue
+            await topology.declare(connection, name, queues[name], timeout)
+            declared.append(name)
+            say(f"queue {name}: declared")
+    except (BrokerError, asyncio.CancelledError) as error:
+        if declared:
+            error.add_note(f"declared before that: {', '.join(declared)}")
+        raise
+
+
+async def plan(settings: Settings, tasks: Sequence[AnyTask]) -> str:
+    """Return what `init` does, and the least that the worker's users need, as commands.
+
+    It needs no server. What `init` would change in tables that are there, the database tells.
+    """
+    amqp, mysql = settings.amqp_url[0], settings.mysql_url
+    queues = _arguments(settings, tasks)
+    ours = rf"{settings.queue_prefix}\."
+    main_job = any(task.name == repo.TASK for task in tasks)
+    needed = [*repo.PRIVILEGES] if main_job else []
+    made: list[str] = []
+    if settings.budget == "shared":
+        needed += grants.PRIVILEGES
+        made = [*_creating(tasks), *await _changing(settings)]
+    least = [
+        f"GRANT {privilege} ON {grants.qualified(mysql.database, table)}"
+        f" TO {grants.text(mysql.user)}@'%';"
+        for privilege, table in needed
+    ]
+    lines = [
+        *made,
+        "# RabbitMQ: the queues that init declares, durable, on the default exchange",
+        *(f"queue {name} {json.dumps(arguments)}" for name, arguments in queues.items()),
+        "",
+        "# RabbitMQ: the least that the user of init needs",
+        _permit(amqp, f"^{ours}", _PUBLISH, f"^{ours}"),
+        "",
+        "# RabbitMQ: the least that the user of consume and dead needs",
+        _permit(amqp, "", _PUBLISH, f"^{ours}"),
+        "",
+        "# RabbitMQ: the least that the user of publish, publish-all and Producer needs; it reaches"
+        " every queue of the virtual host",
+        _permit(amqp, "", _PUBLISH, ""),
+        "",
+        "# RabbitMQ: the least that the user of status needs",
+        _permit(amqp, "", "", f"^{ours}"),
+        "",
+        "# MySQL: the least that the user of consume and publish-all needs",
+        *least,
+    ]
+    if main_job:
+        lines += [
+            "",
+            "# MySQL: the statements of publish-all and consume; %s are ids and page sizes",
+            *(f"{statement};" for statement in (repo.PAGE, repo.STALE, repo.WRITE)),
+        ]
+    else:
+        lines += ["# and what the tasks themselves read and write"]
+    return "\n".join(lines)
+
+
+def _creating(tasks: Sequence[AnyTask]) -> list[str]:
+    """Return the statements that make what is not there."""
+    rows = [tables.FIRST_ROW % {"task": grants.text(task.name)} for task in tasks]
+    return [
+        "# MySQL: the tables that init makes; its user needs CREATE beside what follows",
+        *(f"{statement};" for statement in (schema.BUDGET, schema.WORKER, *rows)),
+        "",
+    ]
+
+
+async def _changing(settings: Settings) -> list[str]:
+    """Return the statements that change what is there, or why nobody can tell."""
+    try:
+        async with settings.database(check=False, locks=False) as database:
+            with tables.explaining(database):
+                changes = await schema.changes(database)
+                lacking = await grants.lacking(database)
+    except AioworkerError as error:
+        return [f"# MySQL: what init would change in tables that are there is unknown: {error}", ""]
+    lines = []
+    if changes:
+        lines = [
+            "# MySQL: the tables that init changes, while workers run; its user needs ALTER",
+            *(f"{statement};" for statement in changes.values()),
+            "",
+        ]
+    if lacking:
+        lines += [_LACKING, *lacking, ""]
+    return lines
+
+
+async def refuse_older_tables(settings: Settings) -> None:
+    """See that no table waits for `init`; a database that is away says nothing against it.
+
+    Raises:
+        DatabaseError: One does.
+    """
+    if settings.budget != "shared":
+        return
+    try:
+        async with settings.database(locks=False) as database:
+            with tables.explaining(database):
+                changes = await schema.changes(database)
+    except DatabaseError:
+        return
+    if changes:
+        where = settings.mysql_url.shown
+        raise DatabaseError(f"{' and '.join(changes)} at {where}: {tables.older()}")
+
+
+def _permit(amqp: BrokerAddress, configure: str, write: str, read: str) -> str:
+    """Return the command that gives a user these rights and no others, for a shell."""
+    rights = (amqp.user, configure, write, read)
+    return shlex.join(["rabbitmqctl", "set_permissions", "-p", amqp.vhost, *rights])

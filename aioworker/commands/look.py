@@ -1,0 +1,323 @@
+"""A look at dead letters that loses none, however often one looks.
+
+A letter can only be seen by taking it, and RabbitMQ counts how often each is taken and given
+back: under a policy `delivery-limit` it would end one that was looked at too often. So none is
+given back. Each is taken alone, a copy of it confirmed where it goes, then it is acknowledged:
+one that stays goes behind the others, and when all were seen they lie in their old order.
+Only a queue over a limit with `reject-publish` takes no copy: there the letter in hand goes back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, TypeVar
+
+from aioworker import console
+from aioworker.commands.letters import Letter
+from aioworker.console import count
+from aioworker.errors import BrokerError, NotTakenError, QueueMissingError
+from aioworker.rabbitmq import broker, topology
+from aioworker.settling import outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Collection, Iterator
+
+    from aio_pika.abc import (
+        AbstractChannel,
+        AbstractConnection,
+        AbstractIncomingMessage,
+        AbstractQueue,
+    )
+
+    # Where a letter goes: the name of a queue, its own for one that stays; None for nowhere.
+    Decide = Callable[[Letter, AbstractIncomingMessage], str | None]
+
+_Result = TypeVar("_Result")
+QUIET_SECONDS = 0.05  # without a letter, and the queue is asked whether there are more
+AGAIN_SECONDS = 0.3  # at most, between tries to be the only one who looks
+MANY = 500  # letters, and it takes seconds: how far it is, is shown
+
+
+class Look:
+    """A look at each of a task's dead letters, one at a time, by nobody else meanwhile.
+
+    Args:
+        queues: The task's.
+        users: Who publishes the copies, by any of its connections' names.
+        connection: Where the letters are read.
+        publisher: Where their copies go.
+        timeout: Seconds for each step, and to become the only one who looks.
+
+    Attributes:
+        queues: The same.
+        seen: How many were looked at.
+        gone: How many left for good, RabbitMQ having answered since.
+        unsure: Whether RabbitMQ has not answered since the last one was acknowledged.
+        came: How many came meanwhile.
+    """
+
+    def __init__(
+        self,
+        queues: topology.Queues,
+        users: Collection[str],
+        connection: AbstractConnection,
+        publisher: broker.Publisher,
+        timeout: float,
+    ) -> None:
+        self.queues = queues
+        self.seen = self.gone = self.came = 0
+        self.unsure = False
+        self._users = users
+        self._timeout = timeout
+        self._connection = connection
+        self._publisher = publisher
+        self._there = 0  # at the beginning: what comes later, our own copies too, is not seen
+        self._leaves = False  # whether the last one does
+        self._ending = False
+        self._arrived: asyncio.Queue[AbstractIncomingMessage] = asyncio.Queue()
+        self._consumer = ""  # its tag, while there is one
+
+    @property
+    def perhaps_gone(self) -> int:
+        """How many more may have left for good: 0 or 1."""
+        return int(self.unsure and self._leaves)
+
+    async def open(self) -> None:
+        """See that there is such a queue."""
+        self._channel: AbstractChannel = await self._bounded(self._connection.channel())
+        await self._bounded(self._channel.set_qos(1))
+        self._queue: AbstractQueue = await self._channel.get_queue(self.queues.dead, ensure=False)
+        self._there, _consumers = await self._ask()
+
+    async def close(self) -> None:
+        """End it; a letter still in hand goes back to where it lay."""
+        with suppress(*broker.FAILURES):
+            async with asyncio.timeout(broker.CLOSE_SECONDS):
+                await self._channel.close()
+
+    async def each(
+        self, decide: Decide, what: str, *, quiet: bool = False, copies: bool = True
+    ) -> None:
+        """Look at as many as are there now.
+
+        Cut short, it lets the one in hand go where it was to go before it ends.
+
+        Args:
+            decide: Says of each where it goes.
+            what: What is done, such as `looked at`, for how far it is.
+            quiet: Whether how far it is, is not shown.
+            copies: Whether any may stay or be moved.
+
+        Raises:
+            BrokerError: RabbitMQ cannot be asked, or takes no copy, or somebody else looks.
+        """
+        if copies:
+            # Where RabbitMQ, short of memory, takes no copies, no letter is touched.
+            await self._publisher.probe(self.queues.dead)
+        work = asyncio.create_task(self._each(decide, what, quiet=quiet))
+        try:
+            await asyncio.shield(work)
+        except asyncio.CancelledError:
+            self._ending = True
+            await work
+            raise
+
+    async def count(self) -> int:
+        """Return how many letters lie there; none is gone afterwards.
+
+        Raises:
+            BrokerError: The queue does not answer.
+        """
+        for _ in range(2):
+            if (lie := (await self._ask())[0]) or await self._is_empty(copies=False):
+                return lie
+        raise broker.uncounted(self.queues.dead)
+
+    async def _is_empty(self, *, copies: bool = True) -> bool:
+        """Whether the queue itself says so; RabbitMQ also counts nothing where it does not answer.
+
+        A letter that comes right then stays.
+
+        Args:
+            copies: Whether it fails where RabbitMQ takes no copy of that letter. Otherwise it
+                gives the letter back then: who only counts may publish nothing.
+        """
+        delivery = await self._bounded(self._queue.get(fail=False, timeout=self._timeout))
+        if delivery is None:
+            return True
+        try:
+            await self._settle(delivery, self.queues.dead)
+        except BrokerError as error:
+            if copies or not broker.forbids(error):
+                raise
+            await self._bounded(delivery.nack())
+        return False
+
+    async def _each(self, decide: Decide, what: str, *, quiet: bool) -> None:
+        if not await self._alone():
+            return
+        with _progress(self._there, quiet=quiet) as show:
+            while self._consumer and (delivery := await self._next()) is not None:
+                self.seen += 1
+                await self._one(delivery, decide)
+                show(self.seen, f"{what} {self.seen} of {count(self._there, 'dead letter')}")
+        await self._end()
+
+    async def _alone(self) -> bool:
+        """Become the only consumer of the queue; return whether there is anything to look at.
+
+        A quorum queue knows no exclusive consumer. So each counts the consumers once it is one
+        itself, and steps back where it is not the only one.
+        """
+        consumers = 0
+        try:
+            async with asyncio.timeout(self._timeout):
+                while not self._ending:
+                    self._there, consumers = await self._ask()
+                    if not consumers:
+                        if not self._there:
+                            if await self._is_empty():
+                                return False
+                            continue
+                        self._consumer = await self._bounded(self._queue.consume(self._arrived.put))
+                        if (consumers := (await self._ask())[1]) == 1:
+                            return True
+                        await self._step_back()
+                    await asyncio.sleep(AGAIN_SECONDS * random.random())
+        except TimeoutError as error:
+            if not consumers:
+                raise broker.explain(error, self.queues.dead) from error
+            raise BrokerError(
+                f"somebody else looks at the dead letters in {self.queues.dead}, or another"
+                " program consumes them: try again when that has ended"
+            ) from None
+        return False
+
+    async def _step_back(self) -> None:
+        """Put the letter back that may have arrived."""
+        self._there = 0
+        if (delivery := await self._next()) is not None:
+            await self._settle(delivery, self.queues.dead)
+        await self._cancel()
+
+    async def _one(self, delivery: AbstractIncomingMessage, decide: Decide) -> None:
+        to: str | None = self.queues.dead
+        try:
+            if not self._ending:
+                to = decide(Letter.of(delivery), delivery)
+        except BaseException:
+            self._ending = True
+            raise
+        finally:
+            await self._settle(delivery, to)
+
+    async def _settle(self, delivery: AbstractIncomingMessage, to: str | None) -> None:
+        """Let a letter go where it is to go; behind the last one nothing more is sent."""
+        self._leaves = to != self.queues.dead
+        if to is not None:
+            await self._copy(delivery, to)
+        self.unsure = True
+        if self._ending or self.seen >= self._there:
+            await self._cancel()
+        await self._bounded(delivery.ack())
+
+    async def _copy(self, delivery: AbstractIncomingMessage, to: str) -> None:
+        if self._leaves:
+            await self._publisher.publish(to, outcome.revived(delivery))
+            return
+        try:
+            await self._publisher.publish(to, outcome.kept(delivery, self._users))
+        except NotTakenError as error:
+            # No probe can tell before: it would push a letter out where a limit has no
+            # reject-publish.
+            raise NotTakenError(
+                f"RabbitMQ did not take the copy of a dead letter for queue {to}: it is over its"
+                " limit, or most of its nodes are down; raise the limit, or free the queue by"
+                f" `{console.command('dead requeue')}` or `{console.command('dead drop --yes')}`"
+                " without a filter: until then each look counts as a delivery of the first"
+                " letter, and a policy delivery-limit ends it"
+            ) from error
+
+    async def _next(self) -> AbstractIncomingMessage | None:
+        """Return the next letter, None when there are no more."""
+        empty = False
+        try:
+            async with asyncio.timeout(self._timeout):
+                while True:
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(QUIET_SECONDS):
+                            delivery = await self._arrived.get()
+                            self._answered()
+                            return delivery
+                    if empty:
+                        return None
+                    ready, _consumers = await self._ask()
+                    if empty := not ready:
+                        # The answer can overtake a letter on its way here; the next cannot.
+                        await self._ask()
+        except TimeoutError as error:
+            raise broker.explain(error, self.queues.dead) from error
+
+    async def _ask(self) -> tuple[int, int]:
+        """Return how many letters and consumers there are; none that has arrived is counted.
+
+        Raises:
+            BrokerError: RabbitMQ cannot be asked; or it counts no consumer while this is one: the
+                queue did not answer it.
+        """
+        sender = await self._bounded(self._channel.get_underlay_channel())
+        found = await self._bounded(sender.queue_declare(self.queues.dead, passive=True))
+        if self._consumer and not found.consumer_count:
+            raise broker.uncounted(self.queues.dead)
+        self._answered()
+        return found.message_count or 0, found.consumer_count or 0
+
+    def _answered(self) -> None:
+        """Note that what was acknowledged before is gone for good."""
+        self.gone += self.perhaps_gone
+        self.unsure = False
+
+    async def _cancel(self) -> None:
+        if self._consumer:
+            tag, self._consumer = self._consumer, ""
+            await self._bounded(self._queue.cancel(tag))
+
+    async def _end(self) -> None:
+        await self._cancel()
+        lie, _consumers = await self._ask()
+        self.came = max(0, lie - (self.seen - self.gone))
+
+    async def _bounded(self, step: Awaitable[_Result]) -> _Result:
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await step
+        except broker.FAILURES as error:
+            raise broker.explain(error, self.queues.dead) from error
+
+
+async def count_letters(look: Look) -> int | None:
+    """Open a look, and return how many dead letters there are, None when there is no such queue.
+
+    Raises:
+        BrokerError: RabbitMQ cannot be asked, or the queue does not answer.
+    """
+    try:
+        await look.open()
+    except QueueMissingError:
+        return None
+    try:
+        return await look.count()
+    finally:
+        await look.close()
+
+
+@contextmanager
+def _progress(there: int, *, quiet: bool) -> Iterator[Callable[[int, str], None]]:
+    """Show how far it is, where it takes long."""
+    if quiet or there < MANY:
+        yield lambda _done, _line: None
+        return
+    with console.progress("dead letters", there) as show:
+        yield show

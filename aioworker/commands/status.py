@@ -1,0 +1,434 @@
+"""What `aioworker status` shows: queues, budget, workers, and why a task waits now.
+
+It asks the database, which also tells which tasks are there, and RabbitMQ, and tells of either
+when the other is away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from aioworker.budget import tables
+from aioworker.budget.tables import ALIVE_SECONDS, Row, holder, peek
+from aioworker.clock import own_time
+from aioworker.commands import meant
+from aioworker.commands.controls import limit_and_source
+from aioworker.commands.look import Look, count_letters
+from aioworker.console import as_json, command, duration
+from aioworker.errors import BrokerError, DatabaseError
+from aioworker.limits import RateLimit
+from aioworker.mysql.database import TOLD_SECONDS
+from aioworker.rabbitmq import broker, topology
+from aioworker.status.presence import STEADY
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Sequence
+
+    from aio_pika.abc import AbstractConnection
+
+    from aioworker.mysql.database import Database
+    from aioworker.settings import Settings
+
+_WORKERS = """SELECT host, pid, version, rate, session, state, reason, since, seen,
+    TIMESTAMPDIFF(MICROSECOND, seen, SYSDATE(6)) / 1e6
+FROM aioworker_worker WHERE task = %s ORDER BY host, pid"""
+
+
+# Reasons to wait that are no failure, by their first words.
+_STEADY = {*STEADY, "nothing queued", ""}
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """Messages in each queue; None where a queue is missing."""
+
+    urgent: int | None
+    bulk: int | None
+    retry: int | None
+    dead: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A worker as its row has it; times are UTC."""
+
+    host: str
+    pid: int
+    version: str
+    rate: str | None
+    session: int
+    state: str
+    reason: str
+    since: datetime
+    seen: datetime
+    seen_seconds: float
+
+    @property
+    def name(self) -> str:
+        """Its name in logs and dead letters."""
+        return f"{self.host}:{self.pid}"
+
+    @property
+    def alive(self) -> bool:
+        """Whether it was seen lately; a worker that runs has no time to say so."""
+        return self.seen_seconds < ALIVE_SECONDS
+
+    @property
+    def fails(self) -> bool:
+        """Whether it waits because something went wrong."""
+        if self.state == "stalled":
+            return True
+        return self.state == "waiting" and self.reason.partition(":")[0] not in _STEADY
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """The rate limit in force and the starts under it; times are UTC.
+
+    Args:
+        scope: `shared` or `worker`, whose starts are counted.
+        rate: The rate limit, such as `2/m`; `none` is no limit, `unknown` each worker's own.
+        source: Where it comes from: `run time`; `setting`, this machine's; `task`, the task's
+            own; `workers`, what they say of themselves; or `unknown`: no worker runs, or they
+            differ, and the task's module is not read here.
+        interval_seconds: Between two starts; None without a limit, or where it is unknown.
+        paused: Whether no start may begin.
+        paused_by: Who paused it last, or ended a pause.
+        paused_at: When.
+        paused_why: Why.
+        set_by: Who set the rate at run time last, or took it back.
+        set_at: When.
+        set_why: Why.
+        rates_differ: Whether the workers' own rates do.
+        starts: Starts charged ever.
+        last_start: When the last one was charged; None before the first.
+        last_worker: By whom.
+        next_start: Before when none may begin, by the last charge; None when that has passed, or
+            none may begin at all. A worker may wait longer: its first write is due later.
+        next_start_seconds: Seconds until then.
+        turn: Who holds the turn; None for nobody.
+    """
+
+    scope: str
+    rate: str
+    source: str
+    interval_seconds: float | None
+    paused: bool
+    rates_differ: bool
+    paused_by: str | None = None
+    paused_at: datetime | None = None
+    paused_why: str | None = None
+    set_by: str | None = None
+    set_at: datetime | None = None
+    set_why: str | None = None
+    starts: int | None = None
+    last_start: datetime | None = None
+    last_worker: str | None = None
+    next_start: datetime | None = None
+    next_start_seconds: float | None = None
+    turn: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """All that is known of a task at one moment.
+
+    Args:
+        task: The task's name.
+        at: The moment, UTC, by the database's clock, or this machine's if that cannot be asked.
+        clock_ahead_seconds: How far this machine's clock is ahead of the database's; None when
+            that cannot be asked.
+        waits: Why it waits now, or that it runs.
+        queued: What is in its queues; None when RabbitMQ cannot be asked.
+        backlog_seconds: How long the lanes take at this rate; None when nobody can tell.
+        budget: Its rate limit; None when the database cannot be asked.
+        workers: Who works on it; None when the database cannot be asked.
+        broker_error: Why RabbitMQ, or one of the task's queues, cannot be asked; None when all can.
+        database_error: Why the database cannot be asked; None when it can.
+    """
+
+    task: str
+    at: datetime
+    clock_ahead_seconds: float | None
+    waits: str
+    queued: Queued | None
+    backlog_seconds: float | None
+    budget: Limit | None
+    workers: list[Worker] | None
+    broker_error: str | None
+    database_error: str | None
+
+    @property
+    def complete(self) -> bool:
+        """Whether both servers could be asked."""
+        return self.broker_error is None and self.database_error is None
+
+    def as_json(self) -> str:
+        """Return it as one JSON object in one line; times are ISO 8601."""
+        return as_json(asdict(self), default=_encoded)
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What the database tells of a task; nothing where it cannot be asked."""
+
+    row: Row | None = None
+    turn: str | None = None
+    workers: list[Worker] | None = None
+    ahead: float | None = None
+
+
+# The tasks that are meant, what is told of each, and why nothing is.
+_Database = tuple[list[str], dict[str, _Told], DatabaseError | None]
+# What RabbitMQ tells of each task, or why not; and why it tells nothing of the others.
+_Broker = tuple[dict[str, Queued | BrokerError], BrokerError | None]
+
+
+async def look(
+    settings: Settings, names: Sequence[str], before: Sequence[str] = ()
+) -> list[Status]:
+    """Ask both servers about the tasks that are meant.
+
+    Args:
+        settings: The settings.
+        names: The tasks' names; none for all.
+        before: Those of the last look, for a database that is away now.
+
+    Raises:
+        UnknownTaskError: A name is unknown.
+        AioworkerError: No task is there, or nobody can tell which are.
+    """
+    asking = asyncio.create_task(_ask_database(settings, names, before))
+    try:
+        answers, unreachable = await _ask_broker(settings, asking)
+        tasks, told, database_error = await asking
+    finally:
+        asking.cancel()
+    found = []
+    for name in tasks:
+        of_task = told.get(name, _Told())
+        limit = _limit(settings, name, of_task) if database_error is None else None
+        queues = topology.Queues.of(name, settings.queue_prefix)
+        answer = answers.get(name, unreachable)
+        broker_error = answer if isinstance(answer, BrokerError) else None
+        queued = answer if isinstance(answer, Queued) else None
+        waits = _why(name, queues, queued, broker_error, limit, of_task, database_error)
+        found.append(
+            Status(
+                task=name,
+                at=of_task.row.now if of_task.row else own_time(),
+                clock_ahead_seconds=of_task.ahead,
+                waits=waits,
+                queued=queued,
+                backlog_seconds=_backlog_seconds(queued, limit),
+                budget=limit,
+                workers=of_task.workers,
+                broker_error=None if broker_error is None else str(broker_error),
+                database_error=None if database_error is None else str(database_error),
+            )
+        )
+    return found
+
+
+def _backlog_seconds(queued: Queued | None, limit: Limit | None) -> float | None:
+    interval = limit.interval_seconds if limit and not limit.paused else None
+    if queued is None or interval is None:
+        return None
+    return ((queued.urgent or 0) + (queued.bulk or 0)) * interval
+
+
+async def _ask_broker(settings: Settings, database: Awaitable[_Database]) -> _Broker:
+    """Connect while *database* finds out which tasks are meant; then ask for their queues."""
+    nodes, timeout, own = settings.nodes(), settings.connect_timeout, "aioworker status"
+    users = {node.user for node in nodes}
+    try:
+        async with (
+            broker.connection(nodes, timeout, own) as connection,
+            broker.Publisher(nodes, timeout, own) as publisher,
+        ):
+            tasks, _told, _error = await database
+
+            def of(task: str) -> Look:
+                queues = topology.Queues.of(task, settings.queue_prefix)
+                return Look(queues, users, connection, publisher, timeout)
+
+            # At once: of many queues that do not answer, each takes as long as the timeout.
+            told = await asyncio.gather(*(_queued(connection, of(t), timeout) for t in tasks))
+            errors = [one for one in told if isinstance(one, BrokerError) and one.unreachable]
+            if errors and len(errors) == len(told):
+                raise errors[0]  # to be told with the node
+            return dict(zip(tasks, told, strict=True)), None
+    except BrokerError as error:
+        return {}, error
+
+
+async def _queued(
+    connection: AbstractConnection, look: Look, timeout: float
+) -> Queued | BrokerError:
+    """Return what is in a task's queues, or why one of them cannot be asked."""
+    names = (look.queues.urgent, look.queues.bulk, look.queues.retry)
+    try:
+        numbers = [await topology.count_surely(connection, name, timeout) for name in names]
+        return Queued(*[*numbers, await count_letters(look)])
+    except BrokerError as error:
+        return error
+
+
+async def _ask_database(
+    settings: Settings, names: Sequence[str], before: Sequence[str]
+) -> _Database:
+    """Return the tasks that are meant, and what the database tells of each."""
+    if settings.budget != "shared":
+        return list(names), {}, None
+    try:
+        async with settings.database(locks=False) as database:
+            tasks = await meant.of_table(database, names)
+            with tables.explaining(database):
+                return tasks, {name: await _told(database, name) for name in tasks}, None
+    except DatabaseError as error:
+        return meant.untold(settings, names or before, error), {}, error
+
+
+async def _told(database: Database, name: str) -> _Told:
+    row = await peek(database, name)
+    ahead = None if row is None else (own_time() - row.now).total_seconds()
+    turn = await holder(database, name, row.turn if row else 0)
+    return _Told(row, turn and turn.name, await workers(database, name), ahead)
+
+
+async def workers(database: Database, task: str) -> list[Worker]:
+    """Return the workers of a task as their rows have them, those long gone too."""
+    return [Worker(*values) for values in await database.query(_WORKERS, (task,))]
+
+
+def _limit(settings: Settings, name: str, told: _Told) -> Limit:
+    """Return the rate limit in force, from the row, its workers, and what this process knows."""
+    row = told.row
+    gap_us = None if row is None else row.gap_us
+    theirs = {one.rate or "none" for one in told.workers or [] if one.alive}
+    rate, source = limit_and_source(settings, name, gap_us, theirs)
+    interval = _interval(rate, gap_us)
+    stopped = interval == math.inf
+    if row is None:
+        known = None if stopped else interval
+        return Limit(settings.budget, rate, source, known, stopped, len(theirs) > 1)
+    ahead = 0.0 if interval is None or stopped else interval - row.charge_age_us / 1e6
+    waiting = ahead > 0 and not row.paused
+    return Limit(
+        scope="shared",
+        rate=rate,
+        source=source,
+        interval_seconds=None if stopped else interval,
+        paused=row.paused or stopped,
+        rates_differ=len(theirs) > 1,
+        paused_by=row.paused_by,
+        paused_at=row.paused_at,
+        paused_why=row.paused_why,
+        set_by=row.set_by,
+        set_at=row.set_at,
+        set_why=row.set_why,
+        starts=row.starts,
+        last_start=row.charged_at if row.starts else None,
+        last_worker=row.holder,
+        next_start=row.charged_at + timedelta(seconds=interval or 0) if waiting else None,
+        next_start_seconds=ahead if waiting else None,
+        turn=told.turn,
+    )
+
+
+def _interval(rate: str, gap_us: int | None) -> float | None:
+    if gap_us is not None:
+        return gap_us / 1e6 or None
+    return None if rate in ("none", "unknown") else RateLimit.parse(rate).interval
+
+
+def _why(
+    task: str,
+    queues: topology.Queues,
+    queued: Queued | None,
+    broker_error: BrokerError | None,
+    limit: Limit | None,
+    told: _Told,
+    database_error: DatabaseError | None,
+) -> str:
+    """Return why the task waits now, the first reason that holds."""
+    row = told.row
+    alive = [one for one in told.workers or [] if one.alive or one.name == told.turn]
+    if broker_error is not None and broker.forbids(broker_error):
+        return str(broker_error)
+    if broker_error is not None:
+        words = (one.reason for one in alive if one.reason.startswith("broker unreachable"))
+        return next(words, f"broker unreachable: {broker_error}")
+    if database_error is not None and database_error.unreachable:
+        return f"database unreachable: {database_error}"
+    if limit is None or queued is None:
+        return str(database_error)
+    for name, messages in asdict(queued).items():
+        if messages is None:
+            queue = getattr(queues, name)
+            return str(broker.missing(queue) if row is None else meant.without_queue(task, queue))
+    if limit.paused:
+        return row.pause if row is not None and row.paused else f"paused: rate limit {limit.rate}"
+    if not queued.urgent and not queued.bulk:
+        stalled = (one.reason for one in alive if one.state == "stalled")
+        return next(stalled, "nothing queued")
+    return _why_workers_wait(task, limit, alive, row)
+
+
+def _why_workers_wait(task: str, limit: Limit, alive: list[Worker], row: Row | None) -> str:
+    if limit.scope != "shared":
+        return "each worker for its own budget"
+    if not alive:
+        return f"no worker is running: start one with `{command('consume')}`"
+    # Where starts are limited, only who has the turn can run: another one was killed in it.
+    limited = limit.rate != "none"
+    for one in alive:
+        # A run that began a moment after its worker wrote that it waits is in the budget's row.
+        charged = row is not None and row.running != [] and row.holder == one.name
+        if (one.state == "running" or charged) and (not limited or one.name == limit.turn):
+            doing = one.reason if one.state == "running" else task
+            return f"running: {doing}{_until_first_write(limit, row)}"
+    for one in alive:
+        if one.fails:
+            return one.reason
+    if limit.next_start_seconds is not None:
+        return f"budget: next start in {duration(limit.next_start_seconds)}"
+    if limit.turn is not None:
+        return f"turn: held by {limit.turn}"
+    last = min(alive, key=lambda one: one.seen_seconds)
+    if last.reason.startswith("budget:") and _may_wait_for_first_write(limit, row):
+        return last.reason
+    # Whoever waits has not seen that yet: its row tells what it waited for before.
+    return f"a start is due and not begun; {last.name} was last seen {_ago(last)} ago"
+
+
+def _may_wait_for_first_write(limit: Limit, row: Row | None) -> bool:
+    """Whether a start now might write too soon after the last first write.
+
+    How much sooner than its write a run is to start, each worker measures for itself.
+    """
+    if row is None or limit.interval_seconds is None:
+        return True
+    return row.write_age_us / 1e6 < limit.interval_seconds
+
+
+def _until_first_write(limit: Limit, row: Row | None) -> str:
+    """Return when a run that has written nothing may, where that is worth a word."""
+    if row is None or limit.interval_seconds is None or row.write_age_us < row.charge_age_us:
+        return ""
+    ahead = limit.interval_seconds - row.write_age_us / 1e6
+    return f"; its first write is due in {duration(ahead)}" if ahead >= TOLD_SECONDS else ""
+
+
+def _ago(worker: Worker) -> str:
+    return duration(max(worker.seen_seconds, 0))
+
+
+def _encoded(value: Any) -> str:
+    if isinstance(value, datetime):
+        return value.replace(tzinfo=UTC).isoformat()
+    raise TypeError(f"expected a time, got: {value!r}")

@@ -1,0 +1,1 @@
+"""The protected database: connections, sessions, errors."""

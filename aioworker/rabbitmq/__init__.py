@@ -1,0 +1,1 @@
+"""The wire: connections, queues, frames and messages."""

@@ -1,0 +1,410 @@
+"""The four queues of a task: their names, their arguments, and their declaration.
+
+`aioworker init` declares, and nothing else does. Everything goes through the default
+exchange, so that there is no binding to lose.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+import time
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from aio_pika.exceptions import ChannelNotFoundEntity, ChannelPreconditionFailed
+
+from aioworker.console import command
+from aioworker.errors import BrokerError, QueueDiffersError
+from aioworker.rabbitmq import broker
+
+if TYPE_CHECKING:
+    from collections.abc import (
+        AsyncIterator,
+        Awaitable,
+        Callable,
+        Iterable,
+        Iterator,
+        Mapping,
+    )
+
+    from aio_pika.abc import (
+        AbstractChannel,
+        AbstractConnection,
+        AbstractIncomingMessage,
+        AbstractQueue,
+    )
+
+_Result = TypeVar("_Result")
+# What arrives from a lane; None says that nothing more does.
+Arrived = asyncio.Queue["AbstractIncomingMessage | None"]
+
+RETRY_TTL_MS = 60_000
+MAX_LENGTH = 1_000_000
+# A backstop against a message that comes back for ever: RabbitMQ 3 has none, 4 has 20.
+DELIVERY_LIMIT = 100
+# Each look at a dead letter is a delivery, and RabbitMQ 4 drops it at the twentieth unless told.
+NO_LIMIT = 1_000_000_000
+# A quorum queue of RabbitMQ 3.10 that is younger than a second is lost with all its confirmed
+# messages when the broker is killed (measured); three seconds leave room.
+SAFE_AFTER_SECONDS = 3.0
+# For so long after a `get` that found nothing, a lane is empty if RabbitMQ counts nothing in it.
+# An idle worker leaves a node that is cut off within 10 s: after this, the next look, and the wait
+# for the answer to a `get`, which takes 1 ms where all is well.
+EMPTY_SECONDS = 5.0
+ANSWER_SECONDS = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Queues:
+    """The names of a task's queues.
+
+    Args:
+        bulk: The lane of sweeps.
+        urgent: The lane of single changes, always taken first.
+        retry: Where a message waits before it goes back to the bulk lane.
+        dead: Dead letters.
+    """
+
+    bulk: str
+    urgent: str
+    retry: str
+    dead: str
+
+    @classmethod
+    def of(cls, task: str, prefix: str) -> Queues:
+        """Name the queues of the task of this name."""
+        bulk = f"{prefix}.{task}"
+        return cls(bulk, f"{bulk}.urgent", f"{bulk}.retry", f"{bulk}.dead")
+
+    def arguments(self, queue_type: str) -> dict[str, dict[str, Any]]:
+        """Return each queue's arguments, the dead letters' queue first.
+
+        Args:
+            queue_type: `quorum`; or `classic`, where a broker that dies between two queues
+                may lose what it was moving.
+        """
+        quorum = queue_type == "quorum"
+        kind = {"x-queue-type": queue_type}
+        keep = {"x-dead-letter-exchange": "", "x-overflow": "reject-publish"}
+        if quorum:
+            keep["x-dead-letter-strategy"] = "at-least-once"
+        length = {"x-max-length": MAX_LENGTH}
+        limit = {"x-delivery-limit": DELIVERY_LIMIT} if quorum else {}
+        lane = kind | keep | limit | length | {"x-dead-letter-routing-key": self.dead}
+        wait = {"x-message-ttl": RETRY_TTL_MS, "x-dead-letter-routing-key": self.bulk}
+        kept = {"x-delivery-limit": NO_LIMIT} if quorum else {}
+        return {
+            self.dead: kind | kept,
+            self.bulk: lane,
+            self.urgent: lane,
+            self.retry: kind | keep | length | wait,
+        }
+
+
+async def compare(
+    connection: AbstractConnection, arguments: Mapping[str, dict[str, Any]], timeout: float
+) -> dict[str, int | None]:
+    """Compare the queues that are there with what `declare` would make; nothing is changed.
+
+    Returns:
+        How many messages RabbitMQ counts in each queue, none also where it does not answer;
+        None for one that is not there.
+
+    Raises:
+        QueueDiffersError: A queue is there with another argument.
+        BrokerError: RabbitMQ refuses, or the connection is lost.
+    """
+    waiting = {name: await count(connection, name, timeout) for name in arguments}
+    for name in waiting:
+        if waiting[name] is not None:
+            await declare(connection, name, arguments[name], timeout)
+    return waiting
+
+
+async def declare(
+    connection: AbstractConnection, name: str, arguments: dict[str, Any], timeout: float
+) -> None:
+    """Declare a queue; a new one is not safe yet: see `wait_until_safe`.
+
+    Raises:
+        QueueDiffersError: It is there with another argument.
+        BrokerError: RabbitMQ refuses, or the connection is lost.
+    """
+
+    async def call() -> None:
+        # A channel of its own: a refusal closes it.
+        channel = await connection.channel()
+        await channel.declare_queue(name, durable=True, arguments=arguments)
+        await channel.close()
+
+    await _bounded(call, name, timeout)
+
+
+async def wait_until_safe(
+    connection: AbstractConnection, names: Iterable[str], timeout: float
+) -> None:
+    """Wait until new queues outlive a broker that is killed, and see that they are there.
+
+    Raises:
+        BrokerError: One of them is gone, or the connection is lost.
+    """
+    await asyncio.sleep(SAFE_AFTER_SECONDS)
+    await check(connection, names, timeout)
+
+
+async def check(connection: AbstractConnection, names: Iterable[str], timeout: float) -> int:
+    """See that queues are there; needs no privilege to configure.
+
+    Returns:
+        How many messages wait in all of them.
+
+    Raises:
+        QueueMissingError: One of them is not.
+        BrokerError: RabbitMQ refuses, or the connection is lost.
+    """
+    messages = 0
+    for name in names:
+        waiting = await count(connection, name, timeout)
+        if waiting is None:
+            raise broker.missing(name)
+        messages += waiting
+    return messages
+
+
+async def count(connection: AbstractConnection, name: str, timeout: float) -> int | None:
+    """Return how many messages wait in a queue, None when there is no such queue.
+
+    RabbitMQ also counts nothing where the queue does not answer it: see `count_surely`.
+
+    Raises:
+        BrokerError: RabbitMQ refuses, or the connection is lost.
+    """
+
+    async def call() -> int | None:
+        channel = await connection.channel()
+        try:
+            queue = await channel.declare_queue(name, passive=True)
+        except ChannelNotFoundEntity as error:
+            if broker.is_missing(error):
+                return None
+            raise
+        await channel.close()
+        return queue.declaration_result.message_count
+
+    return await _bounded(call, name, timeout)
+
+
+async def count_surely(connection: AbstractConnection, name: str, timeout: float) -> int | None:
+    """Return what `count` does, but nothing only where the queue itself says so to a `get`.
+
+    A message that comes right then is given back.
+
+    Raises:
+        BrokerError: The queue does not answer, RabbitMQ refuses, or the connection is lost.
+    """
+
+    async def holds_something() -> bool:
+        channel = await connection.channel()
+        queue = await channel.get_queue(name, ensure=False)
+        delivery = await queue.get(fail=False, timeout=timeout)
+        if delivery is not None:
+            await delivery.nack()
+        await channel.close()
+        return delivery is not None
+
+    waiting = await count(connection, name, timeout)
+    if waiting == 0 and await _bounded(holds_something, name, timeout):
+        waiting = await count(connection, name, timeout)
+        if not waiting:
+            raise broker.uncounted(name)
+    return waiting
+
+
+class Lanes:
+    """A task's two lanes, to take from, over one channel.
+
+    Args:
+        connection: For a channel of its own, where messages flow.
+        channel: What both are used over.
+        urgent: Always taken from first.
+        bulk: Taken from when *urgent* is empty.
+        timeout: Seconds for each step.
+    """
+
+    def __init__(
+        self,
+        connection: AbstractConnection,
+        channel: AbstractChannel,
+        urgent: AbstractQueue,
+        bulk: AbstractQueue,
+        timeout: float,
+    ) -> None:
+        self._channel = channel
+        self._connection = connection
+        self._queues = (urgent, bulk)
+        self._timeout = timeout
+        self._refusal: ChannelPreconditionFailed | None = None
+        self._empty_at = -math.inf  # when RabbitMQ last answered that both are, by a clock
+        channel.close_callbacks.add(self._closed)
+
+    @classmethod
+    async def open(cls, connection: AbstractConnection, queues: Queues, timeout: float) -> Lanes:
+        """Open them.
+
+        Raises:
+            QueueMissingError: One of the task's queues is not there.
+            BrokerError: RabbitMQ refuses, or the connection is lost.
+        """
+        names = (queues.urgent, queues.bulk, queues.retry, queues.dead)
+        await check(connection, names, timeout)
+
+        async def call() -> Lanes:
+            channel = await connection.channel()
+            urgent = await channel.get_queue(queues.urgent, ensure=False)
+            bulk = await channel.get_queue(queues.bulk, ensure=False)
+            return cls(connection, channel, urgent, bulk, timeout)
+
+        return await _bounded(call, queues.bulk, timeout)
+
+    def _closed(self, _channel: object, error: BaseException | None) -> None:
+        if isinstance(error, ChannelPreconditionFailed):
+            self._refusal = error
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Say why RabbitMQ itself closed a channel, where a step failed for that.
+
+        Raises:
+            BrokerError: A run took longer than RabbitMQ's `consumer_timeout`.
+        """
+        try:
+            yield
+        except BrokerError as error:
+            if self._refusal is None:
+                raise
+            why = broker.describe(self._refusal)
+            raise BrokerError(f"RabbitMQ closed the channel: {why}") from error
+
+    async def hold_something(self, *, sure: bool = False) -> bool:
+        """Return whether a message waits in either lane; nothing is kept.
+
+        RabbitMQ also counts nothing in a queue that does not answer it. So that is believed for
+        a while after a `get` found nothing. One that finds a message gives it back.
+
+        Args:
+            sure: Whether it is not believed without a `get` now. That may take as long as any
+                other step; else it is given up after `ANSWER_SECONDS`.
+
+        Raises:
+            BrokerError: A lane is gone or does not answer, or the connection is lost.
+        """
+        for queue in self._queues:
+            if await self.count(queue.name):
+                return True
+        if not sure and time.monotonic() - self._empty_at < EMPTY_SECONDS:
+            return False
+        seconds = self._timeout if sure else min(self._timeout, ANSWER_SECONDS)
+        delivery = await self._take(seconds)
+        if delivery is not None:
+            await _bounded(delivery.nack, delivery.routing_key or "", self._timeout)
+        return delivery is not None
+
+    async def count(self, name: str) -> int:
+        """Return how many messages wait in a queue, by RabbitMQ's count.
+
+        Raises:
+            BrokerError: The queue is gone, or the connection is lost.
+        """
+        declare = partial(self._channel.declare_queue, name, passive=True)
+        declared = await _bounded(declare, name, self._timeout)
+        return declared.declaration_result.message_count or 0
+
+    async def take(self) -> AbstractIncomingMessage | None:
+        """Take one message, from the urgent lane first; None when both are empty.
+
+        Raises:
+            BrokerError: A lane is gone or does not answer, or the connection is lost.
+        """
+        return await self._take(self._timeout)
+
+    async def _take(self, seconds: float) -> AbstractIncomingMessage | None:
+        for queue in self._queues:
+            delivery = await _bounded(
+                partial(queue.get, fail=False, timeout=seconds), queue.name, seconds
+            )
+            if delivery is not None:
+                return delivery
+        self._empty_at = time.monotonic()
+        return None
+
+    @asynccontextmanager
+    async def flow(self, at_once: int, end: Callable[[], None]) -> AsyncIterator[Arrived]:
+        """Have RabbitMQ send what is in the lanes, each message as soon as there is room for it.
+
+        What was not settled inside goes back into its lane.
+
+        Args:
+            at_once: Messages of each lane that may be unsettled at once.
+            end: Called when RabbitMQ sends no more: a lane was deleted, or a run took longer
+                than its `consumer_timeout`.
+
+        Raises:
+            BrokerError: A lane is gone, or the connection is lost.
+        """
+
+        def ended(*_: object) -> None:
+            end()
+
+        arrived: Arrived = asyncio.Queue()
+        bulk = self._queues[-1].name
+        channel = await _bounded(self._connection.channel, bulk, self._timeout)
+        try:
+            channel.close_callbacks.add(self._closed)
+            channel.close_callbacks.add(ended)
+            self._channel.close_callbacks.add(ended)
+            await _bounded(partial(channel.set_qos, at_once), bulk, self._timeout)
+            sender = await channel.get_underlay_channel()
+            sender.on_consumer_cancel_callbacks.add(ended)
+            for lane in self._queues:
+                queue = await channel.get_queue(lane.name, ensure=False)
+                await _bounded(partial(queue.consume, arrived.put), lane.name, self._timeout)
+            yield arrived
+        finally:
+            self._channel.close_callbacks.discard(ended)
+            with suppress(*broker.FAILURES):
+                async with asyncio.timeout(self._timeout):
+                    await channel.close()
+
+
+async def _bounded(call: Callable[[], Awaitable[_Result]], queue: str, timeout: float) -> _Result:
+    try:
+        async with asyncio.timeout(timeout):
+            return await call()
+    except ChannelPreconditionFailed as error:
+        if "inequivalent arg" not in str(error):
+            raise broker.explain(error, queue) from error
+        raise QueueDiffersError(_explain_difference(queue, str(error))) from error
+    except broker.FAILURES as error:
+        raise broker.explain(error, queue) from error
+
+
+def _explain_difference(queue: str, refusal: str) -> str:
+    """Name both values of an argument that differs, out of RabbitMQ's own sentence."""
+    found = re.search(
+        r"inequivalent arg '(?P<name>[^']+)'.*received (?P<ours>.+?)(?: of type '\w+')?"
+        r" but current is (?P<theirs>.+?)(?: of type '\w+')?$",
+        " ".join(refusal.split()),
+    )
+    difference = refusal
+    if found is not None:
+        ours = found["ours"].removeprefix("the value ")
+        theirs = found["theirs"].removeprefix("the value ")
+        difference = f"expected {found['name']} {ours}, got: {theirs}"
+    return (
+        f"queue {queue} differs: {difference}; nothing was changed. Empty and delete the queue,"
+        f" then run `{command('init')}` again"
+    )

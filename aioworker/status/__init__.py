@@ -1,0 +1,1 @@
+"""Why a worker waits: said, and stored."""

@@ -1,0 +1,250 @@
+"""What a worker does or waits for, told everywhere from one place.
+
+The same words go to the log, to the service manager and into the worker's row of
+`aioworker_worker`: RabbitMQ cannot list a worker that asks for each message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import secrets
+import time
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from aioworker.budget import tables
+from aioworker.budget.tables import ALIVE_SECONDS
+from aioworker.errors import DatabaseError
+from aioworker.logs import Seldom, fields
+from aioworker.mysql import trouble
+from aioworker.mysql.database import OWN_SECONDS
+from aioworker.mysql.trouble import MySQLError, Trouble
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aioworker.mysql.database import Database
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 30.0
+SOON_SECONDS = 1.0  # a new reason for the same state is written no more often than this
+KEPT_SECONDS = 3600  # and its row goes
+LEAVE_SECONDS = 2.0  # an end does not wait longer for its row to go
+REASON_LENGTH = 500
+HOST_LENGTH = 100
+
+_UPDATE = """UPDATE aioworker_worker
+SET since = IF(state = %(state)s AND reason = %(reason)s, since, SYSDATE(6)), state = %(state)s,
+    reason = %(reason)s, seen = SYSDATE(6) + INTERVAL %(ahead)s SECOND, session = CONNECTION_ID()
+WHERE id = %(id)s"""
+_INSERT = """INSERT INTO aioworker_worker
+(id, host, pid, task, version, rate, session, state, reason, since, seen)
+VALUES (%(id)s, %(host)s, %(pid)s, %(task)s, %(version)s, %(rate)s, CONNECTION_ID(), %(state)s,
+    %(reason)s, SYSDATE(6), SYSDATE(6))"""
+_OTHERS = f"""SELECT rate FROM aioworker_worker WHERE task = %(task)s AND id <> %(id)s
+AND seen > SYSDATE(6) - INTERVAL {ALIVE_SECONDS} SECOND"""
+_SWEEP = f"DELETE FROM aioworker_worker WHERE seen < SYSDATE(6) - INTERVAL {KEPT_SECONDS} SECOND"
+_LEAVE = "DELETE FROM aioworker_worker WHERE id = %(id)s"
+# Waits that are nothing to worry about, by the first word of their reasons.
+STEADY = frozenset({"budget", "turn"})
+
+
+class Presence:
+    """What one worker does, for one task.
+
+    Args:
+        task: The task's name.
+        host: This machine's name.
+        pid: This process's id.
+        rate: The worker's own rate limit, as text; None is no limit.
+        notify: Called with the words whenever they change.
+        database: Where the worker's row is kept; None keeps none.
+        run_seconds: How long a run may take.
+
+    Attributes:
+        others: How many other workers of the task were alive at the last heartbeat.
+        stalled: Whether the worker stands still; its waits are then told as `stalled`.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        host: str,
+        pid: int,
+        rate: str | None,
+        notify: Callable[[str], None],
+        database: Database | None,
+        run_seconds: float = 0.0,
+    ) -> None:
+        self.others = 0
+        self.stalled = False
+        self._task = task
+        self._notify = notify
+        self._database = database
+        self._run_seconds = max(run_seconds - ALIVE_SECONDS / 2, 0.0)
+        self._state, self._reason = "starting", ""
+        self._written = ("", "")
+        self._written_at = float("-inf")
+        self._looked_at = float("-inf")
+        self._refused_at = float("-inf")
+        self._rates: set[str | None] = {rate}
+        self._steady = False
+        self._seldom = Seldom()
+        self._owed: int | None = None  # the level of a line that may be said later
+        self._arguments: dict[str, object] = {
+            "id": secrets.token_hex(6),
+            "host": host[:HOST_LENGTH],
+            "pid": pid,
+            "task": task,
+            "rate": rate,
+            "version": version("aioworker"),
+        }
+
+    def tell(self, state: str, reason: str, level: int) -> None:
+        """Say and log what the worker does, once for each change.
+
+        A warning or an error whose words were logged within a minute is logged when that has
+        passed, if it still holds; numbers in them, such as times, make no other words.
+
+        Args:
+            state: `waiting` or `running`.
+            reason: What for, in one line.
+            level: The log line's level.
+        """
+        if self.stalled and state == "waiting":
+            state = "stalled"
+        if (state, reason) != (self._state, self._reason):
+            self._state, self._reason, self._owed = state, reason, level
+            self._notify(f"{state}: {reason}")
+            if state == "waiting":
+                # Each start has its own moment: one line for the first wait of a kind is enough.
+                steady = reason.partition(":")[0] in STEADY
+                self._owed = logging.DEBUG if steady and self._steady else level
+                self._steady = steady
+        if self._owed is not None and self._may_be_said(self._owed, f"{state}: {reason}"):
+            log.log(self._owed, state, extra=fields(task=self._task, reason=reason))
+            self._owed = None
+
+    def _may_be_said(self, level: int, words: str) -> bool:
+        return level < logging.WARNING or self._seldom.allows(re.sub(r"\d+", "#", words))
+
+    def stall(self, reason: str) -> None:
+        """Say that the worker stands still, until `stalled` is taken back."""
+        self.stalled = True
+        self.tell("waiting", reason, logging.ERROR)
+
+    async def keep(self) -> None:
+        """Write the row: a new state at once, a new reason within a second, or a heartbeat.
+
+        Where runs and waits that are well take turns, that is no new state: one that lasts
+        for less than a second helps nobody. A run that may outlast what counts as alive is.
+
+        A row that may not be written is said; the work goes on, and is not held up by the next
+        try before the next heartbeat.
+
+        Raises:
+            DatabaseError: The server is away, or the table needs `init`.
+        """
+        if self._database is None:
+            return
+        now = (self._state, self._reason[:REASON_LENGTH])
+        due = HEARTBEAT_SECONDS if now == self._written else SOON_SECONDS
+        known = now[0] == self._written[0] or (_is_well(now) and _is_well(self._written))
+        outlasts = now[0] == "running" != self._written[0] and self._run_seconds > 0
+        if known and not outlasts and time.monotonic() - self._written_at < due:
+            return
+        if time.monotonic() - self._refused_at < HEARTBEAT_SECONDS:
+            return
+        try:
+            with tables.explaining(self._database):
+                async with asyncio.timeout(OWN_SECONDS):
+                    await self._write(self._database, now)
+        except DatabaseError as error:
+            if error.unreachable or tables.needs_init(error):
+                raise
+            self._refused_at = time.monotonic()
+            self._tell_unwritten(error)
+
+    @property
+    def keeps_row(self) -> bool:
+        """Whether it has a row in the database."""
+        return self._database is not None
+
+    async def prove(self, database: Database) -> None:
+        """Write the row, to see that the database takes writes; without one, that it answers.
+
+        Args:
+            database: The connection to write by; the worker's own, or another one.
+
+        Raises:
+            MySQLError: It takes none.
+            DatabaseError: It is away.
+            TimeoutError: It does not answer.
+        """
+        if self._database is not None:
+            try:
+                await self._write(database, (self._state, self._reason[:REASON_LENGTH]))
+            except MySQLError as error:
+                if trouble.sort(error) is not Trouble.EVERY_MESSAGE:
+                    raise
+            else:
+                if database is not self._database:
+                    self._written = ("", "")  # it names a session that ends now
+                return
+        await database.ready()
+
+    async def keep_if_possible(self) -> None:
+        """Write the row if the database lets it: another wait goes on meanwhile."""
+        try:
+            await self.keep()
+        except DatabaseError as error:
+            self._tell_unwritten(error)
+
+    def _tell_unwritten(self, error: DatabaseError) -> None:
+        words = "worker's row not written"
+        if self._may_be_said(logging.WARNING, words):
+            log.warning(words, extra=fields(task=self._task, reason=str(error)))
+
+    async def _write(self, database: Database, now: tuple[str, str]) -> None:
+        # A run may outlast what counts as alive, and nothing is written meanwhile.
+        ahead = self._run_seconds if now[0] == "running" else 0
+        arguments = {**self._arguments, "state": now[0], "reason": now[1], "ahead": ahead}
+        if not await database.execute(_UPDATE, arguments):
+            await database.execute(_INSERT, arguments)
+        self._written, self._written_at = now, time.monotonic()
+        if self._written_at - self._looked_at >= HEARTBEAT_SECONDS:
+            self._looked_at = self._written_at
+            await self._look_around(database)
+
+    async def leave(self) -> None:
+        """Take the row away: this worker ends.
+
+        Raises:
+            DatabaseError: It cannot be; it goes with the old ones.
+        """
+        if self._database is not None and self._written_at > 0:
+            with tables.explaining(self._database):
+                async with asyncio.timeout(LEAVE_SECONDS):
+                    await self._database.execute(_LEAVE, self._arguments)
+
+    async def _look_around(self, database: Database) -> None:
+        """Count the other workers, and say when their rates differ; drop old rows."""
+        found = await database.query(_OTHERS, self._arguments)
+        self.others = len(found)
+        rates = {self._arguments["rate"], *(row[0] for row in found)}
+        if rates != self._rates and len(rates) > 1:
+            words = ", ".join(sorted(str(rate or "none") for rate in rates))
+            log.warning(
+                "workers differ in their own rate limit",
+                extra=fields(task=self._task, rates=words),
+            )
+        self._rates = rates
+        await database.execute(_SWEEP)
+
+
+def _is_well(told: tuple[str, str]) -> bool:
+    state, reason = told
+    return state == "running" or (state == "waiting" and reason.partition(":")[0] in STEADY)

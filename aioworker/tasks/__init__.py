@@ -1,0 +1,1 @@
+"""Functions as tasks: registered, loaded, checked and called."""

@@ -1,0 +1,91 @@
+"""What a task gets besides its arguments."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from aioworker.tasks.threads import ThreadTransaction, running_loop
+
+if TYPE_CHECKING:
+    from contextlib import AbstractAsyncContextManager
+    from types import TracebackType
+
+    from aioworker.mysql.database import Cursor, Database
+    from aioworker.tasks.threads import ThreadCursor
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a task gets in its first parameter, where that is annotated `Context`.
+
+    Args:
+        database: The database that is being protected, for coroutines; a `def` has
+            `transaction()`.
+        task: The task's name.
+        message_id: The message's id.
+        attempt: This run's number for this message, counted from 1.
+        counts: Whatever the task counts; shown in the log line of the run.
+    """
+
+    database: Database
+    task: str
+    message_id: str = "none"
+    attempt: int = 1
+    counts: Counter[str] = field(default_factory=Counter)
+    _loop: asyncio.AbstractEventLoop | None = field(
+        default_factory=running_loop, repr=False, compare=False
+    )
+
+    @property
+    def log(self) -> logging.Logger:
+        """The logger of this task: `aioworker.task.<name>`."""
+        return logging.getLogger(f"aioworker.task.{self.task}")
+
+    def transaction(self) -> Transaction:
+        """Open a transaction: committed at the end, rolled back on an exception.
+
+        `async with ctx.transaction() as cursor` in an `async def`, whose cursor is awaited;
+        `with ctx.transaction() as cursor` in a `def`, whose cursor is not. It works on the
+        connection that holds the task's turn, one statement at a time, and may wait until
+        the run's first write is due: up to the interval of the rate limit.
+
+        Raises:
+            MySQLError: The server refuses a statement; what is not caught becomes a retry
+                or a dead letter, by its kind.
+            TimeoutError: The run's time is up.
+        """
+        return Transaction(self.database, self._loop)
+
+
+class Transaction:
+    """A transaction that is not open yet, for a coroutine or for a thread."""
+
+    def __init__(self, database: Database, loop: asyncio.AbstractEventLoop | None) -> None:
+        self._ours: AbstractAsyncContextManager[Cursor] = database.transaction()
+        self._threads = ThreadTransaction(database, loop)
+
+    async def __aenter__(self) -> Cursor:
+        return await self._ours.__aenter__()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        return await self._ours.__aexit__(kind, error, trace)
+
+    def __enter__(self) -> ThreadCursor:
+        return self._threads.__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._threads.__exit__(kind, error, trace)

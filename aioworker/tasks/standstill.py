@@ -1,0 +1,150 @@
+"""Notices that the event loop stands still, and says for how long and where.
+
+A loop that stands still answers no heartbeat; the servers close its connections, and would be
+blamed. A thread looks on: it names the line while the loop still stands there. Where that thread
+stood still as well, it was the whole process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import sys
+import threading
+import time
+import traceback
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aioworker.logs import Seldom, fields
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.5
+LONGEST_SECONDS = 5.0  # more than a slow machine or a collection of garbage takes
+LATELY_SECONDS = 10.0  # a connection that it cost is missed by then
+NAME = "aioworker "  # what the names of a task's threads and asyncio tasks begin with
+_MACHINERY = (
+    os.path.dirname(asyncio.__file__) + os.sep,
+    str(Path(__file__).parent.parent) + os.sep,
+)
+
+
+class Lookout:
+    """Looks on the running event loop from a thread, while inside: `with Lookout() as lookout`."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+        self._end = threading.Event()
+        self._lock = threading.Lock()
+        self._seldom = Seldom()
+        self._looked = self._cpu = 0.0  # when it looked last, and the time of the CPU used by then
+        self._asked: float | None = None  # when the loop was, which has not answered yet
+        self._place: dict[str, str] | None = None  # where the loop stands still, once that is said
+        self._level = logging.WARNING
+        self._words, self._ended = "", -math.inf
+        self._looking = threading.Thread(target=self._look_on, name=f"{NAME}lookout", daemon=True)
+
+    def __enter__(self) -> Lookout:
+        self._looked, self._cpu = time.monotonic(), time.process_time()
+        self._looking.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._end.set()
+        self._looking.join()
+
+    def lately(self) -> str:
+        """Return what stood still and for how long, if that ended a moment ago, else nothing."""
+        self._look()  # the thread may wake up later than whoever asks
+        return self._words if time.monotonic() - self._ended < LATELY_SECONDS else ""
+
+    def _look_on(self) -> None:
+        while not self._end.wait(LOOK_SECONDS):
+            self._look()
+            if self._asked is None:
+                self._asked = self._looked
+                self._loop.call_soon_threadsafe(self._answer)
+
+    def _look(self) -> None:
+        """See when the last look was, and whether the loop has answered."""
+        with self._lock:
+            now, cpu = time.monotonic(), time.process_time()
+            idle, busy = now - self._looked, cpu - self._cpu
+            self._looked, self._cpu = now, cpu
+            if idle > LONGEST_SECONDS:
+                self._tell_process(idle, busy)
+            elif self._asked is not None and now - self._asked > LONGEST_SECONDS:
+                self._tell_loop()
+
+    def _tell_process(self, seconds: float, cpu_seconds: float) -> None:
+        """Say that nothing ran, no thread either."""
+        if self._asked is not None:
+            self._asked = self._looked  # the loop has its time from now on
+        # Code in C that keeps Python's lock lets it go where it was called. What the loop does
+        # after a stop may be anything.
+        kept = cpu_seconds > seconds / 2
+        place = self._where() if kept else {}
+        cause = "code in C let no thread run" if kept else "stopped, suspended or out of CPU"
+        self._remember("the process", seconds, place)
+        log.log(
+            self._loud("process"),
+            "process stood still: %s",
+            cause,
+            extra=fields(**place, seconds=seconds),
+        )
+
+    def _tell_loop(self) -> None:
+        """Say, once, that the loop has not answered for too long."""
+        if self._place is None:
+            self._place = self._where()
+            self._level = self._loud(self._place.get("task"))
+            log.log(
+                self._level,
+                "event loop stands still: an `async def` must not block; a `def` runs in a thread",
+                extra=fields(**self._place),
+            )
+
+    def _answer(self) -> None:
+        """The loop runs."""
+        with self._lock:
+            asked, self._asked = self._asked, None
+            place, self._place = self._place, None
+            if asked is not None and place is not None:
+                seconds = time.monotonic() - asked
+                self._remember("the event loop", seconds, place)
+                log.log(
+                    self._level, "event loop stood still", extra=fields(**place, seconds=seconds)
+                )
+
+    def _loud(self, what: str | None) -> int:
+        return logging.WARNING if self._seldom.allows(what) else logging.DEBUG
+
+    def _remember(self, what: str, seconds: float, place: dict[str, str]) -> None:
+        during = f" while {place['task']} ran" if place else ""
+        self._words = f"{what} stood still for {seconds:.0f} s{during}"
+        self._ended = time.monotonic()
+
+    def _where(self) -> dict[str, str]:
+        """Return which task the event loop runs now, and where; nothing between two of them."""
+        running = asyncio.current_task(self._loop)
+        if running is None:
+            return {}
+        outwards = traceback.walk_stack(sys._current_frames()[self._thread])
+        stack = [(frame.f_code.co_filename, line, frame.f_code.co_name) for frame, line in outwards]
+        theirs = list(takewhile(lambda one: not one[0].startswith(_MACHINERY), stack)) or stack[:1]
+        ends = dict.fromkeys((theirs[-1], theirs[0]))  # where it began, and where it has got to
+        at = ", ".join(f"{file}:{line} in {name}" for file, line, name in ends)
+        return {"task": running.get_name().removeprefix(NAME), "at": at}

@@ -1,0 +1,195 @@
+"""What `consume` does: one worker process, a supervisor for each of its tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from aioworker.budget.shared import SharedBudget
+from aioworker.console import count, say
+from aioworker.consumer import Consumer, Terms
+from aioworker.errors import DatabaseError
+from aioworker.limits import WorkerBudget, in_force
+from aioworker.logs import fields
+from aioworker.settling.outcome import Kind
+from aioworker.status.presence import Presence
+from aioworker.tasks.standstill import Lookout
+from aioworker.worker.supervisor import Options, Supervisor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from aioworker.mysql.database import Database
+    from aioworker.settings import Settings
+    from aioworker.tasks.task import AnyTask
+    from aioworker.worker.systemd import Notifier
+
+log = logging.getLogger(__name__)
+
+CUT_OFF_SECONDS = 5.0  # for what is cut off to say goodbye
+
+
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """A task of this worker, and what serves it: a connection and a budget of its own."""
+
+    task: AnyTask
+    database: Database
+    presence: Presence
+    supervisor: Supervisor
+
+    async def end(self) -> None:
+        """Take the worker's row away, and close the connection."""
+        try:
+            await self.presence.leave()
+        except DatabaseError as error:
+            log.warning("worker's row not removed", extra=fields(reason=str(error)))
+        self.database.close()
+
+
+class _Doing:
+    """What the worker does, all its tasks together, as the service manager is told."""
+
+    def __init__(self, notifier: Notifier, alone: bool) -> None:
+        self._notifier = notifier
+        self._alone = alone
+        self._of: dict[str, str] = {}
+
+    def teller(self, task: str) -> Callable[[str], None]:
+        """Return what to call with a task's words."""
+
+        def tell(doing: str) -> None:
+            self._of[task] = doing if self._alone else f"{task} {doing}"
+            self._notifier.send(STATUS="; ".join(self._of.values()))
+
+        return tell
+
+
+async def consume(
+    settings: Settings,
+    tasks: Sequence[AnyTask],
+    *,
+    burst: bool,
+    stop: asyncio.Event,
+    notifier: Notifier,
+) -> int:
+    """Run the tasks' messages until *stop*, or in a burst until the lanes are empty.
+
+    Returns:
+        The exit status: 0, or 1 when not all was done in a burst, or when what ran did not
+        end in time after a stop.
+    """
+    doing = _Doing(notifier, alone=len(tasks) == 1)
+    lookout = Lookout()
+    served = [_serve(settings, task, burst, doing, lookout) for task in tasks]
+    if settings.budget != "shared":
+        log.warning("the rate limit counts this process's starts alone: AIOWORKER_BUDGET=worker")
+    notifier.send(READY="1", STATUS="starting")
+    running = [asyncio.create_task(one.supervisor.run(stop)) for one in served]
+    try:
+        with lookout:
+            in_time = await _until_stopped(running, stop, settings.shutdown_timeout)
+        if not in_time:
+            log.error("not done in time", extra=fields(seconds=settings.shutdown_timeout))
+            return 1
+        complete = all(one.result() for one in running)
+    finally:
+        for one in running:
+            one.cancel()
+        # A thread that never returns is left behind: its connection is closed already.
+        await asyncio.wait(running, timeout=CUT_OFF_SECONDS)
+        for ended in served:
+            await ended.end()
+    _tell(served, burst)
+    return 0 if complete or not burst else 1
+
+
+def _serve(
+    settings: Settings, task: AnyTask, burst: bool, doing: _Doing, lookout: Lookout
+) -> _Served:
+    """Make what serves a task."""
+    options = task.options
+    rate = in_force(settings.rate_limit, options.rate_limit)
+    timeout = settings.task_timeout if options.timeout is None else options.timeout
+    retries = settings.max_retries if options.max_retries is None else options.max_retries
+    host, pid = socket.gethostname(), os.getpid()
+    worker = f"{host}:{pid}"
+    database = settings.database(timeout, check=False)  # files may come back
+    shared = settings.budget == "shared"
+    presence = Presence(
+        task.name,
+        host,
+        pid,
+        None if rate is None else str(rate),
+        doing.teller(task.name),
+        database if shared else None,
+        timeout,
+    )
+    budget = SharedBudget(database, task.name, rate, worker) if shared else WorkerBudget(rate)
+    terms = Terms(retries, timeout, settings.connect_timeout, settings.queue_prefix)
+    consumer = Consumer(task, database, budget, presence, terms, worker)
+    needs_database = shared or task.needs_database
+    supervising = Options(
+        settings.amqp_url,
+        burst,
+        settings.connect_timeout,
+        worker,
+        needs_database,
+        lookout.lately,
+    )
+    log.info(
+        "worker started",
+        extra=fields(
+            task=task.name, rate_limit=rate or "none", budget=settings.budget, burst=burst
+        ),
+    )
+    supervisor = Supervisor(task, database, budget, consumer, presence, supervising)
+    return _Served(task, database, presence, supervisor)
+
+
+async def _until_stopped(
+    running: list[asyncio.Task[bool]], stop: asyncio.Event, timeout: float
+) -> bool:
+    """Wait until all have ended, by themselves or after a stop; return whether they did in time.
+
+    Raises:
+        AioworkerError: One failed: the others are not left to run without it.
+    """
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        left: set[asyncio.Task[bool]] = set(running)
+        while left and not stop.is_set():
+            done, _waiting = await asyncio.wait(
+                {*left, stopping}, return_when=asyncio.FIRST_COMPLETED
+            )
+            left -= done
+            for one in done - {stopping}:
+                one.result()
+        if left:
+            log.info("draining", extra=fields(shutdown_timeout=timeout))
+            _done, left = await asyncio.wait(left, timeout=timeout)
+        return not left
+    finally:
+        stopping.cancel()
+        await asyncio.gather(stopping, return_exceptions=True)
+
+
+def _tell(served: Sequence[_Served], burst: bool) -> None:
+    """Say what was done."""
+    settled: Counter[Kind] = Counter()
+    starts = 0
+    for one in served:
+        settled += one.supervisor.consumer.settled
+        starts += one.supervisor.consumer.starts
+    done, dead, retried, released, postponed = (settled[kind] for kind in Kind)
+    log.info("worker stopped", extra=fields(starts=starts, done=done))
+    if burst:
+        say(
+            f"done {count(done, 'message')} in {count(starts, 'start')};"
+            f" dead letters {dead}, to retry {retried + postponed}, given back {released}"
+        )
