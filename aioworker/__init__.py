@@ -12,9 +12,6 @@ from aioworker import early  # noqa: F401 - for what it does
 from typing import TYPE_CHECKING, Any
 
 from aioworker.errors import AioworkerError, DeadLetter, Retry
-
-# Imported here and now: the function `task` has the name of the module it comes from, and
-# whichever is imported last is what `aioworker.task` means.
 from aioworker.tasks.context import Context
 from aioworker.tasks.task import Task, task
 
@@ -49,3 +46,18 @@ def __getattr__(name: str) -> Any:
 
         return getattr(import_module(_PUBLISHING[name]), name)
     raise AttributeError(f"module 'aioworker' has no attribute {name!r}")
+
+
+def _publish_sync(*args: Any, **kwargs: Any) -> str:
+    """Publish where no event loop is, by what `publish_sync` means when it is called."""
+    from aioworker import publish_sync
+
+    return publish_sync(*args, **kwargs)
+
+
+Task.publisher = _publish_sync
+
+
+def __dir__() -> list[str]:
+    """Return every name, those too that are imported when they are asked for."""
+    return sorted({*globals(), *__all__, "__version__"})

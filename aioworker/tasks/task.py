@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iter
 from dataclasses import dataclass, field
 from functools import partial, update_wrapper
 from types import CodeType
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, ParamSpec, Protocol, TypeVar, overload
 
 from aioworker.errors import RateLimitError, TaskError, TaskExitError, UnknownTaskError, UsageError
 from aioworker.limits import RateLimit, in_force, parse_limit
@@ -78,6 +78,9 @@ class Task(Generic[P, R]):
         reads: What that can be called with.
     """
 
+    # The package sets it: what publishes lies above, and imports a client of RabbitMQ.
+    publisher: ClassVar[Callable[..., str]]
+
     name: str
     function: Callable[P, R]
     options: Options = field(default_factory=Options)
@@ -137,9 +140,7 @@ class Task(Generic[P, R]):
 
     def publish_sync(self, /, *args: Any, urgent: bool = False, **kwargs: Any) -> str:
         """Publish one message where no event loop is; see the function `publish_sync`."""
-        from aioworker import publish_sync  # which imports a client of RabbitMQ
-
-        return publish_sync(self, *args, urgent=urgent, **kwargs)
+        return Task.publisher(self, *args, urgent=urgent, **kwargs)
 
     def checked(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
         """Return the positional arguments as the function gets them, chunk first.

@@ -48,6 +48,7 @@ def test_the_module_that_mypy_reads_uses_all_that_is_public() -> None:
 
 def test_what_is_public_is_there_and_nothing_else() -> None:
     assert [name for name in aioworker.__all__ if not hasattr(aioworker, name)] == []
+    assert {*aioworker.__all__, "__version__"} <= set(dir(aioworker))
     assert re.fullmatch(r"\d+\.\d+\.\d+", aioworker.__version__)
     with pytest.raises(AttributeError, match=r"^module 'aioworker' has no attribute 'Worker'$"):
         _ = aioworker.Worker
