@@ -2,7 +2,7 @@
 
 What is here is all there is to import: `task` registers a function, which may take a
 `Context` and raise `Retry` or `DeadLetter`; `Producer` and `publish_sync` publish to it;
-whatever they raise is an `AioworkerError`.
+whatever they raise is an `AioworkerError`. `aioworker.testing` is for tests of your tasks.
 """
 
 # Before all else; even `__future__` is a file that might lie in the current folder.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import aio_pika
 
@@ -18,11 +19,37 @@ from aioworker.tasks.chunk import id_of
 from aioworker.tasks.task import AnyTask, check_publishable
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 
 # Publishes under way at once: enough to hide the round trip, few enough for a small memory.
 WINDOW = 64
 SHORTEST_SECONDS, LONGEST_SECONDS = 0.1, 3600
+
+
+class Taker(Protocol):
+    """What takes messages in place of RabbitMQ, in whichever thread publishes."""
+
+    def __call__(self, outgoing: aio_pika.Message, urgent: bool, /) -> None:
+        """Take one, for one of its task's two lanes."""
+
+
+# Of the whole process: what is under test may publish in threads that it starts itself.
+_takers: list[Taker] = []
+
+
+@contextmanager
+def handing_to(taker: Taker) -> Iterator[None]:
+    """Inside, *taker* gets each message, and RabbitMQ none; of several the one that came last."""
+    _takers.append(taker)
+    try:
+        yield
+    finally:
+        _takers.remove(taker)
+
+
+def taking() -> Taker | None:
+    """Return what takes messages now in place of RabbitMQ; None where nothing does."""
+    return next(iter(_takers[-1:]), None)
 
 
 class Producer:
@@ -141,6 +168,9 @@ class Producer:
                 " asyncio.run(), or use publish_sync"
             )
         self._loop = running
+        if (taker := taking()) is not None:
+            taker(outgoing, urgent)
+            return outgoing.message_id or ""
         queues = Queues.of(task, self._prefix)
         lane = queues.urgent if urgent else queues.bulk
         try:

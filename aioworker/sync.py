@@ -9,8 +9,8 @@ import threading
 from contextlib import suppress
 from typing import Any
 
-from aioworker.producer import Producer
-from aioworker.tasks.task import AnyTask
+from aioworker.producer import Producer, outgoing_message, taking
+from aioworker.tasks.task import AnyTask, check_publishable
 
 CLOSE_SECONDS = 3.0
 
@@ -70,6 +70,11 @@ def publish_sync(task: AnyTask | str, /, *args: Any, urgent: bool = False, **kwa
         BrokerError: RabbitMQ did not confirm it; it may have been published all the same.
     """
     global _background
+    if (taker := taking()) is not None:
+        name, checked = check_publishable(task, args, kwargs)
+        outgoing = outgoing_message(name, checked, kwargs)
+        taker(outgoing, urgent)
+        return outgoing.message_id or ""
     with _lock:
         if _background is None:
             _background = _Background()

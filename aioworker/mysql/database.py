@@ -324,15 +324,14 @@ class Database:
             if first is not None:
                 await first.before_opening()
             async with self._use() as connection:
-                await session.restore(connection, self.timeout)
-                await connection.query("START TRANSACTION")  # BEGIN begins a block in Oracle's mode
+                await self._begin(connection)
                 async with connection.cursor(Cursor) as cursor:
                     cursor.first_write = first
                     yield cursor
                     surely, cursor.first_write = cursor.surely, None
                     if first is not None and cursor.written:
                         await first.before_commit(cursor)
-                await connection.commit()
+                await self._commit(connection)
                 if surely:
                     self._first_write = None
         finally:
@@ -455,7 +454,7 @@ class Database:
             async with asyncio.timeout(self.timeout) as limit:
                 with self._limited(limit):
                     if self._transaction_of is None:
-                        await session.restore(connection, self.timeout)
+                        await self._restore(connection)
                     yield connection
         except (asyncio.CancelledError, TimeoutError):
             await self.cut_off()
@@ -467,6 +466,22 @@ class Database:
             if isinstance(error, MySQLError) and trouble.only_reads(error):
                 self.close()  # its address may lead to another server now
             raise
+
+    # What a transaction is, in statements; `rehearsal` has others.
+
+    async def _restore(self, connection: Any) -> None:
+        """Have a session as it is to be before a use of it."""
+        await session.restore(connection, self.timeout)
+
+    async def _begin(self, connection: Any) -> None:
+        await self._restore(connection)
+        await connection.query("START TRANSACTION")  # BEGIN begins a block in Oracle's mode
+
+    async def _commit(self, connection: Any) -> None:
+        await connection.commit()
+
+    async def _undo(self, connection: Any) -> None:
+        await connection.rollback()
 
     async def cut_off(self) -> None:
         """Close the connection, and end the statement that it runs: the server would finish it."""
@@ -480,7 +495,7 @@ class Database:
     async def _roll_back(self) -> None:
         try:
             async with asyncio.timeout(KILL_SECONDS):
-                await self._connection.rollback()
+                await self._undo(self._connection)
         except Exception:  # noqa: BLE001 - two of a run's coroutines may use it at once
             self.close()  # the server rolls back what a closed connection leaves
 
@@ -500,7 +515,7 @@ class Database:
             DatabaseError: It will not.
         """
         connection = await self._log_in()
-        with _closing_on_error(connection):
+        with closing_on_error(connection):
             with login.expecting_mysql():
                 server = await session.begin(connection, self.timeout)
             reason = server.unfit(self.address.database, any_node=self._any_node)
@@ -528,7 +543,7 @@ class Database:
         try:
             async with asyncio.timeout(KILL_SECONDS):
                 connection = await self._log_in()
-                with _closing_on_error(connection), login.expecting_mysql():
+                with closing_on_error(connection), login.expecting_mysql():
                     await connection.query(f"KILL QUERY IS_USED_LOCK('{lock}')")
                 connection.close()
         except MySQLError as error:
@@ -601,7 +616,8 @@ class _Block:
 
 
 @contextmanager
-def _closing_on_error(connection: Any) -> Iterator[None]:
+def closing_on_error(connection: Any) -> Iterator[None]:
+    """Close a connection if what is inside fails."""
     try:
         yield
     except BaseException:

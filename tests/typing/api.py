@@ -21,6 +21,8 @@ from aioworker import (
     publish_sync,
     task,
 )
+from aioworker.mysql.database import Database
+from aioworker.testing import Message, Run, published, rolled_back, run
 
 assert_type(aioworker.__version__, str)
 
@@ -173,6 +175,28 @@ def publish_without_a_loop() -> None:
     assert_type(note.publish_sync("x", urgent=True), str)
     publish_sync(1)  # type: ignore[arg-type]
     note.publish_sync("x", urgent="yes")  # type: ignore[arg-type]
+
+
+# Testing: what was published, and a run.
+
+
+async def try_tasks() -> None:
+    with published() as messages:
+        note.publish_sync("x")
+    assert_type(messages, list[Message])
+    assert_type(messages[0].args, tuple[Any, ...])
+    assert messages == [Message("shop.note", ("x",), urgent=True)]
+    done = await run(move, [1], "up", database="mysql://127.0.0.1/test", rollback=True)
+    assert_type(done, Run)
+    assert_type(done.counts, Counter[str])
+    assert_type(done.needed, list[Any] | None)
+    async with rolled_back("mysql://127.0.0.1/test") as database:
+        assert_type(database, Database)
+        await run("shop.note", "x", database=database)
+    Message(note)  # type: ignore[arg-type]
+    messages[0].urgent = True  # type: ignore[misc]
+    await run(1)  # type: ignore[arg-type]
+    await run(note, "x", database=True)  # type: ignore[arg-type]
 
 
 # What a task may raise, and what it all is.
