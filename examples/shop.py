@@ -7,7 +7,7 @@ Run it in this folder, with RabbitMQ and MariaDB where the settings say:
     aioworker publish-all update_rating --app shop
     aioworker consume --app shop --burst
 
-One shop now: `aioworker publish update_rating 2 --app shop`.
+One shop now: `aioworker publish update_rating 2 --app shop`. test_shop.py tests it.
 """
 
 from __future__ import annotations
@@ -51,3 +51,8 @@ async def update_rating(ctx: Context, ids: list[int]) -> None:
 async def stale_shops(ctx: Context, ids: list[int]) -> list[int]:
     """Return the shops that need it: where none does, the message costs nothing of the rate."""
     return [row[1] for row in await ctx.database.query(STALE, (ids,))]
+
+
+def review_added(shop: int) -> None:
+    """Have a shop rated before what a sweep has queued: for the page that takes its reviews."""
+    update_rating.publish_sync([shop], urgent=True)

@@ -27,8 +27,11 @@ if TYPE_CHECKING:
     from pymysql.cursors import Cursor
 
 ROOT = Path(__file__).parent.parent.parent
-EXAMPLES = sorted(Path(path.name) for path in (ROOT / "examples").glob("*.py"))
+FILES = sorted(Path(path.name) for path in (ROOT / "examples").glob("*.py"))
+EXAMPLES = [path for path in FILES if not path.name.startswith("test_")]
 SITE = Path("django_site/worker.py")
+TESTS = Path("django_site/reviews/tests.py")
+AWAY = "amqp://127.0.0.1:1/"
 TASKS = ("update_rating", "count_reviews", "update_daily_users", "update_review_count")
 FAST = "--burst --rate-limit 100/s"
 COUNTS = "SELECT review_count FROM reviews_shop"
@@ -255,6 +258,21 @@ def test_a_task_in_five_lines(example: Example, site: Connection[Cursor]) -> Non
     assert rows(site, "SELECT reviews FROM shops ORDER BY id") == [(3,), (0,), (0,)]
 
 
+def test_an_examples_tests_need_no_rabbitmq_and_leave_nothing(
+    shell: Shell, folder: Path, site: Connection[Cursor]
+) -> None:
+    [load, check] = commands_of(folder / "test_shop.py")
+    assert load.endswith(" <shop.sql")
+    execute(site, *statements_of(folder / "shop.sql"))
+    everything = "SELECT id, rating, (SELECT COUNT(*) FROM reviews) FROM shops ORDER BY id"
+    before = rows(site, everything)
+
+    done = shell(check, AIOWORKER_AMQP_URL=AWAY)
+
+    assert (done.returncode, " 3 passed " in done.stdout) == (0, True), done.stdout
+    assert rows(site, everything) == before
+
+
 @pytest.fixture
 def django(shell: Shell) -> Shell:
     """Run lines of a shell in the Django site's folder, where its settings are known."""
@@ -279,6 +297,18 @@ def test_a_django_site(example: Example, django: Shell, site: Connection[Cursor]
 
     assert (deleted.returncode, deleted.stderr) == (0, "")
     assert rows(site, COUNTS) == [(0,)]
+
+
+def test_a_django_sites_tests_need_no_rabbitmq(
+    django: Shell, folder: Path, site: Connection[Cursor]
+) -> None:
+    """On the database that Django makes for them, and takes away again."""
+    [command] = re.findall("`(python .*)`", (folder / TESTS).read_text().partition("\n")[0])
+
+    done = django(command, AIOWORKER_AMQP_URL=AWAY)
+
+    assert (done.returncode, "Ran 2 tests " in done.stderr) == (0, True), done.stderr
+    assert "test_aioworker" not in [name for (name,) in rows(site, "SHOW DATABASES")]
 
 
 def test_a_save_that_is_rolled_back_publishes_nothing(example: Example, django: Shell) -> None:
