@@ -206,7 +206,7 @@ def test_every_block_runs_in_the_order_of_the_page(
 def _write_the_task(reader: Reader) -> None:
     reader.save("shop_tasks.py")
     reader.save("test_shop_tasks.py")
-    reader.python("import test_shop_tasks as page; page.test_every_shop_is_refreshed()")
+    reader.python("import test_shop_tasks as page; page.test_the_shops_that_are_named_are_rated()")
 
 
 def _set_up(reader: Reader) -> None:
@@ -247,6 +247,9 @@ def _publish(reader: Reader, shop: Connection[Cursor]) -> None:
     reader.save("view.py")
     call = "import view; print(view.review_added({}, lambda *status: print(status)))"
     assert reader.python(call) == "('204 No Content', [])\n[]\n"
+    reader.save("test_view.py")
+    test = "import test_view as page; page.test_a_review_has_its_shop_rated_first()"
+    reader.run(sys.executable, "-c", test, AIOWORKER_AMQP_URL="amqp://127.0.0.1:1/")
     assert "published 1 id in 1 message to the urgent lane" in reader.shell(
         "aioworker publish refresh_rat"
     )
