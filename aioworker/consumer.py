@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MOST_RETURNS = 20  # to its lane, before a message goes behind: RabbitMQ sets it aside at a hundred
-LEAST_LOST = 3  # attempts, before a message that loses its connection is set aside
+LEAST_LOST = 3  # attempts that lose their connection, before a message is set aside for that
 
 
 class _NotStartedError(AioworkerError):
@@ -241,14 +241,18 @@ class Consumer:
                 raise  # the worker ends
             attempt.times.ended = time.monotonic()
             failure = Failure.of(error)
-            if self._has_lost_connection(attempt):
-                failure = replace(failure, lost=True)
+            if self._task.needs_database:
+                lost = not self._database.is_open and not attempt.times.cut_off
+                no_room = self._database.take_no_room()
+                failure = replace(failure, lost=lost or failure.lost, no_room=no_room)
             self._database.end_run()
             if failure.error is None:
                 let_go(error)
             return failure
         attempt.times.ended = time.monotonic()
         self._database.end_run()
+        if self._task.needs_database:
+            self._database.take_no_room()  # the task knew what to do
         if attempt.times.began:
             self.breaker.succeed(self._budget.now())
         return Outcome(Kind.ACK)
@@ -274,10 +278,14 @@ class Consumer:
                 await self.see_task()
         except DatabaseError as away:
             return Outcome(Kind.RELEASED, f"{failure.words}; {away}", failure, away)
-        result = self._count(failure, attempt.ctx.attempt)
+        first_failed = outcome.first_failed(delivery)
+        if failure.no_room is not None and not self.breaker.has_succeeded_since(first_failed):
+            # Of the whole server, or of a table that this message alone fills: others may do.
+            return Outcome(Kind.POSTPONED, failure.words, failure, failure.no_room)
+        result = self._count(delivery, failure)
         failed = Failed(
             attempt.key,
-            outcome.first_failed(delivery),
+            first_failed,
             attempt.ctx.attempt,
             attempt.times.taken,
             failure.words,
@@ -288,14 +296,13 @@ class Consumer:
             return Outcome(Kind.POSTPONED, failure.words, failure)
         return result
 
-    def _has_lost_connection(self, attempt: _Attempt) -> bool:
-        """Whether a run's connection is gone, and not because its time was up."""
-        gone = self._task.needs_database and not self._database.is_open
-        return gone and not attempt.times.cut_off
-
-    def _count(self, failure: Failure, attempt: int) -> Outcome:
+    def _count(self, delivery: AbstractIncomingMessage, failure: Failure) -> Outcome:
         """Return what a failure comes to that is the message's own."""
-        attempts = max(self._terms.max_retries + 1, LEAST_LOST if failure.lost else 0)
+        attempt = outcome.attempt(delivery)
+        attempts = max(self._terms.max_retries + 1, attempt)
+        if failure.lost:
+            more = LEAST_LOST - 1 - outcome.times_lost(delivery)
+            attempts = max(attempts, attempt + more)
         if failure.fault is Fault.DATA:
             return Outcome(Kind.DEAD_LETTER, failure.words, failure)
         if attempt < attempts:
@@ -364,7 +371,6 @@ class Consumer:
         """Write over the run's own connection; over another one if that one takes nothing."""
         if self._task.needs_database and self._database.is_open:
             self._database.expect(None)  # ours is no write of the run
-            self._database.refuse_no_room()
             try:
                 await self._write_over(self._database)
             except Exception as error:

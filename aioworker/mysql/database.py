@@ -238,17 +238,15 @@ class Database:
         """Whether a connection stands, as far as is known."""
         return self._connection is not None
 
-    def refuse_no_room(self) -> None:
-        """See that the server had room for all that this connection wrote since the last look.
+    def take_no_room(self) -> DatabaseError | None:
+        """Return what the server said since the last time if it had no room for a write.
 
         A write of a few bytes may do where a larger one did not.
-
-        Raises:
-            DatabaseError: It had not.
         """
+        if self._connection is None:
+            return None
         refused, self._connection.no_room = self._connection.no_room, None
-        if refused is not None:
-            raise self.explain(refused)
+        return None if refused is None else self.explain(refused)
 
     async def ready(self) -> None:
         """See that the connection stands; open one where it does not.

@@ -85,7 +85,7 @@ class Breaker:
         if self.reason:
             if failed.taken > self._opened_at:
                 self._fail_test()
-        elif self._has_succeeded_since(failed.first_failed) or not (failed.last or failed.of_all):
+        elif self.has_succeeded_since(failed.first_failed) or not (failed.last or failed.of_all):
             return False
         if failed.of_all:
             self._open(failed.words)
@@ -106,6 +106,11 @@ class Breaker:
         self._set_aside.add(message)
         return True
 
+    def has_succeeded_since(self, moment: datetime | None) -> bool:
+        """Return whether a run has ended well since a moment; not if there is none."""
+        succeeded_at = self._succeeded_at
+        return succeeded_at is not None and moment is not None and succeeded_at > moment
+
     def seconds(self) -> float:
         """Return the seconds until a message may be taken: 0 for now."""
         if not self.reason or self._left:
@@ -124,10 +129,6 @@ class Breaker:
         if not self._left:
             self._round_at = self._clock() + TEST_SECONDS
             self._size = min(2 * self._size, MOST_TESTS)
-
-    def _has_succeeded_since(self, moment: datetime | None) -> bool:
-        succeeded_at = self._succeeded_at
-        return succeeded_at is not None and moment is not None and succeeded_at > moment
 
     def _open(self, words: str) -> None:
         if not self.reason:

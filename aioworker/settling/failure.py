@@ -31,6 +31,8 @@ from aioworker.rabbitmq.headers import TEXT_BYTES
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from aioworker.errors import DatabaseError
+
 TRACEBACK_LINES = 20
 
 
@@ -55,6 +57,7 @@ class Failure:
         kind: What two failures share that come from the same lines of code.
         lost: Whether the run lost its connection, or its turn with it.
         error: The error itself, for a log's `exc_info`; nothing may be asked of it.
+        no_room: What the database's server said in the run if it had no room for a write.
     """
 
     fault: Fault
@@ -64,6 +67,7 @@ class Failure:
     kind: str = ""
     lost: bool = False
     error: BaseException | None = None
+    no_room: DatabaseError | None = None
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:

@@ -94,6 +94,8 @@ def retry(delivery: AbstractIncomingMessage, outcome: Outcome, now: datetime) ->
     }
     if outcome.failed:
         headers["x-aioworker-first-failed-at"] = _shown(first_failed(delivery) or now)
+    if outcome.failure is not None and outcome.failure.lost:
+        headers["x-aioworker-lost"] = times_lost(delivery) + 1
     return _copy(delivery, headers)
 
 
@@ -201,6 +203,12 @@ def _copy(
 def attempt(delivery: AbstractIncomingMessage) -> int:
     """Return which run of the message this is, from 1, as far as its headers can tell."""
     return (retries(delivery.headers) or 0) + 1
+
+
+def times_lost(delivery: AbstractIncomingMessage) -> int:
+    """Return how many attempts lost their connection before this one."""
+    count = delivery.headers.get("x-aioworker-lost")
+    return count if type(count) is int else 0
 
 
 def lane(delivery: AbstractIncomingMessage) -> str:

@@ -49,10 +49,11 @@ def make(request: pytest.FixtureRequest, pair: Servers, database: Database, shop
     return worker
 
 
-async def send(lanes: Lanes, *numbers: float, retries: int = 0) -> None:
+async def send(lanes: Lanes, *numbers: float, retries: int = 0, lost: int = 0) -> None:
     for number in numbers:
         body = json.dumps([[number], {}, None]).encode()
-        await lanes.send(body, headers=HEADERS | {"id": f"number {number}", "retries": retries})
+        counts = {"retries": retries, "x-aioworker-lost": lost}
+        await lanes.send(body, headers=HEADERS | {"id": f"number {number}"} | counts)
 
 
 @pytest.fixture
@@ -139,8 +140,8 @@ async def test_a_statement_that_loses_its_connection_each_time_is_set_aside_at_t
 ) -> None:
     """It was given back uncounted and came first again; a lost connection is never the first's."""
     settled = []
-    for retries in range(3):
-        await send(lanes, 1, retries=retries)
+    for times in range(3):
+        await send(lanes, 1, retries=times, lost=times)
         worker = make(lose, max_retries=0)
         assert not await worker.run(stop)
         settled.append(dict(worker.consumer.settled))
@@ -149,6 +150,65 @@ async def test_a_statement_that_loses_its_connection_each_time_is_set_aside_at_t
     letter = await lanes.take(QUEUES.dead)
     assert letter.headers["x-aioworker-attempts"] == 3
     assert str(letter.headers["x-aioworker-reason"]).endswith("attempt 3 of 3")
+
+
+async def test_a_first_lost_connection_sets_no_message_aside(
+    make: Make, lanes: Lanes, stop: asyncio.Event
+) -> None:
+    """Its attempts before failed for reasons of its own."""
+
+    async def lose(ctx: Context, _number: float) -> None:
+        await ctx.database.execute("KILL CONNECTION_ID()")
+
+    await send(lanes, 1, retries=5)
+    worker = make(lose)
+
+    assert not await worker.run(stop)
+
+    assert worker.consumer.settled == {Kind.RETRY: 1}
+    copy = await lanes.take(QUEUES.retry)
+    assert (copy.headers["retries"], copy.headers["x-aioworker-lost"]) == (6, 1)
+
+
+@pytest.fixture
+def small_table(shop: Connection[Cursor]) -> Iterator[None]:
+    """A table that is full; it is no more than that of the server."""
+    execute(
+        shop,
+        "DROP TABLE IF EXISTS small",
+        "SET SESSION max_heap_table_size = 16384",
+        "CREATE TABLE small (words CHAR(200)) ENGINE=MEMORY",
+    )
+    with pytest.raises(OperationalError, match="1114"):
+        while True:
+            execute(shop, "INSERT INTO small VALUES (REPEAT('x', 200))")
+    yield
+    execute(shop, "DROP TABLE small")
+
+
+async def test_a_table_that_is_full_blocks_its_own_message_alone(
+    make: Make, lanes: Lanes, stop: asyncio.Event, small_table: None
+) -> None:
+    """The server says the same of a full disk; another message that succeeds tells them apart."""
+
+    async def write(ctx: Context, number: float) -> None:
+        if number == 1:
+            await ctx.database.execute("INSERT INTO small VALUES (REPEAT('x', 200))")
+
+    await send(lanes, 1, 2, 3)
+    worker = make(write)
+
+    with pytest.raises(DatabaseError, match="The table 'small' is full"):
+        await worker.run(stop)
+    assert worker.consumer.settled == {Kind.POSTPONED: 1}
+    await worker.run(stop)
+    assert worker.consumer.settled == {Kind.POSTPONED: 1, Kind.ACK: 2}
+
+    put_off = await lanes.take(QUEUES.retry)
+    assert put_off.headers["retries"] == 0
+    await lanes.send(put_off.body, headers=dict(put_off.headers))
+    await worker.run(stop)
+    assert worker.consumer.settled == {Kind.POSTPONED: 1, Kind.ACK: 2, Kind.RETRY: 1}
 
 
 async def test_a_statement_that_its_time_cuts_off_is_no_lost_connection(
