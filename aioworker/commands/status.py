@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +38,11 @@ _WORKERS = """SELECT host, pid, version, rate, session, state, reason, since, se
 FROM aioworker_worker WHERE task = %s ORDER BY host, pid"""
 
 
+_EMPTY = "nothing queued"
+# In its place, where RabbitMQ does not answer: what a worker saw last may have changed since.
+_UNSURE = "RabbitMQ cannot be asked whether messages wait"
 # Reasons to wait that are no failure, by their first words.
-_STEADY = {*STEADY, "nothing queued", ""}
+_STEADY = {*STEADY, _EMPTY, ""}
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,12 +229,19 @@ async def look(
                 queued=queued,
                 backlog_seconds=_backlog_seconds(queued, limit),
                 budget=limit,
-                workers=of_task.workers,
+                workers=of_task.workers if broker_error is None else _unsure(of_task.workers),
                 broker_error=None if broker_error is None else str(broker_error),
                 database_error=None if database_error is None else str(database_error),
             )
         )
     return found
+
+
+def _unsure(workers: list[Worker] | None) -> list[Worker] | None:
+    """Return workers by whose words nobody can take the queues to be empty now."""
+    return workers and [
+        replace(one, reason=_UNSURE) if one.reason == _EMPTY else one for one in workers
+    ]
 
 
 def _backlog_seconds(queued: Queued | None, limit: Limit | None) -> float | None:
@@ -375,7 +385,7 @@ def _why(
         return row.pause if row is not None and row.paused else f"paused: rate limit {limit.rate}"
     if not queued.urgent and not queued.bulk:
         stalled = (one.reason for one in alive if one.state == "stalled")
-        return next(stalled, "nothing queued")
+        return next(stalled, _EMPTY)
     return _why_workers_wait(task, limit, alive, row)
 
 

@@ -140,6 +140,26 @@ def test_a_broker_that_is_down(
     eventually(since, "the worker's own word")
 
 
+@pytest.mark.parametrize("reason", ["nothing queued", "budget: next start at 02:10:00 UTC"])
+def test_no_worker_tells_that_nothing_is_queued_while_the_broker_is_down(
+    run: Run, status: Any, lanes: Lanes, shop: Connection[Cursor], reason: str
+) -> None:
+    """It is what the worker saw last: a sweep may have been published since."""
+    execute(
+        shop,
+        "INSERT INTO aioworker_worker SELECT 'id', 'here', 9, task, '1', NULL, 0, 'waiting',"
+        f" '{reason}', SYSDATE(6), SYSDATE(6) FROM aioworker_budget",
+    )
+    unsure = "RabbitMQ cannot be asked whether messages wait"
+    shown = unsure if reason == "nothing queued" else reason
+
+    assert status()["workers"][0]["reason"] == reason
+    assert status(AIOWORKER_AMQP_URL=NOWHERE)["workers"][0]["reason"] == shown
+    text = run("status", AIOWORKER_AMQP_URL=NOWHERE).stdout
+    assert f" UTC: {shown}\n" in text
+    assert "nothing queued" not in text
+
+
 def test_a_database_that_is_down(status: Any, lanes: Lanes) -> None:
     found = status(AIOWORKER_MYSQL_URL=NO_DATABASE)
 
