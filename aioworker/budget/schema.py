@@ -12,6 +12,7 @@ import re
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from aioworker.budget import tables
 from aioworker.console import command, tell
 from aioworker.errors import DatabaseError
 from aioworker.mysql import trouble
@@ -139,6 +140,13 @@ async def changes(database: Database) -> dict[str, str]:
         if found and (statement := change(name, found)):
             wanted[name] = statement
     return wanted
+
+
+async def older(database: Database) -> str:
+    """Return which tables wait for `init`, and where, or nothing if none does."""
+    wanted = await changes(database)
+    where = database.address.shown
+    return f"{' and '.join(wanted)} at {where}: {tables.older()}" if wanted else ""
 
 
 def change(name: str, found: Collection[str]) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 from typing import TYPE_CHECKING
 
-from aioworker.budget import tables
+from aioworker.budget import schema, tables
 from aioworker.commands import meant, status
 from aioworker.console import duration
 from aioworker.errors import UnhealthyError, UsageError
@@ -37,11 +37,15 @@ async def check(settings: Settings, names: Sequence[str]) -> str:
         tasks = await meant.of_table(database, names)
         with tables.explaining(database):
             found = {name: await _here(database, name) for name in tasks}
-    problems = {name: _problem(name, workers) for name, workers in found.items()}
-    sick = {name: problem for name, problem in problems.items() if problem is not None}
+            problems = {name: _problem(name, workers) for name, workers in found.items()}
+            sick = {name: problem for name, problem in problems.items() if problem is not None}
+            # Workers of this version write no row into it. Those of an earlier one, not restarted
+            # yet, are well.
+            older = await schema.older(database) if sick else ""
     labels = {name: f"{name}: " if len(found) > 1 else "" for name in found}
     if sick:
-        raise UnhealthyError("; ".join(labels[name] + problem for name, problem in sick.items()))
+        words = [labels[name] + problem for name, problem in sick.items()]
+        raise UnhealthyError("; ".join([*words, *filter(None, [older])]))
     lines = [labels[name] + _doing(workers) for name, workers in found.items()]
     return "\n".join(" ".join(line.split()) for line in lines)
 

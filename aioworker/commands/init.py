@@ -206,12 +206,11 @@ async def refuse_older_tables(settings: Settings) -> None:
     try:
         async with settings.database(locks=False) as database:
             with tables.explaining(database):
-                changes = await schema.changes(database)
+                older = await schema.older(database)
     except DatabaseError:
         return
-    if changes:
-        where = settings.mysql_url.shown
-        raise DatabaseError(f"{' and '.join(changes)} at {where}: {tables.older()}")
+    if older:
+        raise DatabaseError(older)
 
 
 def _permit(amqp: BrokerAddress, configure: str, write: str, read: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -61,7 +62,7 @@ def older(shop: Connection[Cursor]) -> Connection[Cursor]:
     return shop
 
 
-@pytest.mark.parametrize("command", [("status",), ("pause",), ("rate-limit", "1/m")])
+@pytest.mark.parametrize("command", [("status",), ("health",), ("pause",), ("rate-limit", "1/m")])
 def test_a_command_that_finds_an_older_table_names_the_command_to_run(
     run: Run, older: Connection[Cursor], lanes: Lanes, command: tuple[str, ...]
 ) -> None:
@@ -70,6 +71,22 @@ def test_a_command_that_finds_an_older_table_names_the_command_to_run(
     assert done.returncode == 1
     assert CURE in done.stdout + done.stderr
     assert rows(older, "SELECT set_why FROM aioworker_budget") == [("replica lags",)]
+
+
+def test_workers_that_are_alive_are_healthy_though_their_table_waits_for_init(
+    run: Run, older: Connection[Cursor]
+) -> None:
+    """Between new code and `init` those of the earlier version work on: nobody is to be woken."""
+    execute(
+        older,
+        "INSERT INTO aioworker_worker (host, pid, task, version, session, state, reason, since,"
+        f" seen) SELECT LEFT('{socket.gethostname()}', 100), 9, task, '0.0.1', 7, 'waiting',"
+        " 'paused', SYSDATE(6), SYSDATE(6) FROM aioworker_budget",
+    )
+
+    done = run("health")
+
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 async def test_a_worker_that_finds_an_older_table_takes_nothing_and_goes_on_after_init(
