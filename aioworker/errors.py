@@ -191,11 +191,20 @@ def family(error: BaseException | None) -> Iterator[BaseException]:
         if one is not None and id(one) not in seen:
             seen.add(id(one))
             yield one
-            rest += [_cause(one), _context(one)]
-            rest += _parts(one) if issubclass(type(one), BaseExceptionGroup) else ()
+            rest += [context_of(one), cause_of(one)]
+            parts = parts_of(one)
+            if id(parts) not in seen:  # many groups may have one tuple
+                seen.add(id(parts))
+                rest += reversed(parts)
 
 
-traceback_of = BaseException.__dict__["__traceback__"].__get__  # whatever a class has there
-_cause = BaseException.__dict__["__cause__"].__get__
-_context = BaseException.__dict__["__context__"].__get__
+def parts_of(error: BaseException) -> tuple[BaseException, ...]:
+    """Return what an error is a group of; nothing for one that is no group."""
+    return _parts(error) if issubclass(type(error), BaseExceptionGroup) else ()
+
+
+# Whatever a class has in their place.
+traceback_of = BaseException.__dict__["__traceback__"].__get__
+cause_of = BaseException.__dict__["__cause__"].__get__
+context_of = BaseException.__dict__["__context__"].__get__
 _parts = BaseExceptionGroup.__dict__["exceptions"].__get__

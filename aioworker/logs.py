@@ -12,18 +12,25 @@ import os
 import re
 import sys
 import time
+import traceback
+from collections import deque
 from datetime import UTC, datetime
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from aioworker.console import as_json, printable
-from aioworker.errors import name_of
+from aioworker.errors import cause_of, context_of, family, name_of, parts_of, traceback_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from collections.abc import Callable, Hashable, Iterator
+    from types import TracebackType
 
 SELDOM_SECONDS = 60.0
 TRACEBACK_LENGTH = 16_000  # characters of it in a line of the log
 _HALF = TRACEBACK_LENGTH // 2
+WHOLE_ERRORS, WHOLE_FRAMES = 100, 2000  # of a traceback that Python itself may format
+BRIEF_ERRORS, BRIEF_FRAMES, BRIEF_LENGTH = 10, 5, 1000  # of any larger one
+LOOKED_AT = 10_000  # errors of one failure; what is behind them is not looked at
 
 
 def fields(**values: Any) -> dict[str, dict[str, Any]]:
@@ -57,11 +64,67 @@ class _Formatter(logging.Formatter):
 
     def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
         """Return a traceback, even if the error fails to be shown, or is as long as a message."""
-        shown = _told(lambda: super(_Formatter, self).formatException(ei), ei[1])
+        error = ei[1]
+        if error is None:
+            return super().formatException(ei)
+        shown = _told(lambda: traceback_text(error, ei[2]), error)
         middle = len(shown) - TRACEBACK_LENGTH
         return (
             shown if middle <= 0 else f"{shown[:_HALF]}\n… {middle} characters …\n{shown[-_HALF:]}"
         )
+
+
+def traceback_text(error: BaseException, raised: TracebackType | None) -> str:
+    """Return an error's traceback, as Python formats it unless that may take long.
+
+    Python follows every path: a group in a group, twice, in a group, twice, is told 2 to the power
+    of its depth times. What is too large is told of in part, each error by itself.
+
+    Args:
+        error: What was raised.
+        raised: Its traceback.
+    """
+    if _is_small(error, raised):
+        return "".join(traceback.format_exception(type(error), error, raised)).rstrip("\n")
+    some = (one for one in islice(family(error), 1, LOOKED_AT) if not parts_of(one))
+    told = [_brief(one, traceback_of(one)) for one in islice(some, BRIEF_ERRORS)]
+    told += ["… too much to tell all of it …", _brief(error, raised)]
+    return "\n\n".join(told)
+
+
+def _is_small(error: BaseException, raised: TracebackType | None) -> bool:
+    """Whether Python comes upon few errors and frames, by the paths that it takes."""
+    errors, frames = 0, sum(1 for _ in islice(_steps(raised), WHOLE_FRAMES))
+    rest, seen = [error], {id(error)}
+    while rest and errors < WHOLE_ERRORS and frames < WHOLE_FRAMES:
+        one = rest.pop()
+        errors += 1
+        if one is not error:
+            frames += sum(1 for _ in islice(_steps(traceback_of(one)), WHOLE_FRAMES))
+        for origin in (cause_of(one), context_of(one)):
+            if origin is not None and id(origin) not in seen:
+                seen.add(id(origin))
+                rest.append(origin)
+        parts = parts_of(one)
+        if len(parts) > WHOLE_ERRORS:
+            return False
+        seen.update(map(id, parts))
+        rest += parts
+    return not rest and frames < WHOLE_FRAMES
+
+
+def _brief(error: BaseException, raised: TracebackType | None) -> str:
+    """Return the end of an error's own traceback, and its words."""
+    last = deque(_steps(raised), BRIEF_FRAMES)
+    frames = "".join(traceback.format_tb(last[0])) if last else ""
+    words = _told(lambda: error, error)[:BRIEF_LENGTH]
+    return f"Traceback (most recent call last):\n{frames}{name_of(error)}: {words}"
+
+
+def _steps(at: TracebackType | None) -> Iterator[TracebackType]:
+    while at is not None:
+        yield at
+        at = at.tb_next
 
 
 def _told(make: Callable[[], object], thing: object) -> str:

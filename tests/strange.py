@@ -107,16 +107,56 @@ def error_of(random: Random, depth: int = 0) -> BaseException:
 
 def _group(random: Random, depth: int) -> BaseException:
     inner = [error_of(random, depth + 1) for _ in range(random.randint(1, 3))]
-    if random.random() < 0.02:
-        inner += [ValueError(number) for number in range(10_000)]
     try:
         whole: BaseException = BaseExceptionGroup(random.choice(TEXTS[:4]), inner)
     except BaseException:  # noqa: BLE001 - it can be in no group, for anybody
         return inner[0]
-    if random.random() < 0.05:
-        for _ in range(random.choice((10, 300, 3000))):
-            whole = BaseExceptionGroup("deep", [whole])
+    if random.random() < 0.1:
+        return random.choice(SHAPES)(random, whole)
     return whole
+
+
+def _deep(random: Random, inner: BaseException) -> BaseException:
+    """Return it in a group in a group, and so on: deeper than Python calls."""
+    for _ in range(random.choice((10, 300, 3000, 30_000))):
+        inner = BaseExceptionGroup("deep", [inner])
+    return inner
+
+
+def _shared(random: Random, inner: BaseException) -> BaseException:
+    """Return it in a group, twice, in a group, twice: by 2 to the power of the depth paths."""
+    for _ in range(random.choice((5, 22, 300))):
+        inner = BaseExceptionGroup("shared", [inner, inner])
+    return inner
+
+
+def _wide(random: Random, inner: BaseException) -> BaseException:
+    """Return it among many, all of them raised, each again in the next group."""
+    for _ in range(random.randint(1, 3)):
+        many = [_caught(ValueError(number)) for number in range(random.choice((20, 500, 20_000)))]
+        inner = BaseExceptionGroup("wide", [*many, inner, *many])
+    return inner
+
+
+def _chained(random: Random, inner: BaseException) -> BaseException:
+    """Return what came from it, in many steps, each a group of the one before, twice."""
+    for _ in range(random.choice((5, 22, 300))):
+        step = BaseExceptionGroup("chained", [inner, inner])
+        step.__cause__ = BaseExceptionGroup("cause", [inner, inner])
+        BaseException.__dict__["__context__"].__set__(step, inner)
+        inner = step
+    return inner
+
+
+SHAPES = (_deep, _shared, _wide, _chained)
+
+
+def _caught(error: BaseException) -> BaseException:
+    try:
+        raised(error)
+    except BaseException as caught:  # noqa: BLE001 - as the worker catches it
+        return caught
+    raise AssertionError
 
 
 def _error(random: Random) -> BaseException:

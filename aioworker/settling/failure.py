@@ -10,6 +10,7 @@ import hashlib
 import traceback
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from aioworker.errors import (
@@ -22,18 +23,22 @@ from aioworker.errors import (
     TurnLostError,
     family,
     name_of,
+    parts_of,
+    traceback_of,
 )
+from aioworker.logs import LOOKED_AT, traceback_text
 from aioworker.mysql import trouble
 from aioworker.mysql.trouble import MySQLError, Trouble
 from aioworker.rabbitmq import broker
 from aioworker.rabbitmq.headers import TEXT_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator
 
     from aioworker.errors import DatabaseError
 
 TRACEBACK_LINES = 20
+LINES_OF = 1000  # errors, and frames of each, by whose lines a failure's kind is known
 
 
 class Fault(StrEnum):
@@ -74,13 +79,13 @@ class Failure:
         """Tell of an error; never raises, whatever the error's own code does."""
         name = name_of(error)
         try:
-            fault, words = _judge(error)
-            said = _said(error)
+            members = _Members(error)
+            said = members.say_all()
             kind = hashlib.sha256(repr(_lines(error)).encode(errors="replace")).hexdigest()
             return cls(
-                fault,
+                members.fault(),
                 name,
-                line(words) or name,
+                line(members.words()) or name,
                 "" if said else _traceback(error),
                 kind,
                 isinstance(error, TurnLostError),
@@ -95,34 +100,79 @@ class Failure:
             )
 
 
-def _judge(error: BaseException) -> tuple[Fault, str]:
-    """Return whose fault an error is, and its words; of a group, what is gentlest."""
+class _Members:
+    """The errors that a failure consists of, each once: itself, or those of its groups.
+
+    Attributes:
+        whole: Whether these are all of them.
+    """
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+        self._found: list[BaseException] = []
+        rest: list[Iterator[BaseException]] = [iter((error,))]
+        seen, looks = set(), 0
+        while rest and looks < LOOKED_AT:
+            one = next(rest[-1], None)
+            looks += 1
+            if one is None:
+                rest.pop()
+            elif id(one) not in seen:
+                seen.add(id(one))
+                # One of ours tells of itself, group or not.
+                parts = () if issubclass(type(one), AioworkerError) else parts_of(one)
+                if parts:
+                    rest.append(iter(parts))
+                else:
+                    self._found.append(one)
+        self.whole = not rest
+
+    def fault(self) -> Fault:
+        """Return whose fault they are: what is gentlest for the message."""
+        faults = set(map(_fault, self._found))
+        if not self.whole:
+            faults.add(Fault.ATTEMPT)  # as one that is not known may be
+        return min(faults, key=list(Fault).index)
+
+    def words(self) -> str:
+        """Return as many of their words as a header may hold."""
+        said = ""
+        for one in self._found or [self._error]:
+            if len(said) >= TEXT_BYTES:
+                break
+            said += ("; " if said else "") + _words(one)[:TEXT_BYTES]
+        return said
+
+    def say_all(self) -> bool:
+        """Whether their words say all there is to know: ours, which name the cure."""
+        return self.whole and all(
+            isinstance(one, AioworkerError) and not isinstance(one, TaskExitError)
+            for one in self._found
+        )
+
+
+def _fault(error: BaseException) -> Fault:
     match error:
         case MessageRefusedError() | CrashLoopError() | DeadLetter():
-            return Fault.MESSAGE, str(error)
+            return Fault.MESSAGE
         case RowsRefusedError():
-            return Fault.MESSAGE if error.written else Fault.DATA, str(error)
+            return Fault.MESSAGE if error.written else Fault.DATA
         case AioworkerError():
-            return Fault.ATTEMPT, str(error)
+            return Fault.ATTEMPT
         case MySQLError() if trouble.code(error):
             sort = trouble.sort(error)
-            words = f"database, {sort or 'error'}: {trouble.describe(error)}"
-            return Fault.ATTEMPT if sort is None else _OF_TROUBLE[sort], words
-        case BaseExceptionGroup():
-            return _judge_all(error.exceptions)
+            return Fault.ATTEMPT if sort is None else _OF_TROUBLE[sort]
+    return Fault.ATTEMPT
+
+
+def _words(error: BaseException) -> str:
+    match error:
+        case AioworkerError():
+            return str(error)
+        case MySQLError() if trouble.code(error):
+            return f"database, {trouble.sort(error) or 'error'}: {trouble.describe(error)}"
     name, words = name_of(error), broker.describe(error)
-    return Fault.ATTEMPT, name if words == name else f"{name}: {words}"
-
-
-def _judge_all(errors: Sequence[BaseException]) -> tuple[Fault, str]:
-    """Return what is gentlest for the message, and as many words as a header may hold."""
-    faults, said = set(), ""
-    for error in errors:
-        fault, words = _judge(error)
-        faults.add(fault)
-        if len(said) < TEXT_BYTES:
-            said += ("; " if said else "") + words[:TEXT_BYTES]
-    return min(faults, key=list(Fault).index), said
+    return name if words == name else f"{name}: {words}"
 
 
 _OF_TROUBLE = {
@@ -133,26 +183,19 @@ _OF_TROUBLE = {
 }
 
 
-def _said(error: BaseException) -> bool:
-    """Whether an error's words say all there is to know: ours, which name the cure."""
-    if isinstance(error, BaseExceptionGroup):
-        return all(map(_said, error.exceptions))
-    return isinstance(error, AioworkerError) and not isinstance(error, TaskExitError)
-
-
 def _lines(error: BaseException) -> list[tuple[str, str, int]]:
     """Return the classes of an error and of what it came from, and the lines that raised them."""
     found = set()
-    for one in family(error):
+    for one in islice(family(error), LINES_OF):
         file, number = "", 0
-        for frame, at in traceback.walk_tb(one.__traceback__):
+        for frame, at in islice(traceback.walk_tb(traceback_of(one)), LINES_OF):
             file, number = frame.f_code.co_filename, at
         found.add((name_of(one), file, number))
     return sorted(found)
 
 
 def _traceback(error: BaseException) -> str:
-    lines = "".join(traceback.format_exception(error)).splitlines()
+    lines = traceback_text(error, traceback_of(error)).splitlines()
     return _text("\n".join(lines[-TRACEBACK_LINES:]).encode(errors="replace")[-TEXT_BYTES:])
 
 

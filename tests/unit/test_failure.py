@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
@@ -18,6 +20,7 @@ from aioworker.errors import (
     family,
     let_go,
 )
+from aioworker.logs import LOOKED_AT, ConsoleFormatter, JsonFormatter
 from aioworker.settling.failure import Failure, Fault
 
 
@@ -174,3 +177,138 @@ def test_a_metaclass_cannot_keep_an_errors_name() -> None:
     odd = meta("OddError", (Exception,), {})
 
     assert Failure.of(odd("words")).name == "OddError"
+
+
+DEPTH = 22  # 4 million paths
+MANY = 100_000
+MOST = 50  # looks at one error, over all that is told of it
+_asked: Counter[int] = Counter()
+
+
+def _ask(error: BaseException) -> None:
+    _asked[id(error)] += 1
+    if _asked[id(error)] > MOST:
+        raise AssertionError("asked too often")
+
+
+class AskedError(Exception):
+    """Counts what it is asked."""
+
+    def __getattribute__(self, name: str) -> object:
+        _ask(self)
+        return super().__getattribute__(name)
+
+    def __str__(self) -> str:
+        _ask(self)
+        return "no shop"
+
+
+class AskedGroup(ExceptionGroup[Exception]):
+    """Likewise."""
+
+    def __getattribute__(self, name: str) -> object:
+        _ask(self)
+        return super().__getattribute__(name)
+
+    def __str__(self) -> str:
+        _ask(self)
+        return "group"
+
+
+def _shared() -> Exception:
+    error: Exception = AskedError()
+    for _ in range(DEPTH):
+        error = AskedGroup("all", [error, error])
+    return error
+
+
+def _chained() -> Exception:
+    error: Exception = AskedError()
+    for _ in range(DEPTH):
+        step = AskedGroup("all", [error, error])
+        step.__cause__ = AskedGroup("cause", [error, error])
+        step.__context__ = error
+        error = step
+    return error
+
+
+def _causes() -> Exception:
+    error: Exception = AskedError()
+    for _ in range(MANY):
+        step = AskedError()
+        step.__cause__ = step.__context__ = error
+        error = step
+    return error
+
+
+def _wide() -> Exception:
+    return AskedGroup("all", [AskedError() for _ in range(MANY)])
+
+
+def _wide_and_shared() -> Exception:
+    many = tuple(AskedError() for _ in range(1000))
+    return AskedGroup("all", [AskedGroup("one", many) for _ in range(1000)])
+
+
+def _deep() -> Exception:
+    error: Exception = AskedError()
+    for _ in range(MANY):
+        error = AskedGroup("all", [error])
+    return error
+
+
+@pytest.mark.parametrize("shape", [_shared, _chained, _causes, _wide, _wide_and_shared, _deep])
+def test_each_error_is_asked_a_few_times_whatever_group_it_is_in(
+    shape: Callable[[], Exception],
+) -> None:
+    """A group that held another one twice, 22 deep, kept the worker busy for minutes."""
+    error = shape()
+    _asked.clear()
+
+    failure = Failure.of(error)
+    record = logging.LogRecord("a", 40, "a", 1, "chunk failed", (), (type(error), error, None))
+    lines = [ConsoleFormatter().format(record), JsonFormatter().format(record)]
+    let_go(error)
+
+    assert max(_asked.values()) <= MOST
+    assert len(_asked) <= LOOKED_AT
+    assert "cannot be told" not in failure.words
+    assert all(text.count("group") + text.count("no shop") for text in (failure.traceback, *lines))
+    if shape is not _deep:
+        assert failure.words.startswith("AskedError: no shop")
+
+
+@pytest.mark.parametrize("late", [DeadLetter("no shop"), ValueError("a")])
+def test_a_group_too_large_to_look_at_may_be_tried_again(late: Exception) -> None:
+    errors = [DeadLetter("no shop") for _ in range(LOOKED_AT)]
+    failure = Failure.of(ExceptionGroup("all", [*errors, late]))
+
+    assert failure.fault is Fault.ATTEMPT
+    assert failure.error is not None
+
+
+def test_each_member_of_a_group_as_large_as_a_chunk_counts() -> None:
+    """The last of a thousand may be the one for which another attempt does."""
+    errors: list[Exception] = [DeadLetter("no shop") for _ in range(1000)]
+
+    assert Failure.of(ExceptionGroup("all", errors)).fault is Fault.MESSAGE
+    assert Failure.of(ExceptionGroup("all", [*errors, ValueError()])).fault is Fault.ATTEMPT
+
+
+def test_what_many_came_from_is_told_with_the_first_of_them() -> None:
+    """The stored lines end with the group itself, and have one of its errors in front."""
+    errors = [refused(Body(), RuntimeError) for _ in range(1000)]
+    error = _caught(ExceptionGroup("all", errors))
+
+    told = Failure.of(error).traceback
+
+    assert told.endswith("ExceptionGroup: all (1000 sub-exceptions)")
+    assert "in _fail" in told
+    assert "LookupError: " in told
+
+
+def _caught(error: Exception) -> Exception:
+    try:
+        _raise(error)()
+    except Exception as caught:  # noqa: BLE001 - as the worker catches it
+        return caught
