@@ -36,11 +36,13 @@ class Work(NamedTuple):
 
     Args:
         before: Before its transaction.
+        behind: The same, but behind one that only reads.
         reading: In it, before it writes.
         writing: In it, once it has written.
     """
 
     before: float = 0.0
+    behind: float = 0.0
     reading: float = 0.0
     writing: float = 0.0
 
@@ -53,12 +55,14 @@ class Case(NamedTuple):
         spent: Where each run spends its time, in words.
         work: What it spends.
         starts: How many intervals are looked at.
+        each: Which runs spend it: all, or every second one.
     """
 
     rate: str
     spent: str
     work: Work
     starts: int = 60
+    each: int = 1
 
     @property
     def name(self) -> str:
@@ -75,6 +79,9 @@ def _cases() -> Iterable[Case]:
     for rate in ("1/s", "10/s"):
         for part in (0.6, 0.9):
             yield Case(rate, f"{part} before the transaction", Work(before=part))
+            spent = f"{part} behind one that only reads"
+            yield Case(rate, spent, Work(behind=part))
+            yield Case(rate, f"{spent}, every second run", Work(behind=part), each=2)
             yield Case(rate, f"{part} in it, before the first write", Work(reading=part))
             yield Case(rate, f"{part} in it, after the first write", Work(writing=part))
     yield Case("100/s", "one INSERT", Work(), 600)
@@ -86,9 +93,14 @@ CASES = list(_cases())
 def _register(case: Case) -> None:
     @task(name=case.name, rate_limit=case.rate)
     async def spend(ctx: Context, number: int) -> None:
-        seconds = Work(*(part * case.interval for part in case.work))
+        work = Work() if number % case.each else case.work
+        seconds = Work(*(part * case.interval for part in work))
         if seconds.before:
             await asyncio.sleep(seconds.before)
+        if seconds.behind:
+            async with ctx.transaction() as cursor:
+                await cursor.execute("SELECT 1")
+            await asyncio.sleep(seconds.behind)
         async with ctx.transaction() as cursor:
             if seconds.reading:
                 await asyncio.sleep(seconds.reading)

@@ -1,8 +1,9 @@
 """A run's first write: it waits until that is due, and the budget's row is told when it came.
 
 First writes are an interval apart, as charges are. A run is charged so early that its first
-write is due when it usually gets there; what is left is waited for before its transaction is
-opened, and the last of it right before the statement that may write, by the server's clock.
+write is due when it usually gets there; what is left is waited for before a transaction is
+opened, the first one where it can be, and the last of it right before the statement that may
+write, by the server's clock.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ LONGEST_SERVER_SECONDS = 0.05  # whatever a clock says
 # Two clocks may come apart by this part of the time.
 APART = 0.001
 KEPT = 7 / 8  # of what something took at most, each time that it takes less
+NOTED = 16  # of a run's transactions, for each of which a habit is kept
 
 # The time first: to find and lock the row takes a tenth of a millisecond.
 _NOW = "SET @aioworker_now = SYSDATE(6)"
@@ -67,15 +69,18 @@ class Usual:
 
 @dataclass(frozen=True, slots=True)
 class Habits:
-    """What the runs of a task usually take to come to their first write.
+    """What the runs of a task usually take to come to the first statement that may write.
 
     Args:
         from_charge: Since they were charged.
-        from_opening: Since their transaction was opened.
+        from_openings: Since they opened their first transaction, their second one, and so on:
+            what comes behind one that only reads is no time to wait in front of it.
     """
 
     from_charge: Usual = field(default_factory=Usual)
-    from_opening: Usual = field(default_factory=Usual)
+    from_openings: tuple[Usual, ...] = field(
+        default_factory=lambda: tuple(Usual() for _ in range(NOTED))
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,17 +123,24 @@ class FirstWrite:
         self._habits = habits
         self._clock = asyncio.get_running_loop().time
         self._waited = 0.0
-        self._charged_at = self._opened_at = self._ready_at = charged_at
+        self._charged_at = charged_at
+        self._opened_at: list[float] = []
+        self._ready = False
         self._wrote_at = 0.0
 
     async def before_opening(self) -> None:
         """Wait as long as whoever opens a transaction now would usually write too early."""
-        await self._wait_until(self._due.at - self._habits.from_opening.seconds)
-        self._opened_at = self._spent()
+        opened = len(self._opened_at)
+        if self._ready or opened == NOTED:
+            return
+        usual = self._habits.from_openings[opened]
+        await self._wait_until(self._due.at - usual.seconds)
+        self._opened_at.append(self._spent())
 
     async def before_writing(self) -> tuple[str, ...]:
         """Wait until the write is due; return what has the server wait out the rest."""
-        self._ready_at = self._spent()
+        if not self._ready:
+            self._note_habits()
         await self._wait_until(self._due.at)
         now = self._clock()
         if now >= self._due.at + APART * (now - self._due.known_at):
@@ -138,8 +150,6 @@ class FirstWrite:
     def wrote(self) -> None:
         """Note that the first write was now."""
         self._wrote_at = self._clock()
-        self._habits.from_charge.took(self._ready_at - self._charged_at)
-        self._habits.from_opening.took(self._ready_at - self._opened_at)
 
     async def before_commit(self, cursor: Cursor) -> None:
         """Tell the row when it was: as the last statement, which locks it until the commit.
@@ -154,6 +164,13 @@ class FirstWrite:
         if not cursor.rowcount:
             task = self._arguments["task"]
             raise TurnLostError(f"the turn of {task} was lost before its first write")
+
+    def _note_habits(self) -> None:
+        self._ready = True
+        now = self._spent()
+        self._habits.from_charge.took(now - self._charged_at)
+        for usual, opened_at in zip(self._habits.from_openings, self._opened_at, strict=False):
+            usual.took(now - opened_at)
 
     def _spent(self) -> float:
         """Return the seconds of a clock that stands still while this waits."""

@@ -16,6 +16,7 @@ import pytest
 
 from aioworker import Context
 from aioworker.budget import tables
+from aioworker.budget.first_write import NOTED
 from aioworker.budget.shared import SharedBudget
 from aioworker.limits import RateLimit
 from aioworker.mysql import login
@@ -121,6 +122,54 @@ async def test_what_a_run_takes_does_not_slow_the_rate(
     seconds = written(site)
     assert INTERVALS / (seconds[-1] - seconds[0]) >= 0.8
     assert least(seconds) >= 1
+
+
+async def read_nothing(ctx: Context) -> None:
+    async with ctx.transaction() as cursor:
+        await cursor.execute("SELECT 1")
+
+
+async def read_before(ctx: Context, between: float) -> None:
+    """Take time between a transaction that only reads and the one that writes."""
+    await read_nothing(ctx)
+    await spend(ctx, between, 0, 0)
+
+
+async def read_often_before(ctx: Context, between: float) -> None:
+    """The same, spread over more transactions that only read than habits are kept of."""
+    for _ in range(NOTED + 4):
+        await read_nothing(ctx)
+        await asyncio.sleep(between / (NOTED + 4))
+    await spend(ctx, 0, 0, 0)
+
+
+async def perhaps_read_before(ctx: Context, between: float) -> None:
+    """The same, or write at once."""
+    if between:
+        await read_before(ctx, between)
+    else:
+        await ctx.database.execute(INSERT)
+
+
+@pytest.mark.parametrize(
+    ("function", "parts"),
+    [
+        pytest.param(read_before, [PART], id="each run"),
+        pytest.param(read_often_before, [PART], id="each run, often"),
+        pytest.param(perhaps_read_before, [PART, 0], id="every second run"),
+    ],
+)
+async def test_the_time_after_a_transaction_that_only_reads_does_not_slow_the_rate(
+    work: Work, site: Connection[Cursor], function: Any, parts: list[float]
+) -> None:
+    """The whole wait came before that one, and that time on top: 1.6 s at 1/s."""
+    interval = 0.5
+
+    await work(function, "2/s", [[part * interval] for part in parts] * (INTERVALS + 1))
+
+    seconds = written(site)[len(parts) :]  # the first ones show the worker what they take
+    assert (len(seconds) - 1) * interval / (seconds[-1] - seconds[0]) >= 0.9
+    assert least(seconds) >= 0.98 * interval
 
 
 async def test_a_run_that_is_soon_at_its_write_waits_for_the_first_write_before_it(
