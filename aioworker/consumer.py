@@ -31,7 +31,7 @@ from aioworker.rabbitmq import broker
 from aioworker.rabbitmq.message import Call, decode
 from aioworker.rabbitmq.topology import Lanes, Queues
 from aioworker.settling import outcome
-from aioworker.settling.breaker import Breaker, Failed
+from aioworker.settling.breaker import STREAK, Breaker, Failed
 from aioworker.settling.ends import Ends
 from aioworker.settling.failure import Failure, Fault
 from aioworker.settling.outcome import Kind, Outcome
@@ -150,7 +150,8 @@ class Consumer:
         self._worker = worker
         self._report = Report(terms.max_retries)
         self._ends = Ends()
-        self._running = 0  # deliveries whose end is not known yet
+        self._serving = 0  # deliveries that are not settled
+        self._running = 0  # those of them whose end is not known yet
         self._seeing = asyncio.Lock()
         self._seen_at = -math.inf  # when the last look at the database began
         self._seen_away: DatabaseError | None = None  # and what that look came to
@@ -168,6 +169,7 @@ class Consumer:
         """
         attempt, over = self._attempt(delivery), False
         ended = result = self._ends.take(delivery)
+        self._serving += 1
         try:
             if result is None:
                 result = await self._work(delivery, attempt, link.lanes)
@@ -181,6 +183,7 @@ class Consumer:
             self._report.unsettled(delivery, attempt.ctx, error, result, attempt.times)
             raise
         finally:
+            self._serving -= 1
             # The deaths of one that did not even run are not forgotten.
             if over or attempt.times.began:
                 await self._budget.ended(attempt.key)
@@ -327,7 +330,8 @@ class Consumer:
             everywhere: Whether those count that were put off: it may be the task, and they the
                 rest of a round.
         """
-        if self._running:
+        # One that has failed too shows nothing; of three the breaker opens, and decides.
+        if self._running or self._serving >= STREAK:
             return False
         try:
             put_off = await lanes.count(self.queues.retry) if everywhere else 0

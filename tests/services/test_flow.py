@@ -38,6 +38,17 @@ async def send(lanes: Lanes, *numbers: int, lane: str = QUEUES.bulk) -> None:
         await lanes.send(json.dumps([[number], {}, None]).encode(), lane)
 
 
+async def send_last(lanes: Lanes, number: int) -> None:
+    """Send a message that has one attempt left."""
+    headers: dict[str, Any] = {
+        "task": TASK,
+        "id": f"number {number}",
+        "retries": 5,
+        "x-aioworker-first-failed-at": "2026-01-01T00:00:00+00:00",
+    }
+    await lanes.send(json.dumps([[number], {}, None]).encode(), headers=headers)
+
+
 async def until(holds: Callable[[], bool]) -> None:
     async with asyncio.timeout(SECONDS):
         while not holds():  # noqa: ASYNC110 - whatever it is, it is not ours to notify
@@ -255,6 +266,25 @@ async def test_what_comes_back_again_and_again_is_served_alone(
     assert most == 1
 
 
+async def test_of_many_that_fail_for_good_at_once_none_is_set_aside(
+    make: Make, lanes: Lanes, stop: asyncio.Event
+) -> None:
+    """None is alone, though none is in a lane: it is a bad deploy."""
+    all_of_them = asyncio.Barrier(4)
+
+    async def bad(_number: int) -> None:
+        await all_of_them.wait()
+        raise ValueError
+
+    for number in range(4):
+        await send_last(lanes, number)
+    worker = make(bad, burst=True)
+
+    assert not await worker.run(stop)
+
+    assert worker.consumer.settled == {Kind.POSTPONED: 4}
+
+
 async def test_two_that_fail_for_good_at_once_are_not_put_off_for_ever(
     make: Make, lanes: Lanes, stop: asyncio.Event
 ) -> None:
@@ -265,12 +295,10 @@ async def test_two_that_fail_for_good_at_once_are_not_put_off_for_ever(
         await both.wait()
         raise ValueError
 
-    failed = {"retries": 5, "x-aioworker-first-failed-at": "2026-01-01T00:00:00+00:00"}
     for number in range(2):
-        await lanes.send(json.dumps([[number], {}, None]).encode(), headers=failed)
+        await send_last(lanes, number)
     worker = make(bad, burst=True)
 
     assert not await worker.run(stop)
 
-    assert worker.consumer.settled[Kind.DEAD_LETTER] > 0
-    assert worker.consumer.settled.total() == 2
+    assert worker.consumer.settled == {Kind.POSTPONED: 1, Kind.DEAD_LETTER: 1}

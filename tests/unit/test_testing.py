@@ -149,7 +149,7 @@ async def test_a_sweep_is_collected_in_its_order() -> None:
         (([1], float("nan")), {}),
         (([1], "x" * 5_000_000), {}),
     ],
-    ids=str,
+    ids=["nothing", "unknown name", "id 0", "no ids", "no JSON", "NaN", "too long"],
 )
 async def test_a_wrong_argument_raises_what_it_raises_elsewhere(
     publish: Publish, args: tuple[Any, ...], kwargs: dict[str, Any]
