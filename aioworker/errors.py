@@ -94,6 +94,10 @@ class TaskExitError(AioworkerError):
             return cls(f"the task let out {name}")
 
 
+class WorkerCutOffError(AioworkerError):
+    """Something in the worker's process, a task perhaps, ended what the worker itself runs on."""
+
+
 class NestedTransactionError(AioworkerError, RuntimeError):
     """A transaction inside another one: the inner one's end would commit both."""
 

@@ -175,7 +175,7 @@ def consume(
         await reloading.replace()
         return status
 
-    raise typer.Exit(asyncio.run(serve()))
+    raise typer.Exit(process.run(serve()))
 
 
 @app.command("publish-all")

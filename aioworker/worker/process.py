@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import os
 import socket
@@ -13,17 +14,21 @@ from typing import TYPE_CHECKING
 from aioworker.budget.shared import SharedBudget
 from aioworker.console import count, say
 from aioworker.consumer import Consumer, Terms
-from aioworker.errors import DatabaseError
+from aioworker.errors import DatabaseError, WorkerCutOffError
 from aioworker.limits import WorkerBudget, in_force
 from aioworker.logs import fields
-from aioworker.settling.outcome import Kind
+from aioworker.settling import outcome
+from aioworker.settling.outcome import Kind, Outcome
 from aioworker.status.presence import Presence
 from aioworker.tasks.standstill import Lookout
 from aioworker.worker.supervisor import Options, Supervisor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
 
+    from aio_pika.abc import AbstractIncomingMessage
+
+    from aioworker.consumer import Link
     from aioworker.mysql.database import Database
     from aioworker.settings import Settings
     from aioworker.tasks.task import AnyTask
@@ -32,6 +37,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CUT_OFF_SECONDS = 5.0  # for what is cut off to say goodbye
+MOST_TOLD = 10  # messages that are named where the worker is cut off
+_CANCELLED = "something in this process cancelled the worker's own asyncio tasks"
+_STOPPED = "something in this process stopped the worker's event loop"
+_under_way: list[str] = []  # this process's runs, by task and message; outlives the event loop
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +61,35 @@ class _Served:
         self.database.close()
 
 
+class _Consumer(Consumer):
+    """Notes what it serves, for when the worker is cut off."""
+
+    async def serve(self, delivery: AbstractIncomingMessage, link: Link) -> Outcome:
+        """Take a delivery as far as it goes."""
+        name = f"{self._task.name} {outcome.message_id(delivery)}"
+        _under_way.append(name)
+        try:
+            return await super().serve(delivery, link)
+        finally:
+            _under_way.remove(name)
+
+
+class _Stopping(asyncio.Task[bool]):
+    """Waits for a stop; notes what ran when somebody else cancelled it, along with all others."""
+
+    cut_off: str | None = None
+
+    def cancel(self, msg: object = None) -> bool:
+        """Cancel it, as any asyncio task may; whoever does is no part of the worker."""
+        if self.cut_off is None and self.get_loop().is_running():
+            self.cut_off = f"{_CANCELLED}{_serving()}"
+        return super().cancel(msg)
+
+    def end(self) -> None:
+        """Cancel it; it is no longer needed."""
+        super().cancel()
+
+
 class _Doing:
     """What the worker does, all its tasks together, as the service manager is told."""
 
@@ -70,6 +108,32 @@ class _Doing:
         return tell
 
 
+def run(work: Coroutine[None, None, int]) -> int:
+    """Run the worker in an event loop of its own.
+
+    Raises:
+        WorkerCutOffError: Something else in this process cancelled it, or stopped that loop.
+    """
+    with asyncio.Runner() as runner:
+        try:
+            return runner.run(work)
+        except asyncio.CancelledError:
+            raise WorkerCutOffError(f"{_CANCELLED}{_serving()}") from None
+        except RuntimeError as error:
+            if inspect.getcoroutinestate(work) == inspect.CORO_CLOSED:
+                raise  # its own
+            raise WorkerCutOffError(f"{_STOPPED}{_serving()}") from error
+
+
+def _serving() -> str:
+    """Return the tasks that run now, and their messages."""
+    if not _under_way:
+        return ""
+    rest = len(_under_way) - MOST_TOLD
+    more = f" and {rest} more" if rest > 0 else ""
+    return f"; running then: {', '.join(_under_way[:MOST_TOLD])}{more}"
+
+
 async def consume(
     settings: Settings,
     tasks: Sequence[AnyTask],
@@ -83,6 +147,9 @@ async def consume(
     Returns:
         The exit status: 0, or 1 when not all was done in a burst, or when what ran did not
         end in time after a stop.
+
+    Raises:
+        WorkerCutOffError: Something else in this process cancelled it.
     """
     doing = _Doing(notifier, alone=len(tasks) == 1)
     lookout = Lookout()
@@ -132,7 +199,7 @@ def _serve(
     )
     budget = SharedBudget(database, task.name, rate, worker) if shared else WorkerBudget(rate)
     terms = Terms(retries, timeout, settings.connect_timeout, settings.queue_prefix)
-    consumer = Consumer(task, database, budget, presence, terms, worker)
+    consumer = _Consumer(task, database, budget, presence, terms, worker)
     needs_database = shared or task.needs_database
     supervising = Options(
         settings.amqp_url,
@@ -159,8 +226,9 @@ async def _until_stopped(
 
     Raises:
         AioworkerError: One failed: the others are not left to run without it.
+        WorkerCutOffError: Something else in this process cancelled what the worker runs on.
     """
-    stopping = asyncio.create_task(stop.wait())
+    stopping = _Stopping(stop.wait())
     try:
         left: set[asyncio.Task[bool]] = set(running)
         while left and not stop.is_set():
@@ -173,9 +241,14 @@ async def _until_stopped(
         if left:
             log.info("draining", extra=fields(shutdown_timeout=timeout))
             _done, left = await asyncio.wait(left, timeout=timeout)
+    except asyncio.CancelledError:
+        if stopping.cut_off is None:
+            raise
+        raise WorkerCutOffError(stopping.cut_off) from None
+    else:
         return not left
     finally:
-        stopping.cancel()
+        stopping.end()
         await asyncio.gather(stopping, return_exceptions=True)
 
 
