@@ -27,14 +27,14 @@ UNION SELECT grantee, NULL, privilege_type FROM information_schema.user_privileg
 async def lacking(database: Database) -> list[str]:
     """Return the GRANTs that those lack who work already, as far as the server shows them.
 
-    Who may insert into `aioworker_worker` works: nobody else needs to.
+    Who may insert into `aioworker_worker` works: nobody else needs to. By a right on the whole
+    database, or server, others may too; they are named as well, since nothing tells them apart.
     """
     granted: set[tuple[str, str | None, str]] = set()
     with suppress(MySQLError):  # some users may not look
         granted = {(who, table, what) for who, table, what in await database.query(_GRANTED)}
-    workers = {
-        who for who, table, what in granted if (table, what) == ("aioworker_worker", "INSERT")
-    }
+    insert = {("aioworker_worker", "INSERT"), (None, "INSERT")}
+    workers = {who for who, table, what in granted if (table, what) in insert}
     found = []
     for who in sorted(workers):
         for privileges, table in PRIVILEGES:

@@ -156,6 +156,34 @@ def test_init_prints_the_grants_that_a_worker_lacks(
     assert "lacking" not in after
 
 
+@pytest.mark.parametrize("on", ["aioworker.*", "*.*"])
+def test_init_prints_the_grants_that_a_worker_with_rights_on_all_tables_lacks(
+    run: Run, shop: Connection[Cursor], lanes: Lanes, maria: servers.Maria, on: str
+) -> None:
+    """A DBA who grants no table by itself heard nothing of it, and the worker stood still."""
+    execute(
+        shop,
+        *(f"CREATE OR REPLACE USER {user}" for user in ("most", "whole", "reader")),
+        f"GRANT SELECT, INSERT, UPDATE ON {on} TO most",
+        f"GRANT SELECT, INSERT, UPDATE, DELETE ON {on} TO whole",
+        f"GRANT SELECT ON {on} TO reader",
+    )
+    wanted = "GRANT DELETE ON `aioworker`.`aioworker_worker` TO 'most'@'%';"
+
+    try:
+        printed = run("init", "--print").stdout
+        done = run("init").stdout
+        execute(shop, wanted)
+        after = run("init").stdout
+    finally:
+        execute(shop, "DROP USER most, whole, reader")
+
+    assert printed.partition("users lack that work already\n")[2].splitlines()[:2] == [wanted, ""]
+    lacking = [line for line in done.splitlines() if "lacking" in line]
+    assert lacking == [f"lacking: {wanted}"]
+    assert "lacking" not in after
+
+
 async def test_a_reload_whose_new_code_needs_init_keeps_the_old_code(
     start: Start, run: Run, shop: Connection[Cursor], tmp_path: Path
 ) -> None:
