@@ -69,8 +69,9 @@ _STATEMENTS = dict(zip(NAMES, (BUDGET, WORKER), strict=True))
 LOCK_SECONDS = 2
 LOCK_TRIES = 10
 PAUSE_SECONDS = 1.0
-# The lock was not to be had, or another `init` was first.
-_AGAIN = frozenset({ER.LOCK_WAIT_TIMEOUT, ER.DUP_FIELDNAME})
+# The lock was not to be had, or another `init` was first; or the table was there and not seen:
+# MariaDB shows no column of one while its definition changes.
+_AGAIN = frozenset({ER.LOCK_WAIT_TIMEOUT, ER.DUP_FIELDNAME, ER.TABLE_EXISTS_ERROR})
 
 _COLUMNS = """SELECT LOWER(column_name) FROM information_schema.columns
 WHERE table_schema = DATABASE() AND table_name = %s"""
@@ -109,20 +110,24 @@ async def settle(database: Database, name: str) -> str:
         DatabaseError: Others held a lock on it all the time; they are named.
         MySQLError: The user may not.
     """
-    for tries in range(LOCK_TRIES):
+    told = False
+    for _ in range(LOCK_TRIES):
         found = await _found(database, name)
         statement = change(name, found)
         if statement is None:
             return "was there"
         try:
             await database.execute(f"SET SESSION lock_wait_timeout = {LOCK_SECONDS}")
-            await database.execute(statement)
+            # With IF NOT EXISTS a table that was there would be said to be made.
+            await database.execute(statement.replace("TABLE IF NOT EXISTS", "TABLE"))
         except MySQLError as error:
-            if trouble.code(error) not in _AGAIN:
+            code = trouble.code(error)
+            if code not in _AGAIN:
                 raise
         else:
             return f"added {', '.join(_lacking(name, found))}" if found else "made"
-        if not tries:
+        if code == ER.LOCK_WAIT_TIMEOUT and not told:
+            told = True
             tell(f"waiting for a lock on table {name}: {await _holders(database, name)}")
         await asyncio.sleep(PAUSE_SECONDS)
     raise DatabaseError(

@@ -12,7 +12,14 @@ from aioworker.budget.shared import SharedBudget
 from aioworker.errors import DatabaseError
 from aioworker.limits import RateLimit
 from support import servers
-from tests.conftest import EARLIER, TASK, database_name, execute, make_tables, rows
+from tests.conftest import (
+    EARLIER,
+    TASK,
+    database_name,
+    execute,
+    make_tables,
+    rows,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -214,3 +221,30 @@ async def test_an_upgrade_behind_a_long_transaction_lets_others_through_and_name
         )
         assert f"session {session} of" in capsys.readouterr().err
     assert await schema.settle(database, "aioworker_budget") == "added last_charge, last_write"
+
+
+@pytest.mark.parametrize("version", [EARLIER[-1], None], ids=["earlier", "this"])
+async def test_a_table_that_the_server_hides_for_a_moment_is_not_said_to_be_made(
+    shop: Connection[Cursor],
+    database: Database,
+    monkeypatch: pytest.MonkeyPatch,
+    version: Path | None,
+) -> None:
+    """MariaDB shows no column while somebody changes it: a DBA read that the pause was gone."""
+    if version is not None:
+        make(shop, version)
+    monkeypatch.setattr(schema, "PAUSE_SECONDS", 0.0)
+    look, looks = schema._found, 0
+
+    async def hidden_at_first(database: Database, name: str) -> list[str]:
+        nonlocal looks
+        looks += 1
+        return [] if looks == 1 else await look(database, name)
+
+    monkeypatch.setattr(schema, "_found", hidden_at_first)
+
+    told = await schema.settle(database, "aioworker_budget")
+
+    assert told == ("was there" if version is None else "added last_charge, last_write")
+    monkeypatch.undo()
+    assert await schema.changes(database) == {}
