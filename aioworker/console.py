@@ -95,11 +95,11 @@ class _Output(TextIOWrapper):
     def _taken(self) -> Iterator[None]:
         try:
             yield
-        except BrokenPipeError:
-            raise  # whoever reads has seen enough
         except OSError as error:
             # Python would try again at its end, and say so in lines of its own.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            if isinstance(error, BrokenPipeError):
+                raise  # whoever reads has seen enough
             raise OutputError(error.strerror) from error
 
 

@@ -130,9 +130,12 @@ class Look:
         Raises:
             BrokerError: The queue does not answer.
         """
-        for _ in range(2):
-            if (lie := (await self._ask())[0]) or await self._is_empty(copies=False):
+        if (lie := (await self._ask())[0]) or await self._is_empty(copies=False):
+            return lie
+        for _ in range(topology.COUNTED_TRIES):
+            if lie := (await self._ask())[0]:
                 return lie
+            await asyncio.sleep(topology.COUNTED_SECONDS)
         raise broker.uncounted(self.queues.dead)
 
     async def _is_empty(self, *, copies: bool = True) -> bool:

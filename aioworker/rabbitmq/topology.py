@@ -56,6 +56,8 @@ SAFE_AFTER_SECONDS = 3.0
 # for the answer to a `get`, which takes 1 ms where all is well.
 EMPTY_SECONDS = 5.0
 ANSWER_SECONDS = 3.0
+# For RabbitMQ to count a message that was given back: as of 4.0 that takes a moment.
+COUNTED_TRIES, COUNTED_SECONDS = 20, 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,11 +219,13 @@ async def count_surely(connection: AbstractConnection, name: str, timeout: float
         return delivery is not None
 
     waiting = await count(connection, name, timeout)
-    if waiting == 0 and await _bounded(holds_something, name, timeout):
-        waiting = await count(connection, name, timeout)
-        if not waiting:
-            raise broker.uncounted(name)
-    return waiting
+    if waiting != 0 or not await _bounded(holds_something, name, timeout):
+        return waiting
+    for _ in range(COUNTED_TRIES):
+        if waiting := await count(connection, name, timeout):
+            return waiting
+        await asyncio.sleep(COUNTED_SECONDS)
+    raise broker.uncounted(name)
 
 
 class Lanes:
