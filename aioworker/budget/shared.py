@@ -225,9 +225,9 @@ class SharedBudget:
             await self._crashes.withdraw()
 
     def deaths(self, message: str) -> int:
-        """Return how often a worker died while a message ran; only inside the turn.
+        """Return how often a worker died while a message ran, as the last turn read it.
 
-        0 without a limit: there is no turn then, and nothing is noted.
+        Without a limit there is no turn, and nothing is noted.
         """
         return self._crashes.of(message)
 
