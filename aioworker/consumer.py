@@ -27,9 +27,11 @@ from aioworker.errors import (
 )
 from aioworker.mysql import trouble
 from aioworker.mysql.trouble import MySQLError
-from aioworker.rabbitmq import broker
+from aioworker.rabbitmq.errors import explaining
+from aioworker.rabbitmq.lanes import Lanes
 from aioworker.rabbitmq.message import Call, decode
-from aioworker.rabbitmq.topology import Lanes, Queues
+from aioworker.rabbitmq.publisher import Publisher
+from aioworker.rabbitmq.queues import Queues
 from aioworker.settling import outcome
 from aioworker.settling.breaker import STREAK, Breaker, Failed
 from aioworker.settling.ends import Ends
@@ -74,7 +76,7 @@ class Link:
     """
 
     lanes: Lanes
-    publisher: broker.Publisher
+    publisher: Publisher
 
 
 @dataclass(frozen=True, slots=True)
@@ -466,7 +468,7 @@ class Consumer:
     # 7. Settle, once.
 
     async def _settle(
-        self, delivery: AbstractIncomingMessage, result: Outcome, publisher: broker.Publisher
+        self, delivery: AbstractIncomingMessage, result: Outcome, publisher: Publisher
     ) -> Outcome:
         """Acknowledge, put off, set aside or give back; return which it was.
 
@@ -485,13 +487,13 @@ class Consumer:
             result = Outcome(Kind.RELEASED, reason, result.failure, error)
         if result.kind is not Kind.RELEASED:
             return await self._acknowledge(delivery, result)
-        with broker.explaining(self.queues.bulk):
+        with explaining(self.queues.bulk):
             async with asyncio.timeout(self._terms.settle_timeout):
                 await delivery.nack(requeue=True)
         return result
 
     async def _copy(
-        self, delivery: AbstractIncomingMessage, result: Outcome, publisher: broker.Publisher
+        self, delivery: AbstractIncomingMessage, result: Outcome, publisher: Publisher
     ) -> None:
         """Publish the copy that an outcome asks for."""
         now = self._budget.now()
@@ -504,7 +506,7 @@ class Consumer:
     async def _acknowledge(self, delivery: AbstractIncomingMessage, result: Outcome) -> Outcome:
         """Acknowledge what has ended; if that fails, its end is remembered."""
         try:
-            with broker.explaining(self.queues.bulk):
+            with explaining(self.queues.bulk):
                 async with asyncio.timeout(self._terms.settle_timeout):
                     await delivery.ack()
         except BrokerError:

@@ -12,8 +12,10 @@ import aio_pika
 
 from aioworker.addresses import BrokerAddress
 from aioworker.errors import ConnectionLostError, UsageError
-from aioworker.rabbitmq import broker, message, topology
-from aioworker.rabbitmq.topology import Queues
+from aioworker.rabbitmq import message, queues
+from aioworker.rabbitmq.errors import queue_missing
+from aioworker.rabbitmq.publisher import Publisher
+from aioworker.rabbitmq.queues import Queues, count_surely
 from aioworker.settings import Settings, checked_prefix
 from aioworker.tasks.chunk import id_of
 from aioworker.tasks.task import AnyTask, check_publishable
@@ -112,7 +114,7 @@ class Producer:
     def _use(self, addresses: Sequence[BrokerAddress], timeout: float, queue_prefix: str) -> None:
         self._timeout = timeout
         self._prefix = queue_prefix
-        self._publisher = broker.Publisher(addresses, timeout, "aioworker publish")
+        self._publisher = Publisher(addresses, timeout, "aioworker publish")
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def __aenter__(self) -> Producer:
@@ -193,10 +195,10 @@ class Producer:
             BrokerError: RabbitMQ refuses, the lane does not answer, or the connection is lost.
         """
         bulk = Queues.of(task, self._prefix).bulk
-        count = topology.count_surely if sure else topology.count
+        count = count_surely if sure else queues.count
         waiting = await count(await self._publisher.connection(), bulk, self._timeout)
         if waiting is None:
-            raise broker.missing(bulk)
+            raise queue_missing(bulk)
         return waiting
 
 

@@ -26,7 +26,7 @@ from aioworker.addresses import DatabaseAddress
 from aioworker.budget.shared import SharedBudget
 from aioworker.limits import RateLimit
 from aioworker.mysql.database import Database
-from aioworker.rabbitmq import topology
+from aioworker.rabbitmq.queues import Queues
 from benchmarks import noop, rate
 from benchmarks.great_sweep import read_ends
 from benchmarks.other_writer import felt_beside
@@ -287,7 +287,7 @@ class Bench:
         """Empty the lanes."""
         connection = await aio_pika.connect(self.pair.amqp_url)
         channel = await connection.channel()
-        queues = topology.Queues.of(TASK, "aioworker")
+        queues = Queues.of(TASK, "aioworker")
         for name in (queues.bulk, queues.urgent):
             await (await channel.get_queue(name, ensure=False)).purge()
         await connection.close()

@@ -19,7 +19,7 @@ from aioworker.addons import update_current_version
 from aioworker.budget.shared import SharedBudget
 from aioworker.consumer import Consumer, Terms
 from aioworker.producer import Producer, Sweep, chunked, outgoing_message, publish_sweep
-from aioworker.rabbitmq.topology import Queues
+from aioworker.rabbitmq.queues import Queues
 from aioworker.settings import Settings
 from aioworker.status.presence import Presence
 from aioworker.worker.supervisor import Options, Supervisor

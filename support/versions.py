@@ -14,7 +14,7 @@ from pathlib import Path
 from pymysql.err import MySQLError
 
 from aioworker.addresses import BrokerAddress, DatabaseAddress, Nodes
-from aioworker.rabbitmq import broker
+from aioworker.rabbitmq.connection import connected
 from support import servers
 
 SECONDS = 10
@@ -35,7 +35,7 @@ def rabbitmq() -> str:
 
 
 async def _properties(address: BrokerAddress) -> dict[str, object]:
-    async with broker.connection(Nodes([address]), SECONDS, "versions") as connection:
+    async with connected(Nodes([address]), SECONDS, "versions") as connection:
         assert connection.transport is not None
         return dict(connection.transport.connection.server_properties)
 

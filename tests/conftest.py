@@ -23,7 +23,9 @@ from aioworker.consumer import Consumer, Terms
 from aioworker.limits import Budget, RateLimit, WorkerBudget
 from aioworker.mysql.database import Database
 from aioworker.producer import Producer
-from aioworker.rabbitmq import topology
+from aioworker.rabbitmq.queues import Queues
+from aioworker.rabbitmq.queues import count as count_messages
+from aioworker.rabbitmq.queues import declare as declare_queue
 from aioworker.status.presence import Presence
 from aioworker.worker.supervisor import Options, Supervisor
 from support import servers, site
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 AIOWORKER = Path(sys.executable).parent / "aioworker"
 TASK = "update_current_version"
 PREFIX = "aioworker"
-QUEUES = topology.Queues.of(TASK, PREFIX)
+QUEUES = Queues.of(TASK, PREFIX)
 COMMAND_SECONDS = 60
 COMMANDS = "must command"  # why a test is not run on a server that runs already
 DEADLINE_SECONDS = 45
@@ -122,12 +124,12 @@ async def lanes(pair: servers.Servers) -> AsyncIterator[Lanes]:
 
 async def declare(
     connection: aio_pika.abc.AbstractConnection,
-    queues: topology.Queues = QUEUES,
+    queues: Queues = QUEUES,
     queue_type: str = "quorum",
 ) -> None:
     """Declare a task's queues, as `init` does but for its wait."""
     for name, arguments in queues.arguments(queue_type).items():
-        await topology.declare(connection, name, arguments, 10)
+        await declare_queue(connection, name, arguments, 10)
 
 
 class Lanes:
@@ -146,7 +148,7 @@ class Lanes:
 
     async def count(self, name: str) -> int:
         """Return how many messages wait in a queue."""
-        return await topology.count(self.connection, name, 10) or 0
+        return await count_messages(self.connection, name, 10) or 0
 
     async def send(self, body: bytes, lane: str = QUEUES.bulk, **properties: Any) -> None:
         """Publish bytes as they are, by default with the headers of a task's message."""

@@ -15,7 +15,9 @@ from aioworker.commands.letters import Filter, Letter, text
 from aioworker.commands.look import Look
 from aioworker.console import count, say
 from aioworker.errors import AioworkerError, QueueMissingError
-from aioworker.rabbitmq import broker, topology
+from aioworker.rabbitmq.connection import connected
+from aioworker.rabbitmq.publisher import Publisher
+from aioworker.rabbitmq.queues import Queues
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
@@ -238,7 +240,7 @@ class _Letters:
     """The dead letters of one task after another, over the same two connections."""
 
     def __init__(
-        self, settings: Settings, connection: AbstractConnection, publisher: broker.Publisher
+        self, settings: Settings, connection: AbstractConnection, publisher: Publisher
     ) -> None:
         self._settings = settings
         self._connection = connection
@@ -259,7 +261,7 @@ class _Letters:
                 name.
             BrokerError: RabbitMQ cannot be asked.
         """
-        queues = topology.Queues.of(name, self._settings.queue_prefix)
+        queues = Queues.of(name, self._settings.queue_prefix)
         timeout = self._settings.connect_timeout
         look = Look(queues, self._users, self._connection, self._publisher, timeout)
         try:
@@ -276,8 +278,8 @@ class _Letters:
 async def _connected(settings: Settings) -> AsyncIterator[_Letters]:
     nodes, timeout, own = settings.nodes(), settings.connect_timeout, "aioworker dead"
     async with (
-        broker.connection(nodes, timeout, own, careful=True) as connection,
-        broker.Publisher(nodes, timeout, own) as publisher,
+        connected(nodes, timeout, own, careful=True) as connection,
+        Publisher(nodes, timeout, own) as publisher,
     ):
         yield _Letters(settings, connection, publisher)
 

@@ -12,7 +12,14 @@ from aioworker import repo
 from aioworker.budget import grants, schema, tables
 from aioworker.console import count, say, tell
 from aioworker.errors import AioworkerError, BrokerError, DatabaseError
-from aioworker.rabbitmq import broker, topology
+from aioworker.rabbitmq.connection import connected
+from aioworker.rabbitmq.queues import (
+    SAFE_AFTER_SECONDS,
+    Queues,
+    compare,
+    declare,
+    wait_until_safe,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -51,9 +58,9 @@ async def init(settings: Settings, tasks: Sequence[AnyTask]) -> None:
         if settings.budget == "shared":
             database = await stack.enter_async_context(settings.database(DATABASE_SECONDS))
         connection = await stack.enter_async_context(
-            broker.connection(settings.nodes(), timeout, "aioworker init")
+            connected(settings.nodes(), timeout, "aioworker init")
         )
-        found = await topology.compare(connection, queues, timeout)
+        found = await compare(connection, queues, timeout)
         if database is not None:
             await tables.refuse_reader(database)
             for name in schema.NAMES:
@@ -68,15 +75,15 @@ async def init(settings: Settings, tasks: Sequence[AnyTask]) -> None:
             await tables.add_rows(database, [task.name for task in tasks])
         tell(POLICIES)
         # Also when they were there: another init may have made them a moment ago.
-        tell(f"waiting {topology.SAFE_AFTER_SECONDS:g} s until the queues are safe")
-        await topology.wait_until_safe(connection, queues, timeout)
+        tell(f"waiting {SAFE_AFTER_SECONDS:g} s until the queues are safe")
+        await wait_until_safe(connection, queues, timeout)
 
 
 def _arguments(settings: Settings, tasks: Sequence[AnyTask]) -> dict[str, dict[str, Any]]:
     """Return the arguments of each queue of all tasks."""
     found: dict[str, dict[str, Any]] = {}
     for task in tasks:
-        queues = topology.Queues.of(task.name, settings.queue_prefix)
+        queues = Queues.of(task.name, settings.queue_prefix)
         found |= queues.arguments(settings.queue_type)
     return found
 
@@ -104,7 +111,7 @@ async def _declare(
             if waiting is not None:
                 say(f"queue {name}: was there, RabbitMQ counts {count(waiting, 'message')}")
                 continue
-            await topology.declare(connection, name, queues[name], timeout)
+            await declare(connection, name, queues[name], timeout)
             declared.append(name)
             say(f"queue {name}: declared")
     except (BrokerError, asyncio.CancelledError) as error:

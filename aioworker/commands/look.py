@@ -18,7 +18,10 @@ from aioworker import console
 from aioworker.commands.letters import Letter
 from aioworker.console import count
 from aioworker.errors import BrokerError, NotTakenError, QueueMissingError
-from aioworker.rabbitmq import broker, topology
+from aioworker.rabbitmq.connection import CLOSE_SECONDS
+from aioworker.rabbitmq.errors import FAILURES, explain, forbids, uncounted
+from aioworker.rabbitmq.publisher import Publisher
+from aioworker.rabbitmq.queues import COUNTED_SECONDS, COUNTED_TRIES, Queues
 from aioworker.settling import outcome
 
 if TYPE_CHECKING:
@@ -60,10 +63,10 @@ class Look:
 
     def __init__(
         self,
-        queues: topology.Queues,
+        queues: Queues,
         users: Collection[str],
         connection: AbstractConnection,
-        publisher: broker.Publisher,
+        publisher: Publisher,
         timeout: float,
     ) -> None:
         self.queues = queues
@@ -93,8 +96,8 @@ class Look:
 
     async def close(self) -> None:
         """End it; a letter still in hand goes back to where it lay."""
-        with suppress(*broker.FAILURES):
-            async with asyncio.timeout(broker.CLOSE_SECONDS):
+        with suppress(*FAILURES):
+            async with asyncio.timeout(CLOSE_SECONDS):
                 await self._channel.close()
 
     async def each(
@@ -132,11 +135,11 @@ class Look:
         """
         if (lie := (await self._ask())[0]) or await self._is_empty(copies=False):
             return lie
-        for _ in range(topology.COUNTED_TRIES):
+        for _ in range(COUNTED_TRIES):
             if lie := (await self._ask())[0]:
                 return lie
-            await asyncio.sleep(topology.COUNTED_SECONDS)
-        raise broker.uncounted(self.queues.dead)
+            await asyncio.sleep(COUNTED_SECONDS)
+        raise uncounted(self.queues.dead)
 
     async def _is_empty(self, *, copies: bool = True) -> bool:
         """Whether the queue itself says so; RabbitMQ also counts nothing where it does not answer.
@@ -153,7 +156,7 @@ class Look:
         try:
             await self._settle(delivery, self.queues.dead)
         except BrokerError as error:
-            if copies or not broker.forbids(error):
+            if copies or not forbids(error):
                 raise
             await self._bounded(delivery.nack())
         return False
@@ -191,7 +194,7 @@ class Look:
                     await asyncio.sleep(AGAIN_SECONDS * random.random())
         except TimeoutError as error:
             if not consumers:
-                raise broker.explain(error, self.queues.dead) from error
+                raise explain(error, self.queues.dead) from error
             raise BrokerError(
                 f"somebody else looks at the dead letters in {self.queues.dead}, or another"
                 " program consumes them: try again when that has ended"
@@ -261,7 +264,7 @@ class Look:
                         # The answer can overtake a letter on its way here; the next cannot.
                         await self._ask()
         except TimeoutError as error:
-            raise broker.explain(error, self.queues.dead) from error
+            raise explain(error, self.queues.dead) from error
 
     async def _ask(self) -> tuple[int, int]:
         """Return how many letters and consumers there are; none that has arrived is counted.
@@ -273,7 +276,7 @@ class Look:
         sender = await self._bounded(self._channel.get_underlay_channel())
         found = await self._bounded(sender.queue_declare(self.queues.dead, passive=True))
         if self._consumer and not found.consumer_count:
-            raise broker.uncounted(self.queues.dead)
+            raise uncounted(self.queues.dead)
         self._answered()
         return found.message_count or 0, found.consumer_count or 0
 
@@ -296,8 +299,8 @@ class Look:
         try:
             async with asyncio.timeout(self._timeout):
                 return await step
-        except broker.FAILURES as error:
-            raise broker.explain(error, self.queues.dead) from error
+        except FAILURES as error:
+            raise explain(error, self.queues.dead) from error
 
 
 async def count_letters(look: Look) -> int | None:

@@ -21,7 +21,7 @@ from aioworker.errors import (
     UnknownTaskError,
     UsageError,
 )
-from aioworker.rabbitmq import broker
+from aioworker.rabbitmq.errors import queue_missing
 from aioworker.tasks import load
 from aioworker.tasks.task import check_name, find, registered
 
@@ -175,7 +175,7 @@ async def missing(settings: Settings, name: str, queue: str) -> AioworkerError:
 def without_queue(name: str, queue: str) -> QueueMissingError:
     """Return the error for a queue that is not there, of a task that has a budget."""
     return QueueMissingError(
-        f"{broker.missing(queue)}; if {name} is retired, see docs/operations.md, Retire a task"
+        f"{queue_missing(queue)}; if {name} is retired, see docs/operations.md, Retire a task"
     )
 
 

@@ -14,7 +14,7 @@ from aioworker.console import count, say, tell
 from aioworker.errors import AioworkerError, BrokerError, DatabaseError, TaskError, UsageError
 from aioworker.limits import in_force
 from aioworker.producer import Producer, Sweep, chunked, publish_sweep
-from aioworker.rabbitmq import broker
+from aioworker.rabbitmq.errors import forbids
 from aioworker.tasks import keys
 from aioworker.tasks.chunk import CHUNK_LIMIT
 from aioworker.tasks.context import Context
@@ -215,7 +215,7 @@ async def _backlog(producer: Producer, task: AnyTask, *, ask: bool) -> tuple[int
         try:
             return await producer.backlog(task.name, sure=True), True
         except BrokerError as error:
-            if not broker.forbids(error):
+            if not forbids(error):
                 raise
     waiting = await producer.backlog(task.name)
     return waiting, waiting > 0

@@ -22,7 +22,10 @@ from aioworker.console import as_json, command, duration
 from aioworker.errors import BrokerError, DatabaseError
 from aioworker.limits import RateLimit
 from aioworker.mysql.database import TOLD_SECONDS
-from aioworker.rabbitmq import broker, topology
+from aioworker.rabbitmq.connection import connected
+from aioworker.rabbitmq.errors import forbids, queue_missing
+from aioworker.rabbitmq.publisher import Publisher
+from aioworker.rabbitmq.queues import Queues, count_surely
 from aioworker.status.presence import STEADY
 
 if TYPE_CHECKING:
@@ -215,7 +218,7 @@ async def look(
     for name in tasks:
         of_task = told.get(name, _Told())
         limit = _limit(settings, name, of_task) if database_error is None else None
-        queues = topology.Queues.of(name, settings.queue_prefix)
+        queues = Queues.of(name, settings.queue_prefix)
         answer = answers.get(name, unreachable)
         broker_error = answer if isinstance(answer, BrokerError) else None
         queued = answer if isinstance(answer, Queued) else None
@@ -257,13 +260,13 @@ async def _ask_broker(settings: Settings, database: Awaitable[_Database]) -> _Br
     users = {node.user for node in nodes}
     try:
         async with (
-            broker.connection(nodes, timeout, own) as connection,
-            broker.Publisher(nodes, timeout, own) as publisher,
+            connected(nodes, timeout, own) as connection,
+            Publisher(nodes, timeout, own) as publisher,
         ):
             tasks, _told, _error = await database
 
             def of(task: str) -> Look:
-                queues = topology.Queues.of(task, settings.queue_prefix)
+                queues = Queues.of(task, settings.queue_prefix)
                 return Look(queues, users, connection, publisher, timeout)
 
             # At once: of many queues that do not answer, each takes as long as the timeout.
@@ -282,7 +285,7 @@ async def _queued(
     """Return what is in a task's queues, or why one of them cannot be asked."""
     names = (look.queues.urgent, look.queues.bulk, look.queues.retry)
     try:
-        numbers = [await topology.count_surely(connection, name, timeout) for name in names]
+        numbers = [await count_surely(connection, name, timeout) for name in names]
         return Queued(*[*numbers, await count_letters(look)])
     except BrokerError as error:
         return error
@@ -358,7 +361,7 @@ def _interval(rate: str, gap_us: int | None) -> float | None:
 
 def _why(
     task: str,
-    queues: topology.Queues,
+    queues: Queues,
     queued: Queued | None,
     broker_error: BrokerError | None,
     limit: Limit | None,
@@ -368,7 +371,7 @@ def _why(
     """Return why the task waits now, the first reason that holds."""
     row = told.row
     alive = [one for one in told.workers or [] if one.alive or one.name == told.turn]
-    if broker_error is not None and broker.forbids(broker_error):
+    if broker_error is not None and forbids(broker_error):
         return str(broker_error)
     if broker_error is not None:
         words = (one.reason for one in alive if one.reason.startswith("broker unreachable"))
@@ -380,7 +383,7 @@ def _why(
     for name, messages in asdict(queued).items():
         if messages is None:
             queue = getattr(queues, name)
-            return str(broker.missing(queue) if row is None else meant.without_queue(task, queue))
+            return str(queue_missing(queue) if row is None else meant.without_queue(task, queue))
     if limit.paused:
         return row.pause if row is not None and row.paused else f"paused: rate limit {limit.rate}"
     if not queued.urgent and not queued.bulk:

@@ -29,7 +29,7 @@ from aioworker.errors import (
 from aioworker.logs import LOOKED_AT, traceback_text
 from aioworker.mysql import trouble
 from aioworker.mysql.trouble import MySQLError, Trouble
-from aioworker.rabbitmq import broker
+from aioworker.rabbitmq.errors import describe
 from aioworker.rabbitmq.headers import TEXT_BYTES
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def _words(error: BaseException) -> str:
             return str(error)
         case MySQLError() if trouble.code(error):
             return f"database, {trouble.sort(error) or 'error'}: {trouble.describe(error)}"
-    name, words = name_of(error), broker.describe(error)
+    name, words = name_of(error), describe(error)
     return name if words == name else f"{name}: {words}"
 
 

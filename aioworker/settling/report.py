@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from aioworker.errors import let_go, name_of, traceback_of
 from aioworker.logs import Seldom, fields
 from aioworker.rabbitmq.message import brief
-from aioworker.rabbitmq.topology import RETRY_TTL_MS
+from aioworker.rabbitmq.queues import RETRY_TTL_MS
 from aioworker.settling import outcome
 from aioworker.settling.failure import line
 from aioworker.settling.outcome import Kind, Outcome

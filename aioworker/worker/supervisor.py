@@ -19,7 +19,10 @@ from aioworker.console import count
 from aioworker.consumer import Link
 from aioworker.errors import AioworkerError, BrokerError, DatabaseError, StalledError
 from aioworker.limits import POLL_SECONDS, Wait
-from aioworker.rabbitmq import broker, frames, topology
+from aioworker.rabbitmq import frames
+from aioworker.rabbitmq.connection import connected
+from aioworker.rabbitmq.lanes import Lanes
+from aioworker.rabbitmq.publisher import Publisher
 from aioworker.settling import outcome
 from aioworker.settling.outcome import Kind, Outcome
 from aioworker.status.presence import Presence
@@ -139,15 +142,13 @@ class Supervisor:
         name = f"{options.worker} {self._task.name}"
         outage = self._database_outage
         async with (
-            broker.connection(
+            connected(
                 self._nodes, options.connect_timeout, name, careful=self._careful
             ) as connection,
-            broker.Publisher(self._nodes, options.connect_timeout, name) as publisher,
+            Publisher(self._nodes, options.connect_timeout, name) as publisher,
         ):
             self._watch(connection)
-            lanes = await topology.Lanes.open(
-                connection, self.consumer.queues, options.connect_timeout
-            )
+            lanes = await Lanes.open(connection, self.consumer.queues, options.connect_timeout)
             self._broker_outage.end()
             serving = True
             while serving and not self._stop.is_set():
@@ -398,7 +399,7 @@ class Supervisor:
         else:
             self._presence.tell("waiting", wait.reason, logging.INFO)
 
-    async def _sit_out(self, refusal: BrokerError, publisher: broker.Publisher) -> None:
+    async def _sit_out(self, refusal: BrokerError, publisher: Publisher) -> None:
         """Wait after a copy that was not taken, following what is set at run time meanwhile.
 
         If RabbitMQ took none for want of memory or disk, no longer than that lasts.

@@ -18,7 +18,7 @@ import pytest
 from aioworker.commands import dead
 from aioworker.commands.letters import Filter
 from aioworker.errors import AioworkerError
-from aioworker.rabbitmq import topology
+from aioworker.rabbitmq.queues import Queues
 from aioworker.settings import Settings
 from tests.conftest import (
     AIOWORKER,
@@ -325,7 +325,7 @@ async def test_a_look_waits_for_another_ones_end(
     run: Run, lanes: Lanes, start: Start, queue_type: str
 ) -> None:
     """Two that take turns at the same letters would each see a part, some of it twice."""
-    queues = topology.Queues.of(f"looked-at-{queue_type}", PREFIX)
+    queues = Queues.of(f"looked-at-{queue_type}", PREFIX)
     await declare(lanes.connection, queues, queue_type)
     task = queues.dead.split(".")[1]
     for number in range(200):
@@ -369,7 +369,7 @@ async def test_what_hides_one_tasks_letters_hides_no_others(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A queue that somebody consumes ended the list; a connection was opened twice a task."""
-    held, last = (topology.Queues.of(name, PREFIX) for name in ("held", "last"))
+    held, last = (Queues.of(name, PREFIX) for name in ("held", "last"))
     for queues in (held, last):
         await declare(lanes.connection, queues)
         await (await lanes.channel.get_queue(queues.dead, ensure=False)).purge()
@@ -419,7 +419,7 @@ async def test_an_empty_filter_is_refused(run: Run, three: Lanes, option: str) -
 
 async def test_those_of_a_task_that_is_gone_are_reached(run: Run, lanes: Lanes) -> None:
     """Whoever renames a task finds what the old one left."""
-    gone = topology.Queues.of("renamed", PREFIX)
+    gone = Queues.of("renamed", PREFIX)
     await declare(lanes.connection, gone)
     await lanes.send(BODY, gone.dead, headers={"task": "renamed", "id": "left"})
 

@@ -14,7 +14,7 @@ import pytest
 from aioworker.commands import dead
 from aioworker.commands.letters import Filter
 from aioworker.errors import NotTakenError
-from aioworker.rabbitmq import topology
+from aioworker.rabbitmq.queues import Queues
 from aioworker.settings import Settings
 from aioworker.settling import outcome
 from support import servers
@@ -138,9 +138,9 @@ async def channel(
     await connection.close()
 
 
-async def lay(channel: aio_pika.abc.AbstractChannel, name: str, kind: str) -> topology.Queues:
+async def lay(channel: aio_pika.abc.AbstractChannel, name: str, kind: str) -> Queues:
     """Lay four dead letters of a task, whose queues are declared if need be."""
-    queues = topology.Queues.of(name, PREFIX)
+    queues = Queues.of(name, PREFIX)
     for queue, arguments in queues.arguments(kind).items():
         await channel.declare_queue(queue, durable=True, arguments=arguments)
     for number, letter in enumerate(IDS):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import aio_pika
 import pytest
 
-from aioworker.rabbitmq import topology
+from aioworker.rabbitmq.queues import Queues
 from support import servers
 from tests.conftest import AIOWORKER, COMMAND_SECONDS, PREFIX, eventually, execute, rows
 
@@ -46,7 +46,7 @@ async def site(pair: servers.Servers) -> AsyncIterator[Connection[Cursor]]:
     broker = await aio_pika.connect(pair.amqp_url, timeout=10)
     async with broker, broker.channel() as channel:
         for task in TASKS:
-            queues = topology.Queues.of(task, PREFIX)
+            queues = Queues.of(task, PREFIX)
             for queue in queues.arguments("quorum"):
                 await channel.queue_delete(queue)
     connection = servers.connect(pair.mysql_url, create=True)

@@ -12,7 +12,7 @@ import pytest
 from aioworker.budget import grants, schema
 from aioworker.commands import init
 from aioworker.errors import DatabaseError
-from aioworker.rabbitmq import topology
+from aioworker.rabbitmq import queues
 from aioworker.settings import Settings
 from support import servers
 from tests.conftest import (
@@ -262,7 +262,7 @@ async def test_with_exactly_the_printed_privileges_everything_works(
             done.stdout == "done 3 messages in 3 starts; dead letters 1, to retry 0, given back 0\n"
         )
         assert current_versions(shop) == {n: n + 10_000 for n in range(1, 2001)}
-        assert await topology.count(lanes, QUEUES.dead, 10) == 1
+        assert await queues.count(lanes, QUEUES.dead, 10) == 1
         await lanes.close()
         # No more than that: it may neither declare nor write another column.
         assert run("init", **variables).returncode == 1

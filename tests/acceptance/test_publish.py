@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import aio_pika
 import pytest
 
-from aioworker.rabbitmq import topology
+from aioworker.rabbitmq import queues
 from support import servers, site
 from tests.conftest import (
     AIOWORKER,
@@ -244,7 +244,7 @@ async def test_a_sweep_whose_connection_is_closed_goes_on_over_another_one(
     assert sweep.process.wait(60) == 0
     assert "published 10000 chunks, 100000 ids, last confirmed id 100000\n" in sweep.log
     async with await aio_pika.connect(pair.amqp_url, timeout=10) as again:
-        assert (await topology.count(again, QUEUES.bulk, 10) or 0) >= 10_000
+        assert (await queues.count(again, QUEUES.bulk, 10) or 0) >= 10_000
 
 
 async def test_single_changes_go_to_the_urgent_lane(run: Run, lanes: Lanes) -> None:

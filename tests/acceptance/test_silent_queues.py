@@ -17,8 +17,11 @@ import pytest
 from aioworker.addresses import BrokerAddress, Nodes
 from aioworker.budget import tables
 from aioworker.commands.look import Look
-from aioworker.rabbitmq import topology
-from aioworker.rabbitmq.broker import Publisher, connection
+from aioworker.rabbitmq import lanes as taking
+from aioworker.rabbitmq.connection import connected
+from aioworker.rabbitmq.lanes import ANSWER_SECONDS
+from aioworker.rabbitmq.publisher import Publisher
+from aioworker.rabbitmq.queues import Queues
 from support import servers
 from tests.conftest import (
     DEADLINE_SECONDS,
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
     from pymysql.connections import Connection
     from pymysql.cursors import Cursor
 
-Taken = tuple[topology.Lanes, list[float]]
+Taken = tuple[taking.Lanes, list[float]]
 _DO = """
 {{ok, Queue}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"/">>, queue, <<"{}">>)),
 {{Leader, _}} = amqqueue:get_pid(Queue),
@@ -85,7 +88,7 @@ async def test_status_does_not_call_a_silent_queue_empty(
 @pytest.fixture
 async def other(lanes: Lanes, shop: Connection[Cursor]) -> str:
     """A second task, with a chunk in its bulk lane."""
-    queues = topology.Queues.of("other", "aioworker")
+    queues = Queues.of("other", "aioworker")
     await declare(lanes.connection, queues)
     await (await lanes.channel.get_queue(queues.bulk, ensure=False)).purge()
     await lanes.send(CHUNK, queues.bulk)
@@ -233,7 +236,7 @@ async def test_no_command_calls_silent_dead_letters_none(
 @pytest.fixture
 async def taken(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> Taken:
     """The lanes as a worker has them, and for how long it waited for each `get` of theirs."""
-    opened = await topology.Lanes.open(lanes.connection, QUEUES, PATIENCE_SECONDS)
+    opened = await taking.Lanes.open(lanes.connection, QUEUES, PATIENCE_SECONDS)
     asked: list[float] = []
     take = opened._take
 
@@ -253,8 +256,8 @@ async def test_an_idle_worker_does_not_ask_by_get_at_each_look(
 
     for _ in range(10):
         assert not await lanes.hold_something()
-    assert asked == [topology.ANSWER_SECONDS]
-    monkeypatch.setattr(topology, "EMPTY_SECONDS", 0)
+    assert asked == [ANSWER_SECONDS]
+    monkeypatch.setattr(taking, "EMPTY_SECONDS", 0)
     assert not await lanes.hold_something()
     assert len(asked) == 2
 
@@ -311,7 +314,7 @@ async def count_as_one_comes(lanes: Lanes, address: str, monkeypatch: pytest.Mon
     """Count the letters, of which one comes between RabbitMQ's count and the `get`."""
     nodes = Nodes(BrokerAddress.parse_all(address))
     async with (
-        connection(nodes, 10, "test") as theirs,
+        connected(nodes, 10, "test") as theirs,
         Publisher(nodes, 10, "test") as publisher,
     ):
         look = Look(QUEUES, {"guest"}, theirs, publisher, 10)

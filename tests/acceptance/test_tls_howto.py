@@ -164,7 +164,7 @@ def test_each_error_of_the_how_to_is_one_that_is_made(words: str) -> None:
         (HOWTO.parents[1] / "aioworker" / name).read_text()
         for name in (
             *("tls.py", "mysql/login.py", "mysql/database.py"),
-            *("rabbitmq/broker.py", "rabbitmq/frames.py"),
+            *("rabbitmq/connection.py", "rabbitmq/frames.py"),
         )
     )
     ours = words.removeprefix("Access denied … ").removeprefix("caching_sha2_password ")

@@ -22,7 +22,7 @@ import psutil
 from aioworker.addresses import BrokerAddress
 from aioworker.errors import BrokerError
 from aioworker.mysql.session import LOCK_WAIT_SECONDS
-from aioworker.rabbitmq.broker import Publisher
+from aioworker.rabbitmq.publisher import Publisher
 from support import servers
 from tests.conftest import Worker, execute, rows, simple_addons
 from tests.faults.conftest import alarmed, away, frozen, within

@@ -15,7 +15,7 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from aioworker.rabbitmq import topology
+from aioworker.rabbitmq.queues import SAFE_AFTER_SECONDS
 from aioworker.worker.supervisor import ALARM_SECONDS
 from support import servers
 from tests.acceptance.test_worker import Manager
@@ -61,7 +61,7 @@ def test_a_broker_that_ends_and_comes_back(
 ) -> None:
     """A write goes on to its commit without it; the message that comes again costs no start."""
     idle, busy = places = make_place(), make_place()
-    time.sleep(topology.SAFE_AFTER_SECONDS)  # until the queues outlive a crash
+    time.sleep(SAFE_AFTER_SECONDS)  # until the queues outlive a crash
     for place in places:
         simple_addons(place.shop, 2)
         place.worker(*FAST)

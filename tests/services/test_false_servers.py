@@ -15,7 +15,7 @@ from pymysql.constants import CLIENT
 from aioworker.addresses import BrokerAddress, DatabaseAddress, Nodes
 from aioworker.errors import AioworkerError, BrokerError, DatabaseError
 from aioworker.mysql.database import Database
-from aioworker.rabbitmq import broker
+from aioworker.rabbitmq.connection import connect
 from tests import false_servers
 from tests.false_servers import FalseServer, Part, greeting, packet, refusal, says, slowly, switch
 
@@ -282,7 +282,7 @@ BROKERS_LATER: list[tuple[str, str, Part, str]] = [
 def connecting(server: FalseServer, query: str, password: str, words: str) -> Awaitable[object]:
     """Connect to it as RabbitMQ."""
     url = f"amqp://me:{quote(password)}@127.0.0.1:{server.port}/v{query}"
-    return broker.connect(Nodes(BrokerAddress.parse_all(url)), connect_seconds(words), "test")
+    return connect(Nodes(BrokerAddress.parse_all(url)), connect_seconds(words), "test")
 
 
 @pytest.mark.parametrize(
@@ -318,9 +318,7 @@ async def test_a_node_s_own_timeout_is_kept() -> None:
     """As its address says, where that is shorter than the setting."""
     with FalseServer(says(b"")) as server:
         addresses = BrokerAddress.parse_all(f"amqp://127.0.0.1:{server.port}/?timeout=1")
-        said = await refused_by(
-            server, broker.connect(Nodes(addresses), MUCH_LATER, "test"), BrokerError
-        )
+        said = await refused_by(server, connect(Nodes(addresses), MUCH_LATER, "test"), BrokerError)
 
     assert SILENCE in said
 

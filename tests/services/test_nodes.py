@@ -10,7 +10,8 @@ import pytest
 
 from aioworker.addresses import BrokerAddress, Nodes
 from aioworker.errors import BrokerError, QueueMissingError
-from aioworker.rabbitmq import broker as rabbitmq
+from aioworker.rabbitmq.connection import connected
+from aioworker.rabbitmq.publisher import Publisher
 from support import servers
 from tests.conftest import QUEUES, Lanes
 from tests.faults.conftest import alarmed
@@ -45,7 +46,7 @@ def cluster(broker: servers.Broker) -> Iterator[Cluster]:
 async def failing_on(nodes: Nodes, error: Exception) -> str:
     """Connect, fail with an error, and return what is said then."""
     with pytest.raises(type(error)) as caught:
-        async with rabbitmq.connection(nodes, SECONDS, "test"):
+        async with connected(nodes, SECONDS, "test"):
             raise error
     return str(caught.value)
 
@@ -83,7 +84,7 @@ async def test_a_publisher_without_a_confirm_goes_on_with_the_next_node(
     cluster: Cluster, lanes: Lanes
 ) -> None:
     """Or a web server would publish nothing for as long as one node is cut off."""
-    async with rabbitmq.Publisher(cluster.nodes, SHORT_SECONDS, "test") as publisher:
+    async with Publisher(cluster.nodes, SHORT_SECONDS, "test") as publisher:
         await publisher.publish(QUEUES.bulk, aio_pika.Message(b"1"))
         cluster.first.black_hole()
         with pytest.raises(BrokerError, match="did not answer in time"):
@@ -98,7 +99,7 @@ async def test_a_publisher_stays_where_rabbitmq_is_short_of_memory(
     broker: servers.Broker, cluster: Cluster, lanes: Lanes
 ) -> None:
     """So is the whole cluster then; what another connection sends would only arrive late."""
-    async with rabbitmq.Publisher(cluster.nodes, SHORT_SECONDS, "test") as publisher:
+    async with Publisher(cluster.nodes, SHORT_SECONDS, "test") as publisher:
         await publisher.connection()
         with alarmed(broker):
             for _ in range(2):

@@ -24,7 +24,7 @@ import pytest
 
 from aioworker import Producer, Task, publish_sync, sync
 from aioworker.errors import BrokerError, ConnectionLostError, QueueMissingError, UsageError
-from aioworker.rabbitmq.broker import Publisher
+from aioworker.rabbitmq.publisher import Publisher
 from support import servers
 from tests.conftest import QUEUES, TASK, Lanes, eventually
 from tests.faults.proxy import Proxy

@@ -16,7 +16,7 @@ import pytest
 from aioworker.addresses import BrokerAddress, DatabaseAddress, Nodes
 from aioworker.errors import BrokerError, DatabaseError
 from aioworker.mysql.database import Database
-from aioworker.rabbitmq import broker
+from aioworker.rabbitmq.connection import close, connect, connected
 from support import servers
 from tests.authority import Authority
 from tests.conftest import execute, rows
@@ -113,7 +113,7 @@ async def cipher_of_database(url: str) -> str:
 
 async def log_in_to_broker(url: str) -> None:
     """Connect to RabbitMQ; its port of TLS takes nothing else."""
-    await broker.close(await broker.connect(Nodes(BrokerAddress.parse_all(url)), 10, "test"))
+    await close(await connect(Nodes(BrokerAddress.parse_all(url)), 10, "test"))
 
 
 TRUSTED = [
@@ -153,7 +153,7 @@ async def test_without_a_word_of_tls_a_connection_is_plain_text(encrypted: Encry
 async def test_heartbeat_and_name_are_those_of_the_address(encrypted: Encrypted) -> None:
     url = encrypted.amqps("?ssl_mode=required&heartbeat=31&name=mine")
 
-    async with broker.connection(Nodes(BrokerAddress.parse_all(url)), 10, "test") as opened:
+    async with connected(Nodes(BrokerAddress.parse_all(url)), 10, "test") as opened:
         assert opened.transport is not None
         assert opened.transport.connection.connection_tune.heartbeat == 31
         assert "mine" in encrypted.broker.control("list_connections", "client_properties")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from aioworker.limits import Limiter, RateLimit, WorkerBudget
-from aioworker.rabbitmq.topology import Queues
+from aioworker.rabbitmq.queues import Queues
 from tests.fakes import FakeClock
 
 

@@ -20,7 +20,7 @@ from aiormq.exceptions import (
 from pamqp.commands import Basic
 
 from aioworker.errors import QueueMissingError
-from aioworker.rabbitmq import broker
+from aioworker.rabbitmq.errors import explain
 
 QUEUE = "aioworker.shop"
 MISSING = f"NOT_FOUND - no queue '{QUEUE}' in vhost '/'"
@@ -51,7 +51,7 @@ def test_a_refusal_is_told_by_its_own_words(
     error: Exception, words: str, unreachable: bool
 ) -> None:
     """None of them is a queue that does not exist, or one to delete."""
-    told = broker.explain(error, QUEUE)
+    told = explain(error, QUEUE)
 
     assert words in str(told)
     assert told.unreachable == unreachable
@@ -61,4 +61,4 @@ def test_a_refusal_is_told_by_its_own_words(
 
 
 def test_only_no_queue_is_a_missing_one() -> None:
-    assert isinstance(broker.explain(ChannelNotFoundEntity(MISSING), QUEUE), QueueMissingError)
+    assert isinstance(explain(ChannelNotFoundEntity(MISSING), QUEUE), QueueMissingError)

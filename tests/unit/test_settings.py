@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from aioworker import Producer
 from aioworker.errors import UsageError
 from aioworker.limits import RateLimit
-from aioworker.rabbitmq.topology import Queues
+from aioworker.rabbitmq.queues import Queues
 from aioworker.settings import Settings
 
 

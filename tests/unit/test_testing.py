@@ -205,7 +205,7 @@ async def test_afterwards_it_is_rabbitmqs_again(monkeypatch: pytest.MonkeyPatch)
     async def publish(_self: object, queue: str, _outgoing: object) -> None:
         asked.append(queue)
 
-    monkeypatch.setattr("aioworker.rabbitmq.broker.Publisher.publish", publish)
+    monkeypatch.setattr("aioworker.rabbitmq.publisher.Publisher.publish", publish)
     producer = Producer(NOWHERE, queue_prefix="site")
 
     await producer.publish("note")

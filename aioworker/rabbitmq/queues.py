@@ -7,40 +7,22 @@ exchange, so that there is no binding to lose.
 from __future__ import annotations
 
 import asyncio
-import math
 import re
-import time
-from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from aio_pika.exceptions import ChannelNotFoundEntity, ChannelPreconditionFailed
 
 from aioworker.console import command
-from aioworker.errors import BrokerError, QueueDiffersError
-from aioworker.rabbitmq import broker
+from aioworker.errors import QueueDiffersError
+from aioworker.rabbitmq.errors import FAILURES, explain, is_missing, queue_missing, uncounted
 
 if TYPE_CHECKING:
-    from collections.abc import (
-        AsyncIterator,
-        Awaitable,
-        Callable,
-        Iterable,
-        Iterator,
-        Mapping,
-    )
+    from collections.abc import Awaitable, Callable, Iterable, Mapping
 
-    from aio_pika.abc import (
-        AbstractChannel,
-        AbstractConnection,
-        AbstractIncomingMessage,
-        AbstractQueue,
-    )
+    from aio_pika.abc import AbstractConnection
 
 _Result = TypeVar("_Result")
-# What arrives from a lane; None says that nothing more does.
-Arrived = asyncio.Queue["AbstractIncomingMessage | None"]
 
 RETRY_TTL_MS = 60_000
 MAX_LENGTH = 1_000_000
@@ -51,11 +33,6 @@ NO_LIMIT = 1_000_000_000
 # A quorum queue of RabbitMQ 3.10 that is younger than a second is lost with all its confirmed
 # messages when the broker is killed (measured); three seconds leave room.
 SAFE_AFTER_SECONDS = 3.0
-# For so long after a `get` that found nothing, a lane is empty if RabbitMQ counts nothing in it.
-# An idle worker leaves a node that is cut off within 10 s: after this, the next look, and the wait
-# for the answer to a `get`, which takes 1 ms where all is well.
-EMPTY_SECONDS = 5.0
-ANSWER_SECONDS = 3.0
 # For RabbitMQ to count a message that was given back: as of 4.0 that takes a moment.
 COUNTED_TRIES, COUNTED_SECONDS = 20, 0.05
 
@@ -143,7 +120,7 @@ async def declare(
         await channel.declare_queue(name, durable=True, arguments=arguments)
         await channel.close()
 
-    await _bounded(call, name, timeout)
+    await bounded(call, name, timeout)
 
 
 async def wait_until_safe(
@@ -172,7 +149,7 @@ async def check(connection: AbstractConnection, names: Iterable[str], timeout: f
     for name in names:
         waiting = await count(connection, name, timeout)
         if waiting is None:
-            raise broker.missing(name)
+            raise queue_missing(name)
         messages += waiting
     return messages
 
@@ -191,13 +168,13 @@ async def count(connection: AbstractConnection, name: str, timeout: float) -> in
         try:
             queue = await channel.declare_queue(name, passive=True)
         except ChannelNotFoundEntity as error:
-            if broker.is_missing(error):
+            if is_missing(error):
                 return None
             raise
         await channel.close()
         return queue.declaration_result.message_count
 
-    return await _bounded(call, name, timeout)
+    return await bounded(call, name, timeout)
 
 
 async def count_surely(connection: AbstractConnection, name: str, timeout: float) -> int | None:
@@ -219,181 +196,31 @@ async def count_surely(connection: AbstractConnection, name: str, timeout: float
         return delivery is not None
 
     waiting = await count(connection, name, timeout)
-    if waiting != 0 or not await _bounded(holds_something, name, timeout):
+    if waiting != 0 or not await bounded(holds_something, name, timeout):
         return waiting
     for _ in range(COUNTED_TRIES):
         if waiting := await count(connection, name, timeout):
             return waiting
         await asyncio.sleep(COUNTED_SECONDS)
-    raise broker.uncounted(name)
+    raise uncounted(name)
 
 
-class Lanes:
-    """A task's two lanes, to take from, over one channel.
+async def bounded(call: Callable[[], Awaitable[_Result]], queue: str, timeout: float) -> _Result:
+    """Return what a step about a queue returns, if it ends in time.
 
-    Args:
-        connection: For a channel of its own, where messages flow.
-        channel: What both are used over.
-        urgent: Always taken from first.
-        bulk: Taken from when *urgent* is empty.
-        timeout: Seconds for each step.
+    Raises:
+        QueueDiffersError: The queue is there with another argument.
+        BrokerError: RabbitMQ refuses, does not answer, or the connection is lost.
     """
-
-    def __init__(
-        self,
-        connection: AbstractConnection,
-        channel: AbstractChannel,
-        urgent: AbstractQueue,
-        bulk: AbstractQueue,
-        timeout: float,
-    ) -> None:
-        self._channel = channel
-        self._connection = connection
-        self._queues = (urgent, bulk)
-        self._timeout = timeout
-        self._refusal: ChannelPreconditionFailed | None = None
-        self._empty_at = -math.inf  # when RabbitMQ last answered that both are, by a clock
-        channel.close_callbacks.add(self._closed)
-
-    @classmethod
-    async def open(cls, connection: AbstractConnection, queues: Queues, timeout: float) -> Lanes:
-        """Open them.
-
-        Raises:
-            QueueMissingError: One of the task's queues is not there.
-            BrokerError: RabbitMQ refuses, or the connection is lost.
-        """
-        names = (queues.urgent, queues.bulk, queues.retry, queues.dead)
-        await check(connection, names, timeout)
-
-        async def call() -> Lanes:
-            channel = await connection.channel()
-            urgent = await channel.get_queue(queues.urgent, ensure=False)
-            bulk = await channel.get_queue(queues.bulk, ensure=False)
-            return cls(connection, channel, urgent, bulk, timeout)
-
-        return await _bounded(call, queues.bulk, timeout)
-
-    def _closed(self, _channel: object, error: BaseException | None) -> None:
-        if isinstance(error, ChannelPreconditionFailed):
-            self._refusal = error
-
-    @contextmanager
-    def explaining(self) -> Iterator[None]:
-        """Say why RabbitMQ itself closed a channel, where a step failed for that.
-
-        Raises:
-            BrokerError: A run took longer than RabbitMQ's `consumer_timeout`.
-        """
-        try:
-            yield
-        except BrokerError as error:
-            if self._refusal is None:
-                raise
-            why = broker.describe(self._refusal)
-            raise BrokerError(f"RabbitMQ closed the channel: {why}") from error
-
-    async def hold_something(self, *, sure: bool = False) -> bool:
-        """Return whether a message waits in either lane; nothing is kept.
-
-        RabbitMQ also counts nothing in a queue that does not answer it. So that is believed for
-        a while after a `get` found nothing. One that finds a message gives it back.
-
-        Args:
-            sure: Whether it is not believed without a `get` now. That may take as long as any
-                other step; else it is given up after `ANSWER_SECONDS`.
-
-        Raises:
-            BrokerError: A lane is gone or does not answer, or the connection is lost.
-        """
-        for queue in self._queues:
-            if await self.count(queue.name):
-                return True
-        if not sure and time.monotonic() - self._empty_at < EMPTY_SECONDS:
-            return False
-        seconds = self._timeout if sure else min(self._timeout, ANSWER_SECONDS)
-        delivery = await self._take(seconds)
-        if delivery is not None:
-            await _bounded(delivery.nack, delivery.routing_key or "", self._timeout)
-        return delivery is not None
-
-    async def count(self, name: str) -> int:
-        """Return how many messages wait in a queue, by RabbitMQ's count.
-
-        Raises:
-            BrokerError: The queue is gone, or the connection is lost.
-        """
-        declare = partial(self._channel.declare_queue, name, passive=True)
-        declared = await _bounded(declare, name, self._timeout)
-        return declared.declaration_result.message_count or 0
-
-    async def take(self) -> AbstractIncomingMessage | None:
-        """Take one message, from the urgent lane first; None when both are empty.
-
-        Raises:
-            BrokerError: A lane is gone or does not answer, or the connection is lost.
-        """
-        return await self._take(self._timeout)
-
-    async def _take(self, seconds: float) -> AbstractIncomingMessage | None:
-        for queue in self._queues:
-            delivery = await _bounded(
-                partial(queue.get, fail=False, timeout=seconds), queue.name, seconds
-            )
-            if delivery is not None:
-                return delivery
-        self._empty_at = time.monotonic()
-        return None
-
-    @asynccontextmanager
-    async def flow(self, at_once: int, end: Callable[[], None]) -> AsyncIterator[Arrived]:
-        """Have RabbitMQ send what is in the lanes, each message as soon as there is room for it.
-
-        What was not settled inside goes back into its lane.
-
-        Args:
-            at_once: Messages of each lane that may be unsettled at once.
-            end: Called when RabbitMQ sends no more: a lane was deleted, or a run took longer
-                than its `consumer_timeout`.
-
-        Raises:
-            BrokerError: A lane is gone, or the connection is lost.
-        """
-
-        def ended(*_: object) -> None:
-            end()
-
-        arrived: Arrived = asyncio.Queue()
-        bulk = self._queues[-1].name
-        channel = await _bounded(self._connection.channel, bulk, self._timeout)
-        try:
-            channel.close_callbacks.add(self._closed)
-            channel.close_callbacks.add(ended)
-            self._channel.close_callbacks.add(ended)
-            await _bounded(partial(channel.set_qos, at_once), bulk, self._timeout)
-            sender = await channel.get_underlay_channel()
-            sender.on_consumer_cancel_callbacks.add(ended)
-            for lane in self._queues:
-                queue = await channel.get_queue(lane.name, ensure=False)
-                await _bounded(partial(queue.consume, arrived.put), lane.name, self._timeout)
-            yield arrived
-        finally:
-            self._channel.close_callbacks.discard(ended)
-            with suppress(*broker.FAILURES):
-                async with asyncio.timeout(self._timeout):
-                    await channel.close()
-
-
-async def _bounded(call: Callable[[], Awaitable[_Result]], queue: str, timeout: float) -> _Result:
     try:
         async with asyncio.timeout(timeout):
             return await call()
     except ChannelPreconditionFailed as error:
         if "inequivalent arg" not in str(error):
-            raise broker.explain(error, queue) from error
+            raise explain(error, queue) from error
         raise QueueDiffersError(_explain_difference(queue, str(error))) from error
-    except broker.FAILURES as error:
-        raise broker.explain(error, queue) from error
+    except FAILURES as error:
+        raise explain(error, queue) from error
 
 
 def _explain_difference(queue: str, refusal: str) -> str:

@@ -1,0 +1,191 @@
+"""A task's two lanes, as a worker takes from them."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
+from typing import TYPE_CHECKING
+
+from aio_pika.exceptions import ChannelPreconditionFailed
+
+from aioworker.errors import BrokerError
+from aioworker.rabbitmq.errors import FAILURES, describe
+from aioworker.rabbitmq.queues import Queues, bounded, check
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+
+    from aio_pika.abc import (
+        AbstractChannel,
+        AbstractConnection,
+        AbstractIncomingMessage,
+        AbstractQueue,
+    )
+
+# What arrives from a lane; None says that nothing more does.
+Arrived = asyncio.Queue["AbstractIncomingMessage | None"]
+
+# For so long after a `get` that found nothing, a lane is empty if RabbitMQ counts nothing in it.
+# An idle worker leaves a node that is cut off within 10 s: after this, the next look, and the wait
+# for the answer to a `get`, which takes 1 ms where all is well.
+EMPTY_SECONDS = 5.0
+ANSWER_SECONDS = 3.0
+
+
+class Lanes:
+    """A task's two lanes, to take from, over one channel.
+
+    Args:
+        connection: For a channel of its own, where messages flow.
+        channel: What both are used over.
+        urgent: Always taken from first.
+        bulk: Taken from when *urgent* is empty.
+        timeout: Seconds for each step.
+    """
+
+    def __init__(
+        self,
+        connection: AbstractConnection,
+        channel: AbstractChannel,
+        urgent: AbstractQueue,
+        bulk: AbstractQueue,
+        timeout: float,
+    ) -> None:
+        self._channel = channel
+        self._connection = connection
+        self._queues = (urgent, bulk)
+        self._timeout = timeout
+        self._refusal: ChannelPreconditionFailed | None = None
+        self._empty_at = -math.inf  # when RabbitMQ last answered that both are, by a clock
+        channel.close_callbacks.add(self._closed)
+
+    @classmethod
+    async def open(cls, connection: AbstractConnection, queues: Queues, timeout: float) -> Lanes:
+        """Open them.
+
+        Raises:
+            QueueMissingError: One of the task's queues is not there.
+            BrokerError: RabbitMQ refuses, or the connection is lost.
+        """
+        names = (queues.urgent, queues.bulk, queues.retry, queues.dead)
+        await check(connection, names, timeout)
+
+        async def call() -> Lanes:
+            channel = await connection.channel()
+            urgent = await channel.get_queue(queues.urgent, ensure=False)
+            bulk = await channel.get_queue(queues.bulk, ensure=False)
+            return cls(connection, channel, urgent, bulk, timeout)
+
+        return await bounded(call, queues.bulk, timeout)
+
+    def _closed(self, _channel: object, error: BaseException | None) -> None:
+        if isinstance(error, ChannelPreconditionFailed):
+            self._refusal = error
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Say why RabbitMQ itself closed a channel, where a step failed for that.
+
+        Raises:
+            BrokerError: A run took longer than RabbitMQ's `consumer_timeout`.
+        """
+        try:
+            yield
+        except BrokerError as error:
+            if self._refusal is None:
+                raise
+            why = describe(self._refusal)
+            raise BrokerError(f"RabbitMQ closed the channel: {why}") from error
+
+    async def hold_something(self, *, sure: bool = False) -> bool:
+        """Return whether a message waits in either lane; nothing is kept.
+
+        RabbitMQ also counts nothing in a queue that does not answer it. So that is believed for
+        a while after a `get` found nothing. One that finds a message gives it back.
+
+        Args:
+            sure: Whether it is not believed without a `get` now. That may take as long as any
+                other step; else it is given up after `ANSWER_SECONDS`.
+
+        Raises:
+            BrokerError: A lane is gone or does not answer, or the connection is lost.
+        """
+        for queue in self._queues:
+            if await self.count(queue.name):
+                return True
+        if not sure and time.monotonic() - self._empty_at < EMPTY_SECONDS:
+            return False
+        seconds = self._timeout if sure else min(self._timeout, ANSWER_SECONDS)
+        delivery = await self._take(seconds)
+        if delivery is not None:
+            await bounded(delivery.nack, delivery.routing_key or "", self._timeout)
+        return delivery is not None
+
+    async def count(self, name: str) -> int:
+        """Return how many messages wait in a queue, by RabbitMQ's count.
+
+        Raises:
+            BrokerError: The queue is gone, or the connection is lost.
+        """
+        declare = partial(self._channel.declare_queue, name, passive=True)
+        declared = await bounded(declare, name, self._timeout)
+        return declared.declaration_result.message_count or 0
+
+    async def take(self) -> AbstractIncomingMessage | None:
+        """Take one message, from the urgent lane first; None when both are empty.
+
+        Raises:
+            BrokerError: A lane is gone or does not answer, or the connection is lost.
+        """
+        return await self._take(self._timeout)
+
+    async def _take(self, seconds: float) -> AbstractIncomingMessage | None:
+        for queue in self._queues:
+            delivery = await bounded(
+                partial(queue.get, fail=False, timeout=seconds), queue.name, seconds
+            )
+            if delivery is not None:
+                return delivery
+        self._empty_at = time.monotonic()
+        return None
+
+    @asynccontextmanager
+    async def flow(self, at_once: int, end: Callable[[], None]) -> AsyncIterator[Arrived]:
+        """Have RabbitMQ send what is in the lanes, each message as soon as there is room for it.
+
+        What was not settled inside goes back into its lane.
+
+        Args:
+            at_once: Messages of each lane that may be unsettled at once.
+            end: Called when RabbitMQ sends no more: a lane was deleted, or a run took longer
+                than its `consumer_timeout`.
+
+        Raises:
+            BrokerError: A lane is gone, or the connection is lost.
+        """
+
+        def ended(*_: object) -> None:
+            end()
+
+        arrived: Arrived = asyncio.Queue()
+        bulk = self._queues[-1].name
+        channel = await bounded(self._connection.channel, bulk, self._timeout)
+        try:
+            channel.close_callbacks.add(self._closed)
+            channel.close_callbacks.add(ended)
+            self._channel.close_callbacks.add(ended)
+            await bounded(partial(channel.set_qos, at_once), bulk, self._timeout)
+            sender = await channel.get_underlay_channel()
+            sender.on_consumer_cancel_callbacks.add(ended)
+            for lane in self._queues:
+                queue = await channel.get_queue(lane.name, ensure=False)
+                await bounded(partial(queue.consume, arrived.put), lane.name, self._timeout)
+            yield arrived
+        finally:
+            self._channel.close_callbacks.discard(ended)
+            with suppress(*FAILURES):
+                async with asyncio.timeout(self._timeout):
+                    await channel.close()
