@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import math
 import os
 import sys
 import time
 from contextlib import contextmanager
 from io import TextIOWrapper
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from aioworker.words import printable
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -19,19 +19,6 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 LINE_SECONDS = 5.0
-MINUTE, HOUR = 60, 3600
-_app = ""  # as the user gave it to this command, for those that a hint names
-
-
-def remember_app(modules: str | None) -> None:
-    """Have the commands that hints name carry the app that this one was given as an option."""
-    global _app
-    _app = f" --app {modules}" if modules else ""
-
-
-def command(words: str) -> str:
-    """Return a command as the user would type it, such as `init --print`, for a hint."""
-    return f"aioworker {words}{_app}"
 
 
 def open_streams() -> None:
@@ -43,24 +30,6 @@ def open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
     if isinstance(out := sys.stdout, TextIOWrapper):
         sys.stdout = _Output(out)
-
-
-def printable(line: str) -> str:
-    r"""Return a line as a terminal may have it: what is not printable, as what it is, `\x1b`.
-
-    What comes from outside could else move the cursor, fill the clipboard, turn the order of
-    what is read, or begin a line that looks like one of ours.
-    """
-    if line.isprintable():
-        return line
-    return "".join(
-        one if one.isprintable() else one.encode("unicode_escape").decode() for one in line
-    )
-
-
-def as_json(value: object, default: Callable[[Any], str] | None = None) -> str:
-    """Return JSON in one line, of which all is printable."""
-    return json.dumps(value, default=default).replace("\x7f", "\\u007f")
 
 
 class OutputError(Exception):
@@ -123,23 +92,6 @@ def tell(line: str) -> None:
     """Print progress in one line, to standard error."""
     sys.stderr.write(printable(line) + "\n")
     sys.stderr.flush()
-
-
-def count(number: int, noun: str) -> str:
-    """Return "1 chunk", "2 chunks"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as a person says them: `17 s`, `4 min 5 s`, `4 h 25 min`."""
-    whole = math.ceil(seconds)
-    if whole < MINUTE:
-        return f"{whole} s"
-    if whole < HOUR:
-        minutes, rest = divmod(whole, MINUTE)
-        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
-    hours, rest = divmod(whole, HOUR)
-    return f"{hours} h {rest // MINUTE} min" if rest >= MINUTE else f"{hours} h"
 
 
 def confirm(question: str) -> bool:

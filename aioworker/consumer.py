@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from aioworker.budget.deaths import MOST_DEATHS
-from aioworker.console import count, duration
 from aioworker.errors import (
     AioworkerError,
     BrokerError,
@@ -41,6 +40,7 @@ from aioworker.settling.report import Report, Times
 from aioworker.status.presence import Presence
 from aioworker.tasks.context import Context
 from aioworker.tasks.task import AnyTask
+from aioworker.words import count, duration
 
 if TYPE_CHECKING:
     from aio_pika.abc import AbstractIncomingMessage

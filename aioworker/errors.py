@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aioworker.console import count
+from aioworker.words import count
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

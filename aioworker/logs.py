@@ -18,8 +18,8 @@ from datetime import UTC, datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from aioworker.console import as_json, printable
 from aioworker.errors import cause_of, context_of, family, name_of, parts_of, traceback_of
+from aioworker.words import as_json, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator

@@ -13,10 +13,11 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from aioworker.budget import tables
-from aioworker.console import command, tell
+from aioworker.console import tell
 from aioworker.errors import DatabaseError
 from aioworker.mysql import trouble
 from aioworker.mysql.trouble import ER, MySQLError
+from aioworker.words import command
 
 if TYPE_CHECKING:
     from collections.abc import Collection

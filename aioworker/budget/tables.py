@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from aioworker.console import command
 from aioworker.errors import DatabaseError
 from aioworker.mysql import trouble
 from aioworker.mysql.trouble import ER, MySQLError
+from aioworker.words import command
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from aioworker import console
+from aioworker import console, words
 from aioworker.errors import AioworkerError, UsageError
 from aioworker.worker.signals import on_stop
 
@@ -70,7 +70,7 @@ def prepare(**options: str | None) -> Settings:
     from aioworker import logs
     from aioworker.settings import Settings
 
-    console.remember_app(options.get("app"))
+    words.remember_app(options.get("app"))
     settings = Settings.load(**options)
     logs.configure(settings.log_level, settings.log_format)
     return settings

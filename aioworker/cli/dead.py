@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aioworker import console
+from aioworker import console, words
 from aioworker.cli.common import App, TaskName, TaskOption, named, prepare, run, to_look
 from aioworker.errors import AioworkerError, UsageError
 
@@ -139,7 +139,7 @@ def drop(
     if not yes:
         # Nothing is held, and no event loop runs, while a person thinks.
         shown = run(dead.preview(settings, task, wanted))
-        what = console.count(shown.total(), "dead letter")
+        what = words.count(shown.total(), "dead letter")
         if shown and not _ask(f"drop {what} of {task} for good?"):
             raise AioworkerError("dropped nothing; --yes drops without asking")
     run(dead.drop(settings, task, wanted, shown))

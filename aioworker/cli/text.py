@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from aioworker.clock import APART_SECONDS
-from aioworker.console import duration
+from aioworker.words import duration
 
 if TYPE_CHECKING:
     from aioworker.commands.status import Limit, Status, Worker

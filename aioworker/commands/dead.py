@@ -9,15 +9,16 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from aioworker import console
+from aioworker import console, words
 from aioworker.commands import meant
 from aioworker.commands.letters import Filter, Letter, text
 from aioworker.commands.look import Look
-from aioworker.console import count, say
+from aioworker.console import say
 from aioworker.errors import AioworkerError, QueueMissingError
 from aioworker.rabbitmq.connection import connected
 from aioworker.rabbitmq.publisher import Publisher
 from aioworker.rabbitmq.queues import Queues
+from aioworker.words import count
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
@@ -70,7 +71,7 @@ async def _list(look: Look, name: str, wanted: Filter, *, as_json: bool, of_seve
         nonlocal listed
         if wanted.matches(letter):
             line = f"{name}: {letter.line}" if of_several else letter.line
-            say(console.as_json({"task": name, **asdict(letter)}) if as_json else line)
+            say(words.as_json({"task": name, **asdict(letter)}) if as_json else line)
             listed += 1
         return look.queues.dead
 
@@ -113,7 +114,7 @@ def _show_whole(
     if as_json:
         headers = {name: text(value) for name, value in delivery.headers.items()}
         whole = {"task": task, **asdict(letter), "headers": headers, "body": body}
-        say(console.as_json(whole))
+        say(words.as_json(whole))
         return
     say(letter.line)
     # Indented, since a sender chooses the names too: none can look like a line of ours.

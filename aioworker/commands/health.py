@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from aioworker.budget import schema, tables
 from aioworker.commands import meant, status
-from aioworker.console import duration
 from aioworker.errors import UnhealthyError, UsageError
 from aioworker.status import presence
+from aioworker.words import duration
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

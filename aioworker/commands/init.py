@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from aioworker import repo
 from aioworker.budget import grants, schema, tables
-from aioworker.console import count, say, tell
+from aioworker.console import say, tell
 from aioworker.errors import AioworkerError, BrokerError, DatabaseError
 from aioworker.rabbitmq.connection import connected
 from aioworker.rabbitmq.queues import (
@@ -20,6 +20,7 @@ from aioworker.rabbitmq.queues import (
     declare,
     wait_until_safe,
 )
+from aioworker.words import count
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from aioworker import console
+from aioworker import words
 from aioworker.rabbitmq import message
 from aioworker.settling import outcome
 
@@ -89,7 +89,7 @@ class Letter:
     @property
     def _word(self) -> str:
         """The id as one word, so that the fields behind it are ours."""
-        return console.printable(self.id).replace(" ", "\\x20")
+        return words.printable(self.id).replace(" ", "\\x20")
 
     @property
     def line(self) -> str:

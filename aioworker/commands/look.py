@@ -14,15 +14,15 @@ import random
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
 
-from aioworker import console
+from aioworker import console, words
 from aioworker.commands.letters import Letter
-from aioworker.console import count
 from aioworker.errors import BrokerError, NotTakenError, QueueMissingError
 from aioworker.rabbitmq.connection import CLOSE_SECONDS
 from aioworker.rabbitmq.errors import FAILURES, explain, forbids, uncounted
 from aioworker.rabbitmq.publisher import Publisher
 from aioworker.rabbitmq.queues import COUNTED_SECONDS, COUNTED_TRIES, Queues
 from aioworker.settling import outcome
+from aioworker.words import count
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Iterator
@@ -241,7 +241,7 @@ class Look:
             raise NotTakenError(
                 f"RabbitMQ did not take the copy of a dead letter for queue {to}: it is over its"
                 " limit, or most of its nodes are down; raise the limit, or free the queue by"
-                f" `{console.command('dead requeue')}` or `{console.command('dead drop --yes')}`"
+                f" `{words.command('dead requeue')}` or `{words.command('dead drop --yes')}`"
                 " without a filter: until then each look counts as a delivery of the first"
                 " letter, and a policy delivery-limit ends it"
             ) from error

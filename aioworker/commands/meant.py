@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from aioworker import addons
 from aioworker.budget import tables
-from aioworker.console import command, tell
+from aioworker.console import tell
 from aioworker.errors import (
     AioworkerError,
     DatabaseError,
@@ -24,6 +24,7 @@ from aioworker.errors import (
 from aioworker.rabbitmq.errors import queue_missing
 from aioworker.tasks import load
 from aioworker.tasks.task import check_name, find, registered
+from aioworker.words import command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,10 +7,10 @@ import math
 import time
 from typing import TYPE_CHECKING, Any
 
-from aioworker import console
+from aioworker import console, words
 from aioworker.budget import tables
 from aioworker.budget.tables import Row, peek
-from aioworker.console import count, say, tell
+from aioworker.console import say, tell
 from aioworker.errors import AioworkerError, BrokerError, DatabaseError, TaskError, UsageError
 from aioworker.limits import in_force
 from aioworker.producer import Producer, Sweep, chunked, publish_sweep
@@ -18,6 +18,7 @@ from aioworker.rabbitmq.errors import forbids
 from aioworker.tasks import keys
 from aioworker.tasks.chunk import CHUNK_LIMIT
 from aioworker.tasks.context import Context
+from aioworker.words import count
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -265,5 +266,5 @@ def _extent(sweep: Sweep) -> str:
 def _how_to_go_on(settings: Settings, task: AnyTask, sweep: Sweep, after: int) -> str:
     size = "" if settings.chunk_size == CHUNK_LIMIT else f" --chunk-size {settings.chunk_size}"
     last = after if sweep.last_id is None else sweep.last_id
-    again = console.command(f"publish-all {task.name}{size} --after {last}")
+    again = words.command(f"publish-all {task.name}{size} --after {last}")
     return f"confirmed {_extent(sweep)}; go on with: {again}"

@@ -18,7 +18,6 @@ from aioworker.clock import own_time
 from aioworker.commands import meant
 from aioworker.commands.controls import limit_and_source
 from aioworker.commands.look import Look, count_letters
-from aioworker.console import as_json, command, duration
 from aioworker.errors import BrokerError, DatabaseError
 from aioworker.limits import RateLimit
 from aioworker.mysql.database import TOLD_SECONDS
@@ -27,6 +26,7 @@ from aioworker.rabbitmq.errors import forbids, queue_missing
 from aioworker.rabbitmq.publisher import Publisher
 from aioworker.rabbitmq.queues import Queues, count_surely
 from aioworker.status.presence import STEADY
+from aioworker.words import as_json, command, duration
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Sequence

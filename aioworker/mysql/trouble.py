@@ -8,7 +8,7 @@ from pymysql.constants import CR
 from pymysql.constants import ER as ER
 from pymysql.err import MySQLError as MySQLError
 
-from aioworker.console import command
+from aioworker.words import command
 
 DEADLOCKS = frozenset({ER.LOCK_DEADLOCK, ER.CHECKREAD})  # another try at once may do
 

@@ -18,8 +18,8 @@ from aio_pika.exceptions import (
 )
 from aiormq.exceptions import ChannelAccessRefused, ConnectionNotAllowed
 
-from aioworker.console import command
 from aioworker.errors import BrokerError, ConnectionLostError, NotTakenError, QueueMissingError
+from aioworker.words import command
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from aio_pika.exceptions import ChannelNotFoundEntity, ChannelPreconditionFailed
 
-from aioworker.console import command
 from aioworker.errors import QueueDiffersError
 from aioworker.rabbitmq.errors import FAILURES, explain, is_missing, queue_missing, uncounted
+from aioworker.words import command
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping

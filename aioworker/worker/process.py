@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from aioworker.budget.shared import SharedBudget
-from aioworker.console import count, say
+from aioworker.console import say
 from aioworker.consumer import Consumer, Terms
 from aioworker.errors import DatabaseError, WorkerCutOffError
 from aioworker.limits import WorkerBudget, in_force
@@ -21,6 +21,7 @@ from aioworker.settling import outcome
 from aioworker.settling.outcome import Kind, Outcome
 from aioworker.status.presence import Presence
 from aioworker.tasks.standstill import Lookout
+from aioworker.words import count
 from aioworker.worker.supervisor import Options, Supervisor
 
 if TYPE_CHECKING:

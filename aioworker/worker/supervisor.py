@@ -15,7 +15,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from aioworker.addresses import Nodes
-from aioworker.console import count
 from aioworker.consumer import Link
 from aioworker.errors import AioworkerError, BrokerError, DatabaseError, StalledError
 from aioworker.limits import POLL_SECONDS, Wait
@@ -27,6 +26,7 @@ from aioworker.settling import outcome
 from aioworker.settling.outcome import Kind, Outcome
 from aioworker.status.presence import Presence
 from aioworker.tasks.task import AnyTask
+from aioworker.words import count
 from aioworker.worker.intake import Flow
 from aioworker.worker.recovery import Outage, Stall
 

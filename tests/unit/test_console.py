@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aioworker import console
+from aioworker import words
 
 
 @pytest.mark.parametrize(
@@ -34,18 +34,18 @@ from aioworker import console
     ],
 )
 def test_what_is_not_printable_is_shown_as_what_it_is(value: str, shown: str) -> None:
-    assert console.printable(value) == shown
+    assert words.printable(value) == shown
 
 
 @given(st.text())
 def test_a_line_stays_one_line_that_is_printable(value: str) -> None:
-    assert console.printable(value).isprintable()
+    assert words.printable(value).isprintable()
 
 
 @given(st.text())
 def test_json_stays_json(value: str) -> None:
     """Also after it was made printable: a program reads it."""
-    assert json.loads(console.printable(console.as_json({value: [value]}))) == {value: [value]}
+    assert json.loads(words.printable(words.as_json({value: [value]}))) == {value: [value]}
 
 
 WATCH = """
