@@ -26,12 +26,12 @@ from aioworker.errors import (
 )
 from aioworker.mysql import trouble
 from aioworker.mysql.trouble import MySQLError
-from aioworker.rabbitmq.errors import explaining
+from aioworker.rabbitmq import copies
+from aioworker.rabbitmq.delivery import Delivery
 from aioworker.rabbitmq.lanes import Lanes
 from aioworker.rabbitmq.message import Call, decode
 from aioworker.rabbitmq.publisher import Publisher
 from aioworker.rabbitmq.queues import Queues
-from aioworker.settling import outcome
 from aioworker.settling.breaker import STREAK, Breaker, Failed
 from aioworker.settling.ends import Ends
 from aioworker.settling.failure import Failure, Fault
@@ -43,8 +43,6 @@ from aioworker.tasks.task import AnyTask
 from aioworker.words import count, duration
 
 if TYPE_CHECKING:
-    from aio_pika.abc import AbstractIncomingMessage
-
     from aioworker.limits import Budget
     from aioworker.mysql.database import Database
 
@@ -163,7 +161,7 @@ class Consumer:
         """Seconds after which a run has not ended in time, twice what it may take."""
         return 2 * self._terms.task_timeout
 
-    async def serve(self, delivery: AbstractIncomingMessage, link: Link) -> Outcome:
+    async def serve(self, delivery: Delivery, link: Link) -> Outcome:
         """Take a delivery as far as it goes, and settle it; return what it came to.
 
         Raises:
@@ -193,22 +191,20 @@ class Consumer:
         self.failures += result.failed
         return result
 
-    def _attempt(self, delivery: AbstractIncomingMessage) -> _Attempt:
+    def _attempt(self, delivery: Delivery) -> _Attempt:
         ctx = Context(
             self._database,
             self._task.name,
-            outcome.message_id(delivery),
-            outcome.attempt(delivery),
+            delivery.id,
+            delivery.attempt,
         )
         if self._task.takes_chunks:
             ctx.counts["ids"] = 0
-        return _Attempt(outcome.key(delivery), ctx, Times(time.monotonic()))
+        return _Attempt(delivery.key, ctx, Times(time.monotonic()))
 
     # 3 to 6. Decode, ask what is needed, charge and run; judge what that came to.
 
-    async def _work(
-        self, delivery: AbstractIncomingMessage, attempt: _Attempt, lanes: Lanes
-    ) -> Outcome:
+    async def _work(self, delivery: Delivery, attempt: _Attempt, lanes: Lanes) -> Outcome:
         """Take a delivery up to its end; whatever happens is its outcome."""
         self._running += 1
         try:
@@ -219,17 +215,17 @@ class Consumer:
             return await self._judge(delivery, result, attempt, lanes)
         return result
 
-    async def _try(self, delivery: AbstractIncomingMessage, attempt: _Attempt) -> Outcome | Failure:
+    async def _try(self, delivery: Delivery, attempt: _Attempt) -> Outcome | Failure:
         """Try to do what a delivery asks for."""
         ctx = attempt.ctx
         try:
             self._refuse_killer(attempt.key)
             call = decode(
                 ctx.task,
-                delivery.headers,
-                delivery.content_type,
-                delivery.body,
-                delivery.content_encoding,
+                delivery.message.headers,
+                delivery.message.content_type,
+                delivery.message.body,
+                delivery.message.content_encoding,
             )
             args = self._arguments(call)
             if (late := call.late(self._budget.now())) >= 0:
@@ -264,7 +260,7 @@ class Consumer:
 
     async def _judge(
         self,
-        delivery: AbstractIncomingMessage,
+        delivery: Delivery,
         failure: Failure,
         attempt: _Attempt,
         lanes: Lanes,
@@ -283,14 +279,14 @@ class Consumer:
                 await self.see_task()
         except DatabaseError as away:
             return Outcome(Kind.RELEASED, f"{failure.words}; {away}", failure, away)
-        first_failed = outcome.first_failed(delivery)
-        if failure.no_room is not None and not self.breaker.has_succeeded_since(first_failed):
+        worked = self.breaker.has_succeeded_since(delivery.first_failed)
+        if failure.no_room is not None and not worked:
             # Of the whole server, or of a table that this message alone fills: others may do.
             return Outcome(Kind.POSTPONED, failure.words, failure, failure.no_room)
         result = self._count(delivery, failure)
         failed = Failed(
             attempt.key,
-            first_failed,
+            delivery.first_failed,
             attempt.ctx.attempt,
             attempt.times.taken,
             failure.words,
@@ -301,12 +297,12 @@ class Consumer:
             return Outcome(Kind.POSTPONED, failure.words, failure)
         return result
 
-    def _count(self, delivery: AbstractIncomingMessage, failure: Failure) -> Outcome:
+    def _count(self, delivery: Delivery, failure: Failure) -> Outcome:
         """Return what a failure comes to that is the message's own."""
-        attempt = outcome.attempt(delivery)
+        attempt = delivery.attempt
         attempts = max(self._terms.max_retries + 1, attempt)
         if failure.lost:
-            more = LEAST_LOST - 1 - outcome.times_lost(delivery)
+            more = LEAST_LOST - 1 - delivery.losses
             attempts = max(attempts, attempt + more)
         if failure.fault is Fault.DATA:
             return Outcome(Kind.DEAD_LETTER, failure.words, failure)
@@ -467,9 +463,7 @@ class Consumer:
 
     # 7. Settle, once.
 
-    async def _settle(
-        self, delivery: AbstractIncomingMessage, result: Outcome, publisher: Publisher
-    ) -> Outcome:
+    async def _settle(self, delivery: Delivery, result: Outcome, publisher: Publisher) -> Outcome:
         """Acknowledge, put off, set aside or give back; return which it was.
 
         A copy is confirmed before the original is acknowledged; one that is not confirmed
@@ -478,7 +472,7 @@ class Consumer:
         Raises:
             BrokerError: The connection is lost; RabbitMQ will deliver the message again.
         """
-        if result.kind is Kind.RELEASED and outcome.deliveries(delivery) >= MOST_RETURNS:
+        if result.kind is Kind.RELEASED and delivery.returns >= MOST_RETURNS:
             result = replace(result, kind=Kind.POSTPONED)
         try:
             await self._copy(delivery, result, publisher)
@@ -487,28 +481,30 @@ class Consumer:
             result = Outcome(Kind.RELEASED, reason, result.failure, error)
         if result.kind is not Kind.RELEASED:
             return await self._acknowledge(delivery, result)
-        with explaining(self.queues.bulk):
-            async with asyncio.timeout(self._terms.settle_timeout):
-                await delivery.nack(requeue=True)
+        await delivery.give_back()
         return result
 
-    async def _copy(
-        self, delivery: AbstractIncomingMessage, result: Outcome, publisher: Publisher
-    ) -> None:
+    async def _copy(self, delivery: Delivery, result: Outcome, publisher: Publisher) -> None:
         """Publish the copy that an outcome asks for."""
-        now = self._budget.now()
+        now, failure = self._budget.now(), result.failure
         if result.kind is Kind.DEAD_LETTER:
-            letter = outcome.dead_letter(delivery, result, self._worker, now)
+            name, traceback = ("", "") if failure is None else (failure.name, failure.traceback)
+            letter = copies.dead_letter(delivery, result.reason, name, traceback, self._worker, now)
             await publisher.publish(self.queues.dead, letter)
         elif result.kind in (Kind.RETRY, Kind.POSTPONED):
-            await publisher.publish(self.queues.retry, outcome.retry(delivery, result, now))
+            again = copies.retry(
+                delivery,
+                result.reason,
+                now if result.failed else None,
+                counts=result.kind is Kind.RETRY,
+                lost=failure is not None and failure.lost,
+            )
+            await publisher.publish(self.queues.retry, again)
 
-    async def _acknowledge(self, delivery: AbstractIncomingMessage, result: Outcome) -> Outcome:
+    async def _acknowledge(self, delivery: Delivery, result: Outcome) -> Outcome:
         """Acknowledge what has ended; if that fails, its end is remembered."""
         try:
-            with explaining(self.queues.bulk):
-                async with asyncio.timeout(self._terms.settle_timeout):
-                    await delivery.ack()
+            await delivery.acknowledge()
         except BrokerError:
             self._ends.remember(delivery, result)
             raise

@@ -33,7 +33,8 @@ from aioworker.errors import (
     name_of,
 )
 from aioworker.logs import ConsoleFormatter, JsonFormatter
-from aioworker.settling import outcome
+from aioworker.rabbitmq import copies
+from aioworker.rabbitmq.delivery import Delivery
 from aioworker.settling.failure import Failure, Fault
 from aioworker.settling.outcome import Kind, Outcome
 from aioworker.settling.report import Report, Times
@@ -220,8 +221,8 @@ class Judge:
         self.faults = dict.fromkeys(Fault, 0)
         self._log = logging.getLogger("aioworker.consumer")
         self._report = Report(5)
-        self._delivery = delivered(
-            headers={"id": "strange", "task": "strange"}, message_id="strange"
+        self._delivery = Delivery.of(
+            delivered(headers={"id": "strange", "task": "strange"}, message_id="strange")
         )
 
     def judge(self, error: BaseException, counts: dict[Any, Any]) -> None:
@@ -233,9 +234,13 @@ class Judge:
         for kind in (Kind.RETRY, Kind.DEAD_LETTER):
             result = Outcome(kind, failure.words, failure)
             if kind is Kind.RETRY:
-                copy = outcome.retry(self._delivery, result, NOW)
+                copy = copies.retry(
+                    self._delivery, result.reason, NOW, counts=True, lost=failure.lost
+                )
             else:
-                copy = outcome.dead_letter(self._delivery, result, "worker", NOW)
+                copy = copies.dead_letter(
+                    self._delivery, result.reason, failure.name, failure.traceback, "worker", NOW
+                )
             ContentHeader(body_size=0, properties=copy.properties).marshal()
         self._report.settled(self._delivery, ctx, result, Times(time.monotonic()))
 

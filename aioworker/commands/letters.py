@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from aioworker import words
 from aioworker.rabbitmq import message
-from aioworker.settling import outcome
+from aioworker.rabbitmq.delivery import message_id, moment
 
 if TYPE_CHECKING:
     from aio_pika.abc import AbstractIncomingMessage
@@ -51,7 +51,7 @@ class Letter:
         # A copy for the retry queue has a reason too; only a dead letter was set aside.
         if "x-aioworker-failed-at" in headers:
             return cls(
-                id=outcome.message_id(delivery),
+                id=message_id(delivery),
                 reason=text(headers.get("x-aioworker-reason")) or NO_REASON,
                 error=text(headers.get("x-aioworker-error")),
                 attempts=_number(headers.get("x-aioworker-attempts")),
@@ -70,7 +70,7 @@ class Letter:
         if (before := text(headers.get("x-aioworker-reason"))) is not None:
             why += f"; the last retry was for: {before}"
         return cls(
-            id=outcome.message_id(delivery),
+            id=message_id(delivery),
             reason=message.unreadable(headers) or why,
             error=None,
             attempts=None,
@@ -121,7 +121,7 @@ class Filter:
             return False
         if self.older_than is None:
             return True
-        failed = outcome.moment(letter.failed_at)
+        failed = moment(letter.failed_at)
         return failed is not None and datetime.now(UTC) - failed > self.older_than
 
 
@@ -142,5 +142,5 @@ def _lane(*, urgent: bool) -> str:
 
 def _time(value: Any) -> str | None:
     """Return a time in ISO 8601; None for what is no time, though anybody may send it as one."""
-    found = outcome.moment(text(value))
+    found = moment(text(value))
     return None if found is None else found.isoformat()

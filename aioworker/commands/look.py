@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, TypeVar
 from aioworker import console, words
 from aioworker.commands.letters import Letter
 from aioworker.errors import BrokerError, NotTakenError, QueueMissingError
+from aioworker.rabbitmq import copies
 from aioworker.rabbitmq.connection import CLOSE_SECONDS
 from aioworker.rabbitmq.errors import FAILURES, explain, forbids, uncounted
 from aioworker.rabbitmq.publisher import Publisher
 from aioworker.rabbitmq.queues import COUNTED_SECONDS, COUNTED_TRIES, Queues
-from aioworker.settling import outcome
 from aioworker.words import count
 
 if TYPE_CHECKING:
@@ -231,10 +231,10 @@ class Look:
 
     async def _copy(self, delivery: AbstractIncomingMessage, to: str) -> None:
         if self._leaves:
-            await self._publisher.publish(to, outcome.revived(delivery))
+            await self._publisher.publish(to, copies.revived(delivery))
             return
         try:
-            await self._publisher.publish(to, outcome.kept(delivery, self._users))
+            await self._publisher.publish(to, copies.kept(delivery, self._users))
         except NotTakenError as error:
             # No probe can tell before: it would push a letter out where a limit has no
             # reject-publish.

@@ -23,6 +23,12 @@ LEFT_OUT_BYTES = 1000
 _TELLING = ("x-aioworker-", "x-death", "x-first-death-", "x-last-death-")
 
 
+def line(text: str) -> str:
+    """Return a text in one line, and no longer than a header may be."""
+    cut = " ".join(text.split()).encode(errors="replace")[:TEXT_BYTES]
+    return cut.decode(errors="ignore")
+
+
 def portable(value: Any) -> Any:
     """Return what AMQP can carry: some of what it can bring, it cannot take back."""
     try:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from aio_pika.exceptions import ChannelPreconditionFailed
 
 from aioworker.errors import BrokerError
+from aioworker.rabbitmq.delivery import Delivery
 from aioworker.rabbitmq.errors import FAILURES, describe
 from aioworker.rabbitmq.queues import Queues, bounded, check
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     )
 
 # What arrives from a lane; None says that nothing more does.
-Arrived = asyncio.Queue["AbstractIncomingMessage | None"]
+Arrived = asyncio.Queue["Delivery | None"]
 
 # For so long after a `get` that found nothing, a lane is empty if RabbitMQ counts nothing in it.
 # An idle worker leaves a node that is cut off within 10 s: after this, the next look, and the wait
@@ -121,7 +122,7 @@ class Lanes:
         seconds = self._timeout if sure else min(self._timeout, ANSWER_SECONDS)
         delivery = await self._take(seconds)
         if delivery is not None:
-            await bounded(delivery.nack, delivery.routing_key or "", self._timeout)
+            await delivery.give_back()
         return delivery is not None
 
     async def count(self, name: str) -> int:
@@ -134,7 +135,7 @@ class Lanes:
         declared = await bounded(declare, name, self._timeout)
         return declared.declaration_result.message_count or 0
 
-    async def take(self) -> AbstractIncomingMessage | None:
+    async def take(self) -> Delivery | None:
         """Take one message, from the urgent lane first; None when both are empty.
 
         Raises:
@@ -142,13 +143,13 @@ class Lanes:
         """
         return await self._take(self._timeout)
 
-    async def _take(self, seconds: float) -> AbstractIncomingMessage | None:
+    async def _take(self, seconds: float) -> Delivery | None:
         for queue in self._queues:
-            delivery = await bounded(
+            message = await bounded(
                 partial(queue.get, fail=False, timeout=seconds), queue.name, seconds
             )
-            if delivery is not None:
-                return delivery
+            if message is not None:
+                return Delivery.of(message, self._timeout)
         self._empty_at = time.monotonic()
         return None
 
@@ -170,6 +171,9 @@ class Lanes:
         def ended(*_: object) -> None:
             end()
 
+        async def arrive(message: AbstractIncomingMessage) -> None:
+            arrived.put_nowait(Delivery.of(message, self._timeout))
+
         arrived: Arrived = asyncio.Queue()
         bulk = self._queues[-1].name
         channel = await bounded(self._connection.channel, bulk, self._timeout)
@@ -182,7 +186,7 @@ class Lanes:
             sender.on_consumer_cancel_callbacks.add(ended)
             for lane in self._queues:
                 queue = await channel.get_queue(lane.name, ensure=False)
-                await bounded(partial(queue.consume, arrived.put), lane.name, self._timeout)
+                await bounded(partial(queue.consume, arrive), lane.name, self._timeout)
             yield arrived
         finally:
             self._channel.close_callbacks.discard(ended)

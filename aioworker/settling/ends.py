@@ -12,14 +12,12 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from aioworker.errors import let_go
-from aioworker.settling import outcome
 from aioworker.settling.outcome import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aio_pika.abc import AbstractIncomingMessage
-
+    from aioworker.rabbitmq.delivery import Delivery
     from aioworker.settling.outcome import Outcome
 
 MOST = 1000
@@ -40,14 +38,14 @@ class Ends:
         self._clock = clock
         self._ended: OrderedDict[_Known, tuple[float, Outcome]] = OrderedDict()
 
-    def remember(self, delivery: AbstractIncomingMessage, result: Outcome) -> None:
+    def remember(self, delivery: Delivery, result: Outcome) -> None:
         """Note that only the acknowledgement of a delivery is left to do.
 
         Args:
             delivery: What was run; what is to be copied of it is copied.
             result: What that came to.
         """
-        if result.kind not in (Kind.ACK, Kind.RETRY) or not outcome.has_id(delivery):
+        if result.kind not in (Kind.ACK, Kind.RETRY) or not delivery.has_id:
             return
         if result.failure is not None:
             let_go(result.failure.error)
@@ -55,18 +53,18 @@ class Ends:
         while len(self._ended) > MOST:
             self._ended.popitem(last=False)
 
-    def take(self, delivery: AbstractIncomingMessage) -> Outcome | None:
+    def take(self, delivery: Delivery) -> Outcome | None:
         """Return how this delivery's run ended, once; None if it is to be run.
 
         Only a message that RabbitMQ calls redelivered, the same in its id, its attempt and its
         body, is known.
         """
-        if not delivery.redelivered or not self._ended:
+        if not delivery.message.redelivered or not self._ended:
             return None
         ended_at, result = self._ended.pop(_known(delivery), (0.0, None))
         return result if self._clock() - ended_at < KNOWN_SECONDS else None
 
 
-def _known(delivery: AbstractIncomingMessage) -> _Known:
-    digest = hashlib.sha256(delivery.body).digest()
-    return outcome.message_id(delivery), outcome.attempt(delivery), digest
+def _known(delivery: Delivery) -> _Known:
+    digest = hashlib.sha256(delivery.message.body).digest()
+    return delivery.id, delivery.attempt, digest

@@ -30,7 +30,7 @@ from aioworker.logs import LOOKED_AT, traceback_text
 from aioworker.mysql import trouble
 from aioworker.mysql.trouble import MySQLError, Trouble
 from aioworker.rabbitmq.errors import describe
-from aioworker.rabbitmq.headers import TEXT_BYTES
+from aioworker.rabbitmq.headers import TEXT_BYTES, line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -196,13 +196,5 @@ def _lines(error: BaseException) -> list[tuple[str, str, int]]:
 
 def _traceback(error: BaseException) -> str:
     lines = traceback_text(error, traceback_of(error)).splitlines()
-    return _text("\n".join(lines[-TRACEBACK_LINES:]).encode(errors="replace")[-TEXT_BYTES:])
-
-
-def line(reason: str) -> str:
-    """Return a reason as it is told: in one line, and no longer than a header may be."""
-    return _text(" ".join(reason.split()).encode(errors="replace")[:TEXT_BYTES])
-
-
-def _text(cut: bytes) -> str:
-    return cut.decode(errors="ignore")
+    text = "\n".join(lines[-TRACEBACK_LINES:])
+    return text.encode(errors="replace")[-TEXT_BYTES:].decode(errors="ignore")

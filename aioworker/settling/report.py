@@ -9,16 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from aioworker.errors import let_go, name_of, traceback_of
 from aioworker.logs import Seldom, fields
+from aioworker.rabbitmq.headers import line
 from aioworker.rabbitmq.message import brief
 from aioworker.rabbitmq.queues import RETRY_TTL_MS
-from aioworker.settling import outcome
-from aioworker.settling.failure import line
 from aioworker.settling.outcome import Kind, Outcome
 
 if TYPE_CHECKING:
-    from aio_pika.abc import AbstractIncomingMessage
-
     from aioworker.errors import BrokerError
+    from aioworker.rabbitmq.delivery import Delivery
     from aioworker.tasks.context import Context
 
 log = logging.getLogger("aioworker.consumer")
@@ -66,7 +64,7 @@ class Report:
 
     def settled(
         self,
-        delivery: AbstractIncomingMessage,
+        delivery: Delivery,
         ctx: Context,
         result: Outcome,
         times: Times,
@@ -106,7 +104,7 @@ class Report:
 
     def unsettled(
         self,
-        delivery: AbstractIncomingMessage,
+        delivery: Delivery,
         ctx: Context,
         error: BrokerError,
         result: Outcome | None,
@@ -119,15 +117,13 @@ class Report:
             reason += f"; it came to: {result.reason}"
         log.warning("not settled", extra=fields(**values, reason=line(reason)))
 
-    def _values(
-        self, delivery: AbstractIncomingMessage, ctx: Context, times: Times
-    ) -> dict[str, Any]:
+    def _values(self, delivery: Delivery, ctx: Context, times: Times) -> dict[str, Any]:
         began, ended = times.began or times.taken, times.ended or time.monotonic()
         waited, self._idle_since = max(began - self._idle_since, 0.0), ended
         return {
             "task": ctx.task,
             "message_id": ctx.message_id,
-            "lane": outcome.lane(delivery),
+            "lane": delivery.lane,
             "attempt": ctx.attempt,
             **_counts(ctx),
             "wait_seconds": waited,

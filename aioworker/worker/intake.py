@@ -15,7 +15,7 @@ from aioworker.settling.outcome import Outcome
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
-    from aio_pika.abc import AbstractIncomingMessage
+    from aioworker.rabbitmq.delivery import Delivery
 
 
 class Flow:
@@ -33,7 +33,7 @@ class Flow:
         failure: What the last one that was given back or put off came to.
     """
 
-    def __init__(self, serve: Callable[[AbstractIncomingMessage], Awaitable[Outcome]]) -> None:
+    def __init__(self, serve: Callable[[Delivery], Awaitable[Outcome]]) -> None:
         self.served = 0
         self.running = 0
         self.moved = asyncio.get_running_loop().time()
@@ -44,8 +44,8 @@ class Flow:
     @asynccontextmanager
     async def serving(
         self,
-        first: AbstractIncomingMessage,
-        arrived: asyncio.Queue[AbstractIncomingMessage | None],
+        first: Delivery,
+        arrived: asyncio.Queue[Delivery | None],
         at_once: int,
     ) -> AsyncIterator[None]:
         """Serve what arrives while inside; at the end wait for what runs, and leave the rest.
@@ -71,14 +71,14 @@ class Flow:
             if isinstance(end, BaseException):
                 raise end
 
-    async def _serve_all(self, arrived: asyncio.Queue[AbstractIncomingMessage | None]) -> None:
+    async def _serve_all(self, arrived: asyncio.Queue[Delivery | None]) -> None:
         while (delivery := await arrived.get()) is not None:
             if self.ended.is_set():
                 arrived.put_nowait(delivery)
                 return
             await self._serve_one(delivery)
 
-    async def _serve_one(self, delivery: AbstractIncomingMessage) -> None:
+    async def _serve_one(self, delivery: Delivery) -> None:
         self._moves(1)
         try:
             result = await self._serve(delivery)

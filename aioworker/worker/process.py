@@ -17,7 +17,6 @@ from aioworker.consumer import Consumer, Terms
 from aioworker.errors import DatabaseError, WorkerCutOffError
 from aioworker.limits import WorkerBudget, in_force
 from aioworker.logs import fields
-from aioworker.settling import outcome
 from aioworker.settling.outcome import Kind, Outcome
 from aioworker.status.presence import Presence
 from aioworker.tasks.standstill import Lookout
@@ -27,10 +26,9 @@ from aioworker.worker.supervisor import Options, Supervisor
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
-    from aio_pika.abc import AbstractIncomingMessage
-
     from aioworker.consumer import Link
     from aioworker.mysql.database import Database
+    from aioworker.rabbitmq.delivery import Delivery
     from aioworker.settings import Settings
     from aioworker.tasks.task import AnyTask
     from aioworker.worker.systemd import Notifier
@@ -65,9 +63,9 @@ class _Served:
 class _Consumer(Consumer):
     """Notes what it serves, for when the worker is cut off."""
 
-    async def serve(self, delivery: AbstractIncomingMessage, link: Link) -> Outcome:
+    async def serve(self, delivery: Delivery, link: Link) -> Outcome:
         """Take a delivery as far as it goes."""
-        name = f"{self._task.name} {outcome.message_id(delivery)}"
+        name = f"{self._task.name} {delivery.id}"
         _under_way.append(name)
         try:
             return await super().serve(delivery, link)

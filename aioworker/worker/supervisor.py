@@ -22,7 +22,6 @@ from aioworker.rabbitmq import frames
 from aioworker.rabbitmq.connection import connected
 from aioworker.rabbitmq.lanes import Lanes
 from aioworker.rabbitmq.publisher import Publisher
-from aioworker.settling import outcome
 from aioworker.settling.outcome import Kind, Outcome
 from aioworker.status.presence import Presence
 from aioworker.tasks.task import AnyTask
@@ -33,12 +32,13 @@ from aioworker.worker.recovery import Outage, Stall
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from aio_pika.abc import AbstractConnection, AbstractIncomingMessage
+    from aio_pika.abc import AbstractConnection
 
     from aioworker.addresses import BrokerAddress
     from aioworker.consumer import Consumer
     from aioworker.limits import Budget
     from aioworker.mysql.database import Database
+    from aioworker.rabbitmq.delivery import Delivery
 
 AT_ONCE = 16  # messages of each lane, for a task without a rate limit that needs no database
 FLOW_SECONDS = 0.2  # without a message, and the lanes are looked at again
@@ -298,7 +298,7 @@ class Supervisor:
             self._took = first is not None
             if first is None:
                 return None
-            if outcome.deliveries(first) < SUSPECT_RETURNS:
+            if first.returns < SUSPECT_RETURNS:
                 return await self._serve_flow(link, first)
             return await self._serve_delivery(first, link)
         # Runs that use the database share one connection: one at a time.
@@ -309,7 +309,7 @@ class Supervisor:
                 break
         return result
 
-    async def _serve_flow(self, link: Link, first: AbstractIncomingMessage) -> Outcome | None:
+    async def _serve_flow(self, link: Link, first: Delivery) -> Outcome | None:
         """Serve messages as RabbitMQ sends them, several at once, until none comes any more."""
         flow = Flow(partial(self._serve_delivery, link=link))
         async with (
@@ -361,7 +361,7 @@ class Supervisor:
         self._took = delivery is not None
         return None if delivery is None else await self._serve_delivery(delivery, link)
 
-    async def _serve_delivery(self, delivery: AbstractIncomingMessage, link: Link) -> Outcome:
+    async def _serve_delivery(self, delivery: Delivery, link: Link) -> Outcome:
         self._moves()
         result = await self.consumer.serve(delivery, link)
         if result.kind is not Kind.RELEASED:

@@ -14,9 +14,9 @@ import pytest
 from aioworker.commands import dead
 from aioworker.commands.letters import Filter
 from aioworker.errors import NotTakenError
+from aioworker.rabbitmq.delivery import Delivery
 from aioworker.rabbitmq.queues import Queues
 from aioworker.settings import Settings
-from aioworker.settling import outcome
 from support import servers
 from tests.conftest import COMMAND_SECONDS, PREFIX, QUEUES, TASK, Run
 
@@ -265,7 +265,7 @@ async def test_a_queue_over_its_limit_says_that_looks_count_and_can_be_freed(
             " ends it"
         )
     found = await (await channel.get_queue(queues.dead, ensure=False)).get(timeout=10)
-    assert outcome.deliveries(found) == 2 or "x-acquired-count" in found.headers
+    assert Delivery.of(found).returns == 2 or "x-acquired-count" in found.headers
     await found.nack(requeue=True)
     await free(settings, name, Filter())
 

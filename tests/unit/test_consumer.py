@@ -14,6 +14,7 @@ from aioworker.consumer import Consumer, Link, Terms
 from aioworker.errors import BrokerError, DatabaseError
 from aioworker.limits import Budget, Wait, WorkerBudget
 from aioworker.mysql.database import Database
+from aioworker.rabbitmq.delivery import Delivery
 from aioworker.settling.outcome import Kind
 from aioworker.tasks.task import Task
 from tests.fakes import Settleable, settleable
@@ -99,7 +100,7 @@ async def test_the_deaths_of_a_message_are_forgotten_once_it_ran(
     budget = Told(refusal)
     consumer = make(nothing, budget=budget)
 
-    assert (await consumer.serve(message(), LINK)).kind is outcome
+    assert (await consumer.serve(Delivery.of(message()), LINK)).kind is outcome
 
     assert budget.forgotten == forgotten
 
@@ -113,7 +114,7 @@ async def test_a_failure_that_could_not_be_settled_is_told(
     lost.refusal = ConnectionError("connection lost")
 
     with pytest.raises(BrokerError):
-        await consumer.serve(lost, LINK)
+        await consumer.serve(Delivery.of(lost), LINK)
 
     [told] = [vars(record)["fields"]["reason"] for record in caplog.records]
     assert "connection lost" in told

@@ -9,9 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pamqp.header import ContentHeader
 
-from aioworker.settling import outcome
+from aioworker.rabbitmq import copies
+from aioworker.rabbitmq.delivery import Delivery
 from aioworker.settling.failure import Failure
-from aioworker.settling.outcome import Kind, Outcome
 from tests.fakes import delivered
 
 FRAME_BYTES = 131_072 - 8  # what RabbitMQ takes, less a frame's own
@@ -60,13 +60,13 @@ def test_a_copy_fits_into_its_frame(
         content_encoding=kind,
     )
     failure = Failure.of(ValueError("x" * 100_000))
-    why = Outcome(Kind.DEAD_LETTER, NO_ASCII * 20_000, failure)
+    whole, reason = Delivery.of(delivery), NO_ASCII * 20_000
 
     for copy in (
-        outcome.retry(delivery, why, NOW),
-        outcome.dead_letter(delivery, why, "here:1", NOW),
-        outcome.revived(delivery),
-        outcome.kept(delivery, {"guest"}),
+        copies.retry(whole, reason, NOW, counts=True, lost=True),
+        copies.dead_letter(whole, reason, failure.name, failure.traceback, "here:1", NOW),
+        copies.revived(delivery),
+        copies.kept(delivery, {"guest"}),
     ):
         sent = ContentHeader(body_size=4, properties=copy.properties).marshal()
         assert len(sent) <= FRAME_BYTES
@@ -77,7 +77,7 @@ def test_a_copy_without_room_leaves_out_the_largest_header_and_names_it() -> Non
     """What RabbitMQ adds to a message made it one that no copy could be sent of."""
     headers = {"id": "edge", "small": 1, "x": "y" * MOST_HEADERS_BYTES, "x-death": DEATH}
 
-    copy = outcome.kept(delivered(headers=headers), {"guest"})
+    copy = copies.kept(delivered(headers=headers), {"guest"})
 
     assert copy.headers == {
         "id": "edge",
@@ -92,29 +92,29 @@ def test_a_copy_with_room_leaves_out_nothing() -> None:
     headers = {"id": "a", "task": "t", "first": "x" * 50_000, "second": "y" * 60_000}
     delivery = delivered(headers=headers)
 
-    assert outcome.kept(delivery, {"guest"}).headers == headers
-    assert outcome.revived(delivery).headers == headers | {"retries": 0}
+    assert copies.kept(delivery, {"guest"}).headers == headers
+    assert copies.revived(delivery).headers == headers | {"retries": 0}
 
 
 def test_an_older_name_of_a_header_left_out_is_told_on() -> None:
     headers = {"x-aioworker-left-out": "before", "now": "y" * 100_000, "also": "z" * 40_000}
 
-    copy = outcome.revived(delivered(headers=headers))
+    copy = copies.revived(delivered(headers=headers))
 
     assert copy.headers["x-aioworker-left-out"] == "before, now"
 
 
 def test_an_id_is_cut_between_two_characters() -> None:
-    assert outcome.message_id(delivered(headers={"id": NO_ASCII * 100})) == NO_ASCII * 66
+    assert Delivery.of(delivered(headers={"id": NO_ASCII * 100})).id == NO_ASCII * 66
 
 
 def test_when_it_failed_first_is_kept() -> None:
-    moment = "2026-11-25T01:02:03+00:00"
-    delivery = delivered(headers={"x-aioworker-first-failed-at": moment})
+    noted = "2026-11-25T01:02:03.000+00:00"
+    delivery = delivered(headers={"x-aioworker-first-failed-at": noted})
 
-    copy = outcome.retry(delivery, Outcome(Kind.RETRY, "why"), NOW)
+    copy = copies.retry(Delivery.of(delivery), "why", NOW, counts=True, lost=False)
 
-    assert copy.headers["x-aioworker-first-failed-at"] == moment
+    assert copy.headers["x-aioworker-first-failed-at"] == noted
 
 
 def test_a_letter_that_stays_keeps_what_the_next_look_needs() -> None:
@@ -131,7 +131,7 @@ def test_a_letter_that_stays_keeps_what_the_next_look_needs() -> None:
         expiration="1",
     )
 
-    copy = outcome.kept(delivery, {"guest"})
+    copy = copies.kept(delivery, {"guest"})
 
     assert copy.headers == {
         "id": "a",
@@ -141,13 +141,13 @@ def test_a_letter_that_stays_keeps_what_the_next_look_needs() -> None:
         "x-aioworker-user-id": "zamboni",
     }
     assert (copy.user_id, copy.expiration) == (None, None)
-    assert outcome.kept(delivery, {"zamboni"}).user_id == "zamboni"
+    assert copies.kept(delivery, {"zamboni"}).user_id == "zamboni"
 
 
 def test_what_a_person_brings_back_is_to_run_now() -> None:
     """An expired letter was requeued, acknowledged unrun, and nowhere to be found."""
     headers = {"id": "a", "expires": "2026-01-01T00:00:00", "eta": "2026-01-01T00:00:00"}
 
-    copy = outcome.revived(delivered(headers={**headers, "timelimit": [3, None]}))
+    copy = copies.revived(delivered(headers={**headers, "timelimit": [3, None]}))
 
     assert copy.headers == {"id": "a", "timelimit": [3, None], "retries": 0}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from aio_pika import IncomingMessage
 
+from aioworker.rabbitmq.delivery import Delivery
 from aioworker.settling.ends import MOST, Ends
 from aioworker.settling.failure import Failure
 from aioworker.settling.outcome import Kind, Outcome
@@ -17,10 +17,10 @@ DONE = Outcome(Kind.ACK)
 
 def again(
     message: str = "one", retries: int = 0, body: bytes = b"[]", *, redelivered: bool = True
-) -> IncomingMessage:
+) -> Delivery:
     """Return a delivery, by default one that was not settled before."""
     headers: dict[str, Any] = {"id": message, "retries": retries}
-    return delivered(body, headers=headers, redelivered=redelivered)
+    return Delivery.of(delivered(body, headers=headers, redelivered=redelivered))
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_an_end_is_known_once(ends: Ends) -> None:
     ],
     ids=["delivered first", "id", "attempt", "body"],
 )
-def test_in_doubt_a_message_runs(ends: Ends, other: IncomingMessage) -> None:
+def test_in_doubt_a_message_runs(ends: Ends, other: Delivery) -> None:
     """What was published once more, or is another attempt, is another matter."""
     assert ends.take(other) is None
     assert ends.take(again()) == DONE
@@ -71,9 +71,9 @@ def test_what_has_a_copy_that_looks_the_same_runs(kind: Kind) -> None:
 def test_a_message_without_an_id_runs() -> None:
     """Another one may have the same body."""
     ends = Ends()
-    ends.remember(delivered(b"[]"), DONE)
+    ends.remember(Delivery.of(delivered(b"[]")), DONE)
 
-    assert ends.take(delivered(b"[]", redelivered=True)) is None
+    assert ends.take(Delivery.of(delivered(b"[]", redelivered=True))) is None
 
 
 def test_an_end_is_forgotten_after_ten_minutes() -> None:

@@ -1,0 +1,116 @@
+"""A message as RabbitMQ delivered it: what its headers say is read once, and by nobody else."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from aioworker.rabbitmq.errors import explaining
+from aioworker.rabbitmq.message import retries
+
+if TYPE_CHECKING:
+    from aio_pika.abc import AbstractIncomingMessage
+
+KEY_LENGTH = 64
+ID_BYTES = 200  # of what others call their messages: AMQP has room for 255
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One delivery of a message.
+
+    Args:
+        message: The message itself, as it came.
+        id: Its id; of one without, a name made of its body.
+        has_id: Whether whoever published it gave it an id.
+        key: What it is known by while it runs, up to 64 printable characters of ASCII: its id, or
+            a digest where that will not do.
+        lane: `urgent` or `bulk`, where it was taken from.
+        attempt: Which run of the message this is, from 1, as far as its headers can tell.
+        returns: How often it was delivered before, as quorum queues count it. As of RabbitMQ 4.3
+            what a worker gives back is not counted, only what it held when it died or lost its
+            connection.
+        losses: How many attempts lost their connection before this one.
+        first_failed: When it failed first; None if it has not failed yet.
+        timeout: Seconds for RabbitMQ to take an answer.
+    """
+
+    message: AbstractIncomingMessage
+    id: str
+    has_id: bool
+    key: str
+    lane: str
+    attempt: int
+    returns: int
+    losses: int
+    first_failed: datetime | None
+    timeout: float
+
+    @classmethod
+    def of(cls, message: AbstractIncomingMessage, timeout: float = 10.0) -> Delivery:
+        """Read a message's headers, whatever their values are."""
+        headers = message.headers
+        known = message_id(message)
+        noted = headers.get("x-aioworker-first-failed-at")
+        return cls(
+            message=message,
+            id=known,
+            has_id=bool(headers.get("id") or message.message_id),
+            key=_key(known, message.body),
+            lane="urgent" if (message.routing_key or "").endswith(".urgent") else "bulk",
+            attempt=(retries(headers) or 0) + 1,
+            returns=_number(headers.get("x-delivery-count")),
+            losses=_number(headers.get("x-aioworker-lost")),
+            first_failed=moment(noted if isinstance(noted, str) else None),
+            timeout=timeout,
+        )
+
+    async def acknowledge(self) -> None:
+        """Let RabbitMQ forget the message: all that it asked for is done, or a copy is confirmed.
+
+        Raises:
+            BrokerError: The connection is lost: RabbitMQ will deliver it again.
+        """
+        with explaining(self.message.routing_key or ""):
+            async with asyncio.timeout(self.timeout):
+                await self.message.ack()
+
+    async def give_back(self) -> None:
+        """Let the message go back to its lane, as it came.
+
+        Raises:
+            BrokerError: The connection is lost: RabbitMQ will deliver it again.
+        """
+        with explaining(self.message.routing_key or ""):
+            async with asyncio.timeout(self.timeout):
+                await self.message.nack(requeue=True)
+
+
+def message_id(message: AbstractIncomingMessage) -> str:
+    """Return a message's id; of one without, a name made of its body."""
+    known = message.headers.get("id") or message.message_id
+    if not known:
+        return f"unknown-{hashlib.sha256(message.body).hexdigest()[:16]}"
+    return str(known).encode(errors="replace")[:ID_BYTES].decode(errors="ignore")
+
+
+def moment(text: str | None) -> datetime | None:
+    """Return a time in ISO 8601, UTC unless it says otherwise; None for what is none."""
+    try:
+        found = datetime.fromisoformat(text or "")
+    except ValueError:
+        return None
+    return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
+def _key(known: str, body: bytes) -> str:
+    if len(known) <= KEY_LENGTH and known.isascii() and known.isprintable():
+        return known
+    return hashlib.sha256(known.encode(errors="replace") + body).hexdigest()
+
+
+def _number(value: object) -> int:
+    return value if type(value) is int else 0
