@@ -32,6 +32,7 @@ from aioworker.rabbitmq.lanes import Lanes
 from aioworker.rabbitmq.message import Call, decode
 from aioworker.rabbitmq.publisher import Publisher
 from aioworker.rabbitmq.queues import Queues
+from aioworker.reasons import Reason, ReasonKind
 from aioworker.settling.breaker import STREAK, Breaker, Failed
 from aioworker.settling.ends import Ends
 from aioworker.settling.failure import Failure, Fault
@@ -434,29 +435,29 @@ class Consumer:
 
         A wait for its first write is no part of *limit*.
         """
-        ctx, doing = attempt.ctx, self._task.name
+        ctx, words = attempt.ctx, self._task.name
         if self._task.takes_chunks:
             ctx.counts["ids"] = len(args[0])
             if self._budget.limited and args[0]:
                 args[0] = await self._task.read_needed(ctx, args[0])
             if not args[0]:
                 return
-            doing += f", {count(len(args[0]), 'id')}"
+            words += f", {count(len(args[0]), 'id')}"
+        doing = Reason(ReasonKind.RUNNING, words)
         try:
             if self._budget.limited:
-                self._presence.tell("running", doing, logging.DEBUG)
+                self._presence.tell(doing)
                 await self._presence.keep()
             refusal = await self._budget.charge(attempt.key)
         except DatabaseError as error:
             raise _CannotStartError(error) from error
         if refusal is not None:
-            raise _NotStartedError(refusal.reason)
+            raise _NotStartedError(str(refusal.reason))
         self.starts += 1
         attempt.times.began = time.monotonic()
 
-        def tell(wait: str | None) -> None:
-            state = "running" if wait is None else "waiting"
-            self._presence.tell(state, wait or doing, logging.DEBUG)
+        def tell(wait: Reason | None) -> None:
+            self._presence.tell(wait or doing)
 
         with self._database.bounded(limit, tell):
             await self._task.run(ctx, args, kwargs)

@@ -19,6 +19,7 @@ from aiolimiter import AsyncLimiter
 
 from aioworker.clock import own_time
 from aioworker.errors import RateLimitError
+from aioworker.reasons import Reason, ReasonKind
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -214,18 +215,12 @@ class Wait(NamedTuple):
     """Why no start may begin now, and the seconds after which to look again.
 
     Args:
-        reason: In one line.
+        reason: Why.
         seconds: Until the next look is worth it.
-        paused: Whether no start will begin until somebody says so.
-        stuck: Whether a start is due and nobody is known to be at work.
-        stalled: Whether somebody has to mend something before a start can begin.
     """
 
-    reason: str
+    reason: Reason
     seconds: float
-    paused: bool = False
-    stuck: bool = False
-    stalled: bool = False
 
 
 class Budget(Protocol):
@@ -299,7 +294,7 @@ class WorkerBudget:
         if self._rate is None:
             return None
         if self._rate.paused:
-            return Wait(f"paused: rate limit {self._rate}", POLL_SECONDS, paused=True)
+            return Wait(paused_by_rate(self._rate), POLL_SECONDS)
         if self._limiter is None:
             self._limiter = Limiter(self._rate.interval)
             await self._limiter.charge()
@@ -329,6 +324,11 @@ class WorkerBudget:
         """Nothing was noted."""
 
 
-def next_start(moment: datetime) -> str:
+def next_start(moment: datetime) -> Reason:
     """Return the reason to wait for a start that is due at a moment, UTC."""
-    return f"budget: next start at {moment:%H:%M:%S} UTC"
+    return Reason(ReasonKind.BUDGET, f"budget: next start at {moment:%H:%M:%S} UTC")
+
+
+def paused_by_rate(rate: RateLimit) -> Reason:
+    """Return the reason to wait where the rate limit itself is a pause."""
+    return Reason(ReasonKind.PAUSED, f"paused: rate limit {rate}")

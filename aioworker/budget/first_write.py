@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from aioworker.errors import TurnLostError
+from aioworker.reasons import Reason, ReasonKind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -184,7 +185,7 @@ class FirstWrite:
         seconds = moment - SERVER_SECONDS - began
         if seconds <= 0:
             return
-        reason = f"budget: first write at {self._due.moment:%H:%M:%S} UTC"
-        with self._database.waiting(seconds, reason):
+        words = f"budget: first write at {self._due.moment:%H:%M:%S} UTC"
+        with self._database.waiting(seconds, Reason(ReasonKind.FIRST_WRITE, words)):
             await asyncio.sleep(seconds)
         self._waited += self._clock() - began

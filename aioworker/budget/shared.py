@@ -41,10 +41,12 @@ from aioworker.limits import (
     RateLimit,
     Wait,
     next_start,
+    paused_by_rate,
     shown_interval,
 )
 from aioworker.logs import Seldom, fields
 from aioworker.mysql.trouble import MySQLError
+from aioworker.reasons import Reason, ReasonKind
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -158,13 +160,13 @@ class SharedBudget:
             self._rivals.took_over(row)
         await self._follow(row)
         if row.paused:
-            return Wait(row.pause, self._poll(), paused=True)
+            return Wait(Reason(ReasonKind.PAUSED, row.pause), self._poll())
         if row.gap_us is None and self._rate is not None and self._rate.paused:
-            return Wait(f"paused: rate limit {self._rate}", self._poll(), paused=True)
+            return Wait(paused_by_rate(self._rate), self._poll())
         if self._gap_us is None or self._limiter is None:
             return None
-        if (reason := self._rivals.reason) is not None:
-            return Wait(reason, POLL_SECONDS, stalled=True)
+        if (rivals := self._rivals.reason) is not None:
+            return Wait(Reason(ReasonKind.TWO_SERVERS, rivals), POLL_SECONDS)
         now = asyncio.get_running_loop().time()
         write_in_us = self._gap_us - row.write_age_us
         moment = row.now + timedelta(microseconds=write_in_us)
@@ -208,8 +210,9 @@ class SharedBudget:
             with tables.explaining(self._database):
                 who = await holder(self._database, self._task, row.turn)
             name = who.name if who else "another worker"
-            stuck = who is not None and not who.alive
-            yield Wait(f"turn: held by {name}", TURN_SECONDS, stuck=stuck)
+            unowned = who is not None and not who.alive
+            kind = ReasonKind.TURN_UNOWNED if unowned else ReasonKind.TURN
+            yield Wait(Reason(kind, f"turn: held by {name}"), TURN_SECONDS)
             return
         try:
             with self._database.pinned():
@@ -277,7 +280,8 @@ class SharedBudget:
         if row.turn != row.session:
             raise TurnLostError(f"the turn of {self._task} was lost before its start")
         wait = await self._judge(row)
-        return wait or Wait("budget: its row was changed meanwhile", TURN_SECONDS)
+        changed = Reason(ReasonKind.BUDGET, "budget: its row was changed meanwhile")
+        return wait or Wait(changed, TURN_SECONDS)
 
     async def ended(self, message: str) -> None:
         """Note that a message is settled, or given back, and its worker lives."""

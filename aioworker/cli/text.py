@@ -9,7 +9,9 @@ from aioworker.clock import APART_SECONDS
 from aioworker.words import duration
 
 if TYPE_CHECKING:
-    from aioworker.commands.status import Limit, Status, Worker
+    from aioworker.commands.status import Limit, Status
+    from aioworker.reasons import ReasonKind
+    from aioworker.status.read import Worker
 
 _SOURCES = {
     "run time": "set at run time",
@@ -33,7 +35,7 @@ def lines(status: Status) -> list[tuple[str, str]]:
     if status.backlog_seconds:
         shown.append(("done in", f"{duration(status.backlog_seconds)} at this rate"))
     if status.budget is not None:
-        shown += _budget_lines(status.budget, status.waits)
+        shown += _budget_lines(status.budget, status.waits_kind)
     for worker in status.workers or []:
         shown.append(("worker", _worker_line(worker)))
     if status.budget is not None and status.budget.rates_differ:
@@ -50,7 +52,7 @@ def lines(status: Status) -> list[tuple[str, str]]:
     return shown
 
 
-def _budget_lines(limit: Limit, waits: str) -> list[tuple[str, str]]:
+def _budget_lines(limit: Limit, waits: ReasonKind) -> list[tuple[str, str]]:
     changed = ""
     if limit.set_by is not None and limit.set_at is not None:
         why = f": {limit.set_why}" if limit.set_why else ""
@@ -82,11 +84,11 @@ def _rate(limit: Limit) -> str:
     return f"{limit.rate} {whose}, {_SOURCES[limit.source]}"
 
 
-def _next_start(limit: Limit, waits: str) -> str:
+def _next_start(limit: Limit, waits: ReasonKind) -> str:
     """Return when the next start may begin, where no moment is known."""
     if limit.paused:
         return "not while paused"
-    if waits.startswith("budget:"):
+    if waits.timed:
         return "as the worker tells"
     return "as each worker's rate allows" if limit.rate == "unknown" else "at once"
 

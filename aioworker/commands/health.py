@@ -10,17 +10,17 @@ import socket
 from typing import TYPE_CHECKING
 
 from aioworker.budget import schema, tables
-from aioworker.commands import meant, status
+from aioworker.commands import meant
 from aioworker.errors import UnhealthyError, UsageError
-from aioworker.status import presence
+from aioworker.status import presence, read
 from aioworker.words import duration
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from aioworker.commands.status import Worker
     from aioworker.mysql.database import Database
     from aioworker.settings import Settings
+    from aioworker.status.read import Worker
 
 
 async def check(settings: Settings, names: Sequence[str]) -> str:
@@ -52,7 +52,7 @@ async def check(settings: Settings, names: Sequence[str]) -> str:
 
 async def _here(database: Database, name: str) -> list[Worker]:
     host = _host()
-    return [one for one in await status.workers(database, name) if one.host == host]
+    return [one for one in await read.workers(database, name) if one.host == host]
 
 
 def _host() -> str:
@@ -67,7 +67,7 @@ def _problem(name: str, workers: list[Worker]) -> str | None:
         when = "" if seen is None else f"; the last was seen {duration(seen)} ago"
         return f"no worker of {name} is alive on {_host()}{when}"
     for one in alive:
-        if one.state == "stalled":
+        if one.stalled:
             return f"{one.name} stalled: {one.reason}"
     return None
 

@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from aioworker.budget import tables
-from aioworker.budget.tables import ALIVE_SECONDS, Row, holder, peek
+from aioworker.budget.tables import Row, holder, peek
 from aioworker.clock import own_time
 from aioworker.commands import meant
 from aioworker.commands.controls import limit_and_source
@@ -25,7 +25,9 @@ from aioworker.rabbitmq.connection import connected
 from aioworker.rabbitmq.errors import forbids, queue_missing
 from aioworker.rabbitmq.publisher import Publisher
 from aioworker.rabbitmq.queues import Queues, count_surely
-from aioworker.status.presence import STEADY
+from aioworker.reasons import Reason, ReasonKind
+from aioworker.status.errors import kind_of
+from aioworker.status.read import Worker, workers
 from aioworker.words import as_json, command, duration
 
 if TYPE_CHECKING:
@@ -36,16 +38,9 @@ if TYPE_CHECKING:
     from aioworker.mysql.database import Database
     from aioworker.settings import Settings
 
-_WORKERS = """SELECT host, pid, version, rate, session, state, reason, since, seen,
-    TIMESTAMPDIFF(MICROSECOND, seen, SYSDATE(6)) / 1e6
-FROM aioworker_worker WHERE task = %s ORDER BY host, pid"""
-
-
-_EMPTY = "nothing queued"
+_EMPTY = Reason(ReasonKind.EMPTY, "nothing queued")
 # In its place, where RabbitMQ does not answer: what a worker saw last may have changed since.
-_UNSURE = "RabbitMQ cannot be asked whether messages wait"
-# Reasons to wait that are no failure, by their first words.
-_STEADY = {*STEADY, _EMPTY, ""}
+_UNSURE = Reason(ReasonKind.UNKNOWN, "RabbitMQ cannot be asked whether messages wait")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,39 +51,6 @@ class Queued:
     bulk: int | None
     retry: int | None
     dead: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Worker:
-    """A worker as its row has it; times are UTC."""
-
-    host: str
-    pid: int
-    version: str
-    rate: str | None
-    session: int
-    state: str
-    reason: str
-    since: datetime
-    seen: datetime
-    seen_seconds: float
-
-    @property
-    def name(self) -> str:
-        """Its name in logs and dead letters."""
-        return f"{self.host}:{self.pid}"
-
-    @property
-    def alive(self) -> bool:
-        """Whether it was seen lately; a worker that runs has no time to say so."""
-        return self.seen_seconds < ALIVE_SECONDS
-
-    @property
-    def fails(self) -> bool:
-        """Whether it waits because something went wrong."""
-        if self.state == "stalled":
-            return True
-        return self.state == "waiting" and self.reason.partition(":")[0] not in _STEADY
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +111,7 @@ class Status:
         clock_ahead_seconds: How far this machine's clock is ahead of the database's; None when
             that cannot be asked.
         waits: Why it waits now, or that it runs.
+        waits_kind: The same in a word, for programs.
         queued: What is in its queues; None when RabbitMQ cannot be asked.
         backlog_seconds: How long the lanes take at this rate; None when nobody can tell.
         budget: Its rate limit; None when the database cannot be asked.
@@ -161,6 +124,7 @@ class Status:
     at: datetime
     clock_ahead_seconds: float | None
     waits: str
+    waits_kind: ReasonKind
     queued: Queued | None
     backlog_seconds: float | None
     budget: Limit | None
@@ -179,7 +143,7 @@ class Status:
 
 
 @dataclass(frozen=True, slots=True)
-class _Told:
+class Told:
     """What the database tells of a task; nothing where it cannot be asked."""
 
     row: Row | None = None
@@ -189,7 +153,7 @@ class _Told:
 
 
 # The tasks that are meant, what is told of each, and why nothing is.
-_Database = tuple[list[str], dict[str, _Told], DatabaseError | None]
+_Database = tuple[list[str], dict[str, Told], DatabaseError | None]
 # What RabbitMQ tells of each task, or why not; and why it tells nothing of the others.
 _Broker = tuple[dict[str, Queued | BrokerError], BrokerError | None]
 
@@ -216,22 +180,24 @@ async def look(
         asking.cancel()
     found = []
     for name in tasks:
-        of_task = told.get(name, _Told())
-        limit = _limit(settings, name, of_task) if database_error is None else None
+        of_task = told.get(name, Told())
+        limit = database_error or _limit(settings, name, of_task)
+        budget = None if isinstance(limit, DatabaseError) else limit
         queues = Queues.of(name, settings.queue_prefix)
-        answer = answers.get(name, unreachable)
+        answer = unreachable or answers[name]
         broker_error = answer if isinstance(answer, BrokerError) else None
         queued = answer if isinstance(answer, Queued) else None
-        waits = _why(name, queues, queued, broker_error, limit, of_task, database_error)
+        waits = why(name, queues, answer, limit, of_task)
         found.append(
             Status(
                 task=name,
                 at=of_task.row.now if of_task.row else own_time(),
                 clock_ahead_seconds=of_task.ahead,
-                waits=waits,
+                waits=waits.words,
+                waits_kind=waits.kind,
                 queued=queued,
-                backlog_seconds=_backlog_seconds(queued, limit),
-                budget=limit,
+                backlog_seconds=_backlog_seconds(queued, budget),
+                budget=budget,
                 workers=of_task.workers if broker_error is None else _unsure(of_task.workers),
                 broker_error=None if broker_error is None else str(broker_error),
                 database_error=None if database_error is None else str(database_error),
@@ -243,7 +209,10 @@ async def look(
 def _unsure(workers: list[Worker] | None) -> list[Worker] | None:
     """Return workers by whose words nobody can take the queues to be empty now."""
     return workers and [
-        replace(one, reason=_UNSURE) if one.reason == _EMPTY else one for one in workers
+        replace(one, kind=_UNSURE.kind, reason=_UNSURE.words)
+        if one.kind is ReasonKind.EMPTY
+        else one
+        for one in workers
     ]
 
 
@@ -306,19 +275,14 @@ async def _ask_database(
         return meant.untold(settings, names or before, error), {}, error
 
 
-async def _told(database: Database, name: str) -> _Told:
+async def _told(database: Database, name: str) -> Told:
     row = await peek(database, name)
     ahead = None if row is None else (own_time() - row.now).total_seconds()
     turn = await holder(database, name, row.turn if row else 0)
-    return _Told(row, turn and turn.name, await workers(database, name), ahead)
+    return Told(row, turn and turn.name, await workers(database, name), ahead)
 
 
-async def workers(database: Database, task: str) -> list[Worker]:
-    """Return the workers of a task as their rows have them, those long gone too."""
-    return [Worker(*values) for values in await database.query(_WORKERS, (task,))]
-
-
-def _limit(settings: Settings, name: str, told: _Told) -> Limit:
+def _limit(settings: Settings, name: str, told: Told) -> Limit:
     """Return the rate limit in force, from the row, its workers, and what this process knows."""
     row = told.row
     gap_us = None if row is None else row.gap_us
@@ -359,64 +323,79 @@ def _interval(rate: str, gap_us: int | None) -> float | None:
     return None if rate in ("none", "unknown") else RateLimit.parse(rate).interval
 
 
-def _why(
+def why(
     task: str,
     queues: Queues,
-    queued: Queued | None,
-    broker_error: BrokerError | None,
-    limit: Limit | None,
-    told: _Told,
-    database_error: DatabaseError | None,
-) -> str:
-    """Return why the task waits now, the first reason that holds."""
+    queued: Queued | BrokerError,
+    limit: Limit | DatabaseError,
+    told: Told,
+) -> Reason:
+    """Return why a task waits now, the first reason that holds.
+
+    Args:
+        task: The task.
+        queues: Its queues.
+        queued: What is in them, or why they cannot be asked.
+        limit: Its rate limit, or why the database cannot be asked.
+        told: What the database tells.
+    """
     row = told.row
     alive = [one for one in told.workers or [] if one.alive or one.name == told.turn]
-    if broker_error is not None and forbids(broker_error):
-        return str(broker_error)
-    if broker_error is not None:
-        words = (one.reason for one in alive if one.reason.startswith("broker unreachable"))
-        return next(words, f"broker unreachable: {broker_error}")
-    if database_error is not None and database_error.unreachable:
-        return f"database unreachable: {database_error}"
-    if limit is None or queued is None:
-        return str(database_error)
+    if isinstance(queued, BrokerError):
+        return _why_unasked(queued, alive)
+    if isinstance(limit, DatabaseError):
+        away = "database unreachable: " if limit.unreachable else ""
+        return Reason(kind_of(limit), f"{away}{limit}")
     for name, messages in asdict(queued).items():
         if messages is None:
             queue = getattr(queues, name)
-            return str(queue_missing(queue) if row is None else meant.without_queue(task, queue))
+            gone = queue_missing(queue) if row is None else meant.without_queue(task, queue)
+            return Reason(kind_of(gone), str(gone))
     if limit.paused:
-        return row.pause if row is not None and row.paused else f"paused: rate limit {limit.rate}"
+        by_rate = f"paused: rate limit {limit.rate}"
+        return Reason(ReasonKind.PAUSED, row.pause if row and row.paused else by_rate)
     if not queued.urgent and not queued.bulk:
-        stalled = (one.reason for one in alive if one.state == "stalled")
-        return next(stalled, _EMPTY)
+        return next((one.why for one in alive if one.stalled), _EMPTY)
     return _why_workers_wait(task, limit, alive, row)
 
 
-def _why_workers_wait(task: str, limit: Limit, alive: list[Worker], row: Row | None) -> str:
+def _why_unasked(error: BrokerError, alive: list[Worker]) -> Reason:
+    """Return why RabbitMQ cannot be asked: a worker knows since when it is away."""
+    if forbids(error):
+        return Reason(ReasonKind.BROKER_REFUSES, str(error))
+    away = Reason(ReasonKind.BROKER_UNREACHABLE, f"broker unreachable: {error}")
+    return next((one.why for one in alive if one.kind is away.kind), away)
+
+
+def _why_workers_wait(task: str, limit: Limit, alive: list[Worker], row: Row | None) -> Reason:
     if limit.scope != "shared":
-        return "each worker for its own budget"
+        return Reason(ReasonKind.BUDGET, "each worker for its own budget")
     if not alive:
-        return f"no worker is running: start one with `{command('consume')}`"
+        words = f"no worker is running: start one with `{command('consume')}`"
+        return Reason(ReasonKind.NO_WORKER, words)
     # Where starts are limited, only who has the turn can run: another one was killed in it.
     limited = limit.rate != "none"
     for one in alive:
         # A run that began a moment after its worker wrote that it waits is in the budget's row.
         charged = row is not None and row.running != [] and row.holder == one.name
-        if (one.state == "running" or charged) and (not limited or one.name == limit.turn):
-            doing = one.reason if one.state == "running" else task
-            return f"running: {doing}{_until_first_write(limit, row)}"
+        if (one.runs or charged) and (not limited or one.name == limit.turn):
+            doing = one.reason if one.runs else task
+            words = f"running: {doing}{_until_first_write(limit, row)}"
+            return Reason(ReasonKind.RUNNING, words)
     for one in alive:
         if one.fails:
-            return one.reason
+            return one.why
     if limit.next_start_seconds is not None:
-        return f"budget: next start in {duration(limit.next_start_seconds)}"
+        words = f"budget: next start in {duration(limit.next_start_seconds)}"
+        return Reason(ReasonKind.BUDGET, words)
     if limit.turn is not None:
-        return f"turn: held by {limit.turn}"
+        return Reason(ReasonKind.TURN, f"turn: held by {limit.turn}")
     last = min(alive, key=lambda one: one.seen_seconds)
-    if last.reason.startswith("budget:") and _may_wait_for_first_write(limit, row):
-        return last.reason
+    if last.kind.timed and _may_wait_for_first_write(limit, row):
+        return last.why
     # Whoever waits has not seen that yet: its row tells what it waited for before.
-    return f"a start is due and not begun; {last.name} was last seen {_ago(last)} ago"
+    words = f"a start is due and not begun; {last.name} was last seen {_ago(last)} ago"
+    return Reason(ReasonKind.DUE, words)
 
 
 def _may_wait_for_first_write(limit: Limit, row: Row | None) -> bool:

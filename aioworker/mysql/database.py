@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from aioworker.addresses import DatabaseAddress
+    from aioworker.reasons import Reason
 
 log = logging.getLogger(__name__)
 
@@ -215,7 +216,7 @@ class Database:
         self._transaction_of: object | None = None  # who holds the transaction that is open
         self._first_write: FirstWrite | None = None
         # Of what is on now, and who is to be told of its waits.
-        self._limits: list[tuple[asyncio.Timeout, Callable[[str | None], None] | None]] = []
+        self._limits: list[tuple[asyncio.Timeout, Callable[[Reason | None], None] | None]] = []
 
     async def __aenter__(self) -> Database:
         await self.ready()
@@ -350,7 +351,7 @@ class Database:
         self._first_write = first
 
     def bounded(
-        self, limit: asyncio.Timeout, tell: Callable[[str | None], None] | None = None
+        self, limit: asyncio.Timeout, tell: Callable[[Reason | None], None] | None = None
     ) -> ExitStack:
         """Inside is a run: its wait for a first write is no part of its limit.
 
@@ -376,7 +377,7 @@ class Database:
             self.close()
 
     def _limited(
-        self, limit: asyncio.Timeout, tell: Callable[[str | None], None] | None = None
+        self, limit: asyncio.Timeout, tell: Callable[[Reason | None], None] | None = None
     ) -> ExitStack:
         """Inside, a wait for a first write is no part of a limit."""
         entry = (limit, tell)
@@ -386,7 +387,7 @@ class Database:
         return inside
 
     @contextmanager
-    def waiting(self, seconds: float, reason: str) -> Iterator[None]:
+    def waiting(self, seconds: float, reason: Reason) -> Iterator[None]:
         """Inside, what is on waits for so long: give it as much more time, and tell why."""
         tells = []
         for limit, tell in self._limits:

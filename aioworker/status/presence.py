@@ -12,7 +12,7 @@ import re
 import secrets
 import time
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from aioworker.budget import tables
 from aioworker.budget.tables import ALIVE_SECONDS
@@ -21,6 +21,7 @@ from aioworker.logs import Seldom, fields
 from aioworker.mysql import trouble
 from aioworker.mysql.database import OWN_SECONDS
 from aioworker.mysql.trouble import MySQLError, Trouble
+from aioworker.reasons import Reason, ReasonKind, State
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,18 +39,31 @@ HOST_LENGTH = 100
 
 _UPDATE = """UPDATE aioworker_worker
 SET since = IF(state = %(state)s AND reason = %(reason)s, since, SYSDATE(6)), state = %(state)s,
-    reason = %(reason)s, seen = SYSDATE(6) + INTERVAL %(ahead)s SECOND, session = CONNECTION_ID()
+    kind = %(kind)s, reason = %(reason)s, seen = SYSDATE(6) + INTERVAL %(ahead)s SECOND,
+    session = CONNECTION_ID()
 WHERE id = %(id)s"""
 _INSERT = """INSERT INTO aioworker_worker
-(id, host, pid, task, version, rate, session, state, reason, since, seen)
+(id, host, pid, task, version, rate, session, state, kind, reason, since, seen)
 VALUES (%(id)s, %(host)s, %(pid)s, %(task)s, %(version)s, %(rate)s, CONNECTION_ID(), %(state)s,
-    %(reason)s, SYSDATE(6), SYSDATE(6))"""
+    %(kind)s, %(reason)s, SYSDATE(6), SYSDATE(6))"""
 _OTHERS = f"""SELECT rate FROM aioworker_worker WHERE task = %(task)s AND id <> %(id)s
 AND seen > SYSDATE(6) - INTERVAL {ALIVE_SECONDS} SECOND"""
 _SWEEP = f"DELETE FROM aioworker_worker WHERE seen < SYSDATE(6) - INTERVAL {KEPT_SECONDS} SECOND"
 _LEAVE = "DELETE FROM aioworker_worker WHERE id = %(id)s"
-# Waits that are nothing to worry about, by the first word of their reasons.
-STEADY = frozenset({"budget", "turn"})
+
+
+class _Told(NamedTuple):
+    """What a worker says of itself."""
+
+    state: State
+    reason: Reason
+
+    @property
+    def well(self) -> bool:
+        """Whether it runs, or waits as it does before each start."""
+        return self.state is State.RUNNING or (
+            self.state is State.WAITING and self.reason.kind.routine
+        )
 
 
 class Presence:
@@ -85,13 +99,13 @@ class Presence:
         self._notify = notify
         self._database = database
         self._run_seconds = max(run_seconds - ALIVE_SECONDS / 2, 0.0)
-        self._state, self._reason = "starting", ""
-        self._written = ("", "")
+        self._told = _Told(State.STARTING, Reason(ReasonKind.STARTING, ""))
+        self._written: _Told | None = None
         self._written_at = float("-inf")
         self._looked_at = float("-inf")
         self._refused_at = float("-inf")
         self._rates: set[str | None] = {rate}
-        self._steady = False
+        self._routine = False
         self._seldom = Seldom()
         self._owed: int | None = None  # the level of a line that may be said later
         self._arguments: dict[str, object] = {
@@ -103,38 +117,37 @@ class Presence:
             "version": version("aioworker"),
         }
 
-    def tell(self, state: str, reason: str, level: int) -> None:
+    def tell(self, reason: Reason) -> None:
         """Say and log what the worker does, once for each change.
+
+        Once it has said that it stands still, each wait is told as such, until `stalled` is taken
+        back.
 
         A warning or an error whose words were logged within a minute is logged when that has
         passed, if it still holds; numbers in them, such as times, make no other words.
 
         Args:
-            state: `waiting` or `running`.
-            reason: What for, in one line.
-            level: The log line's level.
+            reason: Why it waits, or what runs.
         """
-        if self.stalled and state == "waiting":
-            state = "stalled"
-        if (state, reason) != (self._state, self._reason):
-            self._state, self._reason, self._owed = state, reason, level
+        kind = reason.kind
+        self.stalled = self.stalled or kind.red
+        state = kind.state
+        if self.stalled and state is State.WAITING:
+            state = State.STALLED
+        if (told := _Told(state, reason)) != self._told:
+            self._told, self._owed = told, kind.level
             self._notify(f"{state}: {reason}")
-            if state == "waiting":
-                # Each start has its own moment: one line for the first wait of a kind is enough.
-                steady = reason.partition(":")[0] in STEADY
-                self._owed = logging.DEBUG if steady and self._steady else level
-                self._steady = steady
+            if state is State.WAITING:
+                # Each start has its own moment: one line for the first of such waits is enough.
+                self._owed = logging.DEBUG if kind.routine and self._routine else kind.level
+                self._routine = kind.routine
         if self._owed is not None and self._may_be_said(self._owed, f"{state}: {reason}"):
-            log.log(self._owed, state, extra=fields(task=self._task, reason=reason))
+            told_fields = fields(task=self._task, kind=kind, reason=reason.words)
+            log.log(self._owed, state, extra=told_fields)
             self._owed = None
 
     def _may_be_said(self, level: int, words: str) -> bool:
         return level < logging.WARNING or self._seldom.allows(re.sub(r"\d+", "#", words))
-
-    def stall(self, reason: str) -> None:
-        """Say that the worker stands still, until `stalled` is taken back."""
-        self.stalled = True
-        self.tell("waiting", reason, logging.ERROR)
 
     async def keep(self) -> None:
         """Write the row: a new state at once, a new reason within a second, or a heartbeat.
@@ -150,10 +163,11 @@ class Presence:
         """
         if self._database is None:
             return
-        now = (self._state, self._reason[:REASON_LENGTH])
-        due = HEARTBEAT_SECONDS if now == self._written else SOON_SECONDS
-        known = now[0] == self._written[0] or (_is_well(now) and _is_well(self._written))
-        outlasts = now[0] == "running" != self._written[0] and self._run_seconds > 0
+        now, written = self._told, self._written
+        due = HEARTBEAT_SECONDS if now == written else SOON_SECONDS
+        same = written is not None and now.state is written.state
+        known = same or (written is not None and now.well and written.well)
+        outlasts = now.state is State.RUNNING and not same and self._run_seconds > 0
         if known and not outlasts and time.monotonic() - self._written_at < due:
             return
         if time.monotonic() - self._refused_at < HEARTBEAT_SECONDS:
@@ -161,7 +175,7 @@ class Presence:
         try:
             with tables.explaining(self._database):
                 async with asyncio.timeout(OWN_SECONDS):
-                    await self._write(self._database, now)
+                    await self._write(self._database)
         except DatabaseError as error:
             if error.unreachable or tables.needs_init(error):
                 raise
@@ -186,13 +200,13 @@ class Presence:
         """
         if self._database is not None:
             try:
-                await self._write(database, (self._state, self._reason[:REASON_LENGTH]))
+                await self._write(database)
             except MySQLError as error:
                 if trouble.sort(error) is not Trouble.EVERY_MESSAGE:
                     raise
             else:
                 if database is not self._database:
-                    self._written = ("", "")  # it names a session that ends now
+                    self._written = None  # it names a session that ends now
                 return
         await database.ready()
 
@@ -208,10 +222,16 @@ class Presence:
         if self._may_be_said(logging.WARNING, words):
             log.warning(words, extra=fields(task=self._task, reason=str(error)))
 
-    async def _write(self, database: Database, now: tuple[str, str]) -> None:
-        # A run may outlast what counts as alive, and nothing is written meanwhile.
-        ahead = self._run_seconds if now[0] == "running" else 0
-        arguments = {**self._arguments, "state": now[0], "reason": now[1], "ahead": ahead}
+    async def _write(self, database: Database) -> None:
+        state, reason = now = self._told
+        arguments = {
+            **self._arguments,
+            "state": state,
+            "kind": reason.kind,
+            "reason": reason.words[:REASON_LENGTH],
+            # A run may outlast what counts as alive, and nothing is written meanwhile.
+            "ahead": self._run_seconds if state is State.RUNNING else 0,
+        }
         if not await database.execute(_UPDATE, arguments):
             await database.execute(_INSERT, arguments)
         self._written, self._written_at = now, time.monotonic()
@@ -243,8 +263,3 @@ class Presence:
             )
         self._rates = rates
         await database.execute(_SWEEP)
-
-
-def _is_well(told: tuple[str, str]) -> bool:
-    state, reason = told
-    return state == "running" or (state == "waiting" and reason.partition(":")[0] in STEADY)

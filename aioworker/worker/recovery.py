@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from aioworker.errors import StalledError
+from aioworker.reasons import Reason
+from aioworker.status.errors import kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -67,13 +69,14 @@ class Outage:
             LONGEST_AWAY_SECONDS if error.unreachable else LONGEST_REFUSED_SECONDS,
         )
 
-    def tell(self, error: BrokerError | DatabaseError) -> str:
+    def tell(self, error: BrokerError | DatabaseError) -> Reason:
         """Return the reason to wait: since when, where the server itself is away."""
         if not error.unreachable:
             self._since = None
-            return str(error)
+            return Reason(kind_of(error), str(error))
         self._since = self._since or datetime.now(UTC)
-        return f"{self._what} unreachable since {self._since:%H:%M:%S} UTC: {error}"
+        words = f"{self._what} unreachable since {self._since:%H:%M:%S} UTC: {error}"
+        return Reason(kind_of(error), words)
 
 
 def _backoff(failures: int, longest: float) -> float:

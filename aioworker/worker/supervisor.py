@@ -8,9 +8,8 @@ and the turn is its own. RabbitMQ keeps the rest. Every wait has a reason, told 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,7 @@ from aioworker.rabbitmq import frames
 from aioworker.rabbitmq.connection import connected
 from aioworker.rabbitmq.lanes import Lanes
 from aioworker.rabbitmq.publisher import Publisher
+from aioworker.reasons import Reason, ReasonKind
 from aioworker.settling.outcome import Kind, Outcome
 from aioworker.status.presence import Presence
 from aioworker.tasks.task import AnyTask
@@ -127,11 +127,10 @@ class Supervisor:
                 if self._options.burst:
                     raise
                 if isinstance(error, StalledError):
-                    self._presence.stall(str(error))
+                    self._presence.tell(Reason(ReasonKind.STALLED, str(error)))
                 else:
                     self._moves()
-                    level = logging.WARNING if error.unreachable else logging.ERROR
-                    self._presence.tell("waiting", self._reason(outage, error), level)
+                    self._presence.tell(self._reason(outage, error))
                 await self._presence.keep_if_possible()
                 await _first_of(outage.seconds(error), stop)
         return not self.consumer.failures
@@ -165,16 +164,15 @@ class Supervisor:
                     if options.burst:
                         raise
                     self._trusted = False
-                    level = logging.WARNING if error.unreachable else logging.ERROR
                     writes = self._database.is_open or not error.unreachable
                     seconds = outage.seconds(error)
                     reason = self._reason(outage, error)
-                    await self._back_off(reason, seconds, level, writes=writes)
+                    await self._back_off(reason, seconds, writes=writes)
 
-    def _reason(self, outage: Outage, error: BrokerError | DatabaseError) -> str:
+    def _reason(self, outage: Outage, error: BrokerError | DatabaseError) -> Reason:
         """Return the reason to wait: a server is not blamed for what this process did."""
-        own = self._options.stood_still()
-        return f"{outage.tell(error)}; {own}" if own else outage.tell(error)
+        own, reason = self._options.stood_still(), outage.tell(error)
+        return replace(reason, words=f"{reason}; {own}") if own else reason
 
     def _watch(self, connection: AbstractConnection) -> None:
         """Notice a lost connection also while waiting: aio-pika's `closed()` never tells."""
@@ -210,9 +208,9 @@ class Supervisor:
         await self._presence.keep()
         wait = await self._budget.look(self._presence.others)
         self._trusted = True
-        if wait is not None and (wait.paused or wait.stalled):
+        if wait is not None and wait.reason.kind.ends_burst:
             if burst:
-                raise AioworkerError(wait.reason)
+                raise AioworkerError(str(wait.reason))
             return await self._wait(wait)
         if (seconds := self.consumer.breaker.seconds()) > 0:
             return await self._wait_for_test(min(seconds, POLL_SECONDS))
@@ -251,11 +249,12 @@ class Supervisor:
         """Wait as nothing is queued; while the breaker is open, for what was put off."""
         if self.consumer.breaker.reason:
             return await self._wait_for_test(IDLE_SECONDS)
-        return await self._wait(Wait("nothing queued", IDLE_SECONDS))
+        return await self._wait(Wait(Reason(ReasonKind.EMPTY, "nothing queued"), IDLE_SECONDS))
 
     async def _wait_for_test(self, seconds: float) -> bool:
         """Wait until the next message may show whether the task works again; end a burst."""
-        wait = Wait("a few messages a minute are tried", seconds)
+        tried = Reason(ReasonKind.BREAKER, "a few messages a minute are tried")
+        wait = Wait(tried, seconds)
         if self._options.burst:
             self._tell_wait(wait)
             return False
@@ -289,7 +288,7 @@ class Supervisor:
         Returns:
             What the last one came to, if it came to anything.
         """
-        self._presence.tell("running", self._task.name, logging.DEBUG)
+        self._presence.tell(Reason(ReasonKind.RUNNING, self._task.name))
         await self._presence.keep()
         if not self._task.needs_database and not self.consumer.breaker.reason:
             # What comes back again and again is served alone: whatever is held when a worker
@@ -348,12 +347,11 @@ class Supervisor:
         """Say so where nothing in a flow has ended for longer than it may: threads that hang."""
         seconds = asyncio.get_running_loop().time() - flow.moved
         if flow.running and seconds > self.consumer.longest_run:
-            self._presence.stall(
-                f"{count(flow.running, 'run')} without an end, though the time is up"
-            )
+            words = f"{count(flow.running, 'run')} without an end, though the time is up"
+            self._presence.tell(Reason(ReasonKind.RUN_HANGS, words))
         else:
             self._presence.stalled = False
-            self._presence.tell("running", self._task.name, logging.DEBUG)
+            self._presence.tell(Reason(ReasonKind.RUNNING, self._task.name))
 
     async def _serve_one(self, link: Link) -> Outcome | None:
         """Take one message and serve it; return what it came to, None where the lanes are empty."""
@@ -389,15 +387,12 @@ class Supervisor:
 
     def _tell_wait(self, wait: Wait) -> None:
         """Say why it waits; while the breaker is open, that first, unless somebody paused it."""
-        if not wait.stuck:
+        reason, breaker = wait.reason, self.consumer.breaker.reason
+        if reason.kind is not ReasonKind.TURN_UNOWNED:
             self._moves()
-        breaker = self.consumer.breaker.reason
-        if wait.stalled:
-            self._presence.stall(wait.reason)
-        elif breaker and not wait.paused:
-            self._presence.stall(f"breaker open: {breaker}; {wait.reason}")
-        else:
-            self._presence.tell("waiting", wait.reason, logging.INFO)
+        if breaker and reason.kind not in (ReasonKind.PAUSED, ReasonKind.TWO_SERVERS):
+            reason = Reason(ReasonKind.BREAKER, f"breaker open: {breaker}; {reason}")
+        self._presence.tell(reason)
 
     async def _sit_out(self, refusal: BrokerError, publisher: Publisher) -> None:
         """Wait after a copy that was not taken, following what is set at run time meanwhile.
@@ -420,24 +415,24 @@ class Supervisor:
                     break
                 seconds, writes = min(left, POLL_SECONDS), self._database.is_open
                 words = f"copy not confirmed: {refusal}"
-                await self._back_off(words, seconds, logging.WARNING, writes=writes)
+                reason = Reason(ReasonKind.COPY_NOT_CONFIRMED, words)
+                await self._back_off(reason, seconds, writes=writes)
                 await self._budget.look()
         finally:
             unblocked.cancel()
 
-    async def _back_off(self, reason: str, seconds: float, level: int, *, writes: bool) -> None:
+    async def _back_off(self, reason: Reason, seconds: float, *, writes: bool) -> None:
         """Wait after a failure that leaves the connection to RabbitMQ as it is, saying why.
 
         Args:
             reason: Why.
             seconds: How long.
-            level: The log line's.
             writes: Whether the database can be had, to write the reason into the worker's row.
         """
         self._moves()
         if self._options.burst:
             return
-        self._presence.tell("waiting", reason, level)
+        self._presence.tell(reason)
         if writes:
             await self._presence.keep_if_possible()
         await _first_of(seconds, self._stop, self._lost)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 Start = Callable[..., Worker]
 STATE = "SELECT state FROM aioworker_worker"
+KIND = "SELECT state, kind FROM aioworker_worker"
 
 
 def connections(broker: servers.Broker) -> set[str]:
@@ -58,7 +59,7 @@ async def test_a_turn_that_nobody_gives_back_is_a_stall(
     execute(shop, f"SELECT GET_LOCK('{lock}', 0)")
     before = connections(broker)
     worker = start("consume", "--rate-limit", "100/s")
-    eventually(lambda: rows(shop, STATE) == [("waiting",)], "it waits")
+    eventually(lambda: rows(shop, KIND) == [("waiting", "empty")], "it waits")
     assert run("health").returncode == 0
     its_own = connections(broker) - before
 
@@ -129,14 +130,14 @@ async def test_threads_that_do_not_return_are_a_stall(
             await producer.publish("stuck")
     worker = start("consume", "--app", "hanging", PYTHONPATH=importable(tmp_path))
 
-    eventually(lambda: rows(shop, STATE) == [("stalled",)], "it says that it stands still")
+    eventually(lambda: rows(shop, KIND) == [("stalled", "run_hangs")], "it says it stands still")
 
     sick = run("health", "stuck", "--app", "hanging")
     assert (sick.returncode, sick.stdout) == (1, "")
     assert "stalled: 17 runs without an end, though the time is up" in sick.stderr
     assert worker.log.count("a thread cannot be ended: waiting for it to return task=stuck") == 17
     (tmp_path / "0" / "go on").touch()
-    eventually(lambda: rows(shop, STATE) == [("waiting",)], "it goes on")
+    eventually(lambda: rows(shop, KIND) == [("waiting", "empty")], "it goes on")
     assert run("health", "stuck", "--app", "hanging").returncode == 0
 
 
@@ -161,7 +162,7 @@ async def test_a_task_that_fails_as_a_whole_is_red_while_its_lanes_are_empty(
             await producer.publish("visit", number)
         start("consume", "--app", "refusing", PYTHONPATH=importable(tmp_path))
 
-        eventually(lambda: rows(shop, STATE) == [("stalled",)], "the third one opens it")
+        eventually(lambda: rows(shop, KIND) == [("stalled", "breaker")], "the third one opens it")
 
         status = json.loads(run("status", "visit", "--app", "refusing", "--json").stdout)
         assert status["queued"] == {"urgent": 0, "bulk": 0, "retry": 0, "dead": 3}
@@ -171,7 +172,7 @@ async def test_a_task_that_fails_as_a_whole_is_red_while_its_lanes_are_empty(
             sick.stderr
         )
         await producer.publish("visit", 3)
-        eventually(lambda: rows(shop, STATE) == [("waiting",)], "a success closes it")
+        eventually(lambda: rows(shop, KIND) == [("waiting", "empty")], "a success closes it")
         assert run("health", "visit", "--app", "refusing").returncode == 0
 
 
@@ -265,7 +266,7 @@ async def test_a_row_that_another_server_writes_too_is_a_stall(
             "it looks at the row",
         )
 
-    eventually(lambda: rows(shop, STATE) == [("stalled",)], "it says so")
+    eventually(lambda: rows(shop, KIND) == [("stalled", "two_servers")], "it says so")
     await lanes.send(chunk(1))
     health, status = run("health"), run("status")
     words = "two servers are both writing this row"

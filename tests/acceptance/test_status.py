@@ -91,6 +91,7 @@ def test_a_backlog_of_a_whole_sweep(
     found = status()
     assert found["queued"] == {"urgent": 0, "bulk": 531, "retry": 0, "dead": 0}
     assert found["waits"] == "no worker is running: start one with `aioworker consume`"
+    assert found["waits_kind"] == "no_worker"
 
     start("consume")
     eventually(lambda: rows(shop, "SELECT 1 FROM addons WHERE current_version > 0"), "one start")
@@ -107,6 +108,7 @@ def test_a_backlog_of_a_whole_sweep(
         "2/m",
     )
     assert worker["reason"].startswith("budget: next start at ")
+    assert worker["kind"] == found["waits_kind"] == "budget"
     text = run("status").stdout
     assert "done in    4 h 25 min at this rate\n" in text
     assert f"worker     {worker['host']}:{worker['pid']} 0.1.0, rate 2/m, waiting since" in text
@@ -119,6 +121,7 @@ def test_a_paused_task(run: Run, status: Any, lanes: Lanes, shop: Connection[Cur
 
     assert found["waits"].startswith(f"paused by {found['budget']['paused_by']} since ")
     assert found["waits"].endswith(": replica lags")
+    assert found["waits_kind"] == "paused"
     assert found["budget"]["paused"] is True
     assert found["backlog_seconds"] is None
 
@@ -129,6 +132,7 @@ def test_a_broker_that_is_down(
     """Since when, the workers know; what the database tells is shown all the same."""
     found = status(AIOWORKER_AMQP_URL=NOWHERE)
     assert found["waits"].startswith("broker unreachable: cannot connect to RabbitMQ at amqp://")
+    assert found["waits_kind"] == "broker_unreachable"
     assert (found["queued"], found["budget"]["rate"]) == (None, "2/m")
 
     start("consume", AIOWORKER_AMQP_URL=NOWHERE)
@@ -140,21 +144,26 @@ def test_a_broker_that_is_down(
     eventually(since, "the worker's own word")
 
 
-@pytest.mark.parametrize("reason", ["nothing queued", "budget: next start at 02:10:00 UTC"])
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("empty", "nothing queued"), ("budget", "budget: next start at 02:10:00 UTC")],
+)
 def test_no_worker_tells_that_nothing_is_queued_while_the_broker_is_down(
-    run: Run, status: Any, lanes: Lanes, shop: Connection[Cursor], reason: str
+    run: Run, status: Any, lanes: Lanes, shop: Connection[Cursor], kind: str, reason: str
 ) -> None:
     """It is what the worker saw last: a sweep may have been published since."""
     execute(
         shop,
         "INSERT INTO aioworker_worker SELECT 'id', 'here', 9, task, '1', NULL, 0, 'waiting',"
-        f" '{reason}', SYSDATE(6), SYSDATE(6) FROM aioworker_budget",
+        f" '{reason}', SYSDATE(6), SYSDATE(6), '{kind}' FROM aioworker_budget",
     )
     unsure = "RabbitMQ cannot be asked whether messages wait"
-    shown = unsure if reason == "nothing queued" else reason
+    shown, shown_kind = (unsure, "unknown") if kind == "empty" else (reason, kind)
 
-    assert status()["workers"][0]["reason"] == reason
-    assert status(AIOWORKER_AMQP_URL=NOWHERE)["workers"][0]["reason"] == shown
+    [worker] = status()["workers"]
+    assert (worker["kind"], worker["reason"]) == (kind, reason)
+    [worker] = status(AIOWORKER_AMQP_URL=NOWHERE)["workers"]
+    assert (worker["kind"], worker["reason"]) == (shown_kind, shown)
     text = run("status", AIOWORKER_AMQP_URL=NOWHERE).stdout
     assert f" UTC: {shown}\n" in text
     assert "nothing queued" not in text
@@ -164,6 +173,7 @@ def test_a_database_that_is_down(status: Any, lanes: Lanes) -> None:
     found = status(AIOWORKER_MYSQL_URL=NO_DATABASE)
 
     assert found["waits"].startswith("database unreachable: cannot use MySQL at mysql://root@")
+    assert found["waits_kind"] == "database_unreachable"
     assert found["queued"] == {"urgent": 0, "bulk": 0, "retry": 0, "dead": 0}
     assert (found["budget"], found["workers"]) == (None, None)
 
@@ -179,6 +189,7 @@ def test_no_table(
         f"Table '{database_name(pair)}.aioworker_budget' doesn't exist (1146)"
     )
     assert found["waits"].endswith("run `aioworker init`, or set AIOWORKER_BUDGET=worker")
+    assert found["waits_kind"] == "database_refuses"
 
 
 def test_no_queue(status: Any, broker: servers.Broker, shop: Connection[Cursor]) -> None:
@@ -194,6 +205,7 @@ def test_no_queue(status: Any, broker: servers.Broker, shop: Connection[Cursor])
         "queue aioworker.update_current_version.urgent does not exist: run `aioworker init`;"
         " if update_current_version is retired, see docs/operations.md, Retire a task"
     )
+    assert found["waits_kind"] == "broker_refuses"
 
 
 def test_a_budget_of_each_worker_needs_no_database(run: Run, status: Any, lanes: Lanes) -> None:
@@ -241,7 +253,9 @@ async def test_a_worker_that_waits_for_somebody_s_lock_says_so(
         words = "(1205); somebody else holds a lock that this waits for"
         eventually(lambda: words in worker.log, "the worker says so")
 
-        assert status()["waits"].endswith(words)
+        found = status()
+        assert found["waits"].endswith(words)
+        assert found["waits_kind"] == "contention"
 
     eventually(lambda: rows(shop, "SELECT current_version FROM addons") == [(10_001,)], "written")
     assert "unreachable" not in worker.log
@@ -263,7 +277,7 @@ def test_a_worker_that_waits_for_its_first_write_is_believed(
     execute(
         shop,
         "INSERT INTO aioworker_worker SELECT 'id', 'web1', 77, task, '1', '2/m', 0, 'waiting',"
-        f" '{waits}', SYSDATE(6), SYSDATE(6) FROM aioworker_budget",
+        f" '{waits}', SYSDATE(6), SYSDATE(6), 'budget' FROM aioworker_budget",
         "UPDATE aioworker_budget SET starts = 2, holder = 'web1:76',"
         " last_charge = SYSDATE(6) - INTERVAL 40 SECOND,"
         f" last_write = SYSDATE(6) - INTERVAL {since_write} SECOND, last_start = last_write",
@@ -287,13 +301,13 @@ def test_a_turn_names_its_holder(
         shop,
         f"DO GET_LOCK('{lock}', 0)",
         "INSERT INTO aioworker_worker SELECT 'id', 'frozen', 9, task, '1', NULL, CONNECTION_ID(),"
-        " 'waiting', 'budget', SYSDATE(6), SYSDATE(6) FROM aioworker_budget",
+        " 'waiting', 'budget', SYSDATE(6), SYSDATE(6), 'budget' FROM aioworker_budget",
     )
 
     found = status()
 
     assert found["budget"]["turn"] == "frozen:9"
-    assert found["waits"] == "turn: held by frozen:9"
+    assert (found["waits"], found["waits_kind"]) == ("turn: held by frozen:9", "turn")
 
 
 def test_a_worker_that_has_not_seen_the_queue_yet_tells_nothing_of_it(
@@ -304,7 +318,8 @@ def test_a_worker_that_has_not_seen_the_queue_yet_tells_nothing_of_it(
     execute(
         shop,
         "INSERT INTO aioworker_worker SELECT 'id', 'here', 9, task, '1', NULL, 0, 'waiting',"
-        " 'nothing queued', SYSDATE(6), SYSDATE(6) - INTERVAL 20 SECOND FROM aioworker_budget",
+        " 'nothing queued', SYSDATE(6), SYSDATE(6) - INTERVAL 20 SECOND, 'empty'"
+        " FROM aioworker_budget",
     )
 
     assert re.fullmatch(

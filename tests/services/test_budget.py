@@ -15,6 +15,7 @@ from aioworker.budget.tables import Row, peek
 from aioworker.errors import DatabaseError, TurnLostError
 from aioworker.limits import RateLimit, Wait
 from aioworker.mysql.database import Database
+from aioworker.reasons import Reason, ReasonKind
 from tests.conftest import TASK, Run, execute, make_database, rows, simple_addons
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ async def start(budget: SharedBudget) -> Wait | None:
 async def looked(budget: SharedBudget) -> str:
     """Return the reason that a look gives, without the moment; nothing when a start is due."""
     wait = await budget.look()
-    return "" if wait is None else wait.reason.partition(" at ")[0]
+    return "" if wait is None else wait.reason.words.partition(" at ")[0]
 
 
 async def test_the_first_start_is_free_and_the_second_waits(
@@ -89,7 +90,7 @@ async def test_a_new_process_knows_of_the_last_start(make: Fleet) -> None:
     wait = await make().look()
 
     assert wait is not None
-    assert wait.reason.startswith("budget: next start at ")
+    assert wait.reason.words.startswith("budget: next start at ")
 
 
 async def test_one_turn_at_a_time(make: Fleet, shop: Connection[Cursor]) -> None:
@@ -100,7 +101,7 @@ async def test_one_turn_at_a_time(make: Fleet, shop: Connection[Cursor]) -> None
     execute(
         shop,
         "INSERT INTO aioworker_worker SELECT 'id', 'host', 77, task, '1', NULL, 0, 'running', '',"
-        " SYSDATE(6), SYSDATE(6) FROM aioworker_budget",
+        " SYSDATE(6), SYSDATE(6), 'running' FROM aioworker_budget",
     )
 
     async with budget.turn() as wait:
@@ -109,7 +110,7 @@ async def test_one_turn_at_a_time(make: Fleet, shop: Connection[Cursor]) -> None
         execute(shop, f"UPDATE aioworker_worker SET session = {session}")
         async with other.turn() as refused:
             assert refused is not None
-            assert refused.reason == "turn: held by host:77"
+            assert refused.reason == Reason(ReasonKind.TURN, "turn: held by host:77")
 
     async with other.turn() as wait:
         assert wait is None
@@ -187,7 +188,7 @@ async def test_a_rate_taken_back_in_a_turn_is_not_charged_any_more(
         refused = await budget.charge("one")
 
     assert refused is not None
-    assert refused.reason.startswith("budget: next start at ")
+    assert refused.reason.words.startswith("budget: next start at ")
     assert (await row(database)).starts == 1
 
 
@@ -316,8 +317,8 @@ async def test_a_pause_beyond_any_calendar_is_a_pause(
     wait = await make().look()
 
     assert wait is not None
-    assert wait.paused
-    assert wait.reason.startswith("paused by me")
+    assert wait.reason.kind is ReasonKind.PAUSED
+    assert wait.reason.words.startswith("paused by me")
     assert shown.returncode == 0
 
 
@@ -379,7 +380,7 @@ async def test_a_pause_stops_a_start_that_was_just_due(
         refused = await budget.charge("one")
 
     assert refused is not None
-    assert refused.reason == "paused by alice since 2026-01-02 03:04:05 UTC: lag 1"
+    assert refused.reason.words == "paused by alice since 2026-01-02 03:04:05 UTC: lag 1"
     assert (await row(database)).starts == 0
 
 

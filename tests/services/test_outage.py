@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -14,6 +13,7 @@ from pymysql.constants import CR
 from pymysql.err import OperationalError
 
 from aioworker.mysql.database import Database
+from aioworker.reasons import Reason, ReasonKind
 from aioworker.settling.outcome import Kind
 from aioworker.status.presence import Presence
 from tests.conftest import (
@@ -45,7 +45,7 @@ async def test_a_second_outage_is_told_since_its_own_beginning(
 ) -> None:
     """Soon after the first one, too: an operator looks for what happened at that time."""
     said: list[str] = []
-    monkeypatch.setattr(Presence, "tell", lambda _self, _state, reason, _level: said.append(reason))
+    monkeypatch.setattr(Presence, "tell", lambda _self, reason: said.append(reason.words))
     worker = make_worker(pair, database, burst=False)
     working = asyncio.create_task(worker.run(stop))
 
@@ -97,8 +97,8 @@ async def test_a_row_that_cannot_be_written_holds_nobody_up_twice(
     presence = Presence(TASK, "here", 1, None, lambda _doing: None, database)
     execute(shop, "LOCK TABLES aioworker_worker READ")
 
-    for state in ("running", "waiting", "running", "waiting"):
-        presence.tell(state, "nothing queued", logging.INFO)
+    for kind in (ReasonKind.RUNNING, ReasonKind.EMPTY) * 2:
+        presence.tell(Reason(kind, "nothing queued"))
         await presence.keep()
     database.close()
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
+from aioworker.reasons import Reason, ReasonKind
 from aioworker.status.presence import Presence
-from tests.conftest import TASK, rows
+from aioworker.status.read import workers
+from tests.conftest import EARLIER, TASK, execute, make_tables, rows
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pymysql.connections import Connection
     from pymysql.cursors import Cursor
 
     from aioworker.mysql.database import Database
+
+BUDGET = Reason(ReasonKind.BUDGET, "budget: next start at 02:10:00 UTC")
+RUNNING = Reason(ReasonKind.RUNNING, TASK)
+CONTENTION = Reason(ReasonKind.CONTENTION, "database, contention: Deadlock (1213)")
 
 
 def made(database: Database, run_seconds: float = 30) -> Presence:
@@ -20,15 +29,15 @@ def made(database: Database, run_seconds: float = 30) -> Presence:
     return Presence(TASK, "here", 1, None, lambda _doing: None, database, run_seconds)
 
 
-async def told(presence: Presence, state: str, reason: str) -> None:
+async def told(presence: Presence, reason: Reason) -> None:
     """Tell, and let the row be written."""
-    presence.tell(state, reason, logging.DEBUG)
+    presence.tell(reason)
     await presence.keep()
 
 
 def row(shop: Connection[Cursor]) -> tuple[Any, ...]:
     """Return what the row says."""
-    [found] = rows(shop, "SELECT state, reason FROM aioworker_worker")
+    [found] = rows(shop, "SELECT state, kind, reason FROM aioworker_worker")
     return found
 
 
@@ -37,24 +46,24 @@ async def test_runs_and_waits_that_take_turns_within_a_second_are_not_written(
 ) -> None:
     """At 100/s each start wrote the row twice, and waited for the disk each time."""
     presence = made(database)
-    await told(presence, "waiting", "budget: next start at 02:10:00 UTC")
+    await told(presence, BUDGET)
 
-    await told(presence, "running", TASK)
+    await told(presence, RUNNING)
 
-    assert row(shop) == ("waiting", "budget: next start at 02:10:00 UTC")
+    assert row(shop) == ("waiting", "budget", BUDGET.words)
 
 
 async def test_a_failure_is_written_at_once_whatever_was_before(
     database: Database, shop: Connection[Cursor]
 ) -> None:
     presence = made(database)
-    await told(presence, "running", TASK)
+    await told(presence, RUNNING)
 
-    await told(presence, "waiting", "database, contention: Deadlock (1213)")
-    assert row(shop) == ("waiting", "database, contention: Deadlock (1213)")
+    await told(presence, CONTENTION)
+    assert row(shop) == ("waiting", "contention", CONTENTION.words)
 
-    await told(presence, "running", TASK)
-    assert row(shop) == ("running", TASK)
+    await told(presence, RUNNING)
+    assert row(shop) == ("running", "running", TASK)
 
 
 async def test_a_run_that_may_outlast_what_counts_as_alive_is_written_at_once(
@@ -62,8 +71,43 @@ async def test_a_run_that_may_outlast_what_counts_as_alive_is_written_at_once(
 ) -> None:
     """Nothing is written in it: `health` would take its worker for dead."""
     presence = made(database, run_seconds=600)
-    await told(presence, "waiting", "budget: next start at 02:10:00 UTC")
+    await told(presence, BUDGET)
 
-    await told(presence, "running", TASK)
+    await told(presence, RUNNING)
 
-    assert row(shop) == ("running", TASK)
+    assert row(shop) == ("running", "running", TASK)
+
+
+@pytest.mark.parametrize("written", ["NULL", "'throttle'"], ids=["earlier", "later"])
+async def test_a_worker_of_another_version_is_read(
+    database: Database, shop: Connection[Cursor], written: str
+) -> None:
+    """One writes no kind, the other one that this version does not know."""
+    await told(made(database), BUDGET)
+    execute(shop, f"UPDATE aioworker_worker SET kind = {written}")
+
+    [found] = await workers(database, TASK)
+
+    assert (found.state, found.why) == ("waiting", Reason(ReasonKind.UNKNOWN, BUDGET.words))
+    assert not found.fails
+
+
+@pytest.mark.parametrize("version", EARLIER, ids=lambda path: path.name)
+async def test_workers_are_read_from_a_table_that_waits_for_init(
+    database: Database, shop: Connection[Cursor], version: Path
+) -> None:
+    """Between new code and `init`, those of the earlier version work on."""
+    make_tables(shop, version)
+    columns = [name for name, *_rest in rows(shop, "SHOW COLUMNS FROM aioworker_worker")]
+    execute(
+        shop,
+        "INSERT INTO aioworker_worker (host, pid, task, version, session, state, reason, since,"
+        f" seen{', id' if 'id' in columns else ''}) VALUES ('web1', 7, '{TASK}', '0.0.1', 5,"
+        " 'stalled', 'breaker open', SYSDATE(6), SYSDATE(6)"
+        f"{', 1' if 'id' in columns else ''})",
+    )
+
+    [found] = await workers(database, TASK)
+
+    assert (found.name, found.why) == ("web1:7", Reason(ReasonKind.UNKNOWN, "breaker open"))
+    assert found.stalled

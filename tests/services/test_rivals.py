@@ -10,6 +10,7 @@ from aioworker.budget import schema, tables
 from aioworker.budget.shared import SharedBudget
 from aioworker.limits import RateLimit
 from aioworker.mysql.database import Answer, Database
+from aioworker.reasons import ReasonKind
 from support import servers
 from tests.conftest import TASK, database_name, execute, make_database, rows
 
@@ -65,8 +66,8 @@ async def test_reads_and_writes_that_go_to_different_servers_are_a_stall(
         wait = await budget.look()
 
         assert wait is not None
-        assert wait.stalled
-        assert wait.reason == (
+        assert wait.reason.kind is ReasonKind.TWO_SERVERS
+        assert wait.reason.words == (
             f"reads and writes go to different servers, {here} and {there}: let the address lead"
             " to the one that is written to, without a proxy that splits them"
         )

@@ -15,11 +15,13 @@ from aioworker.errors import BrokerError, DatabaseError
 from aioworker.limits import Budget, Wait, WorkerBudget
 from aioworker.mysql.database import Database
 from aioworker.rabbitmq.delivery import Delivery
+from aioworker.reasons import Reason, ReasonKind
 from aioworker.settling.outcome import Kind
 from aioworker.tasks.task import Task
 from tests.fakes import Settleable, settleable
 
 LINK = Link(Mock(), AsyncMock())
+PAUSED = Reason(ReasonKind.PAUSED, "paused")
 ADDRESS = DatabaseAddress.parse("mysql://nobody@127.0.0.1:1/none")
 
 
@@ -91,7 +93,7 @@ async def test_runs_that_fail_at_once_share_one_look_at_a_database_that_is_away(
 
 @pytest.mark.parametrize(
     ("refusal", "outcome", "forgotten"),
-    [(None, Kind.ACK, ["one"]), (Wait("paused", 1, paused=True), Kind.RELEASED, [])],
+    [(None, Kind.ACK, ["one"]), (Wait(PAUSED, 1), Kind.RELEASED, [])],
     ids=["it ran", "it did not begin"],
 )
 async def test_the_deaths_of_a_message_are_forgotten_once_it_ran(

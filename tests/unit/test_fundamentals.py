@@ -6,6 +6,7 @@ import asyncio
 
 from aioworker.limits import Limiter, RateLimit, WorkerBudget
 from aioworker.rabbitmq.queues import Queues
+from aioworker.reasons import Reason, ReasonKind
 from tests.fakes import FakeClock
 
 
@@ -50,7 +51,7 @@ async def test_a_rate_of_nothing_is_paused_and_not_unlimited() -> None:
     wait = await budget.look()
 
     assert wait is not None
-    assert (wait.reason, wait.paused) == ("paused: rate limit 0/m", True)
+    assert wait.reason == Reason(ReasonKind.PAUSED, "paused: rate limit 0/m")
 
 
 def test_a_task_has_four_queues_named_after_it() -> None:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import pytest
 
 from aioworker import logs
+from aioworker.reasons import Reason, ReasonKind
 from aioworker.status.presence import Presence
 
-WARNING, INFO = logging.WARNING, logging.INFO
+BUDGET = Reason(ReasonKind.BUDGET, "budget")
 
 
 @dataclass
@@ -34,6 +35,10 @@ def presence(passing: Clock) -> Presence:
     return Presence("shop", "here", 1, None, lambda _doing: None, None)
 
 
+def away(words: str) -> Reason:
+    return Reason(ReasonKind.BROKER_UNREACHABLE, words)
+
+
 def reasons(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [one.fields["reason"] for one in caplog.records]  # type: ignore[attr-defined]
 
@@ -44,8 +49,8 @@ def test_a_failure_that_comes_and_goes_is_a_line_a_minute(
     """A server that flaps fills no log: its outages differ by their times alone."""
     for second in range(120):
         passing.now = second
-        presence.tell("waiting", f"broker unreachable since 12:00:{second:02}: gone", WARNING)
-        presence.tell("waiting", "budget", logging.DEBUG)
+        presence.tell(away(f"broker unreachable since 12:00:{second:02}: gone"))
+        presence.tell(BUDGET)
 
     assert len(reasons(caplog)) == 2
 
@@ -54,7 +59,7 @@ def test_another_failure_is_said_at_once(
     presence: Presence, caplog: pytest.LogCaptureFixture
 ) -> None:
     for reason in ("broker unreachable", "database unreachable", "broker unreachable"):
-        presence.tell("waiting", reason, WARNING)
+        presence.tell(away(reason))
 
     assert reasons(caplog) == ["broker unreachable", "database unreachable"]
 
@@ -63,23 +68,67 @@ def test_a_failure_that_came_back_and_stays_is_said_when_its_minute_is_over(
     presence: Presence, passing: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An hour's outage may begin half a minute after a short one."""
-    for second, reason in ((0, "away since 1"), (5, "budget"), (30, "away since 2")):
+    for second, reason in ((0, away("away since 1")), (5, BUDGET), (30, away("away since 2"))):
         passing.now = second
-        presence.tell("waiting", reason, WARNING if "away" in reason else logging.DEBUG)
+        presence.tell(reason)
     for second in range(31, 3600):
         passing.now = second
-        presence.tell("waiting", "away since 2", WARNING)
+        presence.tell(away("away since 2"))
 
     assert reasons(caplog) == ["away since 1", "away since 2"]
+
+
+@pytest.mark.parametrize("kind", ReasonKind)
+def test_each_kind_is_said_with_its_level_and_its_state(
+    presence: Presence, caplog: pytest.LogCaptureFixture, kind: ReasonKind
+) -> None:
+    """A program reads the kind, where a person reads the words."""
+    caplog.set_level(logging.DEBUG, "aioworker")
+
+    presence.tell(Reason(kind, "words"))
+
+    [line] = caplog.records
+    assert (line.levelno, line.getMessage()) == (kind.level, kind.state)
+    said = {"task": "shop", "kind": kind, "reason": "words"}
+    assert line.fields == said  # type: ignore[attr-defined]
+    assert presence.stalled is kind.red
+
+
+def test_a_worker_that_stands_still_says_so_of_each_wait_until_it_moves(
+    presence: Presence, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It connects anew, and waits for the turn that nobody known holds: nothing is better yet."""
+    caplog.set_level(logging.DEBUG, "aioworker")
+    unowned = Reason(ReasonKind.TURN_UNOWNED, "turn: held by session 5")
+
+    presence.tell(Reason(ReasonKind.STALLED, "stalled"))
+    presence.tell(unowned)
+    presence.stalled = False
+    presence.tell(unowned)
+
+    assert [one.getMessage() for one in caplog.records] == ["stalled", "stalled", "waiting"]
+
+
+def test_waits_that_come_with_each_start_are_a_line_for_the_first_of_them(
+    presence: Presence, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each start has its own moment, and two a minute would fill the log."""
+    caplog.set_level(logging.INFO, "aioworker")
+    kinds = (ReasonKind.BUDGET, ReasonKind.TURN, ReasonKind.BUDGET, ReasonKind.EMPTY)
+
+    for number, kind in enumerate((*kinds, ReasonKind.BUDGET)):
+        presence.tell(Reason(kind, f"moment {number}"))
+
+    assert reasons(caplog) == ["moment 0", "moment 3", "moment 4"]
 
 
 def test_what_is_well_is_said_at_each_change(
     presence: Presence, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(INFO, "aioworker")
+    caplog.set_level(logging.INFO, "aioworker")
 
     for _ in range(3):
-        presence.tell("waiting", "nothing queued", INFO)
-        presence.tell("running", "shop", logging.DEBUG)
+        presence.tell(Reason(ReasonKind.EMPTY, "nothing queued"))
+        presence.tell(Reason(ReasonKind.RUNNING, "shop"))
 
     assert reasons(caplog) == ["nothing queued"] * 3

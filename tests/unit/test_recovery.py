@@ -71,7 +71,7 @@ def test_an_outage_is_told_since_its_own_beginning(monkeypatch: pytest.MonkeyPat
     for minute, heals in ((1, False), (2, True), (3, False), (4, False)):
         moment = datetime(2026, 11, 28, 12, minute, tzinfo=UTC)
         monkeypatch.setattr("aioworker.worker.recovery.datetime", Mock(now=lambda _: moment))  # noqa: B023
-        said.append(outage.tell(AWAY).partition(" UTC")[0])
+        said.append(outage.tell(AWAY).words.partition(" UTC")[0])
         if heals:
             outage.end()
 

@@ -13,7 +13,7 @@ def test_the_statements_of_every_module_with_sql_are_found() -> None:
 
     assert found >= {
         *("budget.shared", "budget.deaths", "budget.tables", "commands.controls"),
-        *("commands.publish", "commands.status", "mysql.database", "repo", "status.presence"),
+        *("commands.publish", "mysql.database", "repo", "status.presence", "status.read"),
     }
 
 

@@ -1,0 +1,24 @@
+"""Which kind of reason to wait an error is."""
+
+from __future__ import annotations
+
+from aioworker.errors import BrokerError, DatabaseError, StalledError, TurnLostError
+from aioworker.mysql import trouble
+from aioworker.mysql.trouble import Trouble
+from aioworker.reasons import ReasonKind
+
+
+def kind_of(error: BrokerError | DatabaseError) -> ReasonKind:
+    """Return the kind of reason that an error of a server is, or what else ended the work."""
+    if isinstance(error, StalledError):
+        return ReasonKind.STALLED
+    if isinstance(error, BrokerError):
+        return ReasonKind.BROKER_UNREACHABLE if error.unreachable else ReasonKind.BROKER_REFUSES
+    if isinstance(error, TurnLostError):
+        return ReasonKind.TURN_LOST
+    if error.unreachable:
+        return ReasonKind.DATABASE_UNREACHABLE
+    cause = error.__cause__
+    if cause is not None and trouble.sort(cause) is Trouble.CONTENTION:
+        return ReasonKind.CONTENTION
+    return ReasonKind.DATABASE_REFUSES
