@@ -12,7 +12,7 @@ import re
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from aiolimiter import AsyncLimiter
@@ -22,7 +22,7 @@ from aioworker.errors import RateLimitError
 from aioworker.reasons import Reason, ReasonKind
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Collection
     from contextlib import AbstractAsyncContextManager
 
 POLL_SECONDS = 2.0  # how soon a change of what is set at run time is followed, at the latest
@@ -109,16 +109,124 @@ def parse_limit(text: str) -> RateLimit | NoLimit:
     return NoLimit.NONE if text.strip().lower() == NoLimit.NONE.value else RateLimit.parse(text)
 
 
-def in_force(said: RateLimit | NoLimit | None, own: RateLimit | None) -> RateLimit | None:
-    """Return the rate limit that holds, None for no limit.
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """The interval between starts that somebody has set at run time.
 
     Args:
-        said: What a setting says; it wins.
-        own: The task's own.
+        gap_us: In microseconds, more than 0.
     """
-    if said is None:
-        return own
-    return None if isinstance(said, NoLimit) else said
+
+    gap_us: int
+
+    @property
+    def interval(self) -> float:
+        """Seconds from one start to the next at least."""
+        return self.gap_us / 1e6
+
+    def __str__(self) -> str:
+        return shown_interval(self.gap_us)
+
+
+class Source(StrEnum):
+    """Where the rate in force comes from."""
+
+    RUN_TIME = "run time"
+    SETTING = "setting"
+    TASK = "task"
+    WORKERS = "workers"
+    UNKNOWN = "unknown"
+
+
+class AtRunTime(Protocol):
+    """What is set at run time, in the budget's row."""
+
+    @property
+    def gap_us(self) -> int | None:
+        """The interval in microseconds: 0 is no limit, None leaves it to others."""
+
+    @property
+    def pause(self) -> str:
+        """Who paused the task, when and why; empty if nobody did."""
+
+
+@dataclass(frozen=True, slots=True)
+class InForce:
+    """The rate limit in force.
+
+    Args:
+        limit: How far starts are apart; None is unknown.
+        source: Who says so.
+        pause: Why no start may begin at all, in one line; empty if one may.
+    """
+
+    limit: RateLimit | Interval | NoLimit | None
+    source: Source
+    pause: str
+
+    @property
+    def rate(self) -> str:
+        """The limit as a person writes it: `none` is no limit; or `unknown`."""
+        return "unknown" if self.limit is None else str(self.limit)
+
+    @property
+    def paused(self) -> bool:
+        """Whether no start may begin."""
+        return self.pause != ""
+
+    @property
+    def gap_us(self) -> int | None:
+        """The interval between starts in microseconds; None without one."""
+        return None if self._pace is None else self._pace.gap_us
+
+    @property
+    def interval(self) -> float | None:
+        """The interval between starts in seconds; None without one."""
+        return None if self._pace is None else self._pace.interval
+
+    @property
+    def _pace(self) -> RateLimit | Interval | None:
+        if self.limit is None or self.limit is NoLimit.NONE or _is_pause(self.limit):
+            return None
+        return self.limit
+
+
+def in_force(
+    own: RateLimit | NoLimit | None,
+    setting: RateLimit | NoLimit | None = None,
+    row: AtRunTime | None = None,
+    workers: Collection[str] = (),
+) -> InForce:
+    """Return the rate limit that holds, whoever asks.
+
+    What is set at run time wins, then the setting (the option, or else its variable), then the
+    task's own. Where workers run and agree, theirs is known better than here: they may have
+    another setting, or another version of the task.
+
+    Args:
+        own: The task's own; None where it is not known.
+        setting: What this process's setting says; None if it says nothing.
+        row: What is set at run time; None without a row.
+        workers: The rates that the task's workers have of their own, as texts.
+    """
+    limit: RateLimit | Interval | NoLimit | None
+    if row is not None and row.gap_us is not None:
+        limit, source = Interval(row.gap_us) if row.gap_us else NoLimit.NONE, Source.RUN_TIME
+    elif setting is not None:
+        limit, source = setting, Source.SETTING
+    else:
+        limit, source = own, Source.UNKNOWN if own is None else Source.TASK
+    if source is not Source.RUN_TIME and len(workers) == 1 and str(limit) not in workers:
+        [theirs] = workers
+        limit, source = parse_limit(theirs), Source.WORKERS
+    pause = "" if row is None else row.pause
+    if not pause and _is_pause(limit):
+        pause = f"paused: rate limit {limit}"
+    return InForce(limit, source, pause)
+
+
+def _is_pause(limit: object) -> bool:
+    return isinstance(limit, RateLimit) and limit.paused
 
 
 def shown_interval(gap_us: int) -> str:
@@ -273,6 +381,7 @@ class WorkerBudget:
 
     def __init__(self, rate: RateLimit | None) -> None:
         self._rate = rate
+        self._pause = in_force(rate or NoLimit.NONE).pause
         self._limiter: Limiter | None = None
 
     @property
@@ -293,8 +402,8 @@ class WorkerBudget:
         """Return why no start may begin now."""
         if self._rate is None:
             return None
-        if self._rate.paused:
-            return Wait(paused_by_rate(self._rate), POLL_SECONDS)
+        if self._pause:
+            return Wait(Reason(ReasonKind.PAUSED, self._pause), POLL_SECONDS)
         if self._limiter is None:
             self._limiter = Limiter(self._rate.interval)
             await self._limiter.charge()
@@ -327,8 +436,3 @@ class WorkerBudget:
 def next_start(moment: datetime) -> Reason:
     """Return the reason to wait for a start that is due at a moment, UTC."""
     return Reason(ReasonKind.BUDGET, f"budget: next start at {moment:%H:%M:%S} UTC")
-
-
-def paused_by_rate(rate: RateLimit) -> Reason:
-    """Return the reason to wait where the rate limit itself is a pause."""
-    return Reason(ReasonKind.PAUSED, f"paused: rate limit {rate}")

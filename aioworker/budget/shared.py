@@ -37,12 +37,13 @@ from aioworker.errors import DatabaseError, TurnLostError
 from aioworker.limits import (
     LEAD_SECONDS,
     POLL_SECONDS,
+    InForce,
     Limiter,
+    NoLimit,
     RateLimit,
     Wait,
+    in_force,
     next_start,
-    paused_by_rate,
-    shown_interval,
 )
 from aioworker.logs import Seldom, fields
 from aioworker.mysql.trouble import MySQLError
@@ -99,13 +100,14 @@ class SharedBudget:
     ) -> None:
         self._clock = clock or Clock(task)
         self._database = database
-        self._rate = rate
+        self._own = rate or NoLimit.NONE
         self._task = task
         self._limiter: Limiter | None = None
         self._seldom = Seldom()
         self._rivals = Rivals()
         self._gap_us: int | None = None
-        self._shown = _limit(rate, None)
+        own = in_force(self._own)
+        self._shown = own.rate
         self._due_at = 0.0
         self._habits = Habits()
         self._write_due = Due(0.0, self._clock.now(), 0.0)
@@ -113,7 +115,7 @@ class SharedBudget:
         self._arguments: dict[str, object] = {
             "task": task,
             "worker": worker,
-            "gap": None if rate is None or rate.paused else rate.gap_us,
+            "gap": own.gap_us,
         }
         self._crashes = Crashes(database, self._arguments)
 
@@ -158,11 +160,8 @@ class SharedBudget:
                 await self._database.execute(_ADOPT, self._arguments)
                 row = await self._read()
             self._rivals.took_over(row)
-        await self._follow(row)
-        if row.paused:
-            return Wait(Reason(ReasonKind.PAUSED, row.pause), self._poll())
-        if row.gap_us is None and self._rate is not None and self._rate.paused:
-            return Wait(paused_by_rate(self._rate), self._poll())
+        if (force := await self._follow(row)).paused:
+            return Wait(Reason(ReasonKind.PAUSED, force.pause), self._poll())
         if self._gap_us is None or self._limiter is None:
             return None
         if (rivals := self._rivals.reason) is not None:
@@ -339,19 +338,17 @@ class SharedBudget:
                 " start it without, or set AIOWORKER_BUDGET=worker"
             )
 
-    async def _follow(self, row: Row) -> None:
-        """Take over the row's rate; log what is new."""
-        own: int | None = None
-        if self._rate is not None and not self._rate.paused:
-            own = self._rate.gap_us
-        self._gap_us = (own if row.gap_us is None else row.gap_us) or None  # 0: no limit
+    async def _follow(self, row: Row) -> InForce:
+        """Take over the row's rate, and return what is in force; log what is new."""
+        force = in_force(self._own, row=row)
+        self._gap_us = force.gap_us
         if self._gap_us is not None:
             interval = self._gap_us / 1e6
             if self._limiter is None:
                 self._limiter = Limiter(interval)
             elif self._limiter.interval != interval:
                 await self._limiter.change(interval)
-        limit = "paused" if row.paused else _limit(self._rate, row.gap_us)
+        limit = "paused" if row.paused else force.rate
         if limit != self._shown:
             by, why = row.set_by, row.set_why
             if "paused" in (limit, self._shown):
@@ -367,6 +364,7 @@ class SharedBudget:
                 ),
             )
             self._shown = limit
+        return force
 
     def _poll(self) -> float:
         """Return the seconds after which a change of the row is looked for."""
@@ -378,10 +376,3 @@ class SharedBudget:
 def _jitter(crowd: int, gap_us: int) -> float:
     """Return seconds by which contenders come apart: up to a tenth of the interval."""
     return random.uniform(0, min(gap_us / 1e7, LONGEST_JITTER_SECONDS)) if crowd else 0.0
-
-
-def _limit(own: RateLimit | None, gap_us: int | None) -> str:
-    """Return the rate in force as a person writes it."""
-    if gap_us is not None:
-        return shown_interval(gap_us)
-    return "none" if own is None else str(own)

@@ -129,7 +129,9 @@ class Row:
 
     @property
     def pause(self) -> str:
-        """Who paused the task, when and why."""
+        """Who paused the task, when and why; empty if nobody did."""
+        if not self.paused:
+            return ""
         by = f" by {self.paused_by}" if self.paused_by else ""
         since = f" since {self.paused_at:%Y-%m-%d %H:%M:%S} UTC" if self.paused_at else ""
         why = f": {self.paused_why}" if self.paused_why else ""

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from aioworker.clock import APART_SECONDS
+from aioworker.limits import Source
 from aioworker.words import duration
 
 if TYPE_CHECKING:
@@ -14,10 +15,10 @@ if TYPE_CHECKING:
     from aioworker.status.read import Worker
 
 _SOURCES = {
-    "run time": "set at run time",
-    "setting": "by setting",
-    "task": "the task's own",
-    "workers": "the workers' own",
+    Source.RUN_TIME: "set at run time",
+    Source.SETTING: "by setting",
+    Source.TASK: "the task's own",
+    Source.WORKERS: "the workers' own",
 }
 
 
@@ -77,11 +78,11 @@ def _budget_lines(limit: Limit, waits: ReasonKind) -> list[tuple[str, str]]:
 
 def _rate(limit: Limit) -> str:
     """Return the rate, whose starts it counts, and where it comes from."""
-    if limit.source == "unknown":
+    if limit.source == Source.UNKNOWN:
         which = "they differ" if limit.rates_differ else "none is here to tell it"
         return f"each worker's own; {which}"
     whose = "of all workers" if limit.scope == "shared" else "of each worker alone"
-    return f"{limit.rate} {whose}, {_SOURCES[limit.source]}"
+    return f"{limit.rate} {whose}, {_SOURCES[Source(limit.source)]}"
 
 
 def _next_start(limit: Limit, waits: ReasonKind) -> str:

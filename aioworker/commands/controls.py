@@ -9,13 +9,14 @@ from __future__ import annotations
 import getpass
 import os
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from aioworker.budget import tables
 from aioworker.commands import meant
 from aioworker.console import say
 from aioworker.errors import UsageError
-from aioworker.limits import NoLimit, RateLimit, shown_interval
+from aioworker.limits import InForce, NoLimit, RateLimit, Source, in_force
 from aioworker.tasks.task import find, registered
 
 if TYPE_CHECKING:
@@ -54,9 +55,10 @@ async def set_rate(
         await _set(database, name, _SET_RATE, gap, why)
         own = await tables.rates(database, name)
         was, now = (
-            in_words(limit_and_source(settings, name, g, own)) for g in (before.gap_us, gap)
+            in_words(rate_in_force(settings, name, row, own))
+            for row in (before, replace(before, gap_us=gap))
         )
-        still = f"; still {before.pause}" if before.paused else ""
+        still = f"; still {before.pause}" if before.pause else ""
         say(f"{name}: rate limit {now} (was {was}){still}")
 
 
@@ -84,7 +86,7 @@ async def resume(settings: Settings, names: Sequence[str], why: str | None) -> N
     """
     async with _row(settings, names) as (database, name, before):
         own = await tables.rates(database, name)
-        limit = in_words(limit_and_source(settings, name, before.gap_us, own))
+        limit = in_words(rate_in_force(settings, name, before, own))
         if not before.paused:
             say(f"{name}: not paused, rate limit {limit}; nothing was changed")
             return
@@ -92,37 +94,24 @@ async def resume(settings: Settings, names: Sequence[str], why: str | None) -> N
         say(f"{name}: resumed, rate limit {limit}")
 
 
-def limit_and_source(
-    settings: Settings, name: str, gap_us: int | None, workers: set[str]
-) -> tuple[str, str]:
-    """Return the rate limit in force, and where it comes from.
+def rate_in_force(settings: Settings, name: str, row: Row | None, workers: set[str]) -> InForce:
+    """Return the rate limit in force, as far as this process can know it.
 
     Args:
         settings: This process's settings.
         name: The task's name; its own rate is known if its module is imported here.
-        gap_us: What is set at run time, None for nothing.
+        row: The task's row; None where there is none.
         workers: The rates that its workers have of their own.
-
-    Returns:
-        The rate, `none` for no limit, with `run time`, `setting`, `task` or `workers`; or
-        `unknown` twice.
     """
-    if gap_us is not None:
-        return shown_interval(gap_us), "run time"
-    found = "unknown", "unknown"
-    if settings.rate_limit is not None:
-        found = str(settings.rate_limit), "setting"
-    elif name in registered():
-        found = str(find(name).rate_limit or "none"), "task"
-    if len(workers) == 1 and found[0] not in workers:
-        return next(iter(workers)), "workers"
-    return found
+    own = find(name).rate_limit or NoLimit.NONE if name in registered() else None
+    return in_force(own, settings.rate_limit, row, workers)
 
 
-def in_words(limit: tuple[str, str]) -> str:
-    """Return a rate limit and its source as a control says them."""
-    rate, source = limit
-    return "each worker's own" if source == "unknown" else f"{rate}, {source}"
+def in_words(force: InForce) -> str:
+    """Return the rate limit in force and its source as a control says them."""
+    if force.source is Source.UNKNOWN:
+        return "each worker's own"
+    return f"{force.rate}, {force.source}"
 
 
 def checked_reason(settings: Settings, why: str | None) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from aioworker.budget import tables
 from aioworker.budget.tables import Row, peek
 from aioworker.console import say, tell
 from aioworker.errors import AioworkerError, BrokerError, DatabaseError, TaskError, UsageError
-from aioworker.limits import in_force
+from aioworker.limits import NoLimit, in_force
 from aioworker.producer import Producer, Sweep, chunked, publish_sweep
 from aioworker.rabbitmq.errors import forbids
 from aioworker.tasks import keys
@@ -230,14 +229,10 @@ async def _watch_earlier(
     The lane is watched for the time of one start. A start alone shows nothing: its run may
     fail, and its message come back.
     """
-    rate = in_force(settings.rate_limit, task.rate_limit)
-    interval = rate.interval if rate else 0.0
-    if row is not None and row.gap_us is not None:
-        interval = row.gap_us / 1e6
-    paused = interval == math.inf or (row is not None and row.paused)
+    force = in_force(task.rate_limit or NoLimit.NONE, settings.rate_limit, row)
     advances = perhaps = False
-    if not paused:
-        seconds = min(2.0 + interval * 1.1, LONGEST_WATCH_SECONDS)
+    if not force.paused:
+        seconds = min(2.0 + (force.interval or 0.0) * 1.1, LONGEST_WATCH_SECONDS)
         tell(f"an earlier sweep is still queued: watching for {seconds:.0f} s whether it advances")
         deadline = time.monotonic() + seconds
         while not advances and time.monotonic() < deadline:
@@ -245,7 +240,7 @@ async def _watch_earlier(
             # Once refused, RabbitMQ would log each further try.
             now, sure = await _backlog(producer, task, ask=not perhaps)
             advances, perhaps = now < waiting and sure, not sure
-    how = "advances" if advances else "is paused" if paused else "stands still"
+    how = "advances" if advances else "is paused" if force.paused else "stands still"
     if perhaps:
         how = (
             "perhaps advances: RabbitMQ counts none now, as in a lane that does not answer, and"

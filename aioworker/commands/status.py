@@ -7,7 +7,6 @@ when the other is away.
 from __future__ import annotations
 
 import asyncio
-import math
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -16,10 +15,10 @@ from aioworker.budget import tables
 from aioworker.budget.tables import Row, holder, peek
 from aioworker.clock import own_time
 from aioworker.commands import meant
-from aioworker.commands.controls import limit_and_source
+from aioworker.commands.controls import rate_in_force
 from aioworker.commands.look import Look, count_letters
 from aioworker.errors import BrokerError, DatabaseError
-from aioworker.limits import RateLimit
+from aioworker.limits import InForce
 from aioworker.mysql.database import TOLD_SECONDS
 from aioworker.rabbitmq.connection import connected
 from aioworker.rabbitmq.errors import forbids, queue_missing
@@ -151,6 +150,11 @@ class Told:
     workers: list[Worker] | None = None
     ahead: float | None = None
 
+    @property
+    def rates(self) -> set[str]:
+        """The rates that its workers have of their own."""
+        return {one.rate or "none" for one in self.workers or [] if one.alive}
+
 
 # The tasks that are meant, what is told of each, and why nothing is.
 _Database = tuple[list[str], dict[str, Told], DatabaseError | None]
@@ -181,13 +185,14 @@ async def look(
     found = []
     for name in tasks:
         of_task = told.get(name, Told())
-        limit = database_error or _limit(settings, name, of_task)
+        force = rate_in_force(settings, name, of_task.row, of_task.rates)
+        limit = database_error or _limit(settings.budget, force, of_task)
         budget = None if isinstance(limit, DatabaseError) else limit
         queues = Queues.of(name, settings.queue_prefix)
         answer = unreachable or answers[name]
         broker_error = answer if isinstance(answer, BrokerError) else None
         queued = answer if isinstance(answer, Queued) else None
-        waits = why(name, queues, answer, limit, of_task)
+        waits = why(name, queues, answer, limit, force.pause, of_task)
         found.append(
             Status(
                 task=name,
@@ -282,26 +287,20 @@ async def _told(database: Database, name: str) -> Told:
     return Told(row, turn and turn.name, await workers(database, name), ahead)
 
 
-def _limit(settings: Settings, name: str, told: Told) -> Limit:
-    """Return the rate limit in force, from the row, its workers, and what this process knows."""
-    row = told.row
-    gap_us = None if row is None else row.gap_us
-    theirs = {one.rate or "none" for one in told.workers or [] if one.alive}
-    rate, source = limit_and_source(settings, name, gap_us, theirs)
-    interval = _interval(rate, gap_us)
-    stopped = interval == math.inf
+def _limit(scope: str, force: InForce, told: Told) -> Limit:
+    """Return the rate limit in force, and the starts under it."""
+    row, interval, differ = told.row, force.interval, len(told.rates) > 1
     if row is None:
-        known = None if stopped else interval
-        return Limit(settings.budget, rate, source, known, stopped, len(theirs) > 1)
-    ahead = 0.0 if interval is None or stopped else interval - row.charge_age_us / 1e6
-    waiting = ahead > 0 and not row.paused
+        return Limit(scope, force.rate, force.source, interval, force.paused, differ)
+    ahead = 0.0 if interval is None else interval - row.charge_age_us / 1e6
+    waiting = ahead > 0 and not force.paused
     return Limit(
         scope="shared",
-        rate=rate,
-        source=source,
-        interval_seconds=None if stopped else interval,
-        paused=row.paused or stopped,
-        rates_differ=len(theirs) > 1,
+        rate=force.rate,
+        source=force.source,
+        interval_seconds=interval,
+        paused=force.paused,
+        rates_differ=differ,
         paused_by=row.paused_by,
         paused_at=row.paused_at,
         paused_why=row.paused_why,
@@ -317,17 +316,12 @@ def _limit(settings: Settings, name: str, told: Told) -> Limit:
     )
 
 
-def _interval(rate: str, gap_us: int | None) -> float | None:
-    if gap_us is not None:
-        return gap_us / 1e6 or None
-    return None if rate in ("none", "unknown") else RateLimit.parse(rate).interval
-
-
 def why(
     task: str,
     queues: Queues,
     queued: Queued | BrokerError,
     limit: Limit | DatabaseError,
+    pause: str,
     told: Told,
 ) -> Reason:
     """Return why a task waits now, the first reason that holds.
@@ -337,6 +331,7 @@ def why(
         queues: Its queues.
         queued: What is in them, or why they cannot be asked.
         limit: Its rate limit, or why the database cannot be asked.
+        pause: Why no start may begin at all; empty if one may.
         told: What the database tells.
     """
     row = told.row
@@ -351,9 +346,8 @@ def why(
             queue = getattr(queues, name)
             gone = queue_missing(queue) if row is None else meant.without_queue(task, queue)
             return Reason(kind_of(gone), str(gone))
-    if limit.paused:
-        by_rate = f"paused: rate limit {limit.rate}"
-        return Reason(ReasonKind.PAUSED, row.pause if row and row.paused else by_rate)
+    if pause:
+        return Reason(ReasonKind.PAUSED, pause)
     if not queued.urgent and not queued.bulk:
         return next((one.why for one in alive if one.stalled), _EMPTY)
     return _why_workers_wait(task, limit, alive, row)

@@ -12,7 +12,7 @@ from types import CodeType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, ParamSpec, Protocol, TypeVar, overload
 
 from aioworker.errors import RateLimitError, TaskError, TaskExitError, UnknownTaskError, UsageError
-from aioworker.limits import RateLimit, in_force, parse_limit
+from aioworker.limits import NoLimit, RateLimit, parse_limit
 from aioworker.rabbitmq.message import LONGEST_RUN_SECONDS, RETRIES_LIMIT, brief
 from aioworker.tasks import threads
 from aioworker.tasks.chunk import CHUNK_LIMIT, LARGEST_ID, part_of
@@ -321,9 +321,10 @@ def _checked_options(
             f"task {name!r}: expected rate_limit such as '2/m', or none, got: {rate_limit!r}"
         )
     try:
-        rate = None if rate_limit is None else in_force(parse_limit(rate_limit), None)
+        said = NoLimit.NONE if rate_limit is None else parse_limit(rate_limit)
     except RateLimitError as error:
         raise RateLimitError(f"task {name!r}: {error}") from None
+    rate = None if said is NoLimit.NONE else said
     return Options(rate, max_retries, timeout, tuple(constants))
 
 

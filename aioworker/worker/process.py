@@ -15,7 +15,7 @@ from aioworker.budget.shared import SharedBudget
 from aioworker.console import say
 from aioworker.consumer import Consumer, Terms
 from aioworker.errors import DatabaseError, WorkerCutOffError
-from aioworker.limits import WorkerBudget, in_force
+from aioworker.limits import NoLimit, RateLimit, WorkerBudget, in_force
 from aioworker.logs import fields
 from aioworker.settling.outcome import Kind, Outcome
 from aioworker.status.presence import Presence
@@ -180,7 +180,8 @@ def _serve(
 ) -> _Served:
     """Make what serves a task."""
     options = task.options
-    rate = in_force(settings.rate_limit, options.rate_limit)
+    own = in_force(options.rate_limit or NoLimit.NONE, settings.rate_limit)
+    rate = own.limit if isinstance(own.limit, RateLimit) else None
     timeout = settings.task_timeout if options.timeout is None else options.timeout
     retries = settings.max_retries if options.max_retries is None else options.max_retries
     host, pid = socket.gethostname(), os.getpid()
@@ -210,9 +211,7 @@ def _serve(
     )
     log.info(
         "worker started",
-        extra=fields(
-            task=task.name, rate_limit=rate or "none", budget=settings.budget, burst=burst
-        ),
+        extra=fields(task=task.name, rate_limit=own.rate, budget=settings.budget, burst=burst),
     )
     supervisor = Supervisor(task, database, budget, consumer, presence, supervising)
     return _Served(task, database, presence, supervisor)

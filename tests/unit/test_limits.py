@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 
 from aioworker.errors import RateLimitError
-from aioworker.limits import Limiter, NoLimit, RateLimit, in_force, parse_limit, shown_interval
+from aioworker.limits import (
+    Limiter,
+    NoLimit,
+    RateLimit,
+    Source,
+    in_force,
+    parse_limit,
+    shown_interval,
+)
 from tests.fakes import FakeClock
 
 
@@ -63,26 +73,136 @@ def test_nothing_but_none_is_no_limit(text: str) -> None:
         parse_limit(text)
 
 
-@pytest.mark.parametrize(
-    ("said", "own", "limit"),
-    [
-        (None, "2/m", "2/m"),
-        (None, None, None),
-        ("none", "2/m", None),
-        ("none", None, None),
-        ("5/m", "2/m", "5/m"),
-        ("0/m", None, "0/m"),
-    ],
-)
-def test_no_limit_that_is_said_wins_over_the_tasks_own(
-    said: str | None, own: str | None, limit: str | None
-) -> None:
-    """Nothing that is said leaves the task its own; `none` does not."""
-    found = in_force(
-        None if said is None else parse_limit(said), None if own is None else RateLimit.parse(own)
-    )
+@dataclass(frozen=True)
+class Row:
+    """What is set at run time."""
 
-    assert found == (None if limit is None else RateLimit.parse(limit))
+    gap_us: int | None = None
+    pause: str = ""
+
+
+SAID = [None, "none", "5/m", "0/m"]
+ROWS = [None, Row(), Row(0), Row(12_000_000), Row(45_500_000)]
+PAUSE = "paused by alice since 2026-11-29 12:00:00 UTC: lag"
+
+
+def said(text: str | None) -> RateLimit | NoLimit | None:
+    return None if text is None else parse_limit(text)
+
+
+@pytest.mark.parametrize("own", SAID)
+@pytest.mark.parametrize("setting", SAID)
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_the_first_who_says_anything_sets_the_rate(
+    row: Row | None, setting: str | None, own: str | None
+) -> None:
+    """At run time, by setting, by the task: what says no limit says something."""
+    at_run_time = {None: None, 0: "none", 12_000_000: "5/m", 45_500_000: "1 in 45.5 s"}
+    words = [
+        (at_run_time[row.gap_us if row else None], Source.RUN_TIME),
+        (setting, Source.SETTING),
+        (own, Source.TASK),
+        ("unknown", Source.UNKNOWN),
+    ]
+
+    found = in_force(said(own), said(setting), row)
+
+    [first, *_others] = [one for one in words if one[0] is not None]
+    assert (found.rate, found.source) == first
+
+
+@pytest.mark.parametrize(
+    ("workers", "rate", "source"),
+    [
+        ([], "2/m", Source.TASK),
+        (["2/m"], "2/m", Source.TASK),
+        (["3/m"], "3/m", Source.WORKERS),
+        (["none"], "none", Source.WORKERS),
+        (["0/m"], "0/m", Source.WORKERS),
+        (["3/m", "4/m"], "2/m", Source.TASK),
+    ],
+    ids=str,
+)
+def test_workers_that_agree_know_their_rate_better(
+    workers: list[str], rate: str, source: Source
+) -> None:
+    """They may have another setting than this process, or another version of the task."""
+    own = RateLimit.parse("2/m")
+
+    found = in_force(own, None, Row(), workers)
+
+    assert (found.rate, found.source) == (rate, source)
+
+
+@pytest.mark.parametrize(
+    ("row", "setting", "workers", "rate", "source"),
+    [
+        (None, "2/m", ["3/m"], "3/m", Source.WORKERS),
+        (None, "2/m", ["2/m"], "2/m", Source.SETTING),
+        (Row(12_000_000), "2/m", ["3/m"], "5/m", Source.RUN_TIME),
+        (Row(0), None, ["3/m"], "none", Source.RUN_TIME),
+        (None, None, ["3/m"], "3/m", Source.WORKERS),
+        (None, None, ["3/m", "4/m"], "unknown", Source.UNKNOWN),
+    ],
+    ids=str,
+)
+def test_workers_rates_stand_behind_what_is_set_at_run_time(
+    row: Row | None, setting: str | None, workers: list[str], rate: str, source: Source
+) -> None:
+    found = in_force(None, said(setting), row, workers)
+
+    assert (found.rate, found.source) == (rate, source)
+
+
+@pytest.mark.parametrize(
+    ("row", "setting", "pause"),
+    [
+        (None, "2/m", ""),
+        (None, "0/m", "paused: rate limit 0/m"),
+        (Row(), "0/m", "paused: rate limit 0/m"),
+        (Row(12_000_000), "0/m", ""),
+        (Row(0), "0/m", ""),
+        (Row(pause=PAUSE), "2/m", PAUSE),
+        (Row(pause=PAUSE), "none", PAUSE),
+        (Row(pause=PAUSE), "0/m", PAUSE),
+        (Row(12_000_000, PAUSE), "0/m", PAUSE),
+    ],
+    ids=str,
+)
+def test_a_pause_is_of_the_row_or_of_a_rate_of_nothing(
+    row: Row | None, setting: str, pause: str
+) -> None:
+    """A rate that is set at run time ends the pause that a rate of nothing is."""
+    found = in_force(None, said(setting), row)
+
+    assert (found.pause, found.paused) == (pause, bool(pause))
+
+
+def test_workers_whose_rate_is_nothing_pause_the_task() -> None:
+    assert in_force(None, None, None, ["0/h"]).pause == "paused: rate limit 0/h"
+
+
+@pytest.mark.parametrize(
+    ("row", "setting", "gap_us", "interval"),
+    [
+        (None, None, None, None),
+        (None, "none", None, None),
+        (None, "0/m", None, None),
+        (None, "2/m", 30_000_000, 30.0),
+        (None, "7/m", 8_571_429, 60 / 7),
+        (Row(0), "2/m", None, None),
+        (Row(45_500_000), "2/m", 45_500_000, 45.5),
+        (Row(45_500_000, PAUSE), "2/m", 45_500_000, 45.5),
+    ],
+    ids=str,
+)
+def test_a_rate_in_force_has_the_interval_of_its_limit(
+    row: Row | None, setting: str | None, gap_us: int | None, interval: float | None
+) -> None:
+    """None without a limit; also where a pause lets none begin, and then the pause is told."""
+    found = in_force(None, said(setting), row)
+
+    assert (found.gap_us, found.interval) == (gap_us, interval)
 
 
 @pytest.mark.parametrize(

@@ -57,11 +57,12 @@ def asked(
     *workers: Worker,
     queued: Queued | BrokerError = SOME,
     limit: Limit | DatabaseError = LIMIT,
+    pause: str = "",
     row: Row | None = ROW,
     turn: str | None = None,
 ) -> Reason:
     """Return why the task waits."""
-    return why("shop", QUEUES, queued, limit, Told(row, turn, list(workers), 0.0))
+    return why("shop", QUEUES, queued, limit, pause, Told(row, turn, list(workers), 0.0))
 
 
 @pytest.mark.parametrize(
@@ -83,16 +84,7 @@ def asked(
             ReasonKind.BROKER_REFUSES,
             "queue aioworker.shop.urgent does not exist: run `aioworker init`",
         ),
-        (
-            {"limit": replace(LIMIT, paused=True), "row": replace(ROW, paused=True)},
-            ReasonKind.PAUSED,
-            "paused",
-        ),
-        (
-            {"limit": replace(LIMIT, rate="0/m", paused=True)},
-            ReasonKind.PAUSED,
-            "paused: rate limit 0/m",
-        ),
+        ({"pause": "paused by alice"}, ReasonKind.PAUSED, "paused by alice"),
         ({"queued": NONE}, ReasonKind.EMPTY, "nothing queued"),
         (
             {"limit": replace(LIMIT, scope="worker"), "row": None},
@@ -179,3 +171,11 @@ def test_a_worker_that_runs_in_its_turn_runs() -> None:
     found = asked(worker(ReasonKind.RUNNING, "running"), limit=limit, turn="web1:7")
 
     assert found == Reason(ReasonKind.RUNNING, f"running: {WORDS}")
+
+
+def test_a_row_tells_who_paused_it_while_it_is_paused() -> None:
+    """Who ended a pause stands in the same columns."""
+    told = replace(ROW, paused_by="alice", paused_at=NOW, paused_why="lag")
+
+    assert told.pause == ""
+    assert replace(told, paused=True).pause == "paused by alice since 2026-11-29 12:00:00 UTC: lag"
