@@ -122,10 +122,6 @@ class BrokerError(AioworkerError, ConnectionError):
         self.unreachable = unreachable
 
 
-class StalledError(BrokerError):
-    """Messages wait, the budget is free, and nothing starts."""
-
-
 class ConnectionLostError(BrokerError):
     """The connection was lost; what was under way on it may have arrived."""
 

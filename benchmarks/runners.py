@@ -17,12 +17,12 @@ import aio_pika
 
 from aioworker.addons import update_current_version
 from aioworker.budget.shared import SharedBudget
-from aioworker.consumer import Consumer, Terms
 from aioworker.producer import Producer, Sweep, chunked, outgoing_message, publish_sweep
 from aioworker.rabbitmq.queues import Queues
 from aioworker.settings import Settings
 from aioworker.status.presence import Presence
-from aioworker.worker.supervisor import Options, Supervisor
+from aioworker.worker.session import Worker
+from aioworker.worker.supervisor import Address, Supervisor
 
 IDS = int(sys.argv[2]) if len(sys.argv) > 2 else 200_000
 PAGE = 5000
@@ -36,12 +36,20 @@ async def consume() -> None:
     database = settings.database()
     budget = SharedBudget(database, task.name, None, "bench")
     presence = Presence(task.name, "bench", os.getpid(), None, lambda _doing: None, database)
-    terms = Terms(5, 30, 10, settings.queue_prefix)
-    consumer = Consumer(task, database, budget, presence, terms, "bench")
-    options = Options(settings.amqp_url, burst=True, connect_timeout=10, worker="bench")
-    if not await Supervisor(task, database, budget, consumer, presence, options).run(
-        asyncio.Event()
-    ):
+    worker = Worker.of(
+        "bench",
+        task,
+        database,
+        budget,
+        presence,
+        timeout=10,
+        task_timeout=30,
+        max_retries=5,
+        burst=True,
+    )
+    queues = Queues.of(task.name, settings.queue_prefix)
+    address = Address(settings.amqp_url, queues, 10, "bench")
+    if not await Supervisor(worker, address).run(asyncio.Event()):
         sys.exit("not every chunk was done")
     database.close()
 

@@ -19,7 +19,7 @@ from aioworker.addresses import BrokerAddress, DatabaseAddress
 from aioworker.budget import schema, tables
 from aioworker.budget.shared import SharedBudget
 from aioworker.clock import Clock
-from aioworker.consumer import Consumer, Terms
+from aioworker.consumer import Consumer
 from aioworker.limits import Budget, RateLimit, WorkerBudget
 from aioworker.mysql.database import Database
 from aioworker.producer import Producer
@@ -27,7 +27,8 @@ from aioworker.rabbitmq.queues import Queues
 from aioworker.rabbitmq.queues import count as count_messages
 from aioworker.rabbitmq.queues import declare as declare_queue
 from aioworker.status.presence import Presence
-from aioworker.worker.supervisor import Options, Supervisor
+from aioworker.worker.session import Worker as Served
+from aioworker.worker.supervisor import Address, Supervisor
 from support import servers, site
 from tests.fakes import FakeClock
 
@@ -184,6 +185,15 @@ def make_database(
     return kind(address, connect_timeout=10, timeout=timeout)
 
 
+class InProcess(Supervisor):
+    """A worker in the test's own event loop."""
+
+    @property
+    def consumer(self) -> Consumer:
+        """What takes its deliveries through their lives."""
+        return self.worker.consumer
+
+
 def make_worker(  # noqa: PLR0913 - each has a default, and a test names what it is about
     pair: servers.Servers,
     database: Database,
@@ -195,18 +205,27 @@ def make_worker(  # noqa: PLR0913 - each has a default, and a test names what it
     clock: Clock | None = None,
     keeps_row: bool = False,
     max_retries: int = 5,
-) -> Supervisor:
+) -> InProcess:
     """Make a worker that ends once the lanes are empty."""
     budget: Budget = WorkerBudget(None)
     if rate_limit is not None:
         budget = SharedBudget(database, task.name, RateLimit.parse(rate_limit), "test", clock)
     where = database if keeps_row else None
     presence = Presence(task.name, "test", 1, None, lambda _doing: None, where)
-    consumer = Consumer(
-        task, database, budget, presence, Terms(max_retries, task_timeout, 10, PREFIX), "test"
+    nodes = BrokerAddress.parse_all(pair.amqp_url)
+    worker = Served.of(
+        "test",
+        task,
+        database,
+        budget,
+        presence,
+        timeout=10,
+        task_timeout=task_timeout,
+        max_retries=max_retries,
+        burst=burst,
     )
-    options = Options(BrokerAddress.parse_all(pair.amqp_url), burst, 10, "test")
-    return Supervisor(task, database, budget, consumer, presence, options)
+    address = Address(nodes, Queues.of(task.name, PREFIX), 10, f"test {task.name}")
+    return InProcess(worker, address)
 
 
 def database_name(pair: servers.Servers) -> str:

@@ -37,7 +37,8 @@ from aioworker.rabbitmq import copies
 from aioworker.rabbitmq.delivery import Delivery
 from aioworker.settling.failure import Failure, Fault
 from aioworker.settling.outcome import Kind, Outcome
-from aioworker.settling.report import Report, Times
+from aioworker.settling.report import Report
+from aioworker.settling.start import Start
 from aioworker.tasks.context import Context
 from tests.fakes import delivered
 
@@ -242,7 +243,7 @@ class Judge:
                     self._delivery, result.reason, failure.name, failure.traceback, "worker", NOW
                 )
             ContentHeader(body_size=0, properties=copy.properties).marshal()
-        self._report.settled(self._delivery, ctx, result, Times(time.monotonic()))
+        self._report.settled(Start(self._delivery, ctx, outcome=result))
 
     def _failure(self, error: BaseException) -> Failure:
         try:

@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -33,7 +33,11 @@ from aioworker.cli.common import (
 )
 from aioworker.errors import AioworkerError, UnknownTaskError, UsageError
 from aioworker.logs import journal_mark
+from aioworker.words import count
 from aioworker.worker import signals
+
+if TYPE_CHECKING:
+    from aioworker.worker.process import Done
 
 TaskNames = Annotated[list[str] | None, typer.Argument(metavar="TASK", help="The tasks' names.")]
 WATCH_SECONDS = 2.0
@@ -136,7 +140,6 @@ def consume(
     """
     from aioworker.commands import init
     from aioworker.worker import process, reload
-    from aioworker.worker.systemd import Notifier
 
     raise_early = signals.keep_early()
     origin = reload.Origin.of_this_process()
@@ -149,33 +152,24 @@ def consume(
         run(init.refuse_older_tables(settings))
         reload.end_check([task.name for task in tasks])
 
-    async def serve() -> int:
-        stop = asyncio.Event()
-        notifier = Notifier(os.environ)
-        reloading = reload.Reload(stop, notifier, origin)
+    work = process.Process(settings, tasks, burst=burst, origin=origin, raise_early=raise_early)
+    done = work.run()
+    if burst:
+        _report(done)
+    raise typer.Exit(0 if done.complete else 1)
 
-        def end(_signal: object) -> None:
-            notifier.send(STOPPING="1", STATUS="finishing the running chunk")
-            reloading.forget()
-            stop.set()
 
-        signals.on_stop(end)
-        reloading.listen()
-        raise_early()
-        try:
-            async with notifier.alive():
-                while True:
-                    status = await process.consume(
-                        settings, tasks, burst=burst, stop=stop, notifier=notifier
-                    )
-                    if await reloading.may_end():
-                        break
-        finally:
-            await reloading.end()
-        await reloading.replace()
-        return status
+def _report(done: Done) -> None:
+    """Say what a burst came to."""
+    from aioworker.settling.outcome import Kind
 
-    raise typer.Exit(process.run(serve()))
+    settled = done.settled
+    retried = settled[Kind.RETRY] + settled[Kind.POSTPONED]
+    console.say(
+        f"done {count(settled[Kind.ACK], 'message')} in {count(done.starts, 'start')};"
+        f" dead letters {settled[Kind.DEAD_LETTER]}, to retry {retried},"
+        f" given back {settled[Kind.RELEASED]}"
+    )
 
 
 @app.command("publish-all")

@@ -1,4 +1,4 @@
-"""A task's two lanes, as a worker takes from them."""
+"""A task's queues over one connection: taken from the two lanes, put off and set aside."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import time
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from aio_pika.exceptions import ChannelPreconditionFailed
 
@@ -18,7 +18,9 @@ from aioworker.rabbitmq.queues import Queues, bounded, check
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
+    from contextlib import AbstractAsyncContextManager
 
+    import aio_pika
     from aio_pika.abc import (
         AbstractChannel,
         AbstractConnection,
@@ -26,8 +28,7 @@ if TYPE_CHECKING:
         AbstractQueue,
     )
 
-# What arrives from a lane; None says that nothing more does.
-Arrived = asyncio.Queue["Delivery | None"]
+    from aioworker.rabbitmq.publisher import Publisher
 
 # For so long after a `get` that found nothing, a lane is empty if RabbitMQ counts nothing in it.
 # An idle worker leaves a node that is cut off within 10 s: after this, the next look, and the wait
@@ -36,14 +37,46 @@ EMPTY_SECONDS = 5.0
 ANSWER_SECONDS = 3.0
 
 
-class Lanes:
-    """A task's two lanes, to take from, over one channel.
+class Lanes(Protocol):
+    """Where a worker's deliveries come from, and where copies of them go.
+
+    Each method raises a `BrokerError` if a queue is gone or does not answer, or if the connection
+    is lost.
+    """
+
+    async def hold_something(self, *, sure: bool = False) -> bool:
+        """Return whether a message waits in either lane; nothing is kept."""
+
+    async def take(self) -> Delivery | None:
+        """Take one message, from the urgent lane first; None when both are empty."""
+
+    def flow(
+        self, at_once: int, arrive: Callable[[Delivery], None], end: Callable[[], None]
+    ) -> AbstractAsyncContextManager[None]:
+        """Inside, messages come by themselves."""
+
+    async def count_put_off(self) -> int:
+        """Return how many messages wait in the retry queue."""
+
+    async def put_off(self, message: aio_pika.Message) -> None:
+        """Have a copy wait in the retry queue, confirmed."""
+
+    async def set_aside(self, message: aio_pika.Message) -> None:
+        """Put a copy into the dead letters, confirmed."""
+
+    async def unblocked(self) -> None:
+        """Return when RabbitMQ, short of memory or disk before, takes copies again."""
+
+
+class OpenLanes:
+    """The lanes of one connection, by one channel; copies of messages go by another connection.
 
     Args:
         connection: For a channel of its own, where messages flow.
-        channel: What both are used over.
-        urgent: Always taken from first.
-        bulk: Taken from when *urgent* is empty.
+        channel: What both lanes are used over.
+        publisher: Publishes the copies.
+        queues: The task's.
+        lanes: The two to take from, the one that is taken from first before the other.
         timeout: Seconds for each step.
     """
 
@@ -51,20 +84,25 @@ class Lanes:
         self,
         connection: AbstractConnection,
         channel: AbstractChannel,
-        urgent: AbstractQueue,
-        bulk: AbstractQueue,
+        publisher: Publisher,
+        queues: Queues,
+        lanes: tuple[AbstractQueue, AbstractQueue],
         timeout: float,
     ) -> None:
-        self._channel = channel
         self._connection = connection
-        self._queues = (urgent, bulk)
+        self._channel = channel
+        self._publisher = publisher
+        self._names = queues
+        self._queues = lanes
         self._timeout = timeout
         self._refusal: ChannelPreconditionFailed | None = None
         self._empty_at = -math.inf  # when RabbitMQ last answered that both are, by a clock
         channel.close_callbacks.add(self._closed)
 
     @classmethod
-    async def open(cls, connection: AbstractConnection, queues: Queues, timeout: float) -> Lanes:
+    async def open(
+        cls, connection: AbstractConnection, publisher: Publisher, queues: Queues, timeout: float
+    ) -> OpenLanes:
         """Open them.
 
         Raises:
@@ -74,11 +112,11 @@ class Lanes:
         names = (queues.urgent, queues.bulk, queues.retry, queues.dead)
         await check(connection, names, timeout)
 
-        async def call() -> Lanes:
+        async def call() -> OpenLanes:
             channel = await connection.channel()
             urgent = await channel.get_queue(queues.urgent, ensure=False)
             bulk = await channel.get_queue(queues.bulk, ensure=False)
-            return cls(connection, channel, urgent, bulk, timeout)
+            return cls(connection, channel, publisher, queues, (urgent, bulk), timeout)
 
         return await bounded(call, queues.bulk, timeout)
 
@@ -115,7 +153,7 @@ class Lanes:
             BrokerError: A lane is gone or does not answer, or the connection is lost.
         """
         for queue in self._queues:
-            if await self.count(queue.name):
+            if await self._count(queue.name):
                 return True
         if not sure and time.monotonic() - self._empty_at < EMPTY_SECONDS:
             return False
@@ -125,12 +163,35 @@ class Lanes:
             await delivery.give_back()
         return delivery is not None
 
-    async def count(self, name: str) -> int:
-        """Return how many messages wait in a queue, by RabbitMQ's count.
+    async def count_put_off(self) -> int:
+        """Return how many messages wait in the retry queue, by RabbitMQ's count.
 
         Raises:
             BrokerError: The queue is gone, or the connection is lost.
         """
+        return await self._count(self._names.retry)
+
+    async def put_off(self, message: aio_pika.Message) -> None:
+        """Have a copy wait in the retry queue; it is confirmed.
+
+        Raises:
+            BrokerError: It is not: then it may be there all the same.
+        """
+        await self._publisher.publish(self._names.retry, message)
+
+    async def set_aside(self, message: aio_pika.Message) -> None:
+        """Put a copy into the dead letters; it is confirmed.
+
+        Raises:
+            BrokerError: It is not: then it may be there all the same.
+        """
+        await self._publisher.publish(self._names.dead, message)
+
+    async def unblocked(self) -> None:
+        """Return when RabbitMQ, short of memory or disk before, takes copies again."""
+        await self._publisher.unblocked()
+
+    async def _count(self, name: str) -> int:
         declare = partial(self._channel.declare_queue, name, passive=True)
         declared = await bounded(declare, name, self._timeout)
         return declared.declaration_result.message_count or 0
@@ -154,13 +215,16 @@ class Lanes:
         return None
 
     @asynccontextmanager
-    async def flow(self, at_once: int, end: Callable[[], None]) -> AsyncIterator[Arrived]:
+    async def flow(
+        self, at_once: int, arrive: Callable[[Delivery], None], end: Callable[[], None]
+    ) -> AsyncIterator[None]:
         """Have RabbitMQ send what is in the lanes, each message as soon as there is room for it.
 
         What was not settled inside goes back into its lane.
 
         Args:
             at_once: Messages of each lane that may be unsettled at once.
+            arrive: Called with each.
             end: Called when RabbitMQ sends no more: a lane was deleted, or a run took longer
                 than its `consumer_timeout`.
 
@@ -171,10 +235,9 @@ class Lanes:
         def ended(*_: object) -> None:
             end()
 
-        async def arrive(message: AbstractIncomingMessage) -> None:
-            arrived.put_nowait(Delivery.of(message, self._timeout))
+        async def came(message: AbstractIncomingMessage) -> None:
+            arrive(Delivery.of(message, self._timeout))
 
-        arrived: Arrived = asyncio.Queue()
         bulk = self._queues[-1].name
         channel = await bounded(self._connection.channel, bulk, self._timeout)
         try:
@@ -186,8 +249,8 @@ class Lanes:
             sender.on_consumer_cancel_callbacks.add(ended)
             for lane in self._queues:
                 queue = await channel.get_queue(lane.name, ensure=False)
-                await bounded(partial(queue.consume, arrive), lane.name, self._timeout)
-            yield arrived
+                await bounded(partial(queue.consume, came), lane.name, self._timeout)
+            yield
         finally:
             self._channel.close_callbacks.discard(ended)
             with suppress(*FAILURES):

@@ -49,3 +49,6 @@ class Outcome:
     def failed(self) -> bool:
         """Whether the message was not done because something went wrong."""
         return self.failure is not None or self.away is not None
+
+
+UNDECIDED = Outcome(Kind.RELEASED)  # what nobody decides is given back

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aioworker.errors import let_go, name_of, traceback_of
@@ -16,7 +15,7 @@ from aioworker.settling.outcome import Kind, Outcome
 
 if TYPE_CHECKING:
     from aioworker.errors import BrokerError
-    from aioworker.rabbitmq.delivery import Delivery
+    from aioworker.settling.start import Start
     from aioworker.tasks.context import Context
 
 log = logging.getLogger("aioworker.consumer")
@@ -33,23 +32,6 @@ _FIELDS = frozenset(
 LARGEST = 10**18  # of a count; Python refuses to show numbers of thousands of digits
 
 
-@dataclass(slots=True)
-class Times:
-    """When a delivery went how far, by the monotonic clock.
-
-    Args:
-        taken: When it was taken.
-        began: When its run began; 0 for never.
-        ended: When that ended; 0 for not yet.
-        cut_off: Whether that was because its time was up.
-    """
-
-    taken: float
-    began: float = 0.0
-    ended: float = 0.0
-    cut_off: bool = False
-
-
 class Report:
     """Tells what a task's deliveries came to.
 
@@ -62,29 +44,14 @@ class Report:
         self._idle_since = time.monotonic()
         self._tracebacks = Seldom()
 
-    def settled(
-        self,
-        delivery: Delivery,
-        ctx: Context,
-        result: Outcome,
-        times: Times,
-        *,
-        again: bool = False,
-    ) -> None:
+    def settled(self, start: Start) -> None:
         """Log the one line of a settled delivery.
 
         It carries the traceback of what failed in a task's own code: once a minute for each
         kind of failure, and always at the level debug.
-
-        Args:
-            delivery: What was served.
-            ctx: What its run got.
-            result: What it came to.
-            times: When.
-            again: Whether its run had ended before, and could not be settled then.
         """
-        values = self._values(delivery, ctx, times)
-        if again:
+        values, result = self._values(start), start.outcome
+        if start.again:
             values["ran"] = "before"
         if result.reason:
             values["reason"] = line(result.reason)
@@ -96,36 +63,28 @@ class Report:
         error = result.failure.error if result.failure is not None else None
         try:
             info = None
-            if error is not None and self._shows_traceback(result, ctx.task, level):
+            if error is not None and self._shows_traceback(result, start.ctx.task, level):
                 info = (type(error), error, traceback_of(error))
             log.log(level, phrase, exc_info=info, extra=fields(**values))
         finally:
             let_go(error)
 
-    def unsettled(
-        self,
-        delivery: Delivery,
-        ctx: Context,
-        error: BrokerError,
-        result: Outcome | None,
-        times: Times,
-    ) -> None:
+    def unsettled(self, start: Start, error: BrokerError) -> None:
         """Log that a delivery could not be settled, and why: RabbitMQ delivers it again."""
-        values = self._values(delivery, ctx, times)
         reason = str(error)
-        if result is not None and result.reason:
-            reason += f"; it came to: {result.reason}"
-        log.warning("not settled", extra=fields(**values, reason=line(reason)))
+        if start.outcome.reason:
+            reason += f"; it came to: {start.outcome.reason}"
+        log.warning("not settled", extra=fields(**self._values(start), reason=line(reason)))
 
-    def _values(self, delivery: Delivery, ctx: Context, times: Times) -> dict[str, Any]:
-        began, ended = times.began or times.taken, times.ended or time.monotonic()
+    def _values(self, start: Start) -> dict[str, Any]:
+        began, ended = start.began or start.taken, start.ended or time.monotonic()
         waited, self._idle_since = max(began - self._idle_since, 0.0), ended
         return {
-            "task": ctx.task,
-            "message_id": ctx.message_id,
-            "lane": delivery.lane,
-            "attempt": ctx.attempt,
-            **_counts(ctx),
+            "task": start.ctx.task,
+            "message_id": start.ctx.message_id,
+            "lane": start.delivery.lane,
+            "attempt": start.ctx.attempt,
+            **_counts(start.ctx),
             "wait_seconds": waited,
             "run_seconds": ended - began,
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aioworker.errors import BrokerError, DatabaseError, StalledError, TurnLostError
+from aioworker.errors import BrokerError, DatabaseError, TurnLostError
 from aioworker.mysql import trouble
 from aioworker.mysql.trouble import Trouble
 from aioworker.reasons import ReasonKind
@@ -10,8 +10,6 @@ from aioworker.reasons import ReasonKind
 
 def kind_of(error: BrokerError | DatabaseError) -> ReasonKind:
     """Return the kind of reason that an error of a server is, or what else ended the work."""
-    if isinstance(error, StalledError):
-        return ReasonKind.STALLED
     if isinstance(error, BrokerError):
         return ReasonKind.BROKER_UNREACHABLE if error.unreachable else ReasonKind.BROKER_REFUSES
     if isinstance(error, TurnLostError):

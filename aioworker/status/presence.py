@@ -80,7 +80,6 @@ class Presence:
 
     Attributes:
         others: How many other workers of the task were alive at the last heartbeat.
-        stalled: Whether the worker stands still; its waits are then told as `stalled`.
     """
 
     def __init__(
@@ -94,7 +93,6 @@ class Presence:
         run_seconds: float = 0.0,
     ) -> None:
         self.others = 0
-        self.stalled = False
         self._task = task
         self._notify = notify
         self._database = database
@@ -120,20 +118,13 @@ class Presence:
     def tell(self, reason: Reason) -> None:
         """Say and log what the worker does, once for each change.
 
-        Once it has said that it stands still, each wait is told as such, until `stalled` is taken
-        back.
-
         A warning or an error whose words were logged within a minute is logged when that has
         passed, if it still holds; numbers in them, such as times, make no other words.
 
         Args:
             reason: Why it waits, or what runs.
         """
-        kind = reason.kind
-        self.stalled = self.stalled or kind.red
-        state = kind.state
-        if self.stalled and state is State.WAITING:
-            state = State.STALLED
+        kind, state = reason.kind, reason.kind.state
         if (told := _Told(state, reason)) != self._told:
             self._told, self._owed = told, kind.level
             self._notify(f"{state}: {reason}")

@@ -7,91 +7,92 @@ none is held while another one runs.
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from aioworker.settling.outcome import Outcome
-
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import Callable, Coroutine
 
     from aioworker.rabbitmq.delivery import Delivery
+    from aioworker.settling.outcome import Outcome
 
 
 class Flow:
-    """Serves what arrives.
+    """Serves what arrives; use as `async with flow`, which ends once all that runs has ended.
 
     Args:
         serve: Takes one delivery to its end.
+        first: What was taken before, by a channel that stays open: it is served, come what may.
 
     Attributes:
         served: How many were served.
-        running: How many are being served.
-        moved: When one was begun or ended last, by the event loop's time.
+        running: Those that are being served.
         ended: Set when no more are to be served: one was given back or put off uncounted, or
             could not be settled.
         failure: What the last one that was given back or put off came to.
     """
 
-    def __init__(self, serve: Callable[[Delivery], Awaitable[Outcome]]) -> None:
+    def __init__(
+        self, serve: Callable[[Delivery], Coroutine[None, None, Outcome]], first: Delivery
+    ) -> None:
         self.served = 0
-        self.running = 0
-        self.moved = asyncio.get_running_loop().time()
+        self.running: set[asyncio.Task[Outcome]] = set()
         self.ended = asyncio.Event()
         self.failure: Outcome | None = None
         self._serve = serve
+        self._waiting = [first]  # until this is entered: before, nobody would wait for their end
+        self._entered = False
+        self._error: BaseException | None = None
+        self._time = asyncio.get_running_loop().time
+        self._moved_at = self._time()
 
-    @asynccontextmanager
-    async def serving(
-        self,
-        first: Delivery,
-        arrived: asyncio.Queue[Delivery | None],
-        at_once: int,
-    ) -> AsyncIterator[None]:
-        """Serve what arrives while inside; at the end wait for what runs, and leave the rest.
+    @property
+    def seconds_since_it_moved(self) -> float:
+        """Seconds since one was begun or ended last."""
+        return self._time() - self._moved_at
 
-        Args:
-            first: What was taken before, by a channel that stays open: it is served, come what may.
-            arrived: What arrives; it goes back with its channel if it is left.
-            at_once: How many of those are served at once.
+    async def __aenter__(self) -> Flow:
+        self._entered = True
+        for delivery in self._waiting:
+            self._begin(delivery)
+        return self
 
-        Raises:
-            BrokerError: One could not be settled: RabbitMQ will deliver it again.
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.ended.set()
+        if isinstance(error, asyncio.CancelledError):
+            for one in self.running:
+                one.cancel()
+        await asyncio.gather(*self.running, return_exceptions=True)
+        if error is None and self._error is not None:
+            raise self._error
+
+    def begin(self, delivery: Delivery) -> None:
+        """Serve a delivery beside the others.
+
+        Of those that come after the end, none is served: they go back with their channel.
         """
-        loops = [asyncio.create_task(self._serve_one(first))]
-        loops += [asyncio.create_task(self._serve_all(arrived)) for _ in range(at_once)]
-        try:
-            yield
-        finally:
-            self.ended.set()
-            for _ in range(at_once):
-                arrived.put_nowait(None)
-            ends = await asyncio.gather(*loops, return_exceptions=True)
-        for end in ends:
-            if isinstance(end, BaseException):
-                raise end
+        if self.ended.is_set():
+            return
+        if self._entered:
+            self._begin(delivery)
+        else:
+            self._waiting.append(delivery)
 
-    async def _serve_all(self, arrived: asyncio.Queue[Delivery | None]) -> None:
-        while (delivery := await arrived.get()) is not None:
-            if self.ended.is_set():
-                arrived.put_nowait(delivery)
-                return
-            await self._serve_one(delivery)
+    def _begin(self, delivery: Delivery) -> None:
+        self._moved_at = self._time()
+        running = asyncio.create_task(self._serve(delivery))
+        self.running.add(running)
+        running.add_done_callback(self._end)
 
-    async def _serve_one(self, delivery: Delivery) -> None:
-        self._moves(1)
-        try:
-            result = await self._serve(delivery)
-        except BaseException:
+    def _end(self, ended: asyncio.Task[Outcome]) -> None:
+        self._moved_at = self._time()
+        self.running.discard(ended)
+        if ended.cancelled():
+            return
+        if (error := ended.exception()) is not None:
+            self._error = self._error or error
             self.ended.set()
-            raise
-        finally:
-            self._moves(-1)
+            return
         self.served += 1
-        if result.uncounted:
-            self.failure = result
+        if (outcome := ended.result()).uncounted:
+            self.failure = outcome
             self.ended.set()
-
-    def _moves(self, more: int) -> None:
-        self.running += more
-        self.moved = asyncio.get_running_loop().time()

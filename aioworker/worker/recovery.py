@@ -1,4 +1,4 @@
-"""After a failure: how long to wait, and how a worker notices that it stands still."""
+"""What a worker knows of failures: how long to wait, and whether it stands still."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import asyncio
 import math
 import random
 import time
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from aioworker.errors import StalledError
-from aioworker.reasons import Reason
+from aioworker.reasons import Reason, ReasonKind
 from aioworker.status.errors import kind_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
-    from typing import Any
+    from collections.abc import Callable
 
     from aioworker.errors import BrokerError, DatabaseError
 
@@ -26,7 +25,6 @@ LONGEST_AWAY_SECONDS = 3.0
 LONGEST_REFUSED_SECONDS = 30.0
 HEALED_SECONDS = 30.0  # a server that answered for so long is asked soon again
 STALL_SECONDS = 10.0  # a worker stands still after two intervals, and not before this
-WATCH_SECONDS = 1.0
 
 
 class Outage:
@@ -69,7 +67,7 @@ class Outage:
             LONGEST_AWAY_SECONDS if error.unreachable else LONGEST_REFUSED_SECONDS,
         )
 
-    def tell(self, error: BrokerError | DatabaseError) -> Reason:
+    def reason(self, error: BrokerError | DatabaseError) -> Reason:
         """Return the reason to wait: since when, where the server itself is away."""
         if not error.unreachable:
             self._since = None
@@ -85,62 +83,83 @@ def _backoff(failures: int, longest: float) -> float:
 
 
 class Stall:
-    """Notices that messages wait, a start is due, and nothing starts.
+    """Notices that a start is due, and somebody unknown holds the turn all the time."""
 
-    Whoever serves says when a start is due (`due`) and when it got anywhere (`moves`); each
-    wait with a reason of its own is getting somewhere.
-
-    Args:
-        patience: Seconds that one step of whoever serves may take by its own timeouts.
-    """
-
-    def __init__(self, patience: float) -> None:
-        self._patience = patience
-        self._limit = STALL_SECONDS
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._since: float | None = None
 
-    def due(self, interval: float) -> None:
-        """Messages wait and a start is due.
-
-        Args:
-            interval: Seconds between two starts.
-
-        Raises:
-            StalledError: That is so for two intervals now, and for ten seconds.
-        """
-        self._limit = max(2 * interval, STALL_SECONDS)
-        if self._since is None:
-            self._since = asyncio.get_running_loop().time()
-        self._check(0.0)
-
-    def moves(self) -> None:
-        """There is nothing to do, or it is being done, or it is known why not."""
+    def end(self) -> None:
+        """The turn was had."""
         self._since = None
 
-    async def watch(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do the work of whoever serves; cut it off where one step of it never ends.
+    def judge(self, reason: Reason, interval: float) -> Reason:
+        """Return the reason to wait, or that nothing starts, after two intervals of it.
 
-        Raises:
-            StalledError: It was cut off.
+        Args:
+            reason: Why the worker waits.
+            interval: Seconds between two starts.
         """
-        serving = asyncio.create_task(work)
-        try:
-            while not serving.done():
-                await asyncio.wait({serving}, timeout=WATCH_SECONDS)
-                if not serving.done():
-                    self._check(self._patience)
-            serving.result()
-        finally:
-            serving.cancel()
-            await asyncio.gather(serving, return_exceptions=True)
-
-    def _check(self, patience: float) -> None:
-        if self._since is None:
-            return
-        seconds = asyncio.get_running_loop().time() - self._since
-        if seconds > self._limit + patience:
+        if reason.kind is not ReasonKind.TURN_UNOWNED:
             self._since = None
-            raise StalledError(
-                f"stalled: messages wait and the budget is free, but nothing started for"
-                f" {seconds:.0f} s; connecting anew"
-            )
+            return reason
+        if self._since is None:
+            self._since = self._clock()
+        seconds = self._clock() - self._since
+        if seconds <= max(2 * interval, STALL_SECONDS):
+            return reason
+        words = (
+            "stalled: messages wait and the budget is free, but nothing started for"
+            f" {seconds:.0f} s; {reason}"
+        )
+        return Reason(ReasonKind.STALLED, words)
+
+
+@dataclass(slots=True)
+class Recovery:
+    """What one worker knows of failures, over all its connections.
+
+    Args:
+        broker: RabbitMQ's outage.
+        database: The database's.
+        copies: RabbitMQ's, for copies of messages.
+        stall: Whether nothing starts, for no reason that is known.
+        patience: Seconds that one step of the worker may take by its own timeouts.
+        stood_still: Returns what stood still a moment ago, and cost a connection perhaps.
+        trusted: Whether task and budget could be used since the last failure.
+        due_by: When the step that is on has to end, by the event loop's clock.
+    """
+
+    broker: Outage
+    database: Outage
+    copies: Outage
+    patience: float
+    stall: Stall = field(default_factory=Stall)
+    stood_still: Callable[[], str] = str
+    trusted: bool = False
+    due_by: float = 0.0
+
+    @classmethod
+    def of(cls, nodes: int, patience: float, stood_still: Callable[[], str] = str) -> Recovery:
+        """Make one for a worker that has seen no failure.
+
+        Args:
+            nodes: How many nodes RabbitMQ has.
+            patience: Seconds that one step of the worker may take.
+            stood_still: Returns what stood still a moment ago.
+        """
+        outages = Outage("broker", nodes), Outage("database"), Outage("broker")
+        return cls(*outages, patience, stood_still=stood_still)
+
+    def progress(self, seconds: float = 0.0) -> None:
+        """Note that the worker has come to its next step.
+
+        Args:
+            seconds: How long that waits on purpose.
+        """
+        self.due_by = asyncio.get_running_loop().time() + seconds + self.patience
+
+    def reason(self, outage: Outage, error: BrokerError | DatabaseError) -> Reason:
+        """Return the reason to wait: a server is not blamed for what this process did."""
+        reason, own = outage.reason(error), self.stood_still()
+        return replace(reason, words=f"{reason}; {own}") if own else reason

@@ -162,7 +162,7 @@ class Reload:
         if not self.wanted or time.monotonic() - self._checked_at < FRESH_SECONDS:
             return True
         checking = self._checking = asyncio.create_task(self._origin.problem())
-        await asyncio.wait({checking})
+        await self._notifier.wait({checking}, lambda: True)
         if not self._is_wanted() or (problem := checking.result()) is None:
             return True
         self.wanted = False

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import socket
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import Callable, Collection, Mapping
+
+_Result = TypeVar("_Result")
 
 
 class Notifier:
@@ -45,17 +47,31 @@ class Notifier:
         except OSError:
             return  # the manager's socket is full or gone; the work goes on
 
-    @asynccontextmanager
-    async def alive(self) -> AsyncIterator[None]:
-        """Tell the manager, inside, that the event loop runs: one that stands still is ended."""
-        telling = asyncio.create_task(self._tell_alive())
-        try:
-            yield
-        finally:
-            telling.cancel()
-            await asyncio.gather(telling, return_exceptions=True)
+    async def wait(
+        self,
+        tasks: Collection[asyncio.Task[_Result]],
+        progresses: Callable[[], bool],
+        until: float = math.inf,
+    ) -> set[asyncio.Task[_Result]]:
+        """Wait until one of *tasks* is done; return all that are, none once the time is up.
 
-    async def _tell_alive(self) -> None:
-        while self._patience:
-            self.send(WATCHDOG="1")
-            await asyncio.sleep(self._patience / 2)
+        Meanwhile the manager hears that the process lives, but only while it progresses: one that
+        does not is ended, and started again.
+
+        Args:
+            tasks: What is waited for.
+            progresses: Returns whether the work goes on.
+            until: When to wait no longer, by the event loop's clock.
+        """
+        now = asyncio.get_running_loop().time
+        while True:
+            if progresses():
+                self.send(WATCHDOG="1")
+            seconds = min(self._patience / 2 or math.inf, until - now())
+            done, _left = await asyncio.wait(
+                tasks,
+                timeout=None if seconds == math.inf else max(seconds, 0),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if done or now() >= until:
+                return done

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from pymysql.connections import Connection
     from pymysql.cursors import Cursor
 
-Taken = tuple[taking.Lanes, list[float]]
+Taken = tuple[taking.OpenLanes, list[float]]
 _DO = """
 {{ok, Queue}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"/">>, queue, <<"{}">>)),
 {{Leader, _}} = amqqueue:get_pid(Queue),
@@ -234,9 +234,10 @@ async def test_no_command_calls_silent_dead_letters_none(
 
 
 @pytest.fixture
-async def taken(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> Taken:
+async def taken(lanes: Lanes, pair: servers.Servers, monkeypatch: pytest.MonkeyPatch) -> Taken:
     """The lanes as a worker has them, and for how long it waited for each `get` of theirs."""
-    opened = await taking.Lanes.open(lanes.connection, QUEUES, PATIENCE_SECONDS)
+    publisher = Publisher(BrokerAddress.parse_all(pair.amqp_url), 10, "test")
+    opened = await taking.OpenLanes.open(lanes.connection, publisher, QUEUES, PATIENCE_SECONDS)
     asked: list[float] = []
     take = opened._take
 

@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from aioworker.logs import ConsoleFormatter, JournalFormatter
-from aioworker.worker.supervisor import IDLE_SECONDS
+from aioworker.worker.session import IDLE_SECONDS
 from support import servers
 from tests.conftest import (
     AIOWORKER,

@@ -16,7 +16,7 @@ from subprocess import CompletedProcess
 import pytest
 
 from aioworker.rabbitmq.queues import SAFE_AFTER_SECONDS
-from aioworker.worker.supervisor import ALARM_SECONDS
+from aioworker.worker.session import ALARM_SECONDS
 from support import servers
 from tests.acceptance.test_worker import Manager
 from tests.conftest import DEADLINE_SECONDS, QUEUES, eventually, simple_addons

@@ -11,14 +11,14 @@ import pytest
 
 from aioworker.settling.outcome import Kind
 from aioworker.tasks.task import Task
-from aioworker.worker.supervisor import AT_ONCE, SUSPECT_RETURNS, Supervisor
-from tests.conftest import QUEUES, TASK, Lanes, make_worker
+from aioworker.worker.session import AT_ONCE, SUSPECT_RETURNS
+from tests.conftest import QUEUES, TASK, InProcess, Lanes, make_worker
 
 if TYPE_CHECKING:
     from aioworker.mysql.database import Database
     from support.servers import Broker, Servers
 
-Make = Callable[..., Supervisor]
+Make = Callable[..., InProcess]
 SECONDS = 20
 SLOTS = AT_ONCE + 1  # the first one is looked at before the others are sent
 
@@ -27,7 +27,7 @@ SLOTS = AT_ONCE + 1  # the first one is looked at before the others are sent
 def make(pair: Servers, database: Database, shop: object) -> Make:
     """Make a worker of a function that takes one number, and goes on until it is stopped."""
 
-    def worker(function: Callable[..., Any], *, burst: bool = False) -> Supervisor:
+    def worker(function: Callable[..., Any], *, burst: bool = False) -> InProcess:
         return make_worker(pair, database, task=Task(TASK, function), burst=burst)
 
     return worker

@@ -18,7 +18,7 @@ from aioworker.errors import AioworkerError, DatabaseError
 from aioworker.settling.outcome import Kind
 from aioworker.tasks.context import Context
 from aioworker.tasks.task import AnyTask, Task
-from aioworker.worker import supervisor
+from aioworker.worker import session
 from support.servers import Servers
 from tests.conftest import (
     QUEUES,
@@ -348,7 +348,7 @@ async def test_a_pause_is_followed_while_chunks_need_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """They need no start, so no charge is refused."""
-    monkeypatch.setattr(supervisor, "POLL_SECONDS", 0)
+    monkeypatch.setattr(session, "POLL_SECONDS", 0)
     task = failing(ValueError("nobody asked for it"))
 
     @task.needed
@@ -389,7 +389,7 @@ async def test_what_is_given_back_too_often_goes_behind_and_is_counted_anew(
         if full.pop(0):
             raise DatabaseError("the table 'aioworker_worker' is full")
 
-    monkeypatch.setattr(worker.consumer, "see_database", write)
+    monkeypatch.setattr(worker.worker.probe, "check_database", write)
 
     with pytest.raises(DatabaseError):
         await worker.run(stop)

@@ -17,17 +17,25 @@ from aioworker.settling.outcome import Kind
 from aioworker.tasks.context import Context
 from aioworker.tasks.task import Task
 from support.servers import Maria, Servers
-from tests.conftest import QUEUES, TASK, Lanes, execute, make_database, make_worker, rows
+from tests.conftest import (
+    QUEUES,
+    TASK,
+    InProcess,
+    Lanes,
+    execute,
+    make_database,
+    make_worker,
+    rows,
+)
 
 if TYPE_CHECKING:
     from pymysql.connections import Connection
     from pymysql.cursors import Cursor
 
     from aioworker.mysql.database import Database
-    from aioworker.worker.supervisor import Supervisor
 
 Work = Callable[..., Awaitable[None]]
-Make = Callable[..., "Supervisor"]
+Make = Callable[..., InProcess]
 HEADERS = {"task": TASK, "id": "one"}
 
 
@@ -35,7 +43,7 @@ HEADERS = {"task": TASK, "id": "one"}
 def make(request: pytest.FixtureRequest, pair: Servers, database: Database, shop: object) -> Make:
     """Make a worker of a function: without and with a rate limit, and without its own row."""
 
-    def worker(work: Work, *, max_retries: int = 5, task_timeout: float = 30) -> Supervisor:
+    def worker(work: Work, *, max_retries: int = 5, task_timeout: float = 30) -> InProcess:
         return make_worker(
             pair,
             database,

@@ -1,123 +1,496 @@
-"""A delivery's life, without servers."""
+"""A delivery's life, without servers: what each step does, and what it leaves behind."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
 from typing import Any
-from unittest.mock import AsyncMock, Mock
+from unittest.mock import Mock
 
 import pytest
 
 from aioworker.addresses import DatabaseAddress
-from aioworker.consumer import Consumer, Link, Terms
-from aioworker.errors import BrokerError, DatabaseError
-from aioworker.limits import Budget, Wait, WorkerBudget
+from aioworker.budget.deaths import MOST_DEATHS
+from aioworker.clock import own_time
+from aioworker.consumer import LEAST_LOST, MOST_RETURNS, Consumer
+from aioworker.errors import BrokerError, DatabaseError, DeadLetter, TurnLostError
+from aioworker.limits import Wait
 from aioworker.mysql.database import Database
-from aioworker.rabbitmq.delivery import Delivery
 from aioworker.reasons import Reason, ReasonKind
+from aioworker.settling.breaker import STREAK
 from aioworker.settling.outcome import Kind
+from aioworker.settling.probe import Probe
 from aioworker.tasks.task import Task
-from tests.fakes import Settleable, settleable
+from tests.doubles.budget import MemoryBudget
+from tests.doubles.lanes import QUEUES, MemoryBroker, MemoryLanes
 
-LINK = Link(Mock(), AsyncMock())
-PAUSED = Reason(ReasonKind.PAUSED, "paused")
+PAUSED = Wait(Reason(ReasonKind.PAUSED, "paused by alice"), 1)
 ADDRESS = DatabaseAddress.parse("mysql://nobody@127.0.0.1:1/none")
+MAX_RETRIES = 2
+FAILED_BEFORE: dict[str, Any] = {
+    "retries": 1,
+    "x-aioworker-first-failed-at": "2026-01-01T00:00:00+00:00",
+}
+Work = Callable[..., Awaitable[None]]
 
 
-class Told(WorkerBudget):
-    """A budget that is asked, and notes which messages' deaths it forgets."""
+class Heart:
+    """A consumer of a task that uses no database, and all that it touches."""
 
-    def __init__(self, refusal: Wait | None) -> None:
-        super().__init__(None)
-        self.forgotten: list[str] = []
-        self._refusal = refusal
+    def __init__(
+        self,
+        work: Work,
+        *,
+        rate: str | None = None,
+        keeps_row: bool = False,
+        max_retries: int = MAX_RETRIES,
+        task_timeout: float = 30,
+    ) -> None:
+        self.budget = MemoryBudget(rate)
+        self.broker = MemoryBroker()
+        self.steps: list[str] = []
+        self.lanes = MemoryLanes(self.broker, self.steps.append)
+        self.task: Task[..., Any] = Task("shop", work)
+        self.away: DatabaseError | None = None
+        database = Database(ADDRESS, connect_timeout=1, timeout=1)
+        self.presence = Mock(keeps_row=keeps_row)
+        self.presence.prove = self._prove
+        self.probe = Probe(self.task, database, self.presence, 10)
+        self.consumer = Consumer(
+            self.task,
+            database,
+            self.budget,
+            self.presence,
+            self.probe,
+            max_retries=max_retries,
+            task_timeout=task_timeout,
+            worker="test",
+        )
 
-    async def charge(self, _message: str) -> Wait | None:
-        """Refuse, or let it begin."""
-        return self._refusal
+    async def _prove(self, _database: object) -> None:
+        if self.away is not None:
+            raise self.away
 
-    async def ended(self, message: str) -> None:
-        """Note it."""
-        self.forgotten.append(message)
+    async def keep(self) -> None:
+        """Keep the worker's row: there is none."""
 
+    async def serve(self) -> Kind:
+        """Take what is first, and serve it."""
+        self.presence.keep = self.keep
+        delivery = await self.lanes.take()
+        assert delivery is not None
+        return (await self.consumer.serve(delivery, self.lanes)).kind
 
-def make(function: Any, *, budget: Budget | None = None, presence: Any = None) -> Consumer:
-    """Make a consumer of a task that uses no database."""
-    return Consumer(
-        Task("shop", function),
-        Database(ADDRESS, connect_timeout=1, timeout=1),
-        budget or WorkerBudget(None),
-        presence or Mock(keeps_row=False),
-        Terms(5, 30, 10, ""),
-        "test",
-    )
+    async def fail(self, *, times: int, message: str = "one") -> list[Kind]:
+        """Send a message, and serve it each time that it comes back from the retry queue."""
+        self.broker.send(id=message)
+        kinds = []
+        for _ in range(times):
+            kinds.append(await self.serve())
+            self.broker.expire()
+        return kinds
 
-
-def message() -> Settleable:
-    """Return a delivery without arguments."""
-    headers: Any = {"id": "one", "task": "shop"}
-    return settleable(b"[[], {}, null]", headers=headers)
+    @property
+    def settled(self) -> list[str]:
+        """How messages were settled, in their order."""
+        return [step for step in self.steps if step in ("acknowledge", "give_back", "copy")]
 
 
 async def nothing() -> None:
     """Do nothing."""
 
 
-async def fail() -> None:
+async def fails() -> None:
     raise KeyError("shop")
 
 
-async def test_runs_that_fail_at_once_share_one_look_at_a_database_that_is_away() -> None:
-    """Each would wait for its answer as long as that may take, one after the other."""
-    looks = 0
+def heart_of_chunks(
+    needed: Callable[[list[int]], list[int]], rate: str | None = "2/m"
+) -> tuple[Heart, list[list[int]]]:
+    """Return a heart whose task takes chunks of ids, and what it was run with."""
+    runs: list[list[int]] = []
 
-    async def prove(_database: object) -> None:
-        nonlocal looks
-        looks += 1
-        await asyncio.sleep(0)
-        raise TimeoutError
+    async def refresh(ids: list[int]) -> None:
+        runs.append(ids)
 
-    consumer = make(nothing, presence=Mock(keeps_row=True, prove=prove))
-
-    found = await asyncio.gather(
-        *(consumer.see_database() for _ in range(5)), return_exceptions=True
-    )
-
-    assert [type(away) for away in found] == [DatabaseError] * 5
-    assert looks == 2, "one for the first, and one for the four that failed while it was on"
-    with pytest.raises(DatabaseError):
-        await consumer.see_database()
-    assert looks == 3
+    heart = Heart(refresh, rate=rate)
+    heart.task.needed(needed)
+    return heart, runs
 
 
-@pytest.mark.parametrize(
-    ("refusal", "outcome", "forgotten"),
-    [(None, Kind.ACK, ["one"]), (Wait(PAUSED, 1), Kind.RELEASED, [])],
-    ids=["it ran", "it did not begin"],
-)
-async def test_the_deaths_of_a_message_are_forgotten_once_it_ran(
-    refusal: Wait | None, outcome: Kind, forgotten: list[str]
+async def test_what_is_done_is_acknowledged_once_and_charged_once() -> None:
+    heart = Heart(nothing)
+    heart.broker.send()
+
+    assert await heart.serve() is Kind.ACK
+
+    assert heart.broker.acknowledged == ["one"]
+    assert heart.settled == ["acknowledge"]
+    assert (heart.budget.charged, heart.budget.forgotten) == (["one"], ["one"])
+    assert (heart.consumer.starts, heart.consumer.failures) == (1, 0)
+    assert heart.consumer.settled == {Kind.ACK: 1}
+    assert heart.consumer.under_way == []
+
+
+async def test_what_cannot_be_read_is_set_aside_unrun() -> None:
+    heart = Heart(nothing)
+    heart.broker.send(b"{")
+
+    assert await heart.serve() is Kind.DEAD_LETTER
+
+    assert heart.settled == ["copy", "acknowledge"]
+    assert heart.budget.charged == []
+    [letter] = heart.broker.headers(QUEUES.dead)
+    assert letter["x-aioworker-worker"] == "test"
+    assert (letter["x-aioworker-attempts"], letter["x-aioworker-lane"]) == (1, "bulk")
+
+
+async def test_arguments_that_the_function_does_not_take_are_refused_unrun() -> None:
+    heart = Heart(nothing)
+    heart.broker.send(b"[[1], {}, null]")
+
+    assert await heart.serve() is Kind.DEAD_LETTER
+
+    assert heart.budget.charged == []
+
+
+async def test_what_has_expired_is_done_unrun() -> None:
+    heart = Heart(nothing)
+    heart.broker.send(expires=(own_time() - timedelta(seconds=5)).isoformat())
+
+    assert await heart.serve() is Kind.ACK
+
+    assert (heart.budget.charged, heart.consumer.starts) == ([], 0)
+
+
+async def test_a_killer_is_set_aside_before_its_body_is_read() -> None:
+    heart = Heart(nothing)
+    heart.budget.died["one"] = MOST_DEATHS
+    heart.broker.send(b"{")
+
+    assert await heart.serve() is Kind.DEAD_LETTER
+
+    [letter] = heart.broker.headers(QUEUES.dead)
+    assert letter["x-aioworker-reason"] == f"its worker died {MOST_DEATHS} times while it ran"
+
+
+async def test_one_death_less_is_no_killer() -> None:
+    heart = Heart(nothing)
+    heart.budget.died["one"] = MOST_DEATHS - 1
+    heart.broker.send()
+
+    assert await heart.serve() is Kind.ACK
+
+
+async def test_a_run_gets_what_is_needed_of_its_chunk() -> None:
+    heart, runs = heart_of_chunks(lambda ids: ids[1:])
+    heart.broker.send(b"[[[1, 2, 3]], {}, null]")
+
+    assert await heart.serve() is Kind.ACK
+
+    assert runs == [[2, 3]]
+
+
+async def test_what_needs_no_write_is_not_charged() -> None:
+    heart, runs = heart_of_chunks(lambda _ids: [])
+    heart.broker.send(b"[[[1, 2, 3]], {}, null]")
+
+    assert await heart.serve() is Kind.ACK
+
+    assert (runs, heart.budget.charged, heart.consumer.starts) == ([], [], 0)
+
+
+async def test_without_a_rate_nobody_asks_what_is_needed() -> None:
+    heart, runs = heart_of_chunks(lambda _ids: [], rate=None)
+    heart.broker.send(b"[[[1, 2, 3]], {}, null]")
+
+    assert await heart.serve() is Kind.ACK
+
+    assert runs == [[1, 2, 3]]
+
+
+async def test_a_start_that_the_budget_refuses_leaves_the_message_as_it_was() -> None:
+    heart = Heart(nothing)
+    heart.budget.refusal = PAUSED
+    heart.broker.send()
+
+    assert await heart.serve() is Kind.RELEASED
+
+    assert heart.settled == ["give_back"]
+    assert heart.broker.headers(QUEUES.bulk) == [{"task": "shop", "id": "one"}]
+    assert heart.budget.forgotten == [], "the deaths of one that did not run are not forgotten"
+    assert (heart.consumer.starts, heart.consumer.failures) == (0, 0)
+
+
+async def test_a_database_that_cannot_charge_is_what_is_away() -> None:
+    heart = Heart(nothing)
+    heart.budget.refusal = away = DatabaseError("gone", unreachable=True)
+    heart.broker.send()
+    delivery = await heart.lanes.take()
+    assert delivery is not None
+
+    outcome = await heart.consumer.serve(delivery, heart.lanes)
+
+    assert (outcome.kind, outcome.away) == (Kind.RELEASED, away)
+
+
+async def test_a_failure_counts_an_attempt_and_waits_in_the_retry_queue() -> None:
+    heart = Heart(fails)
+    heart.broker.send()
+
+    assert await heart.serve() is Kind.RETRY
+
+    [copy] = heart.broker.headers(QUEUES.retry)
+    assert (copy["retries"], copy["x-aioworker-reason"]) == (1, "KeyError: 'shop'")
+    assert heart.settled == ["copy", "acknowledge"]
+    assert (heart.consumer.failures, heart.budget.forgotten) == (1, ["one"])
+
+
+async def test_after_its_last_attempt_a_message_is_set_aside() -> None:
+    heart = Heart(fails)
+
+    kinds = await heart.fail(times=MAX_RETRIES + 1)
+
+    assert kinds == [Kind.RETRY] * MAX_RETRIES + [Kind.DEAD_LETTER]
+    [letter] = heart.broker.headers(QUEUES.dead)
+    assert letter["x-aioworker-reason"] == "KeyError: 'shop'; attempt 3 of 3"
+    assert "KeyError" in letter["x-aioworker-traceback"]
+
+
+async def test_what_the_task_calls_a_dead_letter_is_one_at_once() -> None:
+    async def refuses() -> None:
+        raise DeadLetter("no such shop")
+
+    heart = Heart(refuses)
+    heart.away = DatabaseError("gone", unreachable=True)
+
+    assert await heart.fail(times=1) == [Kind.DEAD_LETTER]
+
+
+async def test_nothing_counts_while_the_database_is_away() -> None:
+    heart = Heart(fails, keeps_row=True)
+    heart.away = DatabaseError("gone", unreachable=True)
+    heart.broker.send()
+    delivery = await heart.lanes.take()
+    assert delivery is not None
+
+    outcome = await heart.consumer.serve(delivery, heart.lanes)
+
+    assert (outcome.kind, outcome.reason) == (Kind.RELEASED, "KeyError: 'shop'; gone")
+    assert outcome.away is heart.away
+    assert heart.broker.headers(QUEUES.bulk) == [{"task": "shop", "id": "one"}]
+
+
+async def test_a_message_that_lost_its_connection_has_attempts_more() -> None:
+    """Its connection may have been ended by anything."""
+
+    async def loses() -> None:
+        raise TurnLostError("lost")
+
+    heart = Heart(loses, max_retries=0)
+
+    kinds = await heart.fail(times=LEAST_LOST)
+
+    assert kinds == [Kind.RETRY] * (LEAST_LOST - 1) + [Kind.DEAD_LETTER]
+
+
+async def test_what_comes_back_for_the_twentieth_time_goes_behind_the_others() -> None:
+    """RabbitMQ would set it aside at a hundred."""
+    heart = Heart(nothing)
+    heart.budget.refusal = PAUSED
+    heart.broker.send()
+
+    kinds = [await heart.serve() for _ in range(MOST_RETURNS + 1)]
+
+    assert kinds == [Kind.RELEASED] * MOST_RETURNS + [Kind.POSTPONED]
+    [copy] = heart.broker.headers(QUEUES.retry)
+    assert copy["retries"] == 0, "no attempt is counted"
+
+
+async def test_three_messages_that_fail_for_good_open_the_breaker() -> None:
+    heart = Heart(fails, max_retries=1)
+
+    for number in range(STREAK + 1):  # the last one of all would be alone
+        heart.broker.send(id=f"message {number}", **FAILED_BEFORE)
+    kinds = [await heart.serve() for _ in range(STREAK)]
+
+    assert kinds == [Kind.POSTPONED] * STREAK
+    assert heart.consumer.breaker.reason.startswith("3 messages in a row failed for good")
+
+
+async def test_the_first_run_that_ends_well_closes_the_breaker() -> None:
+    heart = Heart(fails, max_retries=1)
+    for number in range(STREAK):
+        heart.broker.send(id=f"message {number}", **FAILED_BEFORE)
+    for _ in range(STREAK):
+        await heart.serve()
+
+    heart.task.function = nothing
+    heart.broker.send()
+    await heart.serve()
+
+    assert heart.consumer.breaker.reason == ""
+
+
+async def test_while_others_succeed_a_bad_message_is_set_aside() -> None:
+    heart = Heart(fails, max_retries=1)
+    heart.broker.send(id="good")
+    heart.task.function = nothing
+    await heart.serve()
+    heart.task.function = fails
+    for number in range(STREAK + 1):
+        heart.broker.send(id=f"message {number}", **FAILED_BEFORE)
+
+    kinds = [await heart.serve() for _ in range(STREAK + 1)]
+
+    assert kinds == [Kind.DEAD_LETTER] * (STREAK + 1)
+    assert heart.consumer.breaker.reason == ""
+
+
+async def test_a_run_is_cut_off_when_its_time_is_up() -> None:
+    async def hangs() -> None:
+        await asyncio.Event().wait()
+
+    heart = Heart(hangs, task_timeout=0.01)
+    heart.broker.send()
+
+    assert await heart.serve() is Kind.RETRY
+
+    [copy] = heart.broker.headers(QUEUES.retry)
+    reason = "the run took longer than 0.01 s and was cut off"
+    assert copy["x-aioworker-reason"] == f"TimeoutError: {reason}"
+
+
+async def test_a_publisher_grants_a_run_less_time() -> None:
+    async def hangs() -> None:
+        await asyncio.Event().wait()
+
+    heart = Heart(hangs)
+    heart.broker.send(timelimit=[None, 0.01])
+
+    assert await heart.serve() is Kind.RETRY
+
+
+async def test_a_copy_that_is_not_confirmed_leaves_the_message_where_it_was() -> None:
+    heart = Heart(fails)
+    heart.broker.refusal = BrokerError("not taken")
+    heart.broker.send()
+    delivery = await heart.lanes.take()
+    assert delivery is not None
+
+    outcome = await heart.consumer.serve(delivery, heart.lanes)
+
+    assert (outcome.kind, outcome.away) == (Kind.RELEASED, heart.broker.refusal)
+    assert heart.settled == ["copy", "give_back"]
+    assert heart.broker.headers(QUEUES.bulk) == [{"task": "shop", "id": "one"}]
+
+
+async def test_a_run_that_ended_before_is_not_run_again(
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    budget = Told(refusal)
-    consumer = make(nothing, budget=budget)
+    """The connection was lost between its end and its acknowledgement."""
+    caplog.set_level(logging.INFO, "aioworker")
+    heart = Heart(nothing)
 
-    assert (await consumer.serve(Delivery.of(message()), LINK)).kind is outcome
+    async def cut_off() -> None:
+        heart.lanes.lose()
 
-    assert budget.forgotten == forgotten
+    heart.task.function = cut_off
+    heart.broker.send()
+    with pytest.raises(BrokerError):
+        await heart.serve()
+    heart.lanes = MemoryLanes(heart.broker, heart.steps.append)
+
+    assert await heart.serve() is Kind.ACK
+
+    assert (heart.consumer.starts, heart.broker.acknowledged) == (1, ["one"])
+    assert [vars(one)["fields"].get("ran") for one in caplog.records] == [None, "before"]
+    assert heart.consumer.under_way == []
+
+
+async def test_a_retry_whose_copy_was_confirmed_is_not_copied_again() -> None:
+    heart = Heart(fails)
+
+    def fail_at(step: str) -> None:
+        if step == "acknowledge":
+            heart.lanes.lost = True
+            raise ConnectionError("connection lost")
+
+    heart.lanes = MemoryLanes(heart.broker, fail_at)
+    heart.broker.send()
+    with pytest.raises(BrokerError):
+        await heart.serve()
+    heart.lanes.lose()
+    heart.lanes = MemoryLanes(heart.broker, heart.steps.append)
+
+    assert await heart.serve() is Kind.RETRY
+
+    assert heart.settled == ["acknowledge"]
+    assert len(heart.broker.headers(QUEUES.retry)) == 1
 
 
 async def test_a_failure_that_could_not_be_settled_is_told(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.WARNING, "aioworker")
-    consumer = make(fail)
-    lost = message()
-    lost.refusal = ConnectionError("connection lost")
+    heart = Heart(fails)
+
+    def fail_at(step: str) -> None:
+        if step == "acknowledge":
+            raise ConnectionError("connection lost")
+
+    heart.lanes = MemoryLanes(heart.broker, fail_at)
+    heart.broker.send()
 
     with pytest.raises(BrokerError):
-        await consumer.serve(Delivery.of(lost), LINK)
+        await heart.serve()
 
     [told] = [vars(record)["fields"]["reason"] for record in caplog.records]
     assert "connection lost" in told
     assert told.endswith("it came to: KeyError: 'shop'")
+
+
+async def test_a_worker_that_ends_is_no_failure_of_its_run() -> None:
+    """What ran is named by whoever asks then."""
+
+    async def hangs() -> None:
+        await asyncio.Event().wait()
+
+    heart = Heart(hangs)
+    heart.broker.send()
+    serving = asyncio.create_task(heart.serve())
+    while not heart.consumer.starts:  # noqa: ASYNC110 - the heart notifies nobody
+        await asyncio.sleep(0)
+
+    serving.cancel()
+    await asyncio.wait({serving})
+
+    assert serving.cancelled()
+    assert heart.settled == []
+    assert [start.delivery.id for start in heart.consumer.under_way] == ["one"]
+
+
+async def test_runs_that_fail_at_once_share_one_question_to_a_database_that_is_away() -> None:
+    """Each would wait for its answer as long as that may take, one after the other."""
+    asked = 0
+    heart = Heart(nothing, keeps_row=True)
+
+    async def prove(_database: object) -> None:
+        nonlocal asked
+        asked += 1
+        await asyncio.sleep(0)
+        raise TimeoutError
+
+    heart.presence.prove = prove
+
+    found = await asyncio.gather(
+        *(heart.probe.check_database() for _ in range(5)), return_exceptions=True
+    )
+
+    assert [type(away) for away in found] == [DatabaseError] * 5
+    assert asked == 2, "one for the first, and one for the four that failed while it was on"
+    with pytest.raises(DatabaseError):
+        await heart.probe.check_database()
+    assert asked == 3

@@ -7,53 +7,100 @@ from typing import Any
 
 import pytest
 
+from aioworker.rabbitmq.delivery import Delivery
 from aioworker.settling.outcome import Kind, Outcome
 from aioworker.worker.intake import Flow
+from tests.fakes import delivered
 
 
-@pytest.mark.parametrize("ended", [False, True], ids=["all loops are taken", "it has ended"])
+def delivery(message: str) -> Delivery:
+    headers: Any = {"id": message}
+    return Delivery.of(delivered(headers=headers))
+
+
+FIRST, SECOND, THIRD = map(delivery, ("first", "second", "third"))
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["it goes on", "it has ended"])
 async def test_what_was_taken_before_a_flow_is_served(*, ended: bool) -> None:
     """Its channel stays open: left alone it would be held until RabbitMQ closes that."""
-    served: list[Any] = []
-    release = asyncio.Event()
+    served: list[str] = []
 
-    async def serve(delivery: Any) -> Outcome:
-        served.append(delivery)
-        await release.wait()
-        return Outcome(Kind.RELEASED)
+    async def serve(delivery: Delivery) -> Outcome:
+        served.append(delivery.id)
+        return Outcome(Kind.ACK)
 
-    arrived: asyncio.Queue[Any] = asyncio.Queue()
-    for number in range(2):
-        arrived.put_nowait(number)
-    flow = Flow(serve)
-    async with flow.serving("first", arrived, 2):  # type: ignore[arg-type]
-        if not ended:
-            await asyncio.sleep(0)
+    flow = Flow(serve, FIRST)
+    if ended:
         flow.ended.set()
-        release.set()
 
-    assert "first" in served
-    assert flow.running == 0
+    async with flow:
+        pass
+
+    assert served == ["first"]
+
+
+async def test_what_comes_before_a_flow_begins_is_served_and_behind_its_end_left() -> None:
+    """Nobody would wait for its end before; behind the end it goes back with its channel."""
+    served: list[str] = []
+
+    async def serve(delivery: Delivery) -> Outcome:
+        served.append(delivery.id)
+        return Outcome(Kind.RELEASED if delivery is SECOND else Kind.ACK)
+
+    flow = Flow(serve, FIRST)
+    flow.begin(SECOND)
+    await asyncio.sleep(0)
+    assert served == []
+
+    async with flow:
+        await flow.ended.wait()
+        flow.begin(THIRD)
+
+    assert served == ["first", "second"]
+    assert (flow.served, flow.failure) == (2, Outcome(Kind.RELEASED))
 
 
 async def test_one_that_cannot_be_settled_ends_the_flow_after_the_others() -> None:
     """The others are not cut off in the middle."""
-    ended: list[int] = []
+    ended: list[str] = []
 
-    async def serve(delivery: Any) -> Any:
-        if delivery == 1:
+    async def serve(delivery: Delivery) -> Outcome:
+        if delivery is FIRST:
             raise ConnectionError("lost")
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-        ended.append(delivery)
+        ended.append(delivery.id)
         raise ConnectionError("lost too")
 
-    flow = Flow(serve)
-    arrived: asyncio.Queue[Any] = asyncio.Queue()
-    arrived.put_nowait(1)
+    flow = Flow(serve, FIRST)
+    flow.begin(SECOND)
 
-    with pytest.raises(ConnectionError):
-        async with flow.serving(2, arrived, 2):  # type: ignore[arg-type]
+    with pytest.raises(ConnectionError, match=r"^lost$"):
+        async with flow:
             await flow.ended.wait()
 
-    assert ended == [2]
+    assert ended == ["second"]
+
+
+async def test_what_runs_is_cut_off_with_the_worker() -> None:
+    cut_off: list[str] = []
+
+    async def serve(delivery: Delivery) -> Outcome:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cut_off.append(delivery.id)
+        return Outcome(Kind.ACK)
+
+    async def run() -> None:
+        async with Flow(serve, FIRST):
+            await asyncio.Event().wait()
+
+    running = asyncio.create_task(run())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    running.cancel()
+    await asyncio.wait({running})
+
+    assert cut_off == ["first"]

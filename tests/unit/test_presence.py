@@ -91,22 +91,6 @@ def test_each_kind_is_said_with_its_level_and_its_state(
     assert (line.levelno, line.getMessage()) == (kind.level, kind.state)
     said = {"task": "shop", "kind": kind, "reason": "words"}
     assert line.fields == said  # type: ignore[attr-defined]
-    assert presence.stalled is kind.red
-
-
-def test_a_worker_that_stands_still_says_so_of_each_wait_until_it_moves(
-    presence: Presence, caplog: pytest.LogCaptureFixture
-) -> None:
-    """It connects anew, and waits for the turn that nobody known holds: nothing is better yet."""
-    caplog.set_level(logging.DEBUG, "aioworker")
-    unowned = Reason(ReasonKind.TURN_UNOWNED, "turn: held by session 5")
-
-    presence.tell(Reason(ReasonKind.STALLED, "stalled"))
-    presence.tell(unowned)
-    presence.stalled = False
-    presence.tell(unowned)
-
-    assert [one.getMessage() for one in caplog.records] == ["stalled", "stalled", "waiting"]
 
 
 def test_waits_that_come_with_each_start_are_a_line_for_the_first_of_them(

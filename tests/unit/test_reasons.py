@@ -13,7 +13,6 @@ from aioworker.errors import (
     BrokerError,
     DatabaseError,
     QueueMissingError,
-    StalledError,
     TurnLostError,
 )
 from aioworker.mysql.trouble import ER, MySQLError
@@ -98,7 +97,6 @@ def caused(number: int) -> DatabaseError:
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
-        (StalledError("nothing starts"), ReasonKind.STALLED),
         (BrokerError("gone", unreachable=True), ReasonKind.BROKER_UNREACHABLE),
         (BrokerError("refused"), ReasonKind.BROKER_REFUSES),
         (QueueMissingError("missing"), ReasonKind.BROKER_REFUSES),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 from datetime import UTC, datetime
 from unittest.mock import Mock
 
 import pytest
 
-from aioworker.errors import BrokerError, DatabaseError, StalledError
-from aioworker.worker.recovery import Outage, Stall
+from aioworker.errors import BrokerError, DatabaseError
+from aioworker.reasons import Reason, ReasonKind
+from aioworker.worker.recovery import Outage, Recovery, Stall
 from tests.fakes import FakeClock
 
 AWAY = DatabaseError("gone", unreachable=True)
@@ -71,72 +71,63 @@ def test_an_outage_is_told_since_its_own_beginning(monkeypatch: pytest.MonkeyPat
     for minute, heals in ((1, False), (2, True), (3, False), (4, False)):
         moment = datetime(2026, 11, 28, 12, minute, tzinfo=UTC)
         monkeypatch.setattr("aioworker.worker.recovery.datetime", Mock(now=lambda _: moment))  # noqa: B023
-        said.append(outage.tell(AWAY).words.partition(" UTC")[0])
+        said.append(outage.reason(AWAY).words.partition(" UTC")[0])
         if heals:
             outage.end()
 
     assert said == [f"broker unreachable since 12:0{minute}:00" for minute in (1, 1, 3, 3)]
 
 
+UNOWNED = Reason(ReasonKind.TURN_UNOWNED, "turn: held by session 5")
+BUDGET = Reason(ReasonKind.BUDGET, "budget: next start at 02:41:52 UTC")
+
+
 @pytest.mark.parametrize(("interval", "limit"), [(0.0, 10), (1.0, 10), (30.0, 60)])
-async def test_two_intervals_without_a_start_are_a_stall(
-    clock: FakeClock, interval: float, limit: int
+def test_two_intervals_of_a_turn_that_nobody_known_holds_are_a_stall(
+    interval: float, limit: int
 ) -> None:
     """Never less than ten seconds: at 100/s a hiccup is no stall."""
-    stall = Stall(patience=40)
-    stall.due(interval)
-    await clock.advance(limit)
-    stall.due(interval)
+    now = 0.0
+    stall = Stall(lambda: now)
+    reasons = []
 
-    await clock.advance(1)
+    for now in (0.0, limit, limit + 1, limit + 2):  # noqa: B007 - the stall's clock
+        reasons.append(stall.judge(UNOWNED, interval))
 
-    with pytest.raises(StalledError, match=f"nothing started for {limit + 1} s"):
-        stall.due(interval)
-
-
-async def test_whatever_gets_on_is_no_stall(clock: FakeClock) -> None:
-    stall = Stall(patience=40)
-    for _ in range(10):
-        stall.due(1.0)
-        await clock.advance(9)
-        stall.moves()
-        await clock.advance(9)
-
-    stall.due(1.0)
+    words = "stalled: messages wait and the budget is free, but nothing started for"
+    assert reasons == [
+        UNOWNED,
+        UNOWNED,
+        Reason(ReasonKind.STALLED, f"{words} {limit + 1} s; turn: held by session 5"),
+        Reason(ReasonKind.STALLED, f"{words} {limit + 2} s; turn: held by session 5"),
+    ]
 
 
-async def test_a_step_that_never_ends_is_cut_off(clock: FakeClock) -> None:
-    """Only after its own timeouts had their time."""
-    stall = Stall(patience=40)
-    cut_off_at: list[float] = []
-
-    async def serve() -> None:
-        stall.due(1.0)
-        try:
-            await asyncio.Event().wait()
-        finally:
-            cut_off_at.append(clock.now)
-
-    watching = asyncio.create_task(stall.watch(serve()))
-    await clock.advance(60)
-
-    with pytest.raises(StalledError):
-        await watching
-    assert cut_off_at == [pytest.approx(51, abs=2)]
+@pytest.mark.parametrize("between", ["another reason", "the turn was had"])
+def test_whatever_gets_on_is_no_stall(between: str) -> None:
+    now = 0.0
+    stall = Stall(lambda: now)
+    for now in (0.0, 9.0, 18.0, 27.0):  # noqa: B007 - the stall's clock
+        assert stall.judge(UNOWNED, 1.0) is UNOWNED
+        if between == "another reason":
+            assert stall.judge(BUDGET, 1.0) is BUDGET
+        else:
+            stall.end()
 
 
-async def test_whoever_ends_the_watch_ends_the_work(clock: FakeClock) -> None:
-    ended: list[bool] = []
+async def test_a_step_is_in_time_for_as_long_as_it_waits_and_a_little_more(
+    clock: FakeClock,
+) -> None:
+    recovery = Recovery.of(nodes=1, patience=40)
+    recovery.progress(seconds=2)
 
-    async def serve() -> None:
-        try:
-            await asyncio.Event().wait()
-        finally:
-            ended.append(True)
+    assert recovery.due_by == 42
 
-    watching = asyncio.create_task(Stall(patience=40).watch(serve()))
-    await clock.advance(5)
-    watching.cancel()
-    await clock.advance(1)
 
-    assert (watching.cancelled(), ended) == (True, [True])
+def test_a_server_is_not_blamed_for_what_this_process_did() -> None:
+    recovery = Recovery.of(1, 40, lambda: "the process stood still for 60 s")
+
+    reason = recovery.reason(recovery.broker, BrokerError("refused"))
+
+    words = "refused; the process stood still for 60 s"
+    assert reason == Reason(ReasonKind.BROKER_REFUSES, words)

@@ -1,0 +1,116 @@
+"""A budget in memory, by the event loop's clock.
+
+`tests/services/test_budgets.py` holds it, and both real ones, to what a worker relies on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from aioworker.clock import own_time
+from aioworker.errors import DatabaseError
+from aioworker.limits import LEAD_SECONDS, POLL_SECONDS, RateLimit, Wait, next_start
+from aioworker.reasons import Reason, ReasonKind
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from datetime import datetime
+
+
+class MemoryBudget:
+    """What all workers of a task may start together, as far as one process can tell.
+
+    Args:
+        rate: How often the task may start, such as `2/m`; None is no limit.
+
+    Attributes:
+        refusal: Why no start begins, if it is one of its own; an error is raised.
+        holder: Why the turn cannot be had; None while nobody else has it.
+        died: How often a worker died while a message ran, by the message's key.
+        charged: The keys of what was charged, in that order.
+        moments: When each was, by the event loop's clock.
+        forgotten: The keys of what ended, in that order.
+        asked: How often somebody looked.
+        turns: How many turns are held now.
+    """
+
+    def __init__(self, rate: str | None = None) -> None:
+        self.rate = None if rate is None else RateLimit.parse(rate)
+        self.refusal: Wait | DatabaseError | None = None
+        self.holder: Wait | None = None
+        self.died: dict[str, int] = {}
+        self.charged: list[str] = []
+        self.moments: list[float] = []
+        self.forgotten: list[str] = []
+        self.asked = 0
+        self.turns = 0
+
+    @property
+    def limited(self) -> bool:
+        """Whether starts are counted."""
+        return self.rate is not None and not self.rate.paused
+
+    @property
+    def interval(self) -> float:
+        """Seconds between two starts; 0 without a limit."""
+        return 0.0 if self.rate is None else self.rate.interval
+
+    def now(self) -> datetime:
+        """Return the time of day, UTC."""
+        return own_time()
+
+    async def look(self, crowd: int = 0) -> Wait | None:
+        """Return why no start may begin now."""
+        self.asked += 1
+        if isinstance(self.refusal, DatabaseError):
+            raise self.refusal
+        if self.refusal is not None:
+            return self.refusal
+        if self.rate is not None and self.rate.paused:
+            return Wait(Reason(ReasonKind.PAUSED, f"paused: rate limit {self.rate}"), POLL_SECONDS)
+        seconds = self._due_in()
+        if seconds <= LEAD_SECONDS:
+            return None
+        reason = next_start(self.now() + timedelta(seconds=seconds))
+        return Wait(reason, min(seconds - LEAD_SECONDS, POLL_SECONDS))
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[Wait | None]:
+        """Hold the turn; the value is why not."""
+        if self.holder is not None:
+            yield self.holder
+            return
+        self.turns += 1
+        try:
+            yield await self.look()
+        finally:
+            self.turns -= 1
+
+    def deaths(self, message: str) -> int:
+        """Return how often a worker died while a message ran."""
+        return self.died.get(message, 0)
+
+    async def charge(self, message: str) -> Wait | None:
+        """Begin a start, at the moment it is due; return why not."""
+        if isinstance(self.refusal, DatabaseError):
+            raise self.refusal
+        if self.refusal is not None:
+            return self.refusal
+        if (seconds := self._due_in()) > 0:
+            await asyncio.sleep(seconds)
+        self.charged.append(message)
+        self.moments.append(asyncio.get_running_loop().time())
+        return None
+
+    async def ended(self, message: str) -> None:
+        """Note that a message is settled, and its worker lives."""
+        self.forgotten.append(message)
+        self.died.pop(message, None)
+
+    def _due_in(self) -> float:
+        last = self.moments[-1] if self.moments else -math.inf
+        return last + self.interval - asyncio.get_running_loop().time()

@@ -1,0 +1,224 @@
+"""Lanes in memory: what RabbitMQ keeps of a task, and does with what a worker answers.
+
+`tests/services/test_lanes.py` holds them to the real ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from contextlib import asynccontextmanager
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import aio_pika
+from aio_pika.exceptions import ChannelInvalidStateError
+from aiormq.abc import DeliveredMessage
+from pamqp.commands import Basic
+from pamqp.header import ContentHeader
+
+from aioworker.errors import ConnectionLostError
+from aioworker.rabbitmq.delivery import Delivery
+from aioworker.rabbitmq.queues import Queues
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from aioworker.errors import BrokerError
+
+QUEUES = Queues.of("shop", "aioworker")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A message as it lies in a queue.
+
+    Args:
+        body: Its body.
+        properties: Its properties, headers among them.
+        deliveries: How often it was delivered.
+    """
+
+    body: bytes
+    properties: Basic.Properties
+    deliveries: int = 0
+
+
+class MemoryBroker:
+    """The four queues of a task, over which any number of connections go.
+
+    Attributes:
+        queues: What lies in each queue.
+        acknowledged: The ids of what was acknowledged, in that order.
+        refusal: Raised in place of confirming a copy, if there is one.
+        takes: Set while it takes copies; as long as it is not, it is short of memory.
+    """
+
+    def __init__(self) -> None:
+        names = (QUEUES.urgent, QUEUES.bulk, QUEUES.retry, QUEUES.dead)
+        self.queues: dict[str, deque[Kept]] = {name: deque() for name in names}
+        self.acknowledged: list[str] = []
+        self.refusal: BrokerError | None = None
+        self.takes = asyncio.Event()
+        self.takes.set()
+
+    def send(
+        self, body: bytes = b"[[], {}, null]", lane: str = QUEUES.bulk, **headers: Any
+    ) -> None:
+        """Publish a message."""
+        self.publish(lane, aio_pika.Message(body, headers={"task": "shop", "id": "one"} | headers))
+
+    def publish(self, queue: str, message: aio_pika.Message) -> None:
+        """Take a message, as it comes out of its frames."""
+        header = ContentHeader()
+        header.unmarshal(
+            ContentHeader(body_size=len(message.body), properties=message.properties).marshal()
+        )
+        self.queues[queue].append(Kept(message.body, header.properties))
+
+    def headers(self, queue: str) -> list[dict[str, Any]]:
+        """Return the headers of what lies in a queue, the oldest first."""
+        return [dict(kept.properties.headers or {}) for kept in self.queues[queue]]
+
+    def expire(self) -> None:
+        """Let what was put off go back to its lane, as after its time."""
+        while self.queues[QUEUES.retry]:
+            self.queues[QUEUES.bulk].append(self.queues[QUEUES.retry].popleft())
+
+
+class MemoryLanes:
+    """One connection's lanes.
+
+    Args:
+        broker: Where the messages lie.
+        at: Called at each step with its name: a test may count them, or fail one.
+    """
+
+    def __init__(
+        self, broker: MemoryBroker, at: Callable[[str], None] = lambda _step: None
+    ) -> None:
+        self.broker = broker
+        self.held: dict[int, tuple[str, Kept]] = {}
+        self.lost = False
+        self._at = at
+        self._tag = 0
+
+    async def hold_something(self, *, sure: bool = False) -> bool:
+        """Return whether a message waits in either lane."""
+        self._step("hold_something")
+        return any(self.broker.queues[lane] for lane in (QUEUES.urgent, QUEUES.bulk))
+
+    async def take(self) -> Delivery | None:
+        """Take one message, from the urgent lane first; None when both are empty."""
+        self._step("take")
+        for lane in (QUEUES.urgent, QUEUES.bulk):
+            if self.broker.queues[lane]:
+                return self._deliver(lane)
+        return None
+
+    @asynccontextmanager
+    async def flow(
+        self, at_once: int, arrive: Callable[[Delivery], None], end: Callable[[], None]
+    ) -> AsyncIterator[None]:
+        """Inside, messages come by themselves; what is held at the end goes back."""
+        self._step("flow")
+
+        async def push() -> None:
+            while True:
+                for lane in (QUEUES.urgent, QUEUES.bulk):
+                    held = sum(queue == lane for queue, _kept in self.held.values())
+                    for _ in range(min(at_once - held, len(self.broker.queues[lane]))):
+                        arrive(self._deliver(lane))
+                await asyncio.sleep(0)
+
+        before = set(self.held)
+        pushing = asyncio.create_task(push())
+        try:
+            yield
+        finally:
+            pushing.cancel()
+            await asyncio.gather(pushing, return_exceptions=True)
+            for tag in sorted(set(self.held) - before, reverse=True):
+                self._put_back(tag)
+
+    async def count_put_off(self) -> int:
+        """Return how many messages wait in the retry queue."""
+        self._step("count_put_off")
+        return len(self.broker.queues[QUEUES.retry])
+
+    async def put_off(self, message: aio_pika.Message) -> None:
+        """Have a copy wait in the retry queue."""
+        self._copy(QUEUES.retry, message)
+
+    async def set_aside(self, message: aio_pika.Message) -> None:
+        """Put a copy into the dead letters."""
+        self._copy(QUEUES.dead, message)
+
+    async def unblocked(self) -> None:
+        """Return when copies are taken again."""
+        await self.broker.takes.wait()
+
+    def lose(self) -> None:
+        """Lose the connection: what is held goes back."""
+        self.lost = True
+        for tag in sorted(self.held, reverse=True):
+            self._put_back(tag)
+
+    def settle(self, tag: int, *, give_back: bool) -> None:
+        """Take what a worker answers for a message that it holds."""
+        if tag not in self.held:
+            raise ChannelInvalidStateError("closed")  # as aio-pika does
+        self._at("give_back" if give_back else "acknowledge")
+        if give_back:
+            self._put_back(tag)
+        else:
+            _queue, kept = self.held.pop(tag)
+            self.broker.acknowledged.append(str((kept.properties.headers or {}).get("id")))
+
+    def _step(self, name: str) -> None:
+        self._at(name)
+        if self.lost:
+            raise ConnectionLostError("connection to RabbitMQ lost")
+
+    def _copy(self, queue: str, message: aio_pika.Message) -> None:
+        self._step("copy")
+        if self.broker.refusal is not None:
+            raise self.broker.refusal
+        self.broker.publish(queue, message)
+
+    def _deliver(self, lane: str) -> Delivery:
+        kept = self.broker.queues[lane].popleft()
+        self._tag += 1
+        self.held[self._tag] = lane, kept
+        properties = kept.properties
+        if kept.deliveries:
+            properties = copy(properties)
+            properties.headers = {**(properties.headers or {}), "x-delivery-count": kept.deliveries}
+        header = ContentHeader(body_size=len(kept.body), properties=properties)
+        method = Basic.GetOk(
+            delivery_tag=self._tag,
+            exchange="",
+            routing_key=lane,
+            redelivered=bool(kept.deliveries),
+        )
+        delivered = DeliveredMessage(delivery=method, header=header, body=kept.body, channel=None)  # type: ignore[arg-type]
+        return Delivery.of(_Message(self, delivered))
+
+    def _put_back(self, tag: int) -> None:
+        queue, kept = self.held.pop(tag)
+        self.broker.queues[queue].appendleft(replace(kept, deliveries=kept.deliveries + 1))
+
+
+class _Message(aio_pika.IncomingMessage):
+    """A message that is settled in memory."""
+
+    def __init__(self, lanes: MemoryLanes, delivered: DeliveredMessage) -> None:
+        super().__init__(delivered)
+        self._lanes = lanes
+
+    async def ack(self, multiple: bool = False) -> None:
+        self._lanes.settle(self.delivery_tag or 0, give_back=False)
+
+    async def nack(self, multiple: bool = False, requeue: bool = True) -> None:
+        self._lanes.settle(self.delivery_tag or 0, give_back=True)
