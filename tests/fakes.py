@@ -10,6 +10,8 @@ from aiormq.abc import DeliveredMessage
 from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
+TURNS = 30  # of the event loop, in which whatever is due has come to its next wait
+
 
 class FakeClock:
     """Stands in for the time of an event loop; seconds pass when `advance` says so."""
@@ -23,7 +25,7 @@ class FakeClock:
         """Move the clock in steps, letting what is due run before and after each."""
         end = self.now + seconds
         while True:
-            for _ in range(5):
+            for _ in range(TURNS):
                 await asyncio.sleep(0)
             if self.now >= end:
                 return

@@ -53,6 +53,7 @@ class MemoryBroker:
         acknowledged: The ids of what was acknowledged, in that order.
         refusal: Raised in place of confirming a copy, if there is one.
         takes: Set while it takes copies; as long as it is not, it is short of memory.
+        changed: Set when something lies elsewhere than before.
     """
 
     def __init__(self) -> None:
@@ -62,6 +63,7 @@ class MemoryBroker:
         self.refusal: BrokerError | None = None
         self.takes = asyncio.Event()
         self.takes.set()
+        self.changed = asyncio.Event()
 
     def send(
         self, body: bytes = b"[[], {}, null]", lane: str = QUEUES.bulk, **headers: Any
@@ -76,6 +78,7 @@ class MemoryBroker:
             ContentHeader(body_size=len(message.body), properties=message.properties).marshal()
         )
         self.queues[queue].append(Kept(message.body, header.properties))
+        self.changed.set()
 
     def headers(self, queue: str) -> list[dict[str, Any]]:
         """Return the headers of what lies in a queue, the oldest first."""
@@ -127,10 +130,12 @@ class MemoryLanes:
         async def push() -> None:
             while True:
                 for lane in (QUEUES.urgent, QUEUES.bulk):
-                    held = sum(queue == lane for queue, _kept in self.held.values())
-                    for _ in range(min(at_once - held, len(self.broker.queues[lane]))):
+                    held = [tag for tag, (queue, _) in self.held.items() if queue == lane]
+                    room = at_once - len(set(held) - before)
+                    for _ in range(min(room, len(self.broker.queues[lane]))):
                         arrive(self._deliver(lane))
-                await asyncio.sleep(0)
+                self.broker.changed.clear()
+                await self.broker.changed.wait()
 
         before = set(self.held)
         pushing = asyncio.create_task(push())
@@ -170,6 +175,7 @@ class MemoryLanes:
         if tag not in self.held:
             raise ChannelInvalidStateError("closed")  # as aio-pika does
         self._at("give_back" if give_back else "acknowledge")
+        self.broker.changed.set()
         if give_back:
             self._put_back(tag)
         else:

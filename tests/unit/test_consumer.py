@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 
-from aioworker.addresses import DatabaseAddress
 from aioworker.budget.deaths import MOST_DEATHS
 from aioworker.clock import own_time
-from aioworker.consumer import LEAST_LOST, MOST_RETURNS, Consumer
+from aioworker.consumer import LEAST_LOST, MOST_RETURNS
 from aioworker.errors import BrokerError, DatabaseError, DeadLetter, TurnLostError
 from aioworker.limits import Wait
 from aioworker.mysql.database import Database
@@ -23,87 +22,24 @@ from aioworker.settling.breaker import STREAK
 from aioworker.settling.outcome import Kind
 from aioworker.settling.probe import Probe
 from aioworker.tasks.task import Task
-from tests.doubles.budget import MemoryBudget
-from tests.doubles.lanes import QUEUES, MemoryBroker, MemoryLanes
+from tests.doubles.heart import MAX_RETRIES, NOWHERE, Heart, fails, nothing
+from tests.doubles.lanes import QUEUES, MemoryLanes
 
 PAUSED = Wait(Reason(ReasonKind.PAUSED, "paused by alice"), 1)
-ADDRESS = DatabaseAddress.parse("mysql://nobody@127.0.0.1:1/none")
-MAX_RETRIES = 2
 FAILED_BEFORE: dict[str, Any] = {
     "retries": 1,
     "x-aioworker-first-failed-at": "2026-01-01T00:00:00+00:00",
 }
-Work = Callable[..., Awaitable[None]]
 
 
-class Heart:
-    """A consumer of a task that uses no database, and all that it touches."""
-
-    def __init__(
-        self,
-        work: Work,
-        *,
-        rate: str | None = None,
-        keeps_row: bool = False,
-        max_retries: int = MAX_RETRIES,
-        task_timeout: float = 30,
-    ) -> None:
-        self.budget = MemoryBudget(rate)
-        self.broker = MemoryBroker()
-        self.steps: list[str] = []
-        self.lanes = MemoryLanes(self.broker, self.steps.append)
-        self.task: Task[..., Any] = Task("shop", work)
-        self.away: DatabaseError | None = None
-        database = Database(ADDRESS, connect_timeout=1, timeout=1)
-        self.presence = Mock(keeps_row=keeps_row)
-        self.presence.prove = self._prove
-        self.probe = Probe(self.task, database, self.presence, 10)
-        self.consumer = Consumer(
-            self.task,
-            database,
-            self.budget,
-            self.presence,
-            self.probe,
-            max_retries=max_retries,
-            task_timeout=task_timeout,
-            worker="test",
-        )
-
-    async def _prove(self, _database: object) -> None:
-        if self.away is not None:
-            raise self.away
-
-    async def keep(self) -> None:
-        """Keep the worker's row: there is none."""
-
-    async def serve(self) -> Kind:
-        """Take what is first, and serve it."""
-        self.presence.keep = self.keep
-        delivery = await self.lanes.take()
-        assert delivery is not None
-        return (await self.consumer.serve(delivery, self.lanes)).kind
-
-    async def fail(self, *, times: int, message: str = "one") -> list[Kind]:
-        """Send a message, and serve it each time that it comes back from the retry queue."""
-        self.broker.send(id=message)
-        kinds = []
-        for _ in range(times):
-            kinds.append(await self.serve())
-            self.broker.expire()
-        return kinds
-
-    @property
-    def settled(self) -> list[str]:
-        """How messages were settled, in their order."""
-        return [step for step in self.steps if step in ("acknowledge", "give_back", "copy")]
-
-
-async def nothing() -> None:
-    """Do nothing."""
-
-
-async def fails() -> None:
-    raise KeyError("shop")
+async def fail(heart: Heart, *, times: int) -> list[Kind]:
+    """Send a message, and serve it each time that it comes back from the retry queue."""
+    heart.broker.send()
+    kinds = []
+    for _ in range(times):
+        kinds.append((await heart.serve()).kind)
+        heart.broker.expire()
+    return kinds
 
 
 def heart_of_chunks(
@@ -124,7 +60,7 @@ async def test_what_is_done_is_acknowledged_once_and_charged_once() -> None:
     heart = Heart(nothing)
     heart.broker.send()
 
-    assert await heart.serve() is Kind.ACK
+    assert (await heart.serve()).kind is Kind.ACK
 
     assert heart.broker.acknowledged == ["one"]
     assert heart.settled == ["acknowledge"]
@@ -138,7 +74,7 @@ async def test_what_cannot_be_read_is_set_aside_unrun() -> None:
     heart = Heart(nothing)
     heart.broker.send(b"{")
 
-    assert await heart.serve() is Kind.DEAD_LETTER
+    assert (await heart.serve()).kind is Kind.DEAD_LETTER
 
     assert heart.settled == ["copy", "acknowledge"]
     assert heart.budget.charged == []
@@ -151,7 +87,7 @@ async def test_arguments_that_the_function_does_not_take_are_refused_unrun() -> 
     heart = Heart(nothing)
     heart.broker.send(b"[[1], {}, null]")
 
-    assert await heart.serve() is Kind.DEAD_LETTER
+    assert (await heart.serve()).kind is Kind.DEAD_LETTER
 
     assert heart.budget.charged == []
 
@@ -160,7 +96,7 @@ async def test_what_has_expired_is_done_unrun() -> None:
     heart = Heart(nothing)
     heart.broker.send(expires=(own_time() - timedelta(seconds=5)).isoformat())
 
-    assert await heart.serve() is Kind.ACK
+    assert (await heart.serve()).kind is Kind.ACK
 
     assert (heart.budget.charged, heart.consumer.starts) == ([], 0)
 
@@ -170,7 +106,7 @@ async def test_a_killer_is_set_aside_before_its_body_is_read() -> None:
     heart.budget.died["one"] = MOST_DEATHS
     heart.broker.send(b"{")
 
-    assert await heart.serve() is Kind.DEAD_LETTER
+    assert (await heart.serve()).kind is Kind.DEAD_LETTER
 
     [letter] = heart.broker.headers(QUEUES.dead)
     assert letter["x-aioworker-reason"] == f"its worker died {MOST_DEATHS} times while it ran"
@@ -181,14 +117,14 @@ async def test_one_death_less_is_no_killer() -> None:
     heart.budget.died["one"] = MOST_DEATHS - 1
     heart.broker.send()
 
-    assert await heart.serve() is Kind.ACK
+    assert (await heart.serve()).kind is Kind.ACK
 
 
 async def test_a_run_gets_what_is_needed_of_its_chunk() -> None:
     heart, runs = heart_of_chunks(lambda ids: ids[1:])
     heart.broker.send(b"[[[1, 2, 3]], {}, null]")
 
-    assert await heart.serve() is Kind.ACK
+    assert (await heart.serve()).kind is Kind.ACK
 
     assert runs == [[2, 3]]
 
@@ -197,7 +133,7 @@ async def test_what_needs_no_write_is_not_charged() -> None:
     heart, runs = heart_of_chunks(lambda _ids: [])
     heart.broker.send(b"[[[1, 2, 3]], {}, null]")
 
-    assert await heart.serve() is Kind.ACK
+    assert (await heart.serve()).kind is Kind.ACK
 
     assert (runs, heart.budget.charged, heart.consumer.starts) == ([], [], 0)
 
@@ -206,7 +142,7 @@ async def test_without_a_rate_nobody_asks_what_is_needed() -> None:
     heart, runs = heart_of_chunks(lambda _ids: [], rate=None)
     heart.broker.send(b"[[[1, 2, 3]], {}, null]")
 
-    assert await heart.serve() is Kind.ACK
+    assert (await heart.serve()).kind is Kind.ACK
 
     assert runs == [[1, 2, 3]]
 
@@ -216,7 +152,7 @@ async def test_a_start_that_the_budget_refuses_leaves_the_message_as_it_was() ->
     heart.budget.refusal = PAUSED
     heart.broker.send()
 
-    assert await heart.serve() is Kind.RELEASED
+    assert (await heart.serve()).kind is Kind.RELEASED
 
     assert heart.settled == ["give_back"]
     assert heart.broker.headers(QUEUES.bulk) == [{"task": "shop", "id": "one"}]
@@ -228,10 +164,8 @@ async def test_a_database_that_cannot_charge_is_what_is_away() -> None:
     heart = Heart(nothing)
     heart.budget.refusal = away = DatabaseError("gone", unreachable=True)
     heart.broker.send()
-    delivery = await heart.lanes.take()
-    assert delivery is not None
 
-    outcome = await heart.consumer.serve(delivery, heart.lanes)
+    outcome = await heart.serve()
 
     assert (outcome.kind, outcome.away) == (Kind.RELEASED, away)
 
@@ -240,7 +174,7 @@ async def test_a_failure_counts_an_attempt_and_waits_in_the_retry_queue() -> Non
     heart = Heart(fails)
     heart.broker.send()
 
-    assert await heart.serve() is Kind.RETRY
+    assert (await heart.serve()).kind is Kind.RETRY
 
     [copy] = heart.broker.headers(QUEUES.retry)
     assert (copy["retries"], copy["x-aioworker-reason"]) == (1, "KeyError: 'shop'")
@@ -251,7 +185,7 @@ async def test_a_failure_counts_an_attempt_and_waits_in_the_retry_queue() -> Non
 async def test_after_its_last_attempt_a_message_is_set_aside() -> None:
     heart = Heart(fails)
 
-    kinds = await heart.fail(times=MAX_RETRIES + 1)
+    kinds = await fail(heart, times=MAX_RETRIES + 1)
 
     assert kinds == [Kind.RETRY] * MAX_RETRIES + [Kind.DEAD_LETTER]
     [letter] = heart.broker.headers(QUEUES.dead)
@@ -264,22 +198,20 @@ async def test_what_the_task_calls_a_dead_letter_is_one_at_once() -> None:
         raise DeadLetter("no such shop")
 
     heart = Heart(refuses)
-    heart.away = DatabaseError("gone", unreachable=True)
+    heart.probe.away = DatabaseError("gone", unreachable=True)
 
-    assert await heart.fail(times=1) == [Kind.DEAD_LETTER]
+    assert await fail(heart, times=1) == [Kind.DEAD_LETTER]
 
 
 async def test_nothing_counts_while_the_database_is_away() -> None:
-    heart = Heart(fails, keeps_row=True)
-    heart.away = DatabaseError("gone", unreachable=True)
+    heart = Heart(fails)
+    heart.probe.away = DatabaseError("gone", unreachable=True)
     heart.broker.send()
-    delivery = await heart.lanes.take()
-    assert delivery is not None
 
-    outcome = await heart.consumer.serve(delivery, heart.lanes)
+    outcome = await heart.serve()
 
     assert (outcome.kind, outcome.reason) == (Kind.RELEASED, "KeyError: 'shop'; gone")
-    assert outcome.away is heart.away
+    assert outcome.away is heart.probe.away
     assert heart.broker.headers(QUEUES.bulk) == [{"task": "shop", "id": "one"}]
 
 
@@ -291,7 +223,7 @@ async def test_a_message_that_lost_its_connection_has_attempts_more() -> None:
 
     heart = Heart(loses, max_retries=0)
 
-    kinds = await heart.fail(times=LEAST_LOST)
+    kinds = await fail(heart, times=LEAST_LOST)
 
     assert kinds == [Kind.RETRY] * (LEAST_LOST - 1) + [Kind.DEAD_LETTER]
 
@@ -302,7 +234,7 @@ async def test_what_comes_back_for_the_twentieth_time_goes_behind_the_others() -
     heart.budget.refusal = PAUSED
     heart.broker.send()
 
-    kinds = [await heart.serve() for _ in range(MOST_RETURNS + 1)]
+    kinds = [(await heart.serve()).kind for _ in range(MOST_RETURNS + 1)]
 
     assert kinds == [Kind.RELEASED] * MOST_RETURNS + [Kind.POSTPONED]
     [copy] = heart.broker.headers(QUEUES.retry)
@@ -314,7 +246,7 @@ async def test_three_messages_that_fail_for_good_open_the_breaker() -> None:
 
     for number in range(STREAK + 1):  # the last one of all would be alone
         heart.broker.send(id=f"message {number}", **FAILED_BEFORE)
-    kinds = [await heart.serve() for _ in range(STREAK)]
+    kinds = [(await heart.serve()).kind for _ in range(STREAK)]
 
     assert kinds == [Kind.POSTPONED] * STREAK
     assert heart.consumer.breaker.reason.startswith("3 messages in a row failed for good")
@@ -343,7 +275,7 @@ async def test_while_others_succeed_a_bad_message_is_set_aside() -> None:
     for number in range(STREAK + 1):
         heart.broker.send(id=f"message {number}", **FAILED_BEFORE)
 
-    kinds = [await heart.serve() for _ in range(STREAK + 1)]
+    kinds = [(await heart.serve()).kind for _ in range(STREAK + 1)]
 
     assert kinds == [Kind.DEAD_LETTER] * (STREAK + 1)
     assert heart.consumer.breaker.reason == ""
@@ -356,7 +288,7 @@ async def test_a_run_is_cut_off_when_its_time_is_up() -> None:
     heart = Heart(hangs, task_timeout=0.01)
     heart.broker.send()
 
-    assert await heart.serve() is Kind.RETRY
+    assert (await heart.serve()).kind is Kind.RETRY
 
     [copy] = heart.broker.headers(QUEUES.retry)
     reason = "the run took longer than 0.01 s and was cut off"
@@ -370,17 +302,15 @@ async def test_a_publisher_grants_a_run_less_time() -> None:
     heart = Heart(hangs)
     heart.broker.send(timelimit=[None, 0.01])
 
-    assert await heart.serve() is Kind.RETRY
+    assert (await heart.serve()).kind is Kind.RETRY
 
 
 async def test_a_copy_that_is_not_confirmed_leaves_the_message_where_it_was() -> None:
     heart = Heart(fails)
     heart.broker.refusal = BrokerError("not taken")
     heart.broker.send()
-    delivery = await heart.lanes.take()
-    assert delivery is not None
 
-    outcome = await heart.consumer.serve(delivery, heart.lanes)
+    outcome = await heart.serve()
 
     assert (outcome.kind, outcome.away) == (Kind.RELEASED, heart.broker.refusal)
     assert heart.settled == ["copy", "give_back"]
@@ -403,7 +333,7 @@ async def test_a_run_that_ended_before_is_not_run_again(
         await heart.serve()
     heart.lanes = MemoryLanes(heart.broker, heart.steps.append)
 
-    assert await heart.serve() is Kind.ACK
+    assert (await heart.serve()).kind is Kind.ACK
 
     assert (heart.consumer.starts, heart.broker.acknowledged) == (1, ["one"])
     assert [vars(one)["fields"].get("ran") for one in caplog.records] == [None, "before"]
@@ -425,7 +355,7 @@ async def test_a_retry_whose_copy_was_confirmed_is_not_copied_again() -> None:
     heart.lanes.lose()
     heart.lanes = MemoryLanes(heart.broker, heart.steps.append)
 
-    assert await heart.serve() is Kind.RETRY
+    assert (await heart.serve()).kind is Kind.RETRY
 
     assert heart.settled == ["acknowledge"]
     assert len(heart.broker.headers(QUEUES.retry)) == 1
@@ -475,7 +405,6 @@ async def test_a_worker_that_ends_is_no_failure_of_its_run() -> None:
 async def test_runs_that_fail_at_once_share_one_question_to_a_database_that_is_away() -> None:
     """Each would wait for its answer as long as that may take, one after the other."""
     asked = 0
-    heart = Heart(nothing, keeps_row=True)
 
     async def prove(_database: object) -> None:
         nonlocal asked
@@ -483,14 +412,16 @@ async def test_runs_that_fail_at_once_share_one_question_to_a_database_that_is_a
         await asyncio.sleep(0)
         raise TimeoutError
 
-    heart.presence.prove = prove
+    presence: Any = Mock(keeps_row=True, prove=prove)
+    database = Database(NOWHERE, connect_timeout=1, timeout=1)
+    probe = Probe(Task("shop", nothing), database, presence, 10)
 
     found = await asyncio.gather(
-        *(heart.probe.check_database() for _ in range(5)), return_exceptions=True
+        *(probe.check_database() for _ in range(5)), return_exceptions=True
     )
 
     assert [type(away) for away in found] == [DatabaseError] * 5
     assert asked == 2, "one for the first, and one for the four that failed while it was on"
     with pytest.raises(DatabaseError):
-        await heart.probe.check_database()
+        await probe.check_database()
     assert asked == 3

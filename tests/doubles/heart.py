@@ -1,0 +1,129 @@
+"""A worker without servers: its consumer, its session, and all that they touch."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from aioworker.addresses import DatabaseAddress
+from aioworker.consumer import Consumer
+from aioworker.mysql.database import Database
+from aioworker.settling.probe import Probe
+from aioworker.status.presence import Presence
+from aioworker.tasks.task import Task
+from aioworker.worker.recovery import Recovery
+from aioworker.worker.session import Session, Worker
+from tests.doubles.budget import MemoryBudget
+from tests.doubles.lanes import MemoryBroker, MemoryLanes
+
+if TYPE_CHECKING:
+    from aioworker.errors import DatabaseError
+    from aioworker.settling.outcome import Outcome
+
+NOWHERE = DatabaseAddress.parse("mysql://nobody@127.0.0.1:1/none")
+MAX_RETRIES = 2
+Work = Callable[..., Awaitable[None]]
+
+
+async def nothing() -> None:
+    """Do nothing, successfully."""
+
+
+async def fails() -> None:
+    """Fail."""
+    raise KeyError("shop")
+
+
+class MemoryProbe(Probe):
+    """Finds the database as a test has it.
+
+    Attributes:
+        away: Why it cannot be used; None while it can.
+        asked: How often somebody asked.
+    """
+
+    away: DatabaseError | None = None
+    asked = 0
+
+    async def check_database(self) -> None:
+        """See whether it can be used."""
+        self.asked += 1
+        if self.away is not None:
+            raise self.away
+
+
+class Heart:
+    """The worker of one task, `shop`, which uses no database.
+
+    Args:
+        work: What a run does.
+        rate: How often it may start, such as `2/m`; None is no limit.
+        burst: Whether a session ends once the lanes are empty.
+        max_retries: Attempts after the first.
+        task_timeout: Seconds a run may take.
+
+    Attributes:
+        broker: Where its messages lie.
+        steps: What was asked of the lanes, in that order.
+        said: What the worker said that it does, in that order.
+        stop: Ends a session.
+        lost: Set when the connection is lost.
+    """
+
+    def __init__(
+        self,
+        work: Work = nothing,
+        *,
+        rate: str | None = None,
+        burst: bool = False,
+        max_retries: int = MAX_RETRIES,
+        task_timeout: float = 30,
+    ) -> None:
+        self.budget = MemoryBudget(rate)
+        self.broker = MemoryBroker()
+        self.steps: list[str] = []
+        self.said: list[str] = []
+        self.lanes = MemoryLanes(self.broker, self.steps.append)
+        self.task: Task[..., Any] = Task("shop", work)
+        self.stop, self.lost = asyncio.Event(), asyncio.Event()
+        database = Database(NOWHERE, connect_timeout=1, timeout=1)
+        presence = Presence("shop", "test", 1, rate, self.said.append, None)
+        self.probe = MemoryProbe(self.task, database, presence, 10)
+        self.consumer = Consumer(
+            self.task,
+            database,
+            self.budget,
+            presence,
+            self.probe,
+            max_retries=max_retries,
+            task_timeout=task_timeout,
+            worker="test",
+        )
+        self.worker = Worker(
+            self.task,
+            database,
+            self.budget,
+            self.consumer,
+            presence,
+            self.probe,
+            Recovery.of(1, patience=50),
+            task_timeout=task_timeout,
+            needs_database=False,
+            burst=burst,
+        )
+
+    async def serve(self) -> Outcome:
+        """Take what is first, and serve it."""
+        delivery = await self.lanes.take()
+        assert delivery is not None
+        return await self.consumer.serve(delivery, self.lanes)
+
+    def session(self) -> Session:
+        """Return a session over a connection."""
+        return Session(self.worker, self.lanes, self.stop, self.lost)
+
+    @property
+    def settled(self) -> list[str]:
+        """How messages were settled, in that order."""
+        return [step for step in self.steps if step in ("acknowledge", "give_back", "copy")]
