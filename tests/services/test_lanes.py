@@ -1,0 +1,282 @@
+"""What a worker relies on of its lanes: by RabbitMQ, and by the lanes in memory that stand in."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
+
+import aio_pika
+import pytest
+
+from aioworker.addresses import BrokerAddress, Nodes
+from aioworker.clock import own_time
+from aioworker.errors import BrokerError
+from aioworker.rabbitmq import copies
+from aioworker.rabbitmq.connection import connected
+from aioworker.rabbitmq.delivery import Delivery
+from aioworker.rabbitmq.lanes import Lanes, OpenLanes
+from aioworker.rabbitmq.publisher import Publisher
+from tests.conftest import QUEUES, declare
+from tests.doubles import lanes as memory
+
+if TYPE_CHECKING:
+    from support.servers import Servers
+
+BODY = b"[[], {}, null]"
+SECONDS = 20
+
+
+class Real:
+    """Lanes of RabbitMQ."""
+
+    queues = QUEUES
+
+    def __init__(self, pair: Servers) -> None:
+        self._pair = pair
+        self._stack = AsyncExitStack()
+
+    async def open(self) -> Lanes:
+        """Open them, declared and empty."""
+        self._nodes = Nodes(BrokerAddress.parse_all(self._pair.amqp_url))
+        self._own = await self._stack.enter_async_context(connected(self._nodes, 10, "test"))
+        await declare(self._own)
+        self._channel = await self._own.channel()
+        for name in (QUEUES.urgent, QUEUES.bulk, QUEUES.retry, QUEUES.dead):
+            await (await self._channel.get_queue(name, ensure=False)).purge()
+        return await self.again()
+
+    async def again(self) -> Lanes:
+        """Open them over a new connection."""
+        self._theirs = await aio_pika.connect(self._pair.amqp_url)
+        publisher = Publisher(self._nodes, 10, "test")
+        await self._stack.enter_async_context(publisher)
+        return await OpenLanes.open(self._theirs, publisher, QUEUES, 10)
+
+    async def send(self, lane: str, message: str) -> None:
+        """Publish a message."""
+        outgoing = aio_pika.Message(BODY, headers={"id": message}, message_id=message)
+        await self._channel.default_exchange.publish(outgoing, lane)
+
+    async def lie(self, queue: str) -> list[str]:
+        """Take all that lies in a queue; return its ids."""
+        found = []
+        taken = await self._channel.get_queue(queue, ensure=False)
+        while (message := await taken.get(no_ack=True, fail=False)) is not None:
+            found.append(str(message.message_id))
+        return found
+
+    async def lose(self) -> None:
+        """Lose the connection."""
+        await self._theirs.close()
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._theirs.close()
+        await self._stack.aclose()
+
+
+class Memory:
+    """Lanes in memory."""
+
+    queues = memory.QUEUES
+
+    def __init__(self) -> None:
+        self._broker = memory.MemoryBroker()
+
+    async def open(self) -> Lanes:
+        """Open them."""
+        return await self.again()
+
+    async def again(self) -> Lanes:
+        """Open them over a new connection."""
+        self._lanes = memory.MemoryLanes(self._broker)
+        return self._lanes
+
+    async def send(self, lane: str, message: str) -> None:
+        """Publish a message."""
+        self._broker.publish(
+            lane, aio_pika.Message(BODY, headers={"id": message}, message_id=message)
+        )
+
+    async def lie(self, queue: str) -> list[str]:
+        """Take all that lies in a queue; return its ids."""
+        found = [str(headers["id"]) for headers in self._broker.headers(queue)]
+        self._broker.queues[queue].clear()
+        return found
+
+    async def lose(self) -> None:
+        """Lose the connection."""
+        self._lanes.lose()
+
+    async def close(self) -> None:
+        """There is nothing to close."""
+
+
+Place = Real | Memory
+
+
+@pytest.fixture(params=["RabbitMQ", "memory"])
+async def place(request: pytest.FixtureRequest) -> AsyncIterator[Place]:
+    """Where the lanes are."""
+    pair = request.getfixturevalue("pair") if request.param == "RabbitMQ" else None
+    made: Place = Memory() if pair is None else Real(pair)
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def lanes(place: Place) -> Lanes:
+    """The lanes of a connection."""
+    return await place.open()
+
+
+async def take(lanes: Lanes) -> Delivery:
+    """Take a message that is there."""
+    async with asyncio.timeout(SECONDS):
+        while (delivery := await lanes.take()) is None:  # noqa: ASYNC110 - a moment later it is
+            await asyncio.sleep(0.01)
+    return delivery
+
+
+async def test_empty_lanes_hold_nothing(lanes: Lanes) -> None:
+    assert await lanes.take() is None
+    assert not await lanes.hold_something()
+    assert not await lanes.hold_something(sure=True)
+    assert await lanes.count_put_off() == 0
+    async with asyncio.timeout(SECONDS):
+        await lanes.unblocked()
+
+
+async def test_the_urgent_lane_is_taken_from_first(place: Place, lanes: Lanes) -> None:
+    await place.send(place.queues.bulk, "bulk")
+    await place.send(place.queues.urgent, "urgent")
+
+    taken = [await take(lanes), await take(lanes)]
+
+    assert [(one.id, one.lane) for one in taken] == [("urgent", "urgent"), ("bulk", "bulk")]
+
+
+async def test_a_message_is_first_of_all_delivered_once(place: Place, lanes: Lanes) -> None:
+    await place.send(place.queues.bulk, "one")
+
+    delivery = await take(lanes)
+
+    assert (delivery.attempt, delivery.returns, delivery.losses) == (1, 0, 0)
+    assert (delivery.first_failed, delivery.message.redelivered) == (None, False)
+    assert delivery.message.body == BODY
+
+
+async def test_what_is_acknowledged_is_gone(place: Place, lanes: Lanes) -> None:
+    await place.send(place.queues.bulk, "one")
+
+    await (await take(lanes)).acknowledge()
+    await place.lose()
+
+    assert await place.lie(place.queues.bulk) == []
+
+
+async def test_what_is_given_back_comes_again_before_what_lay_behind_it(
+    place: Place, lanes: Lanes
+) -> None:
+    await place.send(place.queues.bulk, "one")
+    await place.send(place.queues.bulk, "two")
+
+    await (await take(lanes)).give_back()
+    again = await take(lanes)
+
+    assert (again.id, again.message.redelivered, again.attempt) == ("one", True, 1)
+
+
+async def test_to_ask_keeps_nothing(place: Place, lanes: Lanes) -> None:
+    await place.send(place.queues.bulk, "one")
+    await take_until(lanes)
+
+    assert (await take(lanes)).id == "one"
+
+
+async def take_until(lanes: Lanes) -> None:
+    """Ask until the lanes say that they hold something."""
+    async with asyncio.timeout(SECONDS):
+        while not await lanes.hold_something():  # noqa: ASYNC110 - RabbitMQ counts a moment later
+            await asyncio.sleep(0.01)
+
+
+async def test_what_is_held_when_the_connection_is_lost_comes_again(
+    place: Place, lanes: Lanes
+) -> None:
+    await place.send(place.queues.bulk, "one")
+    held = await take(lanes)
+
+    await place.lose()
+
+    with pytest.raises(BrokerError):
+        await held.acknowledge()
+    with pytest.raises(BrokerError):
+        await held.give_back()
+    with pytest.raises(BrokerError):
+        await lanes.take()
+    again = await take(await place.again())
+    assert (again.id, again.message.redelivered, again.returns) == ("one", True, 1)
+
+
+async def test_a_copy_waits_in_the_retry_queue_and_carries_its_attempt(
+    place: Place, lanes: Lanes
+) -> None:
+    await place.send(place.queues.bulk, "one")
+    delivery = await take(lanes)
+
+    await lanes.put_off(copies.retry(delivery, "why", None, counts=True, lost=False))
+    await delivery.acknowledge()
+
+    async with asyncio.timeout(SECONDS):
+        while not await lanes.count_put_off():  # noqa: ASYNC110 - RabbitMQ counts a moment later
+            await asyncio.sleep(0.01)
+    assert await lanes.count_put_off() == 1
+    assert await place.lie(place.queues.retry) == ["one"]
+    assert await lanes.take() is None
+
+
+async def test_a_dead_letter_lies_with_the_others(place: Place, lanes: Lanes) -> None:
+    await place.send(place.queues.urgent, "one")
+    delivery = await take(lanes)
+
+    letter = copies.dead_letter(delivery, "why", "KeyError", "", "test", own_time())
+    await lanes.set_aside(letter)
+    await delivery.acknowledge()
+
+    assert await place.lie(place.queues.dead) == ["one"]
+
+
+async def test_a_flow_brings_as_many_of_each_lane_as_there_is_room_for(
+    place: Place, lanes: Lanes
+) -> None:
+    arrived: asyncio.Queue[Delivery] = asyncio.Queue()
+    for number in range(3):
+        await place.send(place.queues.bulk, f"bulk {number}")
+        await place.send(place.queues.urgent, f"urgent {number}")
+
+    async with lanes.flow(2, arrived.put_nowait, lambda: None), asyncio.timeout(SECONDS):
+        first = [await arrived.get() for _ in range(4)]
+        for delivery in first:
+            if delivery.id == "bulk 0":
+                await delivery.acknowledge()
+        more = await arrived.get()
+        assert arrived.empty()
+
+    assert sorted(one.id for one in first) == ["bulk 0", "bulk 1", "urgent 0", "urgent 1"]
+    assert more.id == "bulk 2"
+
+
+async def test_what_a_flow_leaves_goes_back(place: Place, lanes: Lanes) -> None:
+    arrived: asyncio.Queue[Delivery] = asyncio.Queue()
+    await place.send(place.queues.bulk, "one")
+    await place.send(place.queues.bulk, "two")
+
+    async with lanes.flow(2, arrived.put_nowait, lambda: None), asyncio.timeout(SECONDS):
+        await (await arrived.get()).acknowledge()
+        await arrived.get()
+
+    again = await take(lanes)
+    assert (again.id, again.message.redelivered) == ("two", True)
