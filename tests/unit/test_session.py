@@ -340,6 +340,24 @@ async def test_a_stop_finishes_what_runs_and_takes_nothing_more(clock: FakeClock
         assert heart.steps.count("take") == 1
 
 
+async def test_a_stop_while_the_turn_is_waited_for_takes_nothing(clock: FakeClock) -> None:
+    heart = Heart(rate="2/m")
+    look = heart.budget.look
+
+    async def stopped(crowd: int = 0) -> Wait | None:
+        if heart.budget.turns:
+            heart.stop.set()
+        return await look(crowd)
+
+    heart.budget.look = stopped  # type: ignore[method-assign]
+    heart.broker.send()
+    async with running(heart) as serving:
+        await clock.advance(1)
+
+        assert serving.done()
+        assert "take" not in heart.steps
+
+
 async def test_a_burst_ends_once_the_lanes_are_empty(clock: FakeClock) -> None:
     heart = Heart(rate="2/m", burst=True)
     heart.broker.send(id="one")
