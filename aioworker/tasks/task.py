@@ -17,8 +17,8 @@ from aioworker.rabbitmq.message import LONGEST_RUN_SECONDS, RETRIES_LIMIT, brief
 from aioworker.tasks import threads
 from aioworker.tasks.chunk import CHUNK_LIMIT, LARGEST_ID, part_of
 from aioworker.tasks.context import Context
+from aioworker.tasks.loop_monitor import NAME_PREFIX
 from aioworker.tasks.signature import Signature
-from aioworker.tasks.standstill import NAME
 
 if TYPE_CHECKING:
     from aioworker.mysql.database import Database
@@ -189,7 +189,7 @@ class Task(Generic[P, R]):
             TaskExitError: It raised what would end the worker: `sys.exit()`, a cancellation of
                 something of its own.
         """
-        name = f"{NAME}{self.name}"  # whose it is, for whoever looks on
+        name = f"{NAME_PREFIX}{self.name}"  # whose it is, for the loop monitor
         running = asyncio.create_task(self._contained(call, coroutine, database), name=name)
         try:
             return await running

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from aioworker.errors import TaskExitError
 from aioworker.logs import fields
-from aioworker.tasks.standstill import NAME
+from aioworker.tasks.loop_monitor import NAME_PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +34,7 @@ async def run(call: Callable[[], Any], database: Database | None, task: str) -> 
     Cancelled, it closes the connection of *database*, which the thread may use, lets no
     other be opened, and still waits for the thread.
     """
-    ended = _start(call, f"{NAME}{task}")
+    ended = _start(call, f"{NAME_PREFIX}{task}")
     try:
         return await asyncio.shield(ended)
     except asyncio.CancelledError:

@@ -18,7 +18,7 @@ from aioworker.logs import fields
 from aioworker.rabbitmq.queues import Queues
 from aioworker.settling.outcome import Kind
 from aioworker.status.presence import Presence
-from aioworker.tasks.standstill import Lookout
+from aioworker.tasks.loop_monitor import LoopMonitor
 from aioworker.worker import signals
 from aioworker.worker.reload import Reload
 from aioworker.worker.session import Worker
@@ -148,12 +148,12 @@ class Process:
         self._raise_early()
         try:
             while True:
-                lookout = Lookout()
-                supervisors = self._make(lookout)
+                monitor = LoopMonitor()
+                supervisors = self._make(monitor)
                 self._notifier.send(READY="1", STATUS="starting")
                 serving = [asyncio.create_task(one.run(self._stop)) for one in supervisors]
                 try:
-                    with lookout:
+                    with monitor:
                         complete = await self._until_stopped(serving)
                 finally:
                     await self._end(serving)
@@ -165,7 +165,7 @@ class Process:
         await reloading.replace()
         return done
 
-    def _make(self, lookout: Lookout) -> list[Supervisor]:
+    def _make(self, monitor: LoopMonitor) -> list[Supervisor]:
         """Make what serves each task."""
         status = _Status(self._notifier, alone=len(self._tasks) == 1)
         if self._settings.budget != "shared":
@@ -173,7 +173,7 @@ class Process:
                 "the rate limit counts this process's starts alone: AIOWORKER_BUDGET=worker"
             )
         made = [
-            _supervisor(self._settings, task, self._burst, status, lookout) for task in self._tasks
+            _supervisor(self._settings, task, self._burst, status, monitor) for task in self._tasks
         ]
         self._workers = [one.worker for one in made]
         return made
@@ -235,7 +235,7 @@ class Process:
 
 
 def _supervisor(
-    settings: Settings, task: AnyTask, burst: bool, status: _Status, lookout: Lookout
+    settings: Settings, task: AnyTask, burst: bool, status: _Status, monitor: LoopMonitor
 ) -> Supervisor:
     """Make what serves a task."""
     options = task.options
@@ -270,7 +270,7 @@ def _supervisor(
         task_timeout=timeout,
         max_retries=settings.max_retries if options.max_retries is None else options.max_retries,
         nodes=len(settings.amqp_url),
-        stood_still=lookout.lately,
+        stood_still=monitor.recent,
         needs_database=shared or task.needs_database,
         burst=burst,
     )

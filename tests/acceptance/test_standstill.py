@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aioworker.tasks.standstill import LONGEST_SECONDS
+from aioworker.tasks.loop_monitor import LONGEST_SECONDS
 from support import servers
 from tests.conftest import Lanes, Worker, eventually, importable
 

@@ -1,8 +1,8 @@
-"""Notices that the event loop stands still, and says for how long and where.
+"""Monitors the event loop: says that it is blocked, by which line, and for how long.
 
-A loop that stands still answers no heartbeat; the servers close its connections, and would be
-blamed. A thread looks on: it names the line while the loop still stands there. Where that thread
-stood still as well, it was the whole process.
+A blocked loop answers no heartbeat; the servers close its connections, and would be blamed.
+A thread monitors it, and names the line while that still blocks. If the thread did not run
+either, it was the whole process that stood still.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 0.5
+CHECK_SECONDS = 0.5
 LONGEST_SECONDS = 5.0  # more than a slow machine or a collection of garbage takes
-LATELY_SECONDS = 10.0  # a connection that it cost is missed by then
-NAME = "aioworker "  # what the names of a task's threads and asyncio tasks begin with
+RECENT_SECONDS = 10.0  # a connection that it cost is missed by then
+NAME_PREFIX = "aioworker "  # what the names of a task's threads and asyncio tasks begin with
 _MACHINERY = (
     os.path.dirname(asyncio.__file__) + os.sep,
     str(Path(__file__).parent.parent) + os.sep,
 )
 
 
-class Lookout:
-    """Looks on the running event loop from a thread, while inside: `with Lookout() as lookout`."""
+class LoopMonitor:
+    """Monitors the running event loop from a thread, while inside: `with LoopMonitor()`."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -45,16 +45,18 @@ class Lookout:
         self._end = threading.Event()
         self._lock = threading.Lock()
         self._seldom = Seldom()
-        self._looked = self._cpu = 0.0  # when it looked last, and the time of the CPU used by then
-        self._asked: float | None = None  # when the loop was, which has not answered yet
-        self._place: dict[str, str] | None = None  # where the loop stands still, once that is said
+        self._checked_at = self._cpu = 0.0  # of the last check: its time, the CPU time used by then
+        self._asked_at: float | None = None  # when the loop was asked, while it has not answered
+        self._place: dict[str, str] | None = None  # what blocks the loop, once that is said
         self._level = logging.WARNING
         self._words, self._ended = "", -math.inf
-        self._looking = threading.Thread(target=self._look_on, name=f"{NAME}lookout", daemon=True)
+        self._watching = threading.Thread(
+            target=self._watch, name=f"{NAME_PREFIX}loop", daemon=True
+        )
 
-    def __enter__(self) -> Lookout:
-        self._looked, self._cpu = time.monotonic(), time.process_time()
-        self._looking.start()
+    def __enter__(self) -> LoopMonitor:
+        self._checked_at, self._cpu = time.monotonic(), time.process_time()
+        self._watching.start()
         return self
 
     def __exit__(
@@ -64,35 +66,35 @@ class Lookout:
         trace: TracebackType | None,
     ) -> None:
         self._end.set()
-        self._looking.join()
+        self._watching.join()
 
-    def lately(self) -> str:
+    def recent(self) -> str:
         """Return what stood still and for how long, if that ended a moment ago, else nothing."""
-        self._look()  # the thread may wake up later than whoever asks
-        return self._words if time.monotonic() - self._ended < LATELY_SECONDS else ""
+        self._check()  # the thread may wake up later than whoever asks
+        return self._words if time.monotonic() - self._ended < RECENT_SECONDS else ""
 
-    def _look_on(self) -> None:
-        while not self._end.wait(LOOK_SECONDS):
-            self._look()
-            if self._asked is None:
-                self._asked = self._looked
+    def _watch(self) -> None:
+        while not self._end.wait(CHECK_SECONDS):
+            self._check()
+            if self._asked_at is None:
+                self._asked_at = self._checked_at
                 self._loop.call_soon_threadsafe(self._answer)
 
-    def _look(self) -> None:
-        """See when the last look was, and whether the loop has answered."""
+    def _check(self) -> None:
+        """See how long ago the last check was, and whether the loop has answered."""
         with self._lock:
             now, cpu = time.monotonic(), time.process_time()
-            idle, busy = now - self._looked, cpu - self._cpu
-            self._looked, self._cpu = now, cpu
+            idle, busy = now - self._checked_at, cpu - self._cpu
+            self._checked_at, self._cpu = now, cpu
             if idle > LONGEST_SECONDS:
-                self._tell_process(idle, busy)
-            elif self._asked is not None and now - self._asked > LONGEST_SECONDS:
-                self._tell_loop()
+                self._report_process(idle, busy)
+            elif self._asked_at is not None and now - self._asked_at > LONGEST_SECONDS:
+                self._report_loop()
 
-    def _tell_process(self, seconds: float, cpu_seconds: float) -> None:
+    def _report_process(self, seconds: float, cpu_seconds: float) -> None:
         """Say that nothing ran, no thread either."""
-        if self._asked is not None:
-            self._asked = self._looked  # the loop has its time from now on
+        if self._asked_at is not None:
+            self._asked_at = self._checked_at  # the loop has its time from now on
         # Code in C that keeps Python's lock lets it go where it was called. What the loop does
         # after a stop may be anything.
         kept = cpu_seconds > seconds / 2
@@ -100,17 +102,17 @@ class Lookout:
         cause = "code in C let no thread run" if kept else "stopped, suspended or out of CPU"
         self._remember("the process", seconds, place)
         log.log(
-            self._loud("process"),
+            self._level_for("process"),
             "process stood still: %s",
             cause,
             extra=fields(**place, seconds=seconds),
         )
 
-    def _tell_loop(self) -> None:
+    def _report_loop(self) -> None:
         """Say, once, that the loop has not answered for too long."""
         if self._place is None:
             self._place = self._where()
-            self._level = self._loud(self._place.get("task"))
+            self._level = self._level_for(self._place.get("task"))
             log.log(
                 self._level,
                 "event loop stands still: an `async def` must not block; a `def` runs in a thread",
@@ -118,9 +120,9 @@ class Lookout:
             )
 
     def _answer(self) -> None:
-        """The loop runs."""
+        """Note that the loop runs, and say for how long it did not."""
         with self._lock:
-            asked, self._asked = self._asked, None
+            asked, self._asked_at = self._asked_at, None
             place, self._place = self._place, None
             if asked is not None and place is not None:
                 seconds = time.monotonic() - asked
@@ -129,7 +131,7 @@ class Lookout:
                     self._level, "event loop stood still", extra=fields(**place, seconds=seconds)
                 )
 
-    def _loud(self, what: str | None) -> int:
+    def _level_for(self, what: str | None) -> int:
         return logging.WARNING if self._seldom.allows(what) else logging.DEBUG
 
     def _remember(self, what: str, seconds: float, place: dict[str, str]) -> None:
@@ -147,4 +149,4 @@ class Lookout:
         theirs = list(takewhile(lambda one: not one[0].startswith(_MACHINERY), stack)) or stack[:1]
         ends = dict.fromkeys((theirs[-1], theirs[0]))  # where it began, and where it has got to
         at = ", ".join(f"{file}:{line} in {name}" for file, line, name in ends)
-        return {"task": running.get_name().removeprefix(NAME), "at": at}
+        return {"task": running.get_name().removeprefix(NAME_PREFIX), "at": at}
