@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from aioworker.errors import AioworkerError, DeadLetter, Retry
 from aioworker.tasks.context import Context
-from aioworker.tasks.task import Task, task
+from aioworker.tasks.registry import task
+from aioworker.tasks.task import Task
 
 if TYPE_CHECKING:
     from aioworker.producer import Producer

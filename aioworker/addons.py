@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from aioworker import repo
 from aioworker.errors import RowsRefusedError
 from aioworker.tasks.context import Context
-from aioworker.tasks.task import task
+from aioworker.tasks.registry import task
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator

@@ -18,7 +18,8 @@ from aioworker.rabbitmq.publisher import Publisher
 from aioworker.rabbitmq.queues import Queues, count_surely
 from aioworker.settings import Settings, checked_prefix
 from aioworker.tasks.chunk import id_of
-from aioworker.tasks.task import AnyTask, check_publishable
+from aioworker.tasks.registry import check_publishable
+from aioworker.tasks.task import AnyTask
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence

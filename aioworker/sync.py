@@ -10,7 +10,8 @@ from contextlib import suppress
 from typing import Any
 
 from aioworker.producer import Producer, outgoing_message, taking
-from aioworker.tasks.task import AnyTask, check_publishable
+from aioworker.tasks.registry import check_publishable
+from aioworker.tasks.task import AnyTask
 
 CLOSE_SECONDS = 3.0
 

@@ -19,7 +19,8 @@ from aioworker.mysql.rehearsal import Rehearsal
 from aioworker.producer import handing_to, outgoing_message
 from aioworker.rabbitmq.message import LONGEST_RUN_SECONDS, Call, decode
 from aioworker.tasks.context import Context
-from aioworker.tasks.task import AnyTask, Task, check_publishable, find
+from aioworker.tasks.registry import check_publishable, find
+from aioworker.tasks.task import AnyTask, Task
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator

@@ -17,7 +17,7 @@ from aioworker.commands import meant
 from aioworker.console import say
 from aioworker.errors import UsageError
 from aioworker.limits import InForce, NoLimit, RateLimit, Source, in_force
-from aioworker.tasks.task import find, registered
+from aioworker.tasks.registry import find, registered
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence

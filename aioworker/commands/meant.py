@@ -23,7 +23,7 @@ from aioworker.errors import (
 )
 from aioworker.rabbitmq.errors import queue_missing
 from aioworker.tasks import load
-from aioworker.tasks.task import check_name, find, registered
+from aioworker.tasks.registry import check_name, find, registered
 from aioworker.words import command
 
 if TYPE_CHECKING:

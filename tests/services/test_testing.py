@@ -14,7 +14,7 @@ from pymysql.err import DataError, MySQLError, OperationalError
 from aioworker import Context, Producer, Retry, Task, task
 from aioworker.errors import DatabaseError, NestedTransactionError, UsageError
 from aioworker.mysql.database import Database
-from aioworker.tasks import task as tasks
+from aioworker.tasks import registry
 from aioworker.testing import Message, published, rolled_back, run
 from support import servers
 from tests.conftest import PREFIX, QUEUES, TASK, Lanes, eventually, execute, rows
@@ -30,9 +30,9 @@ REFUSED = "expected only what can be rolled back: a statement ended the transact
 
 
 @pytest.fixture(autouse=True)
-def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget what is registered here, and name no server but those that a test names."""
-    monkeypatch.setattr(tasks, "_registry", {})
+    monkeypatch.setattr(registry, "_registry", {})
     monkeypatch.setenv("AIOWORKER_AMQP_URL", "amqp://127.0.0.1:1/")
     monkeypatch.setenv("AIOWORKER_MYSQL_URL", "mysql://127.0.0.1:1/none")
 

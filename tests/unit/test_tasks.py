@@ -16,7 +16,9 @@ import pytest
 from aioworker import Context, task
 from aioworker import task as decorator
 from aioworker.errors import RateLimitError, TaskError, UsageError
-from aioworker.tasks.task import AnyTask, check_publishable, find, registered
+from aioworker.tasks import registry
+from aioworker.tasks.registry import check_publishable, find, registered
+from aioworker.tasks.task import AnyTask
 
 
 def pages() -> Iterator[list[int]]:
@@ -55,8 +57,7 @@ class Shop:
 @pytest.fixture(autouse=True)
 def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test registers for itself."""
-    # By its name in sys.modules: `aioworker.task` is the decorator.
-    monkeypatch.setattr(sys.modules["aioworker.tasks.task"], "_registry", {})
+    monkeypatch.setattr(registry, "_registry", {})
 
 
 def test_a_decorated_function_is_still_itself() -> None:

@@ -25,7 +25,7 @@ from aioworker import (
 )
 from aioworker.errors import MessageRefusedError, TaskExitError, UnknownTaskError, UsageError
 from aioworker.producer import Sweep, publish_sweep
-from aioworker.tasks import task as tasks
+from aioworker.tasks import registry
 from aioworker.testing import Message, Run, published, run
 from tests.unit.test_api import TYPED, section
 
@@ -40,7 +40,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def refuse(*_arguments: object) -> None:
         raise AssertionError("a connection")
 
-    monkeypatch.setattr(tasks, "_registry", {})
+    monkeypatch.setattr(registry, "_registry", {})
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(asyncio.BaseEventLoop, "create_connection", refuse)
     yield
