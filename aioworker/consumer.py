@@ -148,7 +148,7 @@ class Consumer:
     async def _decode(self, start: Start) -> Start:
         """Read the message whole, or refuse it whole; one that has expired is done, unrun."""
         message = start.delivery.message
-        start.call = call = decode(
+        call = decode(
             self._task.name,
             message.headers,
             message.content_type,
@@ -156,7 +156,7 @@ class Consumer:
             message.content_encoding,
         )
         try:
-            start.args = self._task.checked(call.args, call.kwargs)
+            start.args, start.kwargs = self._task.checked(call.args, call.kwargs)
         except UsageError as error:
             raise MessageRefusedError(str(error)) from error
         if (late := call.late(self._budget.now())) >= 0:
@@ -206,7 +206,7 @@ class Consumer:
         self.starts += 1
         start.began = time.monotonic()
         with self._database.bounded(start.limit, report):
-            await self._task.run(start.ctx, start.args, start.call.kwargs)
+            await self._task.run(start.ctx, start.args, start.kwargs)
         start.outcome = Outcome(Kind.ACK)
         return start
 

@@ -17,6 +17,7 @@ from aioworker.rabbitmq.errors import queue_missing
 from aioworker.rabbitmq.publisher import Publisher
 from aioworker.rabbitmq.queues import Queues, count_surely
 from aioworker.settings import Settings, checked_prefix
+from aioworker.tasks.arguments import as_json
 from aioworker.tasks.chunk import id_of
 from aioworker.tasks.registry import check_publishable
 from aioworker.tasks.task import AnyTask
@@ -148,8 +149,8 @@ class Producer:
             BrokerError: RabbitMQ did not confirm it; it may have been published all the
                 same.
         """
-        name, checked = check_publishable(task, args, kwargs)
-        return await self._send(name, checked, kwargs, urgent=urgent)
+        name, checked, named = check_publishable(task, args, kwargs)
+        return await self._send(name, checked, named, urgent=urgent)
 
     async def publish_swept(self, task: AnyTask, chunk: list[Any]) -> str:
         """Publish a chunk of a sweep to the bulk lane.
@@ -158,7 +159,8 @@ class Producer:
             task: The task.
             chunk: What the task can take, checked.
         """
-        return await self._send(task.name, [chunk, *task.options.constants], {}, urgent=False)
+        args = as_json([chunk, *task.options.constants])
+        return await self._send(task.name, args, {}, urgent=False)
 
     async def _send(
         self, task: str, args: Sequence[Any], kwargs: Mapping[str, Any], *, urgent: bool

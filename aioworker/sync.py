@@ -72,8 +72,7 @@ def publish_sync(task: AnyTask | str, /, *args: Any, urgent: bool = False, **kwa
     """
     global _background
     if (taker := taking()) is not None:
-        name, checked = check_publishable(task, args, kwargs)
-        outgoing = outgoing_message(name, checked, kwargs)
+        outgoing = outgoing_message(*check_publishable(task, args, kwargs))
         taker(outgoing, urgent)
         return outgoing.message_id or ""
     with _lock:

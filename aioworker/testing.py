@@ -35,9 +35,9 @@ _NOWHERE = "mysql://127.0.0.1/none"  # of a task that uses no database: nothing 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What was published once, with its arguments as a worker gets them.
+    """What was published once, with its arguments as a worker gets them: as JSON.
 
-    JSON makes them that: a tuple is a list, a key `1` is `"1"`, and of a chunk each id is there
+    A tuple is a list by then, a key `1` is `"1"`, a date is text, and of a chunk each id is there
     once.
 
     Args:
@@ -138,9 +138,8 @@ async def run(
         Exception: What the task raises, `Retry` and `DeadLetter` too, as it is.
     """
     made = task if isinstance(task, Task) else find(task)
-    name, checked = check_publishable(made, args, kwargs)
-    outgoing = outgoing_message(name, checked, kwargs)
-    call = _received(name, outgoing)
+    outgoing = outgoing_message(*check_publishable(made, args, kwargs))
+    call = _received(made.name, outgoing)
     message_id = outgoing.message_id or ""
     if isinstance(database, Database):
         if rollback:
@@ -160,7 +159,7 @@ async def run(
 async def _run(made: AnyTask, call: Call, database: Database, message_id: str) -> Run:
     """Do what `Consumer` does between taking a message and settling it, but for the budget."""
     ctx = Context(database, made.name, message_id)
-    args, needed = made.checked(call.args, call.kwargs), None
+    (args, kwargs), needed = made.checked(call.args, call.kwargs), None
     try:
         if made.takes_chunks:
             ctx.counts["ids"] = len(args[0])
@@ -169,7 +168,7 @@ async def _run(made: AnyTask, call: Call, database: Database, message_id: str) -
         if needed != []:
             async with asyncio.timeout(None) as limit:
                 with database.bounded(limit):
-                    await made.run(ctx, args, call.kwargs)
+                    await made.run(ctx, args, kwargs)
     finally:
         database.end_run()
     return Run(ctx.counts, needed)

@@ -167,9 +167,10 @@ async def _checked(task: AnyTask, chunks: AsyncIterator[list[Any]]) -> AsyncIter
     """
     async for chunk in chunks:
         try:
-            yield task.checked([chunk, *task.options.constants], {})[0]
+            [kept, *_constants], _named = task.checked([chunk, *task.options.constants], {})
         except UsageError as error:
             raise TaskError(f"task {task.name!r}: its keys: {error}") from None
+        yield kept
 
 
 async def _size(database: Database, task: AnyTask, after: int) -> int | None:

@@ -7,7 +7,6 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from aioworker.rabbitmq.message import Call
 from aioworker.settling.outcome import UNDECIDED, Outcome
 from aioworker.tasks.context import Context
 
@@ -25,8 +24,8 @@ class Start:
     Args:
         delivery: The delivery.
         ctx: What its run gets.
-        call: What it asks for, once it is decoded.
-        args: The positional arguments of the task's function, once they are checked.
+        args: The positional arguments as the task's function gets them, once they are checked.
+        kwargs: Its keyword arguments, likewise.
         limit: Ends the run when its time is up. It counts from when the message is decoded.
         seconds: How long the run may take.
         taken: When the delivery was taken.
@@ -40,8 +39,8 @@ class Start:
 
     delivery: Delivery
     ctx: Context
-    call: Call = field(default_factory=lambda: Call([], {}))
     args: list[Any] = field(default_factory=list)
+    kwargs: dict[str, Any] = field(default_factory=dict)
     limit: asyncio.Timeout = field(default_factory=lambda: asyncio.Timeout(None))
     seconds: float = 0.0
     taken: float = field(default_factory=time.monotonic)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import chain
-from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from aioworker.errors import UsageError
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 
 CHUNK_LIMIT = 1000
 LARGEST_ID = 2**63 - 1
-_PLAIN = {str, int, float, bool, NoneType}
+_NESTED = {list, dict}  # what a row of JSON can hold that is no plain value
 
 
 def check_ids(chunk: object, largest: int = LARGEST_ID) -> list[int]:
@@ -31,7 +30,7 @@ def check_ids(chunk: object, largest: int = LARGEST_ID) -> list[int]:
     # What is right is seen at once, by built-ins; what may be wrong, one by one.
     if set(map(type, ids)) != {int} or min(ids) < 1 or max(ids) > largest:
         ids = [_check_id(entry, largest) for entry in ids]
-    return list(dict.fromkeys(ids))
+    return ids if len(set(ids)) == len(ids) else list(dict.fromkeys(ids))
 
 
 def _check_id(entry: object, largest: int) -> int:
@@ -42,7 +41,7 @@ def _check_id(entry: object, largest: int) -> int:
     return value
 
 
-def check_rows(chunk: object) -> list[list[Any]]:
+def check_rows(chunk: object) -> list[Any]:
     """Return the rows of a chunk, each once, in their order.
 
     Args:
@@ -52,30 +51,20 @@ def check_rows(chunk: object) -> list[list[Any]]:
     Raises:
         UsageError: It is anything else.
     """
-    found = _check_length(chunk, "rows")
-    # As for ids: what is right is seen at once.
-    if not (
-        all(found)
-        and set(map(type, found)) <= {list, tuple}
-        and set(map(type, chain.from_iterable(found))) <= _PLAIN
-    ):
-        found = [_check_row(row) for row in found]
-    if len({row[0] for row in found}) < len(found):
+    rows = _check_length(chunk, "rows")
+    for row in rows:
+        if not isinstance(row, list | tuple) or not row:
+            raise UsageError(
+                f"expected rows such as [3615, 12.5], got: {brief(row)}; a chunk of ids is"
+                " annotated list[int]"
+            )
+    if _NESTED & set(map(type, chain.from_iterable(rows))):
+        row = next(row for row in rows if _NESTED & set(map(type, row)))
+        raise UsageError(f"expected rows of plain values, got: {brief(row)}")
+    if len({row[0] for row in rows}) < len(rows):
         # By their types too: 1, 1.0 and True are equal.
-        found = list({(*row, *map(type, row)): row for row in found}.values())
-    return list(map(list, found))
-
-
-def _check_row(row: object) -> list[Any]:
-    if not isinstance(row, list | tuple) or not row:
-        raise UsageError(
-            f"expected rows such as [3615, 12.5], got: {brief(row)}; a chunk of ids is annotated"
-            " list[int]"
-        )
-    for value in row:
-        if value is not None and not isinstance(value, str | int | float):
-            raise UsageError(f"expected rows of plain values, got: {brief(row)}")
-    return list(row)
+        rows = list({(*row, *map(type, row)): row for row in rows}.values())
+    return rows
 
 
 def _check_length(chunk: object, what: str) -> list[Any]:

@@ -53,7 +53,9 @@ def task(
     """Register a function, `async def` or `def`, as a task.
 
     It must leave the same rows when called twice with the same arguments. A first parameter
-    annotated `Context` receives one. A `def` runs in a thread, which cannot be cancelled.
+    annotated `Context` receives one. Arguments are read from JSON by the types of the other
+    parameters, as pydantic does in its strict mode. A `def` runs in a thread, which cannot be
+    cancelled.
 
     Args:
         function: The function, where there is nothing else to say: a bare `@task`.
@@ -66,7 +68,7 @@ def task(
             with `after`, the id behind which to begin, where it has a parameter of that
             name. It makes the task's first argument a chunk: up to 1000 ids as
             `list[int]`; rows where it is annotated otherwise, such as
-            `list[tuple[int, float]]`; JSON makes them lists.
+            `list[tuple[int, float]]`.
         constants: Arguments that a sweep passes behind each chunk.
         max_retries: Attempts after the first before a dead letter, 0 to 1000; None is the
             worker's setting.
@@ -215,23 +217,28 @@ def find(name: str) -> AnyTask:
 
 def check_publishable(
     made: AnyTask | str, args: Sequence[Any], kwargs: dict[str, Any]
-) -> tuple[str, list[Any]]:
-    """Return a task's name and the arguments to publish, checked as far as they can be.
+) -> tuple[str, list[Any], dict[str, Any]]:
+    """Return a task's name and the arguments to send, as JSON, checked as far as they can be.
 
     Raises:
-        UsageError: The task cannot be called with them.
+        UsageError: The task cannot be called with them, or JSON cannot hold them.
     """
+    from aioworker.tasks.arguments import as_json  # who publishes has imported pydantic
+
     if not isinstance(made, Task):
         check_name(made)
     known = made if isinstance(made, Task) else _registry.get(made)
+    sent, named = as_json([args, kwargs])
     if known is None:
-        return str(made), list(args)
+        return str(made), sent, named
     try:
-        checked = known.checked(args, kwargs)
+        checked, _ = known.checked(sent, named)
+        if known.takes_chunks:
+            sent[0] = as_json(checked[0])  # each entry once
     except UsageError as error:
         raise UsageError(f"task {known.name!r}: {error}") from None
-    if known.takes_chunks and not checked[0]:
+    if known.takes_chunks and not sent[0]:
         raise UsageError(
             f"task {known.name!r}: expected a chunk of 1 to {CHUNK_LIMIT} ids or rows, got: []"
         )
-    return known.name, checked
+    return known.name, sent, named

@@ -1,4 +1,4 @@
-"""What a function can be called with: seen from its signature, before it runs."""
+"""What a function can be called with, by its signature; and arguments held against it."""
 
 from __future__ import annotations
 
@@ -7,35 +7,39 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, get_type_hints
+from functools import cached_property, partial
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 from aioworker.errors import TaskError, UsageError
-from aioworker.tasks import chunk, hints
+from aioworker.tasks.chunk import check_ids, check_rows
 from aioworker.tasks.context import Context
+
+if TYPE_CHECKING:
+    from aioworker.tasks.arguments import Reader
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 TO_PUBLISH = "urgent"  # a keyword of `publish`, which the function would never get
 AFTER = "after"  # the parameter of `keys` that gets the id behind which to begin
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Signature:
     """What a task's function can be called with.
 
     Args:
         task: The task's name, for errors.
+        function: The function.
         context: Whether its first parameter receives a `Context`.
         coroutine: Whether it is an `async def`.
-        parameters: The parameters behind that.
-        takes: What the first of them takes a chunk of, as `hints.chunk_of` has it.
+        parameters: The parameters behind the context.
     """
 
     task: str
+    function: Callable[..., Any]
     context: bool
     coroutine: bool
     parameters: inspect.Signature
-    takes: str | None
 
     @classmethod
     def of(cls, task: str, function: Callable[..., Any]) -> Signature:
@@ -57,11 +61,7 @@ class Signature:
                 f"task {task!r}: a parameter cannot be named {TO_PUBLISH!r}: publishing takes that"
                 " for the lane"
             )
-        resolved = _hints(function)
-        parameters = [
-            one.replace(annotation=resolved.get(one.name, one.annotation))
-            for one in whole.parameters.values()
-        ]
+        parameters = list(whole.parameters.values())
         context = cls.wants_context(function)
         if context:
             del parameters[0]
@@ -76,9 +76,8 @@ class Signature:
                     f"task {task!r}: expected `Context` itself as an annotation, of the first"
                     f" positional parameter alone, got: {one}"
                 )
-        taken = hints.chunk_of(parameters[0].annotation) if parameters else None
         whole = whole.replace(parameters=parameters)
-        return cls(task, context, cls.is_coroutine(function), whole, taken)
+        return cls(task, function, context, cls.is_coroutine(function), whole)
 
     @staticmethod
     def wants_context(function: Callable[..., Any]) -> bool:
@@ -86,7 +85,7 @@ class Signature:
         first = next(iter(read(function).parameters.values()), None)
         if first is None or first.kind not in _POSITIONAL:
             return False
-        found = hints.behind(_hints(function).get(first.name, first.annotation))
+        found = plain(first.annotation)
         return found is Context or (
             isinstance(found, str) and found.strip("'\"").rpartition(".")[2] == Context.__name__
         )
@@ -111,10 +110,13 @@ class Signature:
         first = next(iter(self.parameters.parameters.values()), None)
         return first if first is not None and first.kind in _POSITIONAL else None
 
-    @property
+    @cached_property
     def takes_ids(self) -> bool:
         """Whether a chunk of it is one of ids; otherwise of rows."""
-        return self.takes == hints.IDS
+        found = plain(self.chunk.annotation) if self.chunk is not None else None
+        if isinstance(found, str):
+            return found.endswith("[int]")  # `Sequence[int]`, if only a type checker imports that
+        return all(plain(entry) is int for entry in get_args(found)[:1])
 
     def expect_chunk(self, why: str) -> None:
         """Refuse a function that takes no chunk of ids or rows.
@@ -127,7 +129,9 @@ class Signature:
                 f"task {self.task!r}: expected a parameter for the chunk, since it has {why},"
                 f" got: {self.shown}"
             )
-        if self.takes is None:
+        found = plain(self.chunk.annotation)
+        takes_rows = all(_takes_lists(plain(entry)) for entry in get_args(found)[:1])
+        if not (_takes_lists(found) and (takes_rows or self.takes_ids)):
             raise TaskError(
                 f"task {self.task!r}: expected its chunk annotated as ids, list[int], or as rows,"
                 f" such as list[tuple[int, str]], got: {self.chunk}"
@@ -181,8 +185,8 @@ class Signature:
 
     def checked(
         self, args: Sequence[Any], kwargs: dict[str, Any], largest_id: int | None
-    ) -> list[Any]:
-        """Return positional arguments as the function gets them.
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """Return arguments of JSON as the function gets them.
 
         Args:
             args: Positional arguments, a chunk first where one is taken.
@@ -190,53 +194,89 @@ class Signature:
             largest_id: The largest id of a chunk; None where the first argument is none.
 
         Raises:
-            UsageError: The function cannot be called with these, or the chunk is none.
+            UsageError: The function cannot be called with these.
         """
         try:
-            self.parameters.bind(*args, **kwargs)
+            bound = self.parameters.bind(*args, **kwargs)
         except TypeError as error:
             raise UsageError(f"expected arguments {self.shown}: {error}") from None
-        if largest_id is None:
-            return list(args)
-        if not args:
-            raise UsageError("expected the chunk as the first positional argument, got none")
-        return [self._checked_chunk(args[0], largest_id), *args[1:]]
+        chunk = self.chunk if largest_id is not None else None
+        if chunk is not None and largest_id is not None:
+            if not args:
+                raise UsageError("expected the chunk as the first positional argument, got none")
+            checked = check_ids(args[0], largest_id) if self.takes_ids else check_rows(args[0])
+            bound.arguments[chunk.name] = checked
+        for name, value in bound.arguments.items():
+            # That each is an int `check_ids` has seen, in less time than reading takes.
+            if chunk is None or chunk.name != name or chunk.annotation != list[int]:
+                bound.arguments[name] = self._readers[name].read(value)
+        taken = list(bound.args)
+        if chunk is not None:
+            taken[0] = list(taken[0])  # whatever its type, as what is needed of it will be
+        return taken, bound.kwargs
 
-    def _checked_chunk(self, value: object, largest_id: int) -> list[Any]:
-        return chunk.check_ids(value, largest_id) if self.takes_ids else chunk.check_rows(value)
+    @cached_property
+    def _readers(self) -> dict[str, Reader]:
+        """What reads each parameter's arguments."""
+        # Here, since pydantic takes half as long to import as all else that a task needs.
+        from aioworker.tasks.arguments import Reader
+
+        # Anew: by now the names of the function's whole module are known.
+        return {one.name: Reader(one) for one in read(self.function).parameters.values()}
 
 
 def read(function: Callable[..., Any]) -> inspect.Signature:
-    """Return a function's signature, whether or not its annotations can be resolved."""
+    """Return a function's signature, its annotations resolved; as text those that cannot be."""
     try:
-        return inspect.signature(function)
+        whole = inspect.signature(function)
     except Exception:
         if sys.version_info >= (3, 14):  # which evaluates them here: that may raise anything
             from annotationlib import Format
 
-            return inspect.signature(function, annotation_format=Format.STRING)
-        raise
+            whole = inspect.signature(function, annotation_format=Format.STRING)
+        else:
+            raise
+    written: Any = inspect.unwrap(function.func if isinstance(function, partial) else function)
+    module = sys.modules.get(written.__module__)  # of an object that can be called
+    names = getattr(written, "__globals__", getattr(module, "__dict__", {}))
+    resolved = [
+        one.replace(annotation=_resolved(one.annotation, names))
+        for one in whole.parameters.values()
+    ]
+    return whole.replace(parameters=resolved)
 
 
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    """Return a function's annotations, resolved; none where one of them cannot be."""
+def _resolved(annotation: Any, names: dict[str, Any]) -> Any:
     try:
-        while isinstance(function, partial):
-            function = function.func
-        written = inspect.unwrap(function)
-        called = written if inspect.isroutine(written) else getattr(written, "__call__", written)  # noqa: B004
-        return get_type_hints(called)
+        return eval(annotation, names) if isinstance(annotation, str) else annotation
     except Exception:  # noqa: BLE001 - whatever evaluating somebody's annotations may raise
-        return {}
+        return annotation
+
+
+def plain(annotation: Any) -> Any:
+    """Return the type behind `X | None`, `Annotated`, `NewType` and `type X = …`."""
+    given = get_args(annotation)
+    if get_origin(annotation) in (Annotated, Union, UnionType):
+        return plain(given[0])
+    try:
+        found = getattr(annotation, "__supertype__", None) or getattr(annotation, "__value__", None)
+    except Exception:  # noqa: BLE001 - as above: an alias is evaluated here
+        return annotation
+    return annotation if found is None else plain(found[given] if given else found)
+
+
+def _takes_lists(annotation: Any) -> bool:
+    """Whether a list may be of a type, as far as it can be told."""
+    kind = get_origin(annotation) or annotation
+    if kind in (Any, inspect.Parameter.empty):
+        return True
+    try:
+        return issubclass(kind, tuple) or issubclass(list, kind)
+    except TypeError:  # a name that is not known, a protocol that cannot be asked
+        return True
 
 
 def _mentions_context(annotation: Any) -> bool:
-    found = hints.behind(annotation)
+    found = plain(annotation)
     inherits = isinstance(found, type) and issubclass(found, Context)
-    return inherits or Context.__name__ in re.findall(r"\w+", _text(found))
-
-
-def _text(annotation: Any) -> str:
-    if annotation is inspect.Parameter.empty:
-        return ""
-    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    return inherits or Context.__name__ in re.findall(r"\w+", inspect.formatannotation(annotation))

@@ -136,8 +136,10 @@ class Task(Generic[P, R]):
         """Publish one message where no event loop is; see the function `publish_sync`."""
         return Task.publisher(self, *args, urgent=urgent, **kwargs)
 
-    def checked(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
-        """Return the positional arguments as the function gets them, chunk first.
+    def checked(
+        self, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """Return arguments of JSON as the function gets them, a chunk first.
 
         Raises:
             UsageError: The function cannot be called with these.

@@ -77,6 +77,31 @@ async def test_a_coroutine_gets_what_was_published(serve: Served) -> None:
     assert got == [((1, "two", [3]), {"four": {"five": None}})]
 
 
+async def test_arguments_are_read_by_their_types(serve: Served) -> None:
+    got: list[Any] = []
+
+    def note(when: datetime, *rest: float, row: tuple[int, str]) -> None:
+        got.append((when, rest, row))
+
+    settled = await serve(Task(TASK, note), LATER, 1, row=[3, "x"])
+
+    assert settled == {Kind.ACK: 1}
+    assert got == [(datetime.fromisoformat(LATER), (1.0,), (3, "x"))]
+
+
+async def test_an_argument_of_another_type_is_a_dead_letter_unrun(
+    serve: Served, lanes: Lanes
+) -> None:
+    got: list[Any] = []
+
+    async def note(number: int) -> None:
+        got.append(number)
+
+    assert await serve(Task(TASK, note), "42") == {Kind.DEAD_LETTER: 1}
+    reason = (await lanes.take(QUEUES.dead)).headers["x-aioworker-reason"]
+    assert (reason, got) == ("argument number: expected a valid integer, got: '42'", [])
+
+
 async def test_a_plain_function_runs_in_a_thread_of_its_own(serve: Served) -> None:
     """It may block: the event loop does not feel it."""
     ran_in: list[str] = []

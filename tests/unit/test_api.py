@@ -93,8 +93,9 @@ def test_a_module_of_tasks_costs_no_client_of_a_server() -> None:
     """A site imports its tasks in each of its processes."""
     code = (
         "import sys, aioworker; from aioworker import Context, task\n"
-        "@task(rate_limit='2/m')\n"
-        "def note(ctx: Context, text: str) -> None: ...\n"
+        "@task(rate_limit='2/m', keys=lambda: [])\n"
+        "def note(ctx: Context, shops: list[int], text: str = '') -> None: ...\n"
+        "note.needed(lambda shops: shops)\n"
         "clients = ('aio_pika', 'aiormq', 'aiomysql', 'pymysql', 'pydantic', 'typer')\n"
         "print([name for name in clients if name in sys.modules])"
     )

@@ -30,7 +30,7 @@ def body(ids: object) -> bytes:
 def read(headers: dict[str, Any], content_type: str | None, content: bytes) -> list[int]:
     """Read a message as far as the main job's function."""
     call = decode(TASK, headers, content_type, content)
-    [ids] = update_current_version.checked(call.args, call.kwargs)
+    [ids], _kwargs = update_current_version.checked(call.args, call.kwargs)
     return list(ids)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 import runpy
 import sys
 from collections.abc import Callable, Iterator
@@ -29,6 +30,9 @@ async def by_ids(ctx: Context, ids: list[int]) -> None: ...
 
 
 def by_rows(rows: list[tuple[int, float]], unit: str = "day") -> None: ...
+
+
+def by_any_rows(rows: list[list[Any]]) -> None: ...
 
 
 async def with_anything(name: str, *, times: int = 1) -> None: ...
@@ -331,10 +335,12 @@ ARGUMENTS: list[tuple[dict[str, Any], Callable[..., Any], list[Any], dict[str, A
     ({"keys": pages}, by_ids, [[0]], {}, "expected ids from 1 to 9223372036854775807, got: 0"),
     ({"keys": pages}, by_ids, [], {}, "expected arguments (ids): missing a required argument"),
     ({"keys": pages}, by_ids, [[1], 2], {}, "expected arguments (ids): too many positional"),
-    ({"keys": pages}, by_rows, [[[1, 2.5], (1, 2.5)], "week"], {}, [[[1, 2.5]], "week"]),
-    ({"keys": pages}, by_rows, [[[1, None, "x", True]]], {}, [[[1, None, "x", True]]]),
-    ({"keys": pages}, by_rows, [[[1], [True], [1.0]]], {}, [[[1], [True], [1.0]]]),
-    ({"keys": pages}, by_rows, [[[1, "a"], [1, "b"], [1, "a"]]], {}, [[[1, "a"], [1, "b"]]]),
+    ({"keys": pages}, by_rows, [[[1, 2.5], [1, 2.5]], "week"], {}, [[(1, 2.5)], "week"]),
+    ({"keys": pages}, by_rows, [[[1, "x"]]], {}, "argument rows[0][1]: expected a valid number"),
+    ({"keys": pages}, by_rows, [[[1, 2.5]], 7], {}, "argument unit: expected a valid string, got"),
+    ({"keys": pages}, by_any_rows, [[[1, None, "x", True]]], {}, [[[1, None, "x", True]]]),
+    ({"keys": pages}, by_any_rows, [[[1], [True], [1.0]]], {}, [[[1], [True], [1.0]]]),
+    ({"keys": pages}, by_any_rows, [[[1, "a"], [1, "b"], [1, "a"]]], {}, [[[1, "a"], [1, "b"]]]),
     ({"keys": pages}, by_rows, [[[]]], {}, "expected rows such as [3615, 12.5], got: []"),
     ({"keys": pages}, by_rows, [[7]], {}, "expected rows such as [3615, 12.5], got: 7"),
     ({"keys": pages}, by_rows, [[[1, [2]]]], {}, "expected rows of plain values, got: [1, [2]]"),
@@ -346,7 +352,14 @@ ARGUMENTS: list[tuple[dict[str, Any], Callable[..., Any], list[Any], dict[str, A
         {"rows": [[1, 2]]},
         "expected the chunk as the first",
     ),
-    ({}, with_anything, [["a"]], {"times": 3}, [["a"]]),
+    (
+        {},
+        with_anything,
+        [["a"]],
+        {"times": 3},
+        "argument name: expected a valid string, got: ['a']",
+    ),
+    ({}, with_anything, ["a"], {"times": 3}, ["a"]),
     ({}, with_anything, ["a", 3], {}, "expected arguments (name, *, times=1): too many positional"),
     ({}, with_anything, ["a"], {"time": 3}, "got an unexpected keyword argument 'time'"),
 ]
@@ -364,8 +377,9 @@ def test_arguments_are_held_against_the_function(
     made: AnyTask = decorator(**options)(function)
 
     if isinstance(expected, list):
-        assert made.checked(args, kwargs) == expected
-        assert check_publishable(made.name, args, kwargs) == (made.name, expected)
+        assert made.checked(args, kwargs) == (expected, kwargs)
+        sent = json.loads(json.dumps(expected))
+        assert check_publishable(made.name, args, kwargs) == (made.name, sent, kwargs)
         return
     with pytest.raises(UsageError) as refusal:
         made.checked(args, kwargs)
@@ -380,8 +394,8 @@ def test_an_empty_chunk_is_not_published() -> None:
 
     with pytest.raises(UsageError, match=r"^task 'by_ids': expected a chunk of 1 to 1000 ids or"):
         check_publishable(made, [[]], {})
-    assert made.checked([[]], {}) == [[]]
+    assert made.checked([[]], {}) == ([[]], {})
 
 
 def test_a_task_that_this_process_does_not_know_is_published_as_it_is() -> None:
-    assert check_publishable("elsewhere", [[0]], {}) == ("elsewhere", [[0]])
+    assert check_publishable("elsewhere", [[0]], {}) == ("elsewhere", [[0]], {})

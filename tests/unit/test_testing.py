@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from datetime import date
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from tests.unit.test_api import TYPED, section
 
 Publish = Callable[..., Coroutine[Any, Any, str]]
 NOWHERE = "amqp://127.0.0.1:1/"
+DAY = date(2026, 11, 29)
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +109,41 @@ def test_a_chunk_arrives_as_the_function_gets_it() -> None:
         rate.publish_sync([[7], 7, 3])
 
     assert messages == [Message("rate", ([7, 3],))]
+
+
+@pytest.mark.parametrize("publish", WAYS, ids=lambda one: one.__name__)
+async def test_a_date_is_text_on_its_way_and_a_date_again(publish: Publish) -> None:
+    got: list[Any] = []
+
+    @task
+    def note(day: date, *, until: date) -> None:
+        got.extend((day, until))
+
+    with published() as messages:
+        await publish(note, DAY, until=DAY)
+    [message] = messages
+    await run(note, *message.args, **message.kwargs)
+
+    assert message == Message("note", ("2026-11-29",), {"until": "2026-11-29"})
+    assert got == [DAY, DAY]
+
+
+def test_a_date_is_text_for_a_task_that_is_not_imported() -> None:
+    with published() as messages:
+        publish_sync("shop.note", DAY)
+
+    assert messages == [Message("shop.note", ("2026-11-29",))]
+
+
+async def test_a_date_is_text_in_a_sweep() -> None:
+    @task(keys=lambda: iter([[(1, DAY)]]), constants=(DAY,))
+    def move(rows: list[tuple[int, date]], until: date) -> None: ...
+
+    with published() as messages:
+        async with Producer(NOWHERE) as producer:
+            await producer.publish_swept(move, [(1, DAY)])
+
+    assert messages == [Message("move", ([[1, "2026-11-29"]], "2026-11-29"))]
 
 
 def test_a_message_shows_what_matters_in_a_failed_test() -> None:

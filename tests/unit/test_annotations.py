@@ -10,7 +10,8 @@ from typing import Annotated, Any, NamedTuple, NewType, TypeAlias
 
 import pytest
 
-from aioworker.tasks.hints import IDS, ROWS, behind, chunk_of
+from aioworker.errors import TaskError
+from aioworker.tasks.signature import Signature, plain
 
 ShopId = NewType("ShopId", int)
 Shops: TypeAlias = list[ShopId]
@@ -34,6 +35,17 @@ if sys.version_info >= (3, 12):
     )
 
 
+def takes_ids(annotation: Any) -> bool:
+    """Whether a task whose chunk is annotated so takes ids; otherwise it takes rows."""
+
+    def function(chunk: object) -> None: ...
+
+    function.__annotations__["chunk"] = annotation
+    signature = Signature.of("task", function)
+    signature.expect_chunk("keys")
+    return signature.takes_ids
+
+
 @pytest.mark.parametrize(
     "annotation",
     [
@@ -51,11 +63,12 @@ if sys.version_info >= (3, 12):
         list[int] | tuple[int, ...],
         "list[int]",
         "collections.abc.Sequence[int]",
+        "unknown.Sequence[int]",
     ],
     ids=str,
 )
 def test_a_list_of_ids_by_any_name_is_one(annotation: Any) -> None:
-    assert chunk_of(annotation) == IDS
+    assert takes_ids(annotation)
 
 
 @pytest.mark.parametrize(
@@ -74,34 +87,37 @@ def test_a_list_of_ids_by_any_name_is_one(annotation: Any) -> None:
     ids=str,
 )
 def test_a_list_of_rows_or_of_what_cannot_be_told_is_one_of_rows(annotation: Any) -> None:
-    assert chunk_of(annotation) == ROWS
+    assert not takes_ids(annotation)
 
 
 @pytest.mark.parametrize(
     "annotation",
     [
-        *(int, str, Any, object, set[int], frozenset[int], dict[int, int]),
-        *(list[str], list[bool], list[float], list[dict[str, int]], list[int | None]),
-        *(tuple[int, int], list[int] | int, list[int] | list[tuple[int, str]]),
+        *(int, str, set[int], frozenset[int], dict[int, int]),
+        *(list[str], list[bool], list[float], list[dict[str, int]]),
         collections.abc.Iterator[int],
     ],
     ids=str,
 )
 def test_what_no_chunk_can_be_is_neither(annotation: Any) -> None:
-    assert chunk_of(annotation) is None
+    with pytest.raises(TaskError, match=r"^task 'task': expected its chunk annotated as ids, list"):
+        takes_ids(annotation)
 
 
 @pytest.mark.skipif(not ALIASES, reason="the statement `type` came with Python 3.12")
 def test_an_alias_is_what_stands_behind_it() -> None:
     many, pair = ALIASES["Many"], ALIASES["Pair"]
 
-    assert chunk_of(ALIASES["Ids"]) == IDS
-    assert [chunk_of(many[one]) for one in (int, pair, str)] == [IDS, ROWS, None]
+    assert takes_ids(ALIASES["Ids"])
+    assert [takes_ids(many[one]) for one in (int, pair)] == [True, False]
+    with pytest.raises(TaskError):
+        takes_ids(many[str])
 
 
 @pytest.mark.skipif(not ALIASES, reason="the statement `type` came with Python 3.12")
 def test_an_alias_that_cannot_be_resolved_is_left_alone() -> None:
     lost = ALIASES["Lost"]
 
-    assert behind(lost) is lost
-    assert chunk_of(lost) == chunk_of(ALIASES["Many"][lost]) == ROWS
+    assert plain(lost) is lost
+    assert takes_ids(lost)
+    assert not takes_ids(ALIASES["Many"][lost])
