@@ -1,11 +1,9 @@
-"""Publishing: a sweep of all chunks of a task, or a single message, each confirmed."""
+"""Publishing single messages, each confirmed; a `sweep` publishes its chunks by it, too."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import aio_pika
@@ -18,15 +16,12 @@ from aioworker.rabbitmq.publisher import Publisher
 from aioworker.rabbitmq.queues import Queues, count_surely
 from aioworker.settings import Settings, checked_prefix
 from aioworker.tasks.arguments import as_json
-from aioworker.tasks.chunk import id_of
 from aioworker.tasks.registry import check_publishable
 from aioworker.tasks.task import AnyTask
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
-# Publishes under way at once: enough to hide the round trip, few enough for a small memory.
-WINDOW = 64
 SHORTEST_SECONDS, LONGEST_SECONDS = 0.1, 3600
 
 
@@ -218,78 +213,3 @@ def outgoing_message(
         correlation_id=encoded.message_id,
         message_id=encoded.message_id,
     )
-
-
-@dataclass(slots=True)
-class Sweep:
-    """How far a sweep is.
-
-    Args:
-        chunks: Chunks confirmed.
-        ids: Ids, or rows, in them.
-        last_id: All ids up to this one are confirmed; None before the first chunk is.
-    """
-
-    chunks: int = 0
-    ids: int = 0
-    last_id: int | None = None
-
-    def add(self, chunk: Sequence[Any]) -> None:
-        """Count a chunk whose predecessors are all counted."""
-        self.chunks += 1
-        self.ids += len(chunk)
-        self.last_id = id_of(chunk[-1])
-
-
-async def chunked(pages: AsyncIterator[list[Any]], size: int) -> AsyncIterator[list[Any]]:
-    """Cut pages of ids or rows into chunks of *size*, the last one shorter."""
-    rest: list[Any] = []
-    async for page in pages:
-        rest += page
-        whole = len(rest) - len(rest) % size
-        for start in range(0, whole, size):
-            yield rest[start : start + size]
-        rest = rest[whole:]
-    if rest:
-        yield rest
-
-
-async def publish_sweep(
-    producer: Producer,
-    task: AnyTask,
-    chunks: AsyncIterator[list[Any]],
-    sweep: Sweep,
-    confirmed: Callable[[], None],
-) -> None:
-    """Publish chunks to the bulk lane, several under way at once, counted in their order.
-
-    Args:
-        producer: Its connection is used.
-        task: The task.
-        chunks: Ids ascending, from one chunk to the next too.
-        sweep: Counts what is confirmed, also when this is cut short.
-        confirmed: Called after each chunk that was counted.
-
-    Raises:
-        BrokerError: A chunk is not confirmed; those before it are counted in *sweep*.
-    """
-    under_way: deque[tuple[list[Any], asyncio.Task[str]]] = deque()
-
-    async def count_oldest() -> None:
-        chunk, publishing = under_way[0]
-        await publishing
-        under_way.popleft()
-        sweep.add(chunk)
-        confirmed()
-
-    try:
-        async for chunk in chunks:
-            under_way.append((chunk, asyncio.create_task(producer.publish_swept(task, chunk))))
-            if len(under_way) >= WINDOW:
-                await count_oldest()
-        while under_way:
-            await count_oldest()
-    finally:
-        for _chunk, publishing in under_way:
-            publishing.cancel()
-        await asyncio.gather(*(item[1] for item in under_way), return_exceptions=True)

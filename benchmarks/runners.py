@@ -17,10 +17,11 @@ import aio_pika
 
 from aioworker.addons import update_current_version
 from aioworker.budget.shared import SharedBudget
-from aioworker.producer import Producer, Sweep, chunked, outgoing_message, publish_sweep
+from aioworker.producer import Producer, outgoing_message
 from aioworker.rabbitmq.queues import Queues
 from aioworker.settings import Settings
 from aioworker.status.presence import Presence
+from aioworker.sweep import Sweep, chunked, publish_sweep
 from aioworker.worker.session import Worker
 from aioworker.worker.supervisor import Address, Supervisor
 
@@ -65,7 +66,7 @@ async def publish() -> None:
     settings = Settings.load()
     async with Producer.over(settings.amqp_url, 10, settings.queue_prefix) as producer:
         await publish_sweep(
-            producer, update_current_version, chunked(pages(), 1000), Sweep(), lambda: None
+            producer, update_current_version, chunked(pages(), 1000), Sweep(), lambda _sweep: None
         )
 
 

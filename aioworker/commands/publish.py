@@ -1,45 +1,86 @@
-"""What `publish` and `publish-all` do, once their options are read."""
+"""What `publish` and `publish-all` do: single ids, and a sweep that is alone."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Protocol
 
-from aioworker import console, words
 from aioworker.budget import tables
-from aioworker.budget.tables import Row, peek
-from aioworker.console import say, tell
-from aioworker.errors import AioworkerError, BrokerError, DatabaseError, TaskError, UsageError
-from aioworker.limits import NoLimit, in_force
-from aioworker.producer import Producer, Sweep, chunked, publish_sweep
+from aioworker.errors import AioworkerError, BrokerError, DatabaseError, UsageError
+from aioworker.limits import InForce, NoLimit, in_force
+from aioworker.producer import Producer
 from aioworker.rabbitmq.errors import forbids
-from aioworker.tasks import keys
+from aioworker.sweep import Sweep, count_ids, publish_sweep, read_chunks
 from aioworker.tasks.chunk import CHUNK_LIMIT
-from aioworker.tasks.context import Context
-from aioworker.words import count
+from aioworker.words import command, count
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     from aioworker.mysql.database import Database
     from aioworker.settings import Settings
     from aioworker.tasks.task import AnyTask
 
-WATCH_SECONDS = 0.5
+POLL_SECONDS = 0.5  # between two looks at an earlier sweep's lane
 LONGEST_WATCH_SECONDS = 300.0
 
 
-async def publish(settings: Settings, task: AnyTask, ids: list[int], *, urgent: bool) -> None:
-    """Publish ids in chunks and print what was confirmed.
+class Pace(Enum):
+    """How an earlier sweep does that is still queued."""
+
+    ADVANCES = "advances"
+    PERHAPS_ADVANCES = "perhaps advances"  # RabbitMQ counts none, and the lane cannot be asked
+    STANDS_STILL = "stands still"
+    PAUSED = "is paused"
+
+
+@dataclass(frozen=True, slots=True)
+class EarlierSweep:
+    """A sweep that is still queued: none was published beside it.
+
+    Args:
+        chunks: How many of it wait.
+        pace: How it does.
+    """
+
+    chunks: int
+    pace: Pace
+
+
+class Report(Protocol):
+    """Shows a person what becomes of a sweep while it is published."""
+
+    @property
+    def wants_total(self) -> bool:
+        """Whether to find out first how many ids there are, for a bar."""
+
+    def watching(self, seconds: float) -> None:
+        """An earlier sweep is still queued; it is watched for so long."""
+
+    def progress(self, total: int | None) -> AbstractContextManager[Callable[[Sweep], None]]:
+        """Publishing begins; what this yields is called after each chunk.
+
+        Args:
+            total: How many ids there are, None where nobody knows.
+        """
+
+
+async def publish(settings: Settings, task: AnyTask, ids: list[int], *, urgent: bool) -> int:
+    """Publish ids in chunks and return how many messages those were.
 
     Raises:
         UsageError: An id is out of range, or the task takes no ids; nothing was published.
-        BrokerError: RabbitMQ did not confirm a chunk.
+        BrokerError: RabbitMQ did not confirm a chunk; a note says how many ids it did confirm.
     """
+    if not (task.takes_chunks and task.signature.takes_ids):
+        raise UsageError(f"task {task.name!r} takes no ids: publish to it from Python")
     chunks = [ids[start : start + CHUNK_LIMIT] for start in range(0, len(ids), CHUNK_LIMIT)]
     for chunk in chunks:
-        _check(task, chunk)
+        task.checked([chunk, *task.options.constants], {})
     async with _producer(settings) as producer:
         for done, chunk in enumerate(chunks):
             try:
@@ -50,9 +91,30 @@ async def publish(settings: Settings, task: AnyTask, ids: list[int], *, urgent: 
                         f"confirmed the first {done * CHUNK_LIMIT} of {count(len(ids), 'id')}"
                     )
                 raise
-    lane = "urgent" if urgent else "bulk"
-    what = f"{count(len(ids), 'id')} in {count(len(chunks), 'message')}"
-    say(f"published {what} to the {lane} lane of {task.name}")
+    return len(chunks)
+
+
+async def count_all(settings: Settings, task: AnyTask, *, after: int, only_needed: bool) -> Sweep:
+    """Return what `publish_all` would publish; it needs no RabbitMQ.
+
+    Args:
+        settings: The settings.
+        task: What is swept.
+        after: Begin behind this id.
+        only_needed: Leave out what needs no writing.
+
+    Raises:
+        UsageError: The task cannot be swept like this.
+        DatabaseError: The ids cannot be read.
+    """
+    _check_sweepable(task, only_needed=only_needed)
+    sweep = Sweep()
+    async with settings.database() as database:
+        async for chunk in read_chunks(
+            database, task, settings.chunk_size, after=after, only_needed=only_needed
+        ):
+            sweep.add(chunk)
+    return sweep
 
 
 async def publish_all(
@@ -61,124 +123,60 @@ async def publish_all(
     *,
     after: int,
     append: bool,
-    dry_run: bool,
     only_needed: bool,
-) -> int:
-    """Publish a sweep with progress, unless an earlier one is still queued.
+    report: Report,
+) -> Sweep | EarlierSweep:
+    """Publish a sweep, unless an earlier one is still queued.
 
     Args:
         settings: The settings.
         task: What is swept.
         after: Begin behind this id.
         append: Publish all the same while an earlier sweep is queued.
-        dry_run: Count the chunks, publish none.
         only_needed: Leave out what needs no writing.
+        report: What is told meanwhile.
 
     Returns:
-        The exit status: 0, or 1 when an earlier sweep stands still or is paused.
+        What was published, or the earlier sweep.
 
     Raises:
+        UsageError: The task cannot be swept like this.
         BrokerError: Not all is confirmed; a note says how far it is, and how to go on.
         DatabaseError: The ids cannot be read; the same note.
         TaskError: They are none that the task can take; the same note.
     """
+    _check_sweepable(task, only_needed=only_needed)
+    async with settings.database() as database, _producer(settings) as producer:
+        await _be_alone(database, task)
+        waiting, _sure = await _backlog(producer, task, ask=not append)
+        if waiting and not append:
+            force = await _in_force(settings, task, database)
+            database.close()  # others need not wait for what is only watched
+            return EarlierSweep(waiting, await _watch(producer, task, waiting, force, report))
+        total = None
+        if report.wants_total and not only_needed:
+            total = await count_ids(database, task, after)
+        sweep = Sweep()
+        chunks = read_chunks(
+            database, task, settings.chunk_size, after=after, only_needed=only_needed
+        )
+        try:
+            with report.progress(total) as confirmed:
+                await publish_sweep(producer, task, chunks, sweep, confirmed)
+        except (AioworkerError, asyncio.CancelledError) as error:
+            if sweep.chunks or not isinstance(error, DatabaseError | UsageError):
+                error.add_note(_how_to_go_on(settings, task, sweep, after))
+            raise
+    return sweep
+
+
+def _check_sweepable(task: AnyTask, *, only_needed: bool) -> None:
     if only_needed and task.reader is None:
         raise UsageError(f"task {task.name!r} has no needed: it cannot tell what needs writing")
-    database = settings.database()
-    await database.ready()
-    sweep = Sweep()
-    try:
-        pages = _pages(database, task, after)
-        size = settings.chunk_size
-        chunks = _checked(task, chunked(pages, CHUNK_LIMIT if only_needed else size))
-        if only_needed:
-            chunks = chunked(_needed(database, task, chunks), size)
-        if dry_run:
-            async for chunk in chunks:
-                sweep.add(chunk)
-            say(f"would publish {count(sweep.chunks, 'chunk')}, {count(sweep.ids, 'id')}")
-            return 0
-        async with _producer(settings) as producer:
-            await _be_alone(database, task)
-            waiting, _sure = await _backlog(producer, task, ask=not append)
-            if waiting and not append:
-                row = await _budget_row(settings, task, database)
-                database.close()  # others need not wait for what is only watched
-                return await _watch_earlier(settings, task, producer, waiting, row)
-            counted = console.is_terminal() and not only_needed
-            total = await _size(database, task, after) if counted else None
-            try:
-                with console.progress("publishing ids", total) as show:
-                    await publish_sweep(
-                        producer,
-                        task,
-                        chunks,
-                        sweep,
-                        lambda: show(sweep.ids, f"published {_extent(sweep)}"),
-                    )
-            except (AioworkerError, asyncio.CancelledError) as error:
-                if sweep.chunks or not isinstance(error, DatabaseError | UsageError):
-                    error.add_note(_how_to_go_on(settings, task, sweep, after))
-                raise
-    finally:
-        database.close()
-    say(f"published {_extent(sweep)}")
-    return 0
-
-
-def _check(task: AnyTask, ids: list[int]) -> None:
-    """Refuse ids that the task cannot take.
-
-    Raises:
-        UsageError: It cannot.
-    """
-    if not (task.takes_chunks and task.signature.takes_ids):
-        raise UsageError(f"task {task.name!r} takes no ids: publish to it from Python")
-    task.checked([ids, *task.options.constants], {})
 
 
 def _producer(settings: Settings) -> Producer:
     return Producer.over(settings.nodes(), settings.connect_timeout, settings.queue_prefix)
-
-
-async def _pages(database: Database, task: AnyTask, after: int) -> AsyncIterator[list[Any]]:
-    with database.explaining():
-        async for page in keys.pages(task, Context(database, task.name), after):
-            yield page
-
-
-async def _needed(
-    database: Database, task: AnyTask, chunks: AsyncIterator[list[Any]]
-) -> AsyncIterator[list[Any]]:
-    """Leave out what needs no writing."""
-    ctx = Context(database, task.name)
-    with database.explaining():
-        async for chunk in chunks:
-            with keys.naming(task, "needed"):
-                found = await task.read_needed(ctx, chunk)
-            yield found
-
-
-async def _checked(task: AnyTask, chunks: AsyncIterator[list[Any]]) -> AsyncIterator[list[Any]]:
-    """Pass on what the task can take, as its worker will check it.
-
-    Raises:
-        TaskError: Its keys yielded something else.
-    """
-    async for chunk in chunks:
-        try:
-            [kept, *_constants], _named = task.checked([chunk, *task.options.constants], {})
-        except UsageError as error:
-            raise TaskError(f"task {task.name!r}: its keys: {error}") from None
-        yield kept
-
-
-async def _size(database: Database, task: AnyTask, after: int) -> int | None:
-    """Return how many ids there are to publish, None where only reading them all would tell."""
-    if task.size is None:
-        return None
-    with database.explaining():
-        return await task.size(Context(database, task.name), after)
 
 
 async def _be_alone(database: Database, task: AnyTask) -> None:
@@ -192,13 +190,6 @@ async def _be_alone(database: Database, task: AnyTask) -> None:
         [[got]] = await database.query("SELECT GET_LOCK(%s, 0)", (name,))
     if got != 1:
         raise DatabaseError(f"another sweep of {task.name} is being published; nothing was done")
-
-
-async def _budget_row(settings: Settings, task: AnyTask, database: Database) -> Row | None:
-    if settings.budget != "shared":
-        return None
-    with tables.explaining(database):
-        return await peek(database, task.name)
 
 
 async def _backlog(producer: Producer, task: AnyTask, *, ask: bool) -> tuple[int, bool]:
@@ -222,45 +213,40 @@ async def _backlog(producer: Producer, task: AnyTask, *, ask: bool) -> tuple[int
     return waiting, waiting > 0
 
 
-async def _watch_earlier(
-    settings: Settings, task: AnyTask, producer: Producer, waiting: int, row: Row | None
-) -> int:
-    """Say that an earlier sweep is still queued, and whether it advances.
+async def _in_force(settings: Settings, task: AnyTask, database: Database) -> InForce:
+    """Return the task's rate limit that is in force."""
+    row = None
+    if settings.budget == "shared":
+        with tables.explaining(database):
+            row = await tables.peek(database, task.name)
+    return in_force(task.rate_limit or NoLimit.NONE, settings.rate_limit, row)
 
-    The lane is watched for the time of one start. A start alone shows nothing: its run may
+
+async def _watch(
+    producer: Producer, task: AnyTask, waiting: int, force: InForce, report: Report
+) -> Pace:
+    """Return how an earlier sweep does, of which so many chunks wait.
+
+    Its lane is watched for the time of one start. A start alone shows nothing: its run may
     fail, and its message come back.
     """
-    force = in_force(task.rate_limit or NoLimit.NONE, settings.rate_limit, row)
-    advances = perhaps = False
-    if not force.paused:
-        seconds = min(2.0 + (force.interval or 0.0) * 1.1, LONGEST_WATCH_SECONDS)
-        tell(f"an earlier sweep is still queued: watching for {seconds:.0f} s whether it advances")
-        deadline = time.monotonic() + seconds
-        while not advances and time.monotonic() < deadline:
-            await asyncio.sleep(WATCH_SECONDS)
-            # Once refused, RabbitMQ would log each further try.
-            now, sure = await _backlog(producer, task, ask=not perhaps)
-            advances, perhaps = now < waiting and sure, not sure
-    how = "advances" if advances else "is paused" if force.paused else "stands still"
-    if perhaps:
-        how = (
-            "perhaps advances: RabbitMQ counts none now, as in a lane that does not answer, and"
-            " this user may not read it"
-        )
-    say(
-        f"published nothing: an earlier sweep is still queued, {count(waiting, 'chunk')},"
-        f" and {how}; --append publishes all the same"
-    )
-    return 0 if advances or perhaps else 1
-
-
-def _extent(sweep: Sweep) -> str:
-    last = "" if sweep.last_id is None else f", last confirmed id {sweep.last_id}"
-    return f"{count(sweep.chunks, 'chunk')}, {count(sweep.ids, 'id')}{last}"
+    if force.paused:
+        return Pace.PAUSED
+    seconds = min(2.0 + (force.interval or 0.0) * 1.1, LONGEST_WATCH_SECONDS)
+    report.watching(seconds)
+    deadline = time.monotonic() + seconds
+    sure = True
+    while time.monotonic() < deadline:
+        await asyncio.sleep(POLL_SECONDS)
+        # Once refused, RabbitMQ would log each further try.
+        now, sure = await _backlog(producer, task, ask=sure)
+        if sure and now < waiting:
+            return Pace.ADVANCES
+    return Pace.STANDS_STILL if sure else Pace.PERHAPS_ADVANCES
 
 
 def _how_to_go_on(settings: Settings, task: AnyTask, sweep: Sweep, after: int) -> str:
     size = "" if settings.chunk_size == CHUNK_LIMIT else f" --chunk-size {settings.chunk_size}"
     last = after if sweep.last_id is None else sweep.last_id
-    again = words.command(f"publish-all {task.name}{size} --after {last}")
-    return f"confirmed {_extent(sweep)}; go on with: {again}"
+    again = command(f"publish-all {task.name}{size} --after {last}")
+    return f"confirmed {sweep}; go on with: {again}"

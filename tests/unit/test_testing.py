@@ -25,7 +25,7 @@ from aioworker import (
     task,
 )
 from aioworker.errors import MessageRefusedError, TaskExitError, UnknownTaskError, UsageError
-from aioworker.producer import Sweep, publish_sweep
+from aioworker.sweep import Sweep, publish_sweep
 from aioworker.tasks import registry
 from aioworker.testing import Message, Run, published, run
 from tests.unit.test_api import TYPED, section
@@ -168,7 +168,7 @@ async def test_a_sweep_is_collected_in_its_order() -> None:
     sweep = Sweep()
     with published() as messages:
         async with Producer(NOWHERE) as producer:
-            await publish_sweep(producer, move, chunks(), sweep, lambda: None)
+            await publish_sweep(producer, move, chunks(), sweep, lambda _sweep: None)
 
     assert messages == [Message("move", ([shop], "up")) for shop in range(1, 101)]
     assert (sweep.chunks, sweep.last_id) == (100, 100)
