@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 import signal
+import sys
+from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,15 +15,23 @@ import typer
 from aioworker import console, words
 from aioworker.cli.common import App, TaskName, TaskOption, named, prepare, run, to_look
 from aioworker.errors import AioworkerError, UsageError
+from aioworker.words import count
 
 if TYPE_CHECKING:
-    from aioworker.commands.letters import Filter
+    from collections import Counter
+    from collections.abc import Callable, Iterator
+
+    from aioworker.commands.dead import WholeLetter
+    from aioworker.commands.letters import Filter, Letter
+    from aioworker.commands.look import Progress
     from aioworker.settings import Settings
 
 app = typer.Typer(
     name="dead",
     invoke_without_command=True,
 )
+INDENT = 4 * " "
+MANY = 500  # letters, and a look at them takes seconds: how far it is, is shown
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 Ids = Annotated[
@@ -68,12 +79,24 @@ def show_list(
     from aioworker.commands import dead
 
     tasks = _meant(settings, named(name, option))
-    run(dead.show_list(settings, tasks, wanted, as_json=as_json))
+
+    def show(task: str, letter: Letter) -> None:
+        if as_json:
+            console.say(words.as_json({"task": task, **asdict(letter)}))
+        else:
+            console.say(f"{task}: {line(letter)}" if len(tasks) > 1 else line(letter))
+
+    def end(task: str, letters: int) -> None:
+        if not as_json:
+            console.tell(f"{count(letters, 'dead letter')} of {task}")
+
+    progress = _progress("looked at", quiet=sys.stdout.isatty())
+    run(dead.read_all(settings, tasks, wanted, show=show, end=end, progress=progress))
 
 
 @app.command("show")
 def show_one(
-    words: Annotated[
+    given: Annotated[
         list[str],
         typer.Argument(metavar="[TASK] ID", help="The task, and the message's id."),
     ],
@@ -85,12 +108,28 @@ def show_one(
 
     Without a TASK: as `dead list`, if that means only one.
     """
-    *first, message_id = words
+    *first, message_id = given
     names = named(first, option)
     settings = prepare(app=app_names)
     from aioworker.commands import dead
 
-    run(dead.show_one(settings, _one(settings, names), message_id, as_json=as_json))
+    task = _one(settings, names)
+
+    def show(whole: WholeLetter) -> None:
+        if as_json:
+            found = {"task": task, **asdict(whole.letter)}
+            console.say(words.as_json({**found, "headers": whole.headers, "body": whole.body}))
+            return
+        console.say(line(whole.letter))
+        # Indented, since a sender chooses the names too: none can look like a line of ours.
+        for header, value in sorted(whole.headers.items()):
+            console.say(f"{INDENT}{header}: {value}")
+        console.say("")
+        console.say(f"{INDENT}body: {whole.body}")
+
+    progress = _progress("looked at", quiet=sys.stdout.isatty())
+    if not run(dead.read_one(settings, task, message_id, show, progress)):
+        _refuse_absent(task, [message_id])
 
 
 @app.command()
@@ -112,7 +151,12 @@ def requeue(
     settings = prepare(app=app_names)
     from aioworker.commands import dead
 
-    run(dead.requeue(settings, _one(settings, named(name, option), changing=True), wanted))
+    task = _one(settings, named(name, option), changing=True)
+    done = run(dead.requeue(settings, task, wanted, _progress("requeueing:")))
+    console.say(f"requeued {count(done.letters, 'dead letter')} of {task}")
+    if done.came:
+        console.tell(f"{count(done.came, 'dead letter')} came meanwhile, and stayed")
+    _refuse_absent(task, done.absent)
 
 
 @app.command()
@@ -138,22 +182,63 @@ def drop(
     shown = None
     if not yes:
         # Nothing is held, and no event loop runs, while a person thinks.
-        shown = run(dead.preview(settings, task, wanted))
-        what = words.count(shown.total(), "dead letter")
-        if shown and not _ask(f"drop {what} of {task} for good?"):
+        shown = run(dead.preview(settings, task, wanted, _progress("looked at")))
+        if shown and not _agrees(task, shown):
             raise AioworkerError("dropped nothing; --yes drops without asking")
-    run(dead.drop(settings, task, wanted, shown))
+    done = run(dead.drop(settings, task, wanted, shown, _progress("dropping:")))
+    console.say(f"dropped {count(done.letters, 'dead letter')} of {task}")
+    if done.gone:
+        gone = count(done.gone, "dead letter")
+        console.tell(f"{gone} of those shown did not lie there any more")
+    _refuse_absent(task, done.absent)
+
+
+def line(letter: Letter) -> str:
+    """Return a letter in one line: id, when, lane, attempts, reason."""
+    when = letter.failed_at or "unknown time"
+    runs = "" if letter.attempts is None else f" attempts={letter.attempts}"
+    return f"{letter.word} {when} lane={letter.lane}{runs} {' '.join(letter.reason.split())}"
+
+
+def _progress(doing: str, *, quiet: bool = False) -> Progress:
+    """Return what shows how far a look is, if it takes long.
+
+    Args:
+        doing: What is done, such as `looked at`.
+        quiet: Whether a person sees the letters themselves pass by.
+    """
+
+    @contextmanager
+    def shown(there: int) -> Iterator[Callable[[int], None]]:
+        if quiet or there < MANY:
+            yield lambda _seen: None
+            return
+        with console.progress("dead letters", there) as show:
+            yield lambda seen: show(seen, f"{doing} {seen} of {count(there, 'dead letter')}")
+
+    return shown
+
+
+def _refuse_absent(task: str, ids: list[str]) -> None:
+    """Say which ids that were given no letter has.
+
+    Raises:
+        AioworkerError: There are such.
+    """
+    if ids:
+        raise AioworkerError(f"no dead letter of {task} has the id {', '.join(map(repr, ids))}")
 
 
 def _meant(settings: Settings, names: list[str], *, changing: bool = False) -> list[str]:
     """Return the tasks that are meant; one that is named may not be registered any more."""
     from aioworker.commands import meant
 
-    if not names and not settings.app and settings.budget != "shared":
-        return [meant.guess(changing=changing)]
-    if not names:
+    if not names and settings.app:
         names = to_look(settings, names)
-    return run(meant.of_queues(settings, names, changing=changing))
+    found = run(meant.of_queues(settings, names, changing=changing))
+    if found.guessed:
+        console.tell(f"aioworker: {meant.MAIN_JOB} is meant, since {found.guessed}")
+    return found.names
 
 
 def _one(settings: Settings, names: list[str], *, changing: bool = False) -> str:
@@ -162,8 +247,8 @@ def _one(settings: Settings, names: list[str], *, changing: bool = False) -> str
     return meant.only(_meant(settings, names, changing=changing))
 
 
-def _ask(question: str) -> bool:
-    """Ask a person, until a signal."""
+def _agrees(task: str, letters: Counter[Letter]) -> bool:
+    """Show a person what is to be dropped, and ask; until a signal."""
 
     def end(number: int, _frame: Any) -> None:
         stopped = AioworkerError(f"stopped by {signal.Signals(number).name}")
@@ -172,7 +257,10 @@ def _ask(question: str) -> bool:
 
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        return console.confirm(question)
+        for letter in letters.elements():
+            console.tell(line(letter))
+        what = count(letters.total(), "dead letter")
+        return console.confirm(f"drop {what} of {task} for good?")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

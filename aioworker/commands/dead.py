@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections import Counter
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import asdict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from aioworker import console, words
 from aioworker.commands import meant
 from aioworker.commands.letters import Filter, Letter, text
-from aioworker.commands.look import Look
-from aioworker.console import say
+from aioworker.commands.look import Look, unseen
 from aioworker.errors import AioworkerError, QueueMissingError
 from aioworker.rabbitmq.connection import connected
 from aioworker.rabbitmq.publisher import Publisher
@@ -21,29 +18,81 @@ from aioworker.rabbitmq.queues import Queues
 from aioworker.words import count
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
     from aio_pika.abc import AbstractConnection, AbstractIncomingMessage
 
+    from aioworker.commands.look import Progress
     from aioworker.settings import Settings
 
-INDENT = 4 * " "
+
+@dataclass(frozen=True, slots=True)
+class WholeLetter:
+    """A dead letter with all that it carries.
+
+    Args:
+        letter: What it says of itself.
+        headers: Its headers as a person reads them, in the sender's order.
+        body: Its body, what is no UTF-8 escaped.
+    """
+
+    letter: Letter
+    headers: dict[str, str | None]
+    body: str
 
 
-async def show_list(
-    settings: Settings, names: Sequence[str], wanted: Filter, *, as_json: bool
+@dataclass(frozen=True, slots=True)
+class Requeued:
+    """What became of the letters that were to go back into their lanes.
+
+    Args:
+        letters: How many went.
+        came: How many came meanwhile, and stayed.
+        absent: The ids that were meant and that no letter has.
+    """
+
+    letters: int
+    came: int
+    absent: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """What became of the letters that were to be taken away.
+
+    Args:
+        letters: How many went.
+        gone: How many of those that somebody was shown did not lie there any more.
+        absent: The ids that were meant and that no letter has.
+    """
+
+    letters: int
+    gone: int
+    absent: list[str]
+
+
+async def read_all(
+    settings: Settings,
+    names: Sequence[str],
+    wanted: Filter,
+    *,
+    show: Callable[[str, Letter], None],
+    end: Callable[[str, int], None],
+    progress: Progress = unseen,
 ) -> None:
-    """Print the dead letters of tasks, one a line; of several each line begins with the task.
+    """Read the dead letters of tasks; they stay.
 
     Args:
         settings: The settings.
         names: The tasks' names.
         wanted: Which letters are meant.
-        as_json: Print JSON.
+        show: Called with the task and each letter that is meant, at once.
+        end: Called with the task and how many they were, behind its last one.
+        progress: Shows how far it is with each task.
 
     Raises:
-        BrokerError: RabbitMQ cannot be asked; a note says how many were listed before.
-        AioworkerError: Those of several tasks cannot be listed, for these reasons; those of
+        BrokerError: RabbitMQ cannot be asked; a note says how many were shown before.
+        AioworkerError: Those of several tasks cannot be read, for these reasons; those of
             the others are.
     """
     failures: list[AioworkerError] = []
@@ -52,7 +101,8 @@ async def show_list(
         for name in names:
             try:
                 async with letters.of(name) as look:
-                    await _list(look, name, wanted, as_json=as_json, of_several=several)
+                    shown = await _read(look, name, wanted, show, progress, of_several=several)
+                    end(name, shown)
             except AioworkerError as error:
                 failures.append(error)
                 if letters.lost:
@@ -64,83 +114,91 @@ async def show_list(
         raise AioworkerError("; ".join(texts)) from ExceptionGroup("not listed", failures)
 
 
-async def _list(look: Look, name: str, wanted: Filter, *, as_json: bool, of_several: bool) -> None:
-    listed = 0
+async def _read(
+    look: Look,
+    name: str,
+    wanted: Filter,
+    show: Callable[[str, Letter], None],
+    progress: Progress,
+    *,
+    of_several: bool,
+) -> int:
+    """Show the letters of one task that are meant, and return how many they are."""
+    shown = 0
 
-    def show(letter: Letter, _delivery: AbstractIncomingMessage) -> str:
-        nonlocal listed
+    def stay(letter: Letter, _delivery: AbstractIncomingMessage) -> str:
+        nonlocal shown
         if wanted.matches(letter):
-            line = f"{name}: {letter.line}" if of_several else letter.line
-            say(words.as_json({"task": name, **asdict(letter)}) if as_json else line)
-            listed += 1
+            show(name, letter)
+            shown += 1
         return look.queues.dead
 
     def note() -> str:
         of = f" of {name}" if of_several else ""
         twice = ", and the last may lie there twice" if look.unsure else ""
-        return f"listed {count(listed, 'dead letter')}{of} before that{twice}"
+        return f"listed {count(shown, 'dead letter')}{of} before that{twice}"
 
     with _noting(note):
-        await look.each(show, "looked at", quiet=sys.stdout.isatty())
-    if not as_json:
-        console.tell(f"{count(listed, 'dead letter')} of {name}")
+        await look.each(stay, progress)
+    return shown
 
 
-async def show_one(settings: Settings, name: str, message_id: str, *, as_json: bool) -> None:
-    """Print all that is known of the letters with an id: headers and body.
+async def read_one(
+    settings: Settings,
+    name: str,
+    message_id: str,
+    show: Callable[[WholeLetter], None],
+    progress: Progress = unseen,
+) -> bool:
+    """Read the letters with an id whole; they stay.
+
+    Args:
+        settings: The settings.
+        name: The task's name.
+        message_id: The id.
+        show: Called with each, at once.
+        progress: Shows how far it is.
+
+    Returns:
+        Whether there is one.
 
     Raises:
-        AioworkerError: There is none.
         BrokerError: RabbitMQ cannot be asked.
     """
     wanted = Filter(ids=frozenset({message_id}))
-    found: set[str] = set()
+    found = False
 
-    def show(letter: Letter, delivery: AbstractIncomingMessage) -> str:
+    def stay(letter: Letter, delivery: AbstractIncomingMessage) -> str:
+        nonlocal found
         if wanted.matches(letter):
-            found.update(letter.names)
-            _show_whole(name, letter, delivery, as_json=as_json)
+            found = True
+            headers = {header: text(value) for header, value in delivery.headers.items()}
+            show(WholeLetter(letter, headers, delivery.body.decode("utf-8", "backslashreplace")))
         return look.queues.dead
 
     async with _open(settings, name) as look:
-        await look.each(show, "looked at", quiet=sys.stdout.isatty())
-    _expect_found(name, wanted, found)
+        await look.each(stay, progress)
+    return found
 
 
-def _show_whole(
-    task: str, letter: Letter, delivery: AbstractIncomingMessage, *, as_json: bool
-) -> None:
-    body = delivery.body.decode("utf-8", "backslashreplace")
-    if as_json:
-        headers = {name: text(value) for name, value in delivery.headers.items()}
-        whole = {"task": task, **asdict(letter), "headers": headers, "body": body}
-        say(words.as_json(whole))
-        return
-    say(letter.line)
-    # Indented, since a sender chooses the names too: none can look like a line of ours.
-    for header, value in sorted(delivery.headers.items()):
-        say(f"{INDENT}{header}: {text(value)}")
-    say("")
-    say(f"{INDENT}body: {body}")
-
-
-async def requeue(settings: Settings, name: str, wanted: Filter) -> None:
+async def requeue(
+    settings: Settings, name: str, wanted: Filter, progress: Progress = unseen
+) -> Requeued:
     """Publish letters to their lanes again, each confirmed before it leaves the dead letters.
 
     Their attempts are counted anew. No more are looked at than there were at the beginning:
     a worker may set them aside again as fast as they come.
 
     Raises:
-        AioworkerError: An id that is meant is not there; the others are requeued.
         BrokerError: One is not confirmed: it stays, with those behind it; a note says how many
             went before.
     """
-    found: set[str] = set()
+    absent = set(wanted.ids)
 
     def bring_back(letter: Letter, _delivery: AbstractIncomingMessage) -> str:
         if not wanted.matches(letter):
             return look.queues.dead
-        found.update(letter.names)
+        absent.difference_update(letter.names)
         return look.queues.urgent if letter.lane == "urgent" else look.queues.bulk
 
     def note() -> str:
@@ -150,36 +208,37 @@ async def requeue(settings: Settings, name: str, wanted: Filter) -> None:
 
     async with _open(settings, name) as look:
         with _noting(note):
-            await look.each(bring_back, "requeueing:")
-    say(f"requeued {count(look.gone, 'dead letter')} of {name}")
-    if look.came:
-        console.tell(f"{count(look.came, 'dead letter')} came meanwhile, and stayed")
-    _expect_found(name, wanted, found)
+            await look.each(bring_back, progress)
+    return Requeued(look.gone, look.came, sorted(absent))
 
 
-async def preview(settings: Settings, name: str, wanted: Filter) -> Counter[Letter]:
-    """Tell a person which letters are meant; all lie there again when this returns.
+async def preview(
+    settings: Settings, name: str, wanted: Filter, progress: Progress = unseen
+) -> Counter[Letter]:
+    """Return which letters are meant, for a person; all lie there again when this returns.
 
     Raises:
         BrokerError: RabbitMQ cannot be asked.
     """
-    shown: Counter[Letter] = Counter()
+    found: Counter[Letter] = Counter()
 
-    def note(letter: Letter, _delivery: AbstractIncomingMessage) -> str:
+    def stay(letter: Letter, _delivery: AbstractIncomingMessage) -> str:
         if wanted.matches(letter):
-            shown[letter] += 1
+            found[letter] += 1
         return look.queues.dead
 
     async with _open(settings, name) as look:
-        await look.each(note, "looked at")
-    for letter in shown.elements():
-        console.tell(letter.line)
-    return shown
+        await look.each(stay, progress)
+    return found
 
 
 async def drop(
-    settings: Settings, name: str, wanted: Filter, shown: Counter[Letter] | None = None
-) -> None:
+    settings: Settings,
+    name: str,
+    wanted: Filter,
+    shown: Counter[Letter] | None = None,
+    progress: Progress = unseen,
+) -> Dropped:
     """Take letters away for good.
 
     Args:
@@ -187,12 +246,12 @@ async def drop(
         name: The task's name.
         wanted: Which are meant.
         shown: What somebody was shown of them: nothing else goes. None for all.
+        progress: Shows how far it is.
 
     Raises:
-        AioworkerError: An id that is meant is not there; the others are dropped.
         BrokerError: RabbitMQ did not answer; a note says how many went before.
     """
-    found: set[str] = set()
+    absent = set(wanted.ids)
     left = None if shown is None else Counter(shown)
 
     def take_away(letter: Letter, _delivery: AbstractIncomingMessage) -> str | None:
@@ -200,7 +259,7 @@ async def drop(
             return look.queues.dead
         if left is not None:
             left[letter] -= 1
-        found.update(letter.names)
+        absent.difference_update(letter.names)
         return None
 
     def note() -> str:
@@ -209,22 +268,9 @@ async def drop(
 
     async with _open(settings, name) as look:
         with _noting(note):
-            await look.each(take_away, "dropping:", copies=left is not None or wanted != Filter())
-    say(f"dropped {count(look.gone, 'dead letter')} of {name}")
-    if left is not None and (gone := left.total()):
-        console.tell(f"{count(gone, 'dead letter')} of those shown did not lie there any more")
-    _expect_found(name, wanted, found)
-
-
-def _expect_found(name: str, wanted: Filter, found: Iterable[str]) -> None:
-    """Say which of the ids that are meant no letter has.
-
-    Raises:
-        AioworkerError: There are such.
-    """
-    absent = sorted(wanted.ids.difference(found))
-    if absent:
-        raise AioworkerError(f"no dead letter of {name} has the id {', '.join(map(repr, absent))}")
+            some_stay = left is not None or wanted != Filter()
+            await look.each(take_away, progress, copies=some_stay)
+    return Dropped(look.gone, 0 if left is None else left.total(), sorted(absent))
 
 
 @contextmanager

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from aioworker import words
 from aioworker.rabbitmq import message
 from aioworker.rabbitmq.delivery import message_id, moment
+from aioworker.words import printable
 
 if TYPE_CHECKING:
     from aio_pika.abc import AbstractIncomingMessage
@@ -83,20 +83,13 @@ class Letter:
     @property
     def names(self) -> frozenset[str]:
         """What a person may call it by: its id, or that as a terminal has it, of ASCII too."""
-        ascii_word = self._word.encode("ascii", "backslashreplace").decode()
-        return frozenset({self.id, self._word, ascii_word})
+        ascii_word = self.word.encode("ascii", "backslashreplace").decode()
+        return frozenset({self.id, self.word, ascii_word})
 
     @property
-    def _word(self) -> str:
+    def word(self) -> str:
         """The id as one word, so that the fields behind it are ours."""
-        return words.printable(self.id).replace(" ", "\\x20")
-
-    @property
-    def line(self) -> str:
-        """The letter in one line: id, when, lane, attempts, reason."""
-        when = self.failed_at or "unknown time"
-        runs = "" if self.attempts is None else f" attempts={self.attempts}"
-        return f"{self._word} {when} lane={self.lane}{runs} {' '.join(self.reason.split())}"
+        return printable(self.id).replace(" ", "\\x20")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, TypeVar
 
-from aioworker import console, words
 from aioworker.commands.letters import Letter
 from aioworker.errors import BrokerError, NotTakenError, QueueMissingError
 from aioworker.rabbitmq import copies
@@ -22,10 +21,10 @@ from aioworker.rabbitmq.connection import CLOSE_SECONDS
 from aioworker.rabbitmq.errors import FAILURES, explain, forbids, uncounted
 from aioworker.rabbitmq.publisher import Publisher
 from aioworker.rabbitmq.queues import COUNTED_SECONDS, COUNTED_TRIES, Queues
-from aioworker.words import count
+from aioworker.words import command
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Iterator
+    from collections.abc import Awaitable, Callable, Collection
 
     from aio_pika.abc import (
         AbstractChannel,
@@ -36,11 +35,17 @@ if TYPE_CHECKING:
 
     # Where a letter goes: the name of a queue, its own for one that stays; None for nowhere.
     Decide = Callable[[Letter, AbstractIncomingMessage], str | None]
+    # Shows how far a look is: told how many letters there are, then how many were looked at.
+    Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 
 _Result = TypeVar("_Result")
 QUIET_SECONDS = 0.05  # without a letter, and the queue is asked whether there are more
 AGAIN_SECONDS = 0.3  # at most, between tries to be the only one who looks
-MANY = 500  # letters, and it takes seconds: how far it is, is shown
+
+
+def unseen(_there: int) -> AbstractContextManager[Callable[[int], None]]:
+    """Show nobody how far a look is."""
+    return nullcontext(lambda _seen: None)
 
 
 class Look:
@@ -101,7 +106,7 @@ class Look:
                 await self._channel.close()
 
     async def each(
-        self, decide: Decide, what: str, *, quiet: bool = False, copies: bool = True
+        self, decide: Decide, progress: Progress = unseen, *, copies: bool = True
     ) -> None:
         """Look at as many as are there now.
 
@@ -109,8 +114,7 @@ class Look:
 
         Args:
             decide: Says of each where it goes.
-            what: What is done, such as `looked at`, for how far it is.
-            quiet: Whether how far it is, is not shown.
+            progress: Shows how far it is.
             copies: Whether any may stay or be moved.
 
         Raises:
@@ -119,7 +123,7 @@ class Look:
         if copies:
             # Where RabbitMQ, short of memory, takes no copies, no letter is touched.
             await self._publisher.probe(self.queues.dead)
-        work = asyncio.create_task(self._each(decide, what, quiet=quiet))
+        work = asyncio.create_task(self._each(decide, progress))
         try:
             await asyncio.shield(work)
         except asyncio.CancelledError:
@@ -161,14 +165,14 @@ class Look:
             await self._bounded(delivery.nack())
         return False
 
-    async def _each(self, decide: Decide, what: str, *, quiet: bool) -> None:
+    async def _each(self, decide: Decide, progress: Progress) -> None:
         if not await self._alone():
             return
-        with _progress(self._there, quiet=quiet) as show:
+        with progress(self._there) as show:
             while self._consumer and (delivery := await self._next()) is not None:
                 self.seen += 1
                 await self._one(delivery, decide)
-                show(self.seen, f"{what} {self.seen} of {count(self._there, 'dead letter')}")
+                show(self.seen)
         await self._end()
 
     async def _alone(self) -> bool:
@@ -241,7 +245,7 @@ class Look:
             raise NotTakenError(
                 f"RabbitMQ did not take the copy of a dead letter for queue {to}: it is over its"
                 " limit, or most of its nodes are down; raise the limit, or free the queue by"
-                f" `{words.command('dead requeue')}` or `{words.command('dead drop --yes')}`"
+                f" `{command('dead requeue')}` or `{command('dead drop --yes')}`"
                 " without a filter: until then each look counts as a delivery of the first"
                 " letter, and a policy delivery-limit ends it"
             ) from error
@@ -317,13 +321,3 @@ async def count_letters(look: Look) -> int | None:
         return await look.count()
     finally:
         await look.close()
-
-
-@contextmanager
-def _progress(there: int, *, quiet: bool) -> Iterator[Callable[[int, str], None]]:
-    """Show how far it is, where it takes long."""
-    if quiet or there < MANY:
-        yield lambda _done, _line: None
-        return
-    with console.progress("dead letters", there) as show:
-        yield show

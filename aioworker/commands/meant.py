@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import difflib
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from aioworker import addons
 from aioworker.budget import tables
-from aioworker.console import tell
 from aioworker.errors import (
     AioworkerError,
     DatabaseError,
@@ -35,6 +35,19 @@ if TYPE_CHECKING:
 
 MAIN_JOB = addons.update_current_version.name
 LISTED = 20  # names in an error, at most
+
+
+@dataclass(frozen=True, slots=True)
+class Meant:
+    """Which tasks a command means.
+
+    Args:
+        names: Their names.
+        guessed: Why nothing tells which; the main job is meant then. Empty if something does.
+    """
+
+    names: list[str]
+    guessed: str = ""
 
 
 def of_app(settings: Settings, names: Sequence[str]) -> list[AnyTask]:
@@ -88,9 +101,7 @@ async def of_table(database: Database, names: Sequence[str]) -> list[str]:
     return list(names) or known
 
 
-async def of_queues(
-    settings: Settings, names: Sequence[str], *, changing: bool = False
-) -> list[str]:
+async def of_queues(settings: Settings, names: Sequence[str], *, changing: bool = False) -> Meant:
     """Return the tasks whose queues are meant; a task that is named needs no database.
 
     Args:
@@ -99,40 +110,26 @@ async def of_queues(
         changing: Whether what lies in the queues is to be changed: nothing is guessed then.
 
     Raises:
+        UsageError: None is named, and there is neither a table nor an app to tell the tasks.
         AioworkerError: None is named, and none is there, or nobody can tell which are.
     """
     for name in names:
         check_name(name)
     if names:
-        return list(names)
+        return Meant(list(names))
+    if settings.budget != "shared":
+        why = "AIOWORKER_BUDGET=worker keeps no table of the tasks, and there is no app"
+        if changing:
+            raise UsageError(f"name the task, since {why}")
+        return Meant([MAIN_JOB], why)
     try:
         async with settings.database(locks=False) as database:
-            return await of_table(database, ())
+            return Meant(await of_table(database, ()))
     except DatabaseError as error:
         if changing:
             raise _unnamed(error) from error
-        [guess] = untold(settings, names, error)
-        tell(
-            f"aioworker: {guess} is meant, since the database cannot tell which tasks there are:"
-            f" {error}"
-        )
-        return [guess]
-
-
-def guess(*, changing: bool) -> str:
-    """Return the main job, and say so: there is neither a table nor an app to tell the tasks.
-
-    Args:
-        changing: Whether what lies in its queues is to be changed: nothing is guessed then.
-
-    Raises:
-        UsageError: It is.
-    """
-    why = "AIOWORKER_BUDGET=worker keeps no table of the tasks, and there is no app"
-    if changing:
-        raise UsageError(f"name the task, since {why}")
-    tell(f"aioworker: {MAIN_JOB} is meant, since {why}")
-    return MAIN_JOB
+        why = f"the database cannot tell which tasks there are: {error}"
+        return Meant(untold(settings, names, error), why)
 
 
 def untold(settings: Settings, names: Sequence[str], error: DatabaseError) -> list[str]:

@@ -363,10 +363,7 @@ async def test_a_program_that_consumes_the_letters_is_said(run: Run, three: Lane
 
 
 async def test_what_hides_one_tasks_letters_hides_no_others(
-    pair: servers.Servers,
-    lanes: Lanes,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    pair: servers.Servers, lanes: Lanes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A queue that somebody consumes ended the list; a connection was opened twice a task."""
     held, last = (Queues.of(name, PREFIX) for name in ("held", "last"))
@@ -389,13 +386,19 @@ async def test_what_hides_one_tasks_letters_hides_no_others(
 
     monkeypatch.setattr(aio_pika, "connect", counted)
 
-    with pytest.raises(AioworkerError) as caught:
-        names = [TASK, "held", "update_current_versio", "last"]
-        await dead.show_list(settings, names, Filter(), as_json=False)
+    shown: list[tuple[str, Any]] = []
 
-    told = capsys.readouterr()
-    assert [line.split()[0] for line in told.out.splitlines()] == [f"{TASK}:", "last:"]
-    assert told.err == f"1 dead letter of {TASK}\n1 dead letter of last\n"
+    with pytest.raises(AioworkerError) as caught:
+        await dead.read_all(
+            settings,
+            [TASK, "held", "update_current_versio", "last"],
+            Filter(),
+            show=lambda task, letter: shown.append((task, letter.id)),
+            end=lambda task, letters: shown.append((task, letters)),
+        )
+
+    of_task, of_last = (f"of {queue}" for queue in (QUEUES.dead, last.dead))
+    assert shown == [(TASK, of_task), (TASK, 1), ("last", of_last), ("last", 1)]
     assert str(caught.value) == (
         f"somebody else looks at the dead letters in {held.dead}, or another program consumes"
         " them: try again when that has ended; listed 0 dead letters of held before that; queue"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from aioworker.cli.dead import line
 from aioworker.commands.letters import Filter, Letter
 from tests.fakes import delivered
 
@@ -43,7 +44,7 @@ def test_what_is_no_time_is_an_unknown_time(at: Any) -> None:
     found = letter(failed_at=at, first_failed_at=at, reason="why")
 
     assert (found.failed_at, found.first_failed_at) == (None, None)
-    assert found.line == "a unknown time lane=bulk why"
+    assert line(found) == "a unknown time lane=bulk why"
     assert not Filter(older_than=timedelta()).matches(found)
 
 
@@ -70,7 +71,7 @@ def test_an_id_is_one_word_of_its_line_and_is_known_by_it() -> None:
     sent = f"a {FAILED_AT} lane=urgent\n\x1b[2J\u6ce8"
     found = Letter.of(delivered(headers={"id": sent, "x-aioworker-failed-at": FAILED_AT}))
 
-    word = found.line.split(" ")[0]
+    word = line(found).split(" ")[0]
 
     assert word == f"a\\x20{FAILED_AT}\\x20lane=urgent\\n\\x1b[2J\u6ce8"
     for name in (sent, word, word.replace("\u6ce8", r"\u6ce8")):
@@ -80,7 +81,7 @@ def test_an_id_is_one_word_of_its_line_and_is_known_by_it() -> None:
 
 @pytest.mark.parametrize("attempts", ["1 all is well", 1.5, True, None])
 def test_attempts_that_are_no_number_are_not_told(attempts: Any) -> None:
-    assert letter(failed_at=FAILED_AT, attempts=attempts, reason="why").line == (
+    assert line(letter(failed_at=FAILED_AT, attempts=attempts, reason="why")) == (
         f"a {FAILED_AT} lane=bulk why"
     )
 
