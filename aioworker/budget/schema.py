@@ -13,14 +13,13 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from aioworker.budget import tables
-from aioworker.console import tell
 from aioworker.errors import DatabaseError
 from aioworker.mysql import trouble
 from aioworker.mysql.trouble import ER, MySQLError
 from aioworker.words import command
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
     from aioworker.mysql.database import Database
 
@@ -102,8 +101,15 @@ _HOLDERS = {
 }
 
 
-async def settle(database: Database, name: str) -> str:
+async def settle(
+    database: Database, name: str, locked: Callable[[str], None] = lambda _holders: None
+) -> str:
     """Make a table that is not there, or add what one of an earlier version lacks.
+
+    Args:
+        database: Where the table is.
+        name: Its name.
+        locked: Called once with who holds a lock on it, if that has to be waited for.
 
     Returns:
         What became of it: `made`, `was there`, or which columns were added.
@@ -130,7 +136,7 @@ async def settle(database: Database, name: str) -> str:
             return f"added {', '.join(_lacking(name, found))}" if found else "made"
         if code == ER.LOCK_WAIT_TIMEOUT and not told:
             told = True
-            tell(f"waiting for a lock on table {name}: {await _holders(database, name)}")
+            locked(await _holders(database, name))
         await asyncio.sleep(PAUSE_SECONDS)
     raise DatabaseError(
         f"no lock on table {name} at {database.address.shown} within {LOCK_SECONDS} s, in"

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from aioworker import console, words
+from aioworker import words
+from aioworker.cli import console
 from aioworker.errors import AioworkerError, UsageError
 from aioworker.worker.signals import on_stop
 
@@ -39,6 +40,7 @@ def _checked(names: list[str] | None) -> list[str] | None:
 TaskName = Annotated[
     list[str] | None, typer.Argument(metavar="TASK", help="The task, if there are several; one.")
 ]
+TaskNames = Annotated[list[str] | None, typer.Argument(metavar="TASK", help="The tasks' names.")]
 TaskOption = Annotated[
     list[str] | None,
     typer.Option("--task", metavar="TASK", callback=_checked, help="The same as TASK."),

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aioworker import console, words
+from aioworker import words
+from aioworker.cli import console
 from aioworker.cli.common import App, TaskName, TaskOption, named, prepare, run, to_look
 from aioworker.errors import AioworkerError, UsageError
 from aioworker.words import count

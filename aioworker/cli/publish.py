@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from aioworker import console
+from aioworker.cli import console
 from aioworker.cli.common import App, TaskName, TaskOption, app_task, named, prepare, run
 from aioworker.errors import UnknownTaskError, UsageError
 from aioworker.words import count

@@ -9,14 +9,13 @@ from __future__ import annotations
 import getpass
 import os
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from aioworker.budget import tables
 from aioworker.commands import meant
-from aioworker.console import say
 from aioworker.errors import UsageError
-from aioworker.limits import InForce, NoLimit, RateLimit, Source, in_force
+from aioworker.limits import InForce, NoLimit, RateLimit, in_force
 from aioworker.tasks.registry import find, registered
 
 if TYPE_CHECKING:
@@ -34,9 +33,54 @@ _SET_PAUSED = """UPDATE aioworker_budget SET paused = %(value)s,
     paused_by = %(who)s, paused_at = SYSDATE(6), paused_why = %(why)s WHERE task = %(task)s"""
 
 
+@dataclass(frozen=True, slots=True)
+class RateSet:
+    """A rate limit that was set or taken back.
+
+    Args:
+        task: The task.
+        rate: What is in force now.
+        before: What was in force before.
+        pause: Who paused the task and why; empty if it is not paused.
+    """
+
+    task: str
+    rate: InForce
+    before: InForce
+    pause: str
+
+
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """A task that is paused.
+
+    Args:
+        task: The task.
+        earlier: Who had paused it before, and why: nothing was changed then. Empty for nobody.
+    """
+
+    task: str
+    earlier: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """A task that nobody pauses any more.
+
+    Args:
+        task: The task.
+        rate: What is in force now.
+        changed: Whether it was paused.
+    """
+
+    task: str
+    rate: InForce
+    changed: bool
+
+
 async def set_rate(
     settings: Settings, names: Sequence[str], rate: RateLimit | NoLimit | None, why: str | None
-) -> None:
+) -> RateSet | Paused:
     """Set the rate limit of all workers of the task that is meant, or take it back (None).
 
     Raises:
@@ -46,8 +90,7 @@ async def set_rate(
     gap: int | None = None
     if isinstance(rate, RateLimit):
         if rate.paused:
-            await pause(settings, names, why)
-            return
+            return await pause(settings, names, why)
         gap = rate.gap_us
     elif rate is NoLimit.NONE:
         gap = 0
@@ -55,14 +98,12 @@ async def set_rate(
         await _set(database, name, _SET_RATE, gap, why)
         own = await tables.rates(database, name)
         was, now = (
-            in_words(rate_in_force(settings, name, row, own))
-            for row in (before, replace(before, gap_us=gap))
+            rate_in_force(settings, name, row, own) for row in (before, replace(before, gap_us=gap))
         )
-        still = f"; still {before.pause}" if before.pause else ""
-        say(f"{name}: rate limit {now} (was {was}){still}")
+        return RateSet(name, now, was, before.pause)
 
 
-async def pause(settings: Settings, names: Sequence[str], why: str | None) -> None:
+async def pause(settings: Settings, names: Sequence[str], why: str | None) -> Paused:
     """Let no start of the task that is meant begin any more; one that runs ends as usual.
 
     Raises:
@@ -70,14 +111,12 @@ async def pause(settings: Settings, names: Sequence[str], why: str | None) -> No
         UsageError: No one task is meant.
     """
     async with _row(settings, names) as (database, name, before):
-        if before.paused:
-            say(f"{name}: {before.pause}; nothing was changed")
-            return
-        await _set(database, name, _SET_PAUSED, True, why)
-        say(f"{name}: paused; what runs ends, nothing new begins")
+        if not before.paused:
+            await _set(database, name, _SET_PAUSED, True, why)
+        return Paused(name, before.pause)
 
 
-async def resume(settings: Settings, names: Sequence[str], why: str | None) -> None:
+async def resume(settings: Settings, names: Sequence[str], why: str | None) -> Resumed:
     """End a pause of the task that is meant.
 
     Raises:
@@ -86,12 +125,9 @@ async def resume(settings: Settings, names: Sequence[str], why: str | None) -> N
     """
     async with _row(settings, names) as (database, name, before):
         own = await tables.rates(database, name)
-        limit = in_words(rate_in_force(settings, name, before, own))
-        if not before.paused:
-            say(f"{name}: not paused, rate limit {limit}; nothing was changed")
-            return
-        await _set(database, name, _SET_PAUSED, False, why)
-        say(f"{name}: resumed, rate limit {limit}")
+        if before.paused:
+            await _set(database, name, _SET_PAUSED, False, why)
+        return Resumed(name, rate_in_force(settings, name, before, own), before.paused)
 
 
 def rate_in_force(settings: Settings, name: str, row: Row | None, workers: set[str]) -> InForce:
@@ -105,13 +141,6 @@ def rate_in_force(settings: Settings, name: str, row: Row | None, workers: set[s
     """
     own = find(name).rate_limit or NoLimit.NONE if name in registered() else None
     return in_force(own, settings.rate_limit, row, workers)
-
-
-def in_words(force: InForce) -> str:
-    """Return the rate limit in force and its source as a control says them."""
-    if force.source is Source.UNKNOWN:
-        return "each worker's own"
-    return f"{force.rate}, {force.source}"
 
 
 def checked_reason(settings: Settings, why: str | None) -> str | None:

@@ -6,11 +6,11 @@ import asyncio
 import json
 import shlex
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aioworker import repo
 from aioworker.budget import grants, schema, tables
-from aioworker.console import say, tell
 from aioworker.errors import AioworkerError, BrokerError, DatabaseError
 from aioworker.rabbitmq.connection import connected
 from aioworker.rabbitmq.queues import (
@@ -20,7 +20,6 @@ from aioworker.rabbitmq.queues import (
     declare,
     wait_until_safe,
 )
-from aioworker.words import count
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,22 +30,41 @@ if TYPE_CHECKING:
     from aioworker.settings import Settings
     from aioworker.tasks.task import AnyTask
 
-POLICIES = (
-    "a policy such as delivery-limit, max-length, message-ttl or expires takes messages away from"
-    " these queues, unseen by aioworker: `rabbitmqctl list_policies` shows it, docs/operations.md"
-    " what it does"
-)
 _LACKING = "# MySQL: what users lack that work already"
 # Seconds for each use of the database: the time of a task, 1 s perhaps, is none to wait for a lock.
 DATABASE_SECONDS = 60.0
 _PUBLISH = r"^amq\.default$"  # the right to write to the default exchange
 
 
-async def init(settings: Settings, tasks: Sequence[AnyTask]) -> None:
+class Report(Protocol):
+    """Shows a person each thing that is made, at once: what comes next may fail."""
+
+    def locked(self, table: str, holders: str) -> None:
+        """A table cannot be changed yet: others hold a lock on it, as far as that is known."""
+
+    def table(self, name: str, became: str) -> None:
+        """A table is as it should be: what became of it."""
+
+    def lacking(self, grant: str) -> None:
+        """A user lacks a privilege, and works already: the statement that grants it."""
+
+    def queue(self, name: str, messages: int | None) -> None:
+        """A queue is there: what RabbitMQ counts in it, None if it was declared just now."""
+
+    def settling(self, seconds: float) -> None:
+        """All is made; the queues outlive a broker that is killed after so long."""
+
+
+async def init(settings: Settings, tasks: Sequence[AnyTask], report: Report) -> None:
     """Make the budget's tables, declare the tasks' queues and wait until they are safe.
 
     What is there is compared first: if a queue differs, nothing is changed; if a table may not
     be made, or changed, no queue is declared.
+
+    Args:
+        settings: The settings.
+        tasks: Whose queues are declared.
+        report: Told of each table and queue.
 
     Raises:
         DatabaseError: The database cannot be used, or others hold a lock on a table.
@@ -66,17 +84,17 @@ async def init(settings: Settings, tasks: Sequence[AnyTask]) -> None:
             await tables.refuse_reader(database)
             for name in schema.NAMES:
                 with tables.explaining(database):
-                    say(f"table {name}: {await schema.settle(database, name)}")
+                    became = await schema.settle(database, name, partial(report.locked, name))
+                report.table(name, became)
             with tables.explaining(database):
                 lacking = await grants.lacking(database)
             for grant in lacking:
-                say(f"lacking: {grant}")
-        await _declare(connection, queues, found, timeout)
+                report.lacking(grant)
+        await _declare(connection, queues, found, timeout, report)
         if database is not None:  # last: a row lets its task start
             await tables.add_rows(database, [task.name for task in tasks])
-        tell(POLICIES)
         # Also when they were there: another init may have made them a moment ago.
-        tell(f"waiting {SAFE_AFTER_SECONDS:g} s until the queues are safe")
+        report.settling(SAFE_AFTER_SECONDS)
         await wait_until_safe(connection, queues, timeout)
 
 
@@ -94,14 +112,16 @@ async def _declare(
     queues: Mapping[str, dict[str, Any]],
     found: Mapping[str, int | None],
     timeout: float,
+    report: Report,
 ) -> None:
-    """Declare the queues that are not there, and say what became of each.
+    """Declare the queues that are not there.
 
     Args:
         connection: To RabbitMQ.
         queues: The arguments of each.
         found: How many messages RabbitMQ counts in each, None for a queue that is not there.
         timeout: Seconds for each.
+        report: Told of each.
 
     Raises:
         BrokerError: A queue cannot be declared; a note names those that were.
@@ -109,12 +129,10 @@ async def _declare(
     declared: list[str] = []
     try:
         for name, waiting in found.items():
-            if waiting is not None:
-                say(f"queue {name}: was there, RabbitMQ counts {count(waiting, 'message')}")
-                continue
-            await declare(connection, name, queues[name], timeout)
-            declared.append(name)
-            say(f"queue {name}: declared")
+            if waiting is None:
+                await declare(connection, name, queues[name], timeout)
+                declared.append(name)
+            report.queue(name, waiting)
     except (BrokerError, asyncio.CancelledError) as error:
         if declared:
             error.add_note(f"declared before that: {', '.join(declared)}")

@@ -208,12 +208,12 @@ async def test_an_upgrade_behind_a_long_transaction_lets_others_through_and_name
     shop: Connection[Cursor],
     database: Database,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Whoever reads the row waits behind a waiting ALTER: workers would stand still."""
     make(shop, ONE_START)
     monkeypatch.setattr(schema, "LOCK_TRIES", 2)
     monkeypatch.setattr(schema, "LOCK_SECONDS", 1)
+    told: list[str] = []
     with servers.connect(pair.mysql_url) as holder, holder.cursor() as cursor:
         cursor.execute("START TRANSACTION")
         cursor.execute("SELECT task FROM aioworker_budget")
@@ -221,13 +221,14 @@ async def test_an_upgrade_behind_a_long_transaction_lets_others_through_and_name
         [session] = cursor.fetchone() or [0]
 
         with pytest.raises(DatabaseError) as caught:
-            await schema.settle(database, "aioworker_budget")
+            await schema.settle(database, "aioworker_budget", told.append)
 
         named = rf"(perhaps )?held by session {session} of "
         assert caught.match(
             rf"^no lock on table aioworker_budget at \S+ within 1 s, in 2 tries: {named}"
         )
-        assert f"session {session} of" in capsys.readouterr().err
+        [holders] = told
+        assert f"session {session} of" in holders
     assert await schema.settle(database, "aioworker_budget") == "added last_charge, last_write"
 
 

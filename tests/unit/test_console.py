@@ -50,7 +50,7 @@ def test_json_stays_json(value: str) -> None:
 
 WATCH = """
 import asyncio, sys
-from aioworker import console
+from aioworker.cli import console
 
 async def main():
     stop, shown = asyncio.Event(), []

@@ -1,0 +1,92 @@
+"""The command `consume`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from aioworker.cli import console
+from aioworker.cli.common import App, TaskNames, TaskOption, app_tasks, prepare, run
+from aioworker.words import count
+from aioworker.worker import signals
+
+if TYPE_CHECKING:
+    from aioworker.worker.process import Done
+
+
+class WithSettings(TyperCommand):
+    """A command whose help ends with the settings, as `Settings` has them."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write the table of the settings."""
+        from aioworker.settings import Settings
+
+        with formatter.section("Settings (environment, .env)"):
+            formatter.write_dl(
+                [(name, f"{meaning}  [{default}]") for name, default, meaning in Settings.table()]
+            )
+
+
+def consume(
+    names: TaskNames = None,
+    option: TaskOption = None,
+    app_names: App = None,
+    rate_limit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COUNT/UNIT", help="How often each task starts, such as 2/m; none, no limit."
+        ),
+    ] = None,
+    burst: Annotated[bool, typer.Option("--burst", help="End once the lanes are empty.")] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Only load settings and tasks; 0 if they load, and no table needs init.",
+        ),
+    ] = False,
+) -> None:
+    """Run the worker: take messages, write what needs writing, no faster than the rate.
+
+    Without a TASK: all that the app registers, or the main job. Each task has lanes and a
+    budget of its own; a slow or limited one holds up no other.
+
+    SIGTERM or SIGINT: takes no new message, finishes what runs, exits 0; a second one ends
+    it at once, and nothing is lost. SIGHUP: goes on with new code and settings; if those do
+    not load, says why and goes on with the old. With --burst exits 0 if all it took is done,
+    1 if a message became a dead letter, went to retry or was given back, or if it is paused.
+    """
+    from aioworker.commands import init
+    from aioworker.worker import process, reload
+
+    raise_early = signals.keep_early()
+    origin = reload.Origin.of_this_process()
+    settings = prepare(app=app_names, rate_limit=rate_limit)
+    tasks = app_tasks(settings, [*(names or []), *(option or [])])
+    settings.nodes()  # what their files lack is said before anything is done
+    if settings.budget == "shared" or any(task.needs_database for task in tasks):
+        settings.database()
+    if check:
+        run(init.refuse_older_tables(settings))
+        reload.end_check([task.name for task in tasks])
+
+    work = process.Process(settings, tasks, burst=burst, origin=origin, raise_early=raise_early)
+    done = work.run()
+    if burst:
+        _report(done)
+    raise typer.Exit(0 if done.complete else 1)
+
+
+def _report(done: Done) -> None:
+    """Say what a burst came to."""
+    from aioworker.settling.outcome import Kind
+
+    settled = done.settled
+    retried = settled[Kind.RETRY] + settled[Kind.POSTPONED]
+    console.say(
+        f"done {count(settled[Kind.ACK], 'message')} in {count(done.starts, 'start')};"
+        f" dead letters {settled[Kind.DEAD_LETTER]}, to retry {retried},"
+        f" given back {settled[Kind.RELEASED]}"
+    )
