@@ -97,7 +97,7 @@ def app_task(settings: Settings, names: Sequence[str]) -> AnyTask:
     return found[0]
 
 
-def to_look(settings: Settings, names: Sequence[str]) -> list[str]:
+def names_to_show(settings: Settings, names: Sequence[str]) -> list[str]:
     """Return the names of the tasks to look at; none where the table has to tell.
 
     With `AIOWORKER_BUDGET=worker` there is no table: they are the app's.
@@ -131,7 +131,7 @@ def run(work: Coroutine[Any, Any, _Result]) -> _Result:
     return asyncio.run(cut_short())
 
 
-def end(status: int) -> NoReturn:
+def end_process(status: int) -> NoReturn:
     """End the process; threads and exit handlers of modules may take EXIT_SECONDS for theirs."""
 
     def cut_off() -> None:

@@ -14,7 +14,7 @@ import typer
 
 from aioworker import words
 from aioworker.cli import console
-from aioworker.cli.common import App, TaskName, TaskOption, named, prepare, run, to_look
+from aioworker.cli.common import App, TaskName, TaskOption, named, names_to_show, prepare, run
 from aioworker.errors import AioworkerError, UsageError
 from aioworker.words import count
 
@@ -235,7 +235,7 @@ def _meant(settings: Settings, names: list[str], *, changing: bool = False) -> l
     from aioworker.commands import meant
 
     if not names and settings.app:
-        names = to_look(settings, names)
+        names = names_to_show(settings, names)
     found = run(meant.of_queues(settings, names, changing=changing))
     if found.guessed:
         console.tell(f"aioworker: {meant.MAIN_JOB} is meant, since {found.guessed}")

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from aioworker.cli import console, consume, control, dead, init, publish, status
-from aioworker.cli.common import end
+from aioworker.cli.common import end_process
 from aioworker.errors import AioworkerError, UsageError
 from aioworker.logs import journal_mark
 from aioworker.worker import signals
@@ -79,7 +79,7 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001 - a fault of ours, still one line
         status = 1
         _fail(error, f"unexpected {type(error).__name__}: {error}; --debug shows where")
-    end(status or 0)
+    end_process(status or 0)
 
 
 # typer carries its own copy of click, whose errors have no public name.

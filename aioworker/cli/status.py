@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from aioworker.cli import console
-from aioworker.cli.common import App, TaskName, TaskOption, named, prepare, run, to_look
+from aioworker.cli.common import App, TaskName, TaskOption, named, names_to_show, prepare, run
 from aioworker.worker import signals
 
 WATCH_SECONDS = 2.0
@@ -35,7 +35,7 @@ def status(
     from aioworker.commands import status as asking
 
     settings = prepare(app=app_names)
-    names = to_look(settings, named(name, option))
+    names = names_to_show(settings, named(name, option))
     complete = True
     before: list[str] = []
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from aioworker.commands import meant
 from aioworker.commands.letters import Filter, Letter, text
-from aioworker.commands.look import Look, unseen
+from aioworker.commands.look import Look, no_progress
 from aioworker.errors import AioworkerError, QueueMissingError
 from aioworker.rabbitmq.connection import connected
 from aioworker.rabbitmq.publisher import Publisher
@@ -78,7 +78,7 @@ async def read_all(
     *,
     show: Callable[[str, Letter], None],
     end: Callable[[str, int], None],
-    progress: Progress = unseen,
+    progress: Progress = no_progress,
 ) -> None:
     """Read the dead letters of tasks; they stay.
 
@@ -139,7 +139,7 @@ async def _read(
         return f"listed {count(shown, 'dead letter')}{of} before that{twice}"
 
     with _noting(note):
-        await look.each(stay, progress)
+        await look.read(stay, progress)
     return shown
 
 
@@ -148,7 +148,7 @@ async def read_one(
     name: str,
     message_id: str,
     show: Callable[[WholeLetter], None],
-    progress: Progress = unseen,
+    progress: Progress = no_progress,
 ) -> bool:
     """Read the letters with an id whole; they stay.
 
@@ -177,12 +177,12 @@ async def read_one(
         return look.queues.dead
 
     async with _open(settings, name) as look:
-        await look.each(stay, progress)
+        await look.read(stay, progress)
     return found
 
 
 async def requeue(
-    settings: Settings, name: str, wanted: Filter, progress: Progress = unseen
+    settings: Settings, name: str, wanted: Filter, progress: Progress = no_progress
 ) -> Requeued:
     """Publish letters to their lanes again, each confirmed before it leaves the dead letters.
 
@@ -208,12 +208,12 @@ async def requeue(
 
     async with _open(settings, name) as look:
         with _noting(note):
-            await look.each(bring_back, progress)
+            await look.read(bring_back, progress)
     return Requeued(look.gone, look.came, sorted(absent))
 
 
 async def preview(
-    settings: Settings, name: str, wanted: Filter, progress: Progress = unseen
+    settings: Settings, name: str, wanted: Filter, progress: Progress = no_progress
 ) -> Counter[Letter]:
     """Return which letters are meant, for a person; all lie there again when this returns.
 
@@ -228,7 +228,7 @@ async def preview(
         return look.queues.dead
 
     async with _open(settings, name) as look:
-        await look.each(stay, progress)
+        await look.read(stay, progress)
     return found
 
 
@@ -237,7 +237,7 @@ async def drop(
     name: str,
     wanted: Filter,
     shown: Counter[Letter] | None = None,
-    progress: Progress = unseen,
+    progress: Progress = no_progress,
 ) -> Dropped:
     """Take letters away for good.
 
@@ -269,7 +269,7 @@ async def drop(
     async with _open(settings, name) as look:
         with _noting(note):
             some_stay = left is not None or wanted != Filter()
-            await look.each(take_away, progress, copies=some_stay)
+            await look.read(take_away, progress, copies=some_stay)
     return Dropped(look.gone, 0 if left is None else left.total(), sorted(absent))
 
 

@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 
 _Result = TypeVar("_Result")
 QUIET_SECONDS = 0.05  # without a letter, and the queue is asked whether there are more
-AGAIN_SECONDS = 0.3  # at most, between tries to be the only one who looks
+RETRY_SECONDS = 0.3  # at most, between tries to be the only one who looks
 
 
-def unseen(_there: int) -> AbstractContextManager[Callable[[int], None]]:
+def no_progress(_total: int) -> AbstractContextManager[Callable[[int], None]]:
     """Show nobody how far a look is."""
     return nullcontext(lambda _seen: None)
 
@@ -81,10 +81,10 @@ class Look:
         self._timeout = timeout
         self._connection = connection
         self._publisher = publisher
-        self._there = 0  # at the beginning: what comes later, our own copies too, is not seen
+        self._total = 0  # at the beginning: what comes later, our own copies too, is not seen
         self._leaves = False  # whether the last one does
-        self._ending = False
-        self._arrived: asyncio.Queue[AbstractIncomingMessage] = asyncio.Queue()
+        self._stopping = False
+        self._deliveries: asyncio.Queue[AbstractIncomingMessage] = asyncio.Queue()
         self._consumer = ""  # its tag, while there is one
 
     @property
@@ -94,10 +94,10 @@ class Look:
 
     async def open(self) -> None:
         """See that there is such a queue."""
-        self._channel: AbstractChannel = await self._bounded(self._connection.channel())
-        await self._bounded(self._channel.set_qos(1))
+        self._channel: AbstractChannel = await self._in_time(self._connection.channel())
+        await self._in_time(self._channel.set_qos(1))
         self._queue: AbstractQueue = await self._channel.get_queue(self.queues.dead, ensure=False)
-        self._there, _consumers = await self._ask()
+        self._total, _consumers = await self._counts()
 
     async def close(self) -> None:
         """End it; a letter still in hand goes back to where it lay."""
@@ -105,8 +105,8 @@ class Look:
             async with asyncio.timeout(CLOSE_SECONDS):
                 await self._channel.close()
 
-    async def each(
-        self, decide: Decide, progress: Progress = unseen, *, copies: bool = True
+    async def read(
+        self, decide: Decide, progress: Progress = no_progress, *, copies: bool = True
     ) -> None:
         """Look at as many as are there now.
 
@@ -123,11 +123,11 @@ class Look:
         if copies:
             # Where RabbitMQ, short of memory, takes no copies, no letter is touched.
             await self._publisher.probe(self.queues.dead)
-        work = asyncio.create_task(self._each(decide, progress))
+        work = asyncio.create_task(self._read(decide, progress))
         try:
             await asyncio.shield(work)
         except asyncio.CancelledError:
-            self._ending = True
+            self._stopping = True
             await work
             raise
 
@@ -137,10 +137,10 @@ class Look:
         Raises:
             BrokerError: The queue does not answer.
         """
-        if (lie := (await self._ask())[0]) or await self._is_empty(copies=False):
+        if (lie := (await self._counts())[0]) or await self._is_empty(copies=False):
             return lie
         for _ in range(COUNTED_TRIES):
-            if lie := (await self._ask())[0]:
+            if lie := (await self._counts())[0]:
                 return lie
             await asyncio.sleep(COUNTED_SECONDS)
         raise uncounted(self.queues.dead)
@@ -154,7 +154,7 @@ class Look:
             copies: Whether it fails where RabbitMQ takes no copy of that letter. Otherwise it
                 gives the letter back then: who only counts may publish nothing.
         """
-        delivery = await self._bounded(self._queue.get(fail=False, timeout=self._timeout))
+        delivery = await self._in_time(self._queue.get(fail=False, timeout=self._timeout))
         if delivery is None:
             return True
         try:
@@ -162,20 +162,20 @@ class Look:
         except BrokerError as error:
             if copies or not forbids(error):
                 raise
-            await self._bounded(delivery.nack())
+            await self._in_time(delivery.nack())
         return False
 
-    async def _each(self, decide: Decide, progress: Progress) -> None:
-        if not await self._alone():
+    async def _read(self, decide: Decide, progress: Progress) -> None:
+        if not await self._become_only_consumer():
             return
-        with progress(self._there) as show:
+        with progress(self._total) as show:
             while self._consumer and (delivery := await self._next()) is not None:
                 self.seen += 1
-                await self._one(delivery, decide)
+                await self._handle(delivery, decide)
                 show(self.seen)
-        await self._end()
+        await self._finish()
 
-    async def _alone(self) -> bool:
+    async def _become_only_consumer(self) -> bool:
         """Become the only consumer of the queue; return whether there is anything to look at.
 
         A quorum queue knows no exclusive consumer. So each counts the consumers once it is one
@@ -184,18 +184,20 @@ class Look:
         consumers = 0
         try:
             async with asyncio.timeout(self._timeout):
-                while not self._ending:
-                    self._there, consumers = await self._ask()
+                while not self._stopping:
+                    self._total, consumers = await self._counts()
                     if not consumers:
-                        if not self._there:
+                        if not self._total:
                             if await self._is_empty():
                                 return False
                             continue
-                        self._consumer = await self._bounded(self._queue.consume(self._arrived.put))
-                        if (consumers := (await self._ask())[1]) == 1:
+                        self._consumer = await self._in_time(
+                            self._queue.consume(self._deliveries.put)
+                        )
+                        if (consumers := (await self._counts())[1]) == 1:
                             return True
                         await self._step_back()
-                    await asyncio.sleep(AGAIN_SECONDS * random.random())
+                    await asyncio.sleep(RETRY_SECONDS * random.random())
         except TimeoutError as error:
             if not consumers:
                 raise explain(error, self.queues.dead) from error
@@ -207,18 +209,18 @@ class Look:
 
     async def _step_back(self) -> None:
         """Put the letter back that may have arrived."""
-        self._there = 0
+        self._total = 0
         if (delivery := await self._next()) is not None:
             await self._settle(delivery, self.queues.dead)
         await self._cancel()
 
-    async def _one(self, delivery: AbstractIncomingMessage, decide: Decide) -> None:
+    async def _handle(self, delivery: AbstractIncomingMessage, decide: Decide) -> None:
         to: str | None = self.queues.dead
         try:
-            if not self._ending:
+            if not self._stopping:
                 to = decide(Letter.of(delivery), delivery)
         except BaseException:
-            self._ending = True
+            self._stopping = True
             raise
         finally:
             await self._settle(delivery, to)
@@ -229,9 +231,9 @@ class Look:
         if to is not None:
             await self._copy(delivery, to)
         self.unsure = True
-        if self._ending or self.seen >= self._there:
+        if self._stopping or self.seen >= self._total:
             await self._cancel()
-        await self._bounded(delivery.ack())
+        await self._in_time(delivery.ack())
 
     async def _copy(self, delivery: AbstractIncomingMessage, to: str) -> None:
         if self._leaves:
@@ -258,27 +260,27 @@ class Look:
                 while True:
                     with suppress(TimeoutError):
                         async with asyncio.timeout(QUIET_SECONDS):
-                            delivery = await self._arrived.get()
+                            delivery = await self._deliveries.get()
                             self._answered()
                             return delivery
                     if empty:
                         return None
-                    ready, _consumers = await self._ask()
+                    ready, _consumers = await self._counts()
                     if empty := not ready:
                         # The answer can overtake a letter on its way here; the next cannot.
-                        await self._ask()
+                        await self._counts()
         except TimeoutError as error:
             raise explain(error, self.queues.dead) from error
 
-    async def _ask(self) -> tuple[int, int]:
+    async def _counts(self) -> tuple[int, int]:
         """Return how many letters and consumers there are; none that has arrived is counted.
 
         Raises:
             BrokerError: RabbitMQ cannot be asked; or it counts no consumer while this is one: the
                 queue did not answer it.
         """
-        sender = await self._bounded(self._channel.get_underlay_channel())
-        found = await self._bounded(sender.queue_declare(self.queues.dead, passive=True))
+        sender = await self._in_time(self._channel.get_underlay_channel())
+        found = await self._in_time(sender.queue_declare(self.queues.dead, passive=True))
         if self._consumer and not found.consumer_count:
             raise uncounted(self.queues.dead)
         self._answered()
@@ -292,14 +294,14 @@ class Look:
     async def _cancel(self) -> None:
         if self._consumer:
             tag, self._consumer = self._consumer, ""
-            await self._bounded(self._queue.cancel(tag))
+            await self._in_time(self._queue.cancel(tag))
 
-    async def _end(self) -> None:
+    async def _finish(self) -> None:
         await self._cancel()
-        lie, _consumers = await self._ask()
+        lie, _consumers = await self._counts()
         self.came = max(0, lie - (self.seen - self.gone))
 
-    async def _bounded(self, step: Awaitable[_Result]) -> _Result:
+    async def _in_time(self, step: Awaitable[_Result]) -> _Result:
         try:
             async with asyncio.timeout(self._timeout):
                 return await step

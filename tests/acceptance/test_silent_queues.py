@@ -319,16 +319,16 @@ async def count_as_one_comes(lanes: Lanes, address: str, monkeypatch: pytest.Mon
         Publisher(nodes, 10, "test") as publisher,
     ):
         look = Look(QUEUES, {"guest"}, theirs, publisher, 10)
-        ask = look._ask
+        counts = look._counts
 
         async def early() -> tuple[int, int]:
-            found = await ask()
+            found = await counts()
             monkeypatch.undo()
             await lanes.send(CHUNK, QUEUES.dead)
             return found
 
         await look.open()
-        monkeypatch.setattr(look, "_ask", early)
+        monkeypatch.setattr(look, "_counts", early)
         assert await look.count() == 1
         await look.close()
 
