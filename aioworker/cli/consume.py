@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -72,8 +73,9 @@ def consume(
         run(init.refuse_older_tables(settings))
         reload.end_check([task.name for task in tasks])
 
-    work = process.Process(settings, tasks, burst=burst, origin=origin, raise_early=raise_early)
-    done = work.run()
+    working = process.Process(settings, tasks, burst=burst, origin=origin, raise_early=raise_early)
+    with asyncio.Runner() as runner, working.naming_what_ran():
+        done = runner.run(working.run())
     if burst:
         _report(done)
     raise typer.Exit(0 if done.complete else 1)

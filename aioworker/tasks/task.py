@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterable,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from functools import partial, update_wrapper
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, ParamSpec, Protocol, TypeVar
@@ -167,12 +175,14 @@ class Task(Generic[P, R]):
         except UsageError as error:
             raise TaskError(f"task {self.name!r}: needed: {error}") from None
 
-    async def run(self, ctx: Context, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    def run(
+        self, ctx: Context, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Coroutine[Any, Any, Any]:
         """Run the function with checked arguments: a coroutine here, anything else in a thread."""
         function: Callable[..., Any] = self.function
         call = partial(function, *([ctx] if self.signature.context else []), *args, **kwargs)
         used = ctx.database if self.needs_database else None
-        await self._call(call, self.signature.coroutine, used)
+        return self._call(call, self.signature.coroutine, used)
 
     async def _call(
         self, call: Callable[[], Any], coroutine: bool, database: Database | None

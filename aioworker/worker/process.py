@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 import os
 import socket
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ from aioworker.worker.supervisor import Address, Supervisor
 from aioworker.worker.systemd import Notifier
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from aioworker.settings import Settings
     from aioworker.tasks.task import AnyTask
@@ -74,7 +74,7 @@ class _Status:
 
 
 class Process:
-    """Runs tasks' messages in an event loop of its own.
+    """Runs tasks' messages, in one event loop for all of them.
 
     Args:
         settings: The settings.
@@ -101,25 +101,23 @@ class Process:
         self._notifier = Notifier(os.environ)
         self._stop = asyncio.Event()
         self._workers: list[Worker] = []
+        self._running = False
 
-    def run(self) -> Done:
-        """Run until a signal, or in a burst until the lanes are empty.
+    @contextmanager
+    def naming_what_ran(self) -> Iterator[None]:
+        """Name what ran if something else in this process ends the event loop's work.
 
         Raises:
-            AioworkerError: In a burst: RabbitMQ or the database cannot be used, or a task is
-                paused.
-            WorkerCutOffError: Something else in this process cancelled it, or stopped its loop.
+            WorkerCutOffError: It did: it cancelled all asyncio tasks, or stopped the loop.
         """
-        work = self._run()
-        with asyncio.Runner() as runner:
-            try:
-                return runner.run(work)
-            except asyncio.CancelledError:
-                raise WorkerCutOffError(f"{_CANCELLED}{self._under_way()}") from None
-            except RuntimeError as error:
-                if inspect.getcoroutinestate(work) == inspect.CORO_CLOSED:
-                    raise  # its own
-                raise WorkerCutOffError(f"{_STOPPED}{self._under_way()}") from error
+        try:
+            yield
+        except asyncio.CancelledError:
+            raise WorkerCutOffError(f"{_CANCELLED}{self._under_way()}") from None
+        except RuntimeError as error:
+            if not self._running:
+                raise  # its own
+            raise WorkerCutOffError(f"{_STOPPED}{self._under_way()}") from error
 
     def _under_way(self) -> str:
         """Return the tasks and the messages that are not settled, in words."""
@@ -134,8 +132,16 @@ class Process:
         more = f" and {rest} more" if rest > 0 else ""
         return f"; running then: {', '.join(names[:MOST_NAMED])}{more}"
 
-    async def _run(self) -> Done:
-        """Listen to signals, and serve until one ends that, with the newest code that loads."""
+    async def run(self) -> Done:
+        """Run until a signal, or in a burst until the lanes are empty.
+
+        At SIGHUP the process goes on by new code, if that loads.
+
+        Raises:
+            AioworkerError: In a burst: RabbitMQ or the database cannot be used, or a task is
+                paused.
+        """
+        self._running = True
         reloading = Reload(self._stop, self._notifier, self._origin)
 
         def end(_signal: object) -> None:
@@ -151,7 +157,9 @@ class Process:
                 monitor = LoopMonitor()
                 supervisors = self._make(monitor)
                 self._notifier.send(READY="1", STATUS="starting")
-                serving = [asyncio.create_task(one.run(self._stop)) for one in supervisors]
+                serving = []
+                for one in supervisors:
+                    serving.append(asyncio.create_task(one.run(self._stop)))
                 try:
                     with monitor:
                         complete = await self._until_stopped(serving)
@@ -162,6 +170,7 @@ class Process:
                     break
         finally:
             await reloading.end()
+            self._running = False
         await reloading.replace()
         return done
 
