@@ -26,7 +26,7 @@ from aioworker.rabbitmq import copies
 from aioworker.rabbitmq.message import decode
 from aioworker.reasons import Reason, ReasonKind
 from aioworker.settling.breaker import STREAK, Breaker, Failed
-from aioworker.settling.ends import Ends
+from aioworker.settling.ended_runs import EndedRuns
 from aioworker.settling.failure import Failure, Fault
 from aioworker.settling.outcome import UNDECIDED, Kind, Outcome
 from aioworker.settling.report import Report
@@ -95,7 +95,7 @@ class Consumer:
         self._task_timeout = task_timeout
         self._worker = worker
         self._report = Report(max_retries)
-        self._ends = Ends()
+        self._ends = EndedRuns()
 
     async def serve(self, delivery: Delivery, lanes: Lanes) -> Outcome:
         """Take a delivery as far as it goes, and settle it; return what it came to.
@@ -183,7 +183,7 @@ class Consumer:
         """Begin the start, as the budget has it; if it cannot begin, the message goes back."""
         try:
             if self._budget.limited:
-                self._presence.tell(self._doing(start))
+                self._presence.report(self._doing(start))
                 await self._presence.keep()
             refusal = await self._budget.charge(start.delivery.key)
         except DatabaseError as error:
@@ -201,7 +201,7 @@ class Consumer:
         doing = self._doing(start)
 
         def report(wait: Reason | None) -> None:
-            self._presence.tell(wait or doing)
+            self._presence.report(wait or doing)
 
         self.starts += 1
         start.began = time.monotonic()

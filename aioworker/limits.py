@@ -345,11 +345,11 @@ class Budget(Protocol):
     def now(self) -> datetime:
         """Return the time of day, UTC, as all workers should have it."""
 
-    async def look(self, crowd: int = 0) -> Wait | None:
+    async def check(self, contenders: int = 0) -> Wait | None:
         """Return why no start may begin now; None where one is due, or nearly.
 
         Args:
-            crowd: How many other workers wait for the same.
+            contenders: How many other workers wait for the same.
         """
 
     def turn(self) -> AbstractAsyncContextManager[Wait | None]:
@@ -398,7 +398,7 @@ class WorkerBudget:
         """Return this machine's time of day, UTC: no other is asked."""
         return own_time()
 
-    async def look(self, crowd: int = 0) -> Wait | None:
+    async def check(self, contenders: int = 0) -> Wait | None:
         """Return why no start may begin now."""
         if self._rate is None:
             return None
@@ -415,7 +415,7 @@ class WorkerBudget:
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[Wait | None]:
         """Nobody else is asked: the turn is always ours."""
-        yield await self.look()
+        yield await self.check()
 
     def deaths(self, message: str) -> int:
         """Return 0: who died before is nowhere noted."""
@@ -423,7 +423,7 @@ class WorkerBudget:
 
     async def charge(self, message: str) -> Wait | None:
         """Begin a start, at the moment it is due."""
-        wait = await self.look()
+        wait = await self.check()
         if wait is None and self._limiter is not None:
             await self._limiter.due()
             await self._limiter.charge()

@@ -20,8 +20,8 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from aioworker.errors import RowsContendedError
-from aioworker.mysql import trouble
-from aioworker.mysql.trouble import MySQLError
+from aioworker.mysql import errors
+from aioworker.mysql.errors import MySQLError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -165,9 +165,9 @@ async def _settle(database: Database, rows: list[Stale], result: Refresh) -> Non
             written = await _write(database, rows)
         except MySQLError as error:
             written = 0
-            if trouble.sort(error) is trouble.Trouble.DATA:
+            if errors.kind(error) is errors.ErrorKind.DATA:
                 refusal = error
-            elif trouble.code(error) not in trouble.DEADLOCKS:
+            elif errors.code(error) not in errors.DEADLOCKS:
                 raise
         result.changed += written
         if written == len(rows):
@@ -178,7 +178,7 @@ async def _settle(database: Database, rows: list[Stale], result: Refresh) -> Non
                 await _settle(database, [row], result)
             return
         if refusal is not None and again == rows:
-            result.refused[rows[0].addon_id] = trouble.describe(refusal)
+            result.refused[rows[0].addon_id] = errors.describe(refusal)
             return
         if not again:
             return

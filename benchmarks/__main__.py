@@ -373,7 +373,7 @@ class Bench:
         spent: dict[str, list[float]] = {"the charge alone": [], "look, turn, charge, stamp": []}
         for _ in range(STARTS):
             began = time.perf_counter()
-            await budget.look()
+            await budget.check()
             async with budget.turn():
                 charging = time.perf_counter()
                 await budget.charge("bench")

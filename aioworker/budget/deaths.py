@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from aioworker.errors import DatabaseError
 from aioworker.logs import fields
-from aioworker.mysql.trouble import MySQLError
+from aioworker.mysql.errors import MySQLError
 
 if TYPE_CHECKING:
     from aioworker.budget.tables import Row
@@ -33,7 +33,7 @@ _WITHDRAW = """UPDATE aioworker_budget SET running = NULL
 WHERE task = %(task)s AND holder = %(worker)s AND running = %(running)s"""
 
 
-class Crashes:
+class Deaths:
     """The notes of one task's row, as one worker reads and writes them.
 
     Args:

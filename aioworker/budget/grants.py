@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from aioworker.mysql.trouble import MySQLError
+from aioworker.mysql.errors import MySQLError
 
 if TYPE_CHECKING:
     from aioworker.mysql.database import Database

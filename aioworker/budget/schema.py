@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from aioworker.budget import tables
 from aioworker.errors import DatabaseError
-from aioworker.mysql import trouble
-from aioworker.mysql.trouble import ER, MySQLError
+from aioworker.mysql import errors
+from aioworker.mysql.errors import ER, MySQLError
 from aioworker.words import command
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ async def settle(
             # With IF NOT EXISTS a table that was there would be said to be made.
             await database.execute(statement.replace("TABLE IF NOT EXISTS", "TABLE"))
         except MySQLError as error:
-            code = trouble.code(error)
+            code = errors.code(error)
             if code not in _AGAIN:
                 raise
         else:

@@ -28,7 +28,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from aioworker.budget import tables
-from aioworker.budget.deaths import Crashes
+from aioworker.budget.deaths import Deaths
 from aioworker.budget.first_write import SERVER_SECONDS, Due, FirstWrite, Habits, server_waits
 from aioworker.budget.rivals import Rivals
 from aioworker.budget.tables import Row, holder
@@ -46,7 +46,7 @@ from aioworker.limits import (
     next_start,
 )
 from aioworker.logs import Seldom, fields
-from aioworker.mysql.trouble import MySQLError
+from aioworker.mysql.errors import MySQLError
 from aioworker.reasons import Reason, ReasonKind
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class SharedBudget:
             "worker": worker,
             "gap": own.gap_us,
         }
-        self._crashes = Crashes(database, self._arguments)
+        self._deaths = Deaths(database, self._arguments)
 
     @property
     def limited(self) -> bool:
@@ -133,22 +133,22 @@ class SharedBudget:
         """Return the time of day, UTC, by the database's clock as of the last look."""
         return self._clock.now()
 
-    async def look(self, crowd: int = 0) -> Wait | None:
+    async def check(self, contenders: int = 0) -> Wait | None:
         """Return why no start may begin now; None where one is due within a quarter second.
 
         Follows the rate of the row, and says when that changed.
 
         Args:
-            crowd: How many other workers wait for the same turn: they come apart by a jitter.
+            contenders: How many other workers wait for the same turn: they come apart by a jitter.
 
         Raises:
             DatabaseError: The row cannot be read.
         """
         with tables.explaining(self._database):
             row = await self._read()
-        return await self._judge(row, crowd)
+        return await self._judge(row, contenders)
 
-    async def _judge(self, row: Row, crowd: int = 0) -> Wait | None:
+    async def _judge(self, row: Row, contenders: int = 0) -> Wait | None:
         """Follow the row, and return why no start may begin by it."""
         if self._rivals.see(row) or (row.same_server and row.age_us < 0):
             if self._seldom.allows("adopted"):
@@ -177,7 +177,7 @@ class SharedBudget:
         if ahead <= 0:
             return None
         reason = next_start(row.now + timedelta(seconds=seconds))
-        return Wait(reason, min(ahead + _jitter(crowd, self._gap_us), POLL_SECONDS))
+        return Wait(reason, min(ahead + _jitter(contenders, self._gap_us), POLL_SECONDS))
 
     @property
     def _usual_us(self) -> int:
@@ -216,7 +216,7 @@ class SharedBudget:
         try:
             with self._database.pinned():
                 with tables.explaining(self._database):
-                    await self._crashes.review(row)
+                    await self._deaths.review(row)
                 yield await self._judge(row)
                 await self._give_back()
         except BaseException:
@@ -224,14 +224,14 @@ class SharedBudget:
             raise
         finally:
             self._database.expect(None)
-            await self._crashes.withdraw()
+            await self._deaths.withdraw()
 
     def deaths(self, message: str) -> int:
         """Return how often a worker died while a message ran, as the last turn read it.
 
         Without a limit there is no turn, and nothing is noted.
         """
-        return self._crashes.of(message)
+        return self._deaths.of(message)
 
     async def charge(self, message: str) -> Wait | None:
         """Begin a start at the moment it is due; return why not, None where it began.
@@ -254,7 +254,7 @@ class SharedBudget:
         with tables.explaining(self._database):
             charging = {
                 **self._arguments,
-                "running": self._crashes.note(message),
+                "running": self._deaths.note(message),
                 "usual_us": self._usual_us,
             }
             *_waits, charged = await self._database.each(*_UNTIL_DUE, _CHARGE, args=charging)
@@ -273,7 +273,7 @@ class SharedBudget:
         Raises:
             TurnLostError: Somebody else may hold the turn.
         """
-        self._crashes.void()
+        self._deaths.void()
         with tables.explaining(self._database):
             row = await self._read()
         if row.turn != row.session:
@@ -285,7 +285,7 @@ class SharedBudget:
     async def ended(self, message: str) -> None:
         """Note that a message is settled, or given back, and its worker lives."""
         self._database.expect(None)
-        self._crashes.ended(message)
+        self._deaths.ended(message)
 
     async def _give_back(self) -> None:
         """Release the turn, with what is owed to the row; a lost connection has given it back.
@@ -295,7 +295,7 @@ class SharedBudget:
         """
         if not self._database.is_open:
             return
-        owed = self._crashes.owed()
+        owed = self._deaths.owed()
         statements, arguments = ([], self._arguments) if owed is None else ([owed[0]], owed[1])
         try:
             *noted, released = await self._database.each(
@@ -305,7 +305,7 @@ class SharedBudget:
             self._database.close()  # whoever needs it next says what is wrong
             return
         for answer in noted:
-            self._crashes.paid(answer.matched)
+            self._deaths.paid(answer.matched)
         if released.rows != [(1,)]:
             raise TurnLostError(f"the turn of {self._task} was lost while it ran")
 
@@ -373,6 +373,6 @@ class SharedBudget:
         return min(POLL_SECONDS, max(self._gap_us / 1e6, SHORTEST_POLL_SECONDS))
 
 
-def _jitter(crowd: int, gap_us: int) -> float:
+def _jitter(contenders: int, gap_us: int) -> float:
     """Return seconds by which contenders come apart: up to a tenth of the interval."""
-    return random.uniform(0, min(gap_us / 1e7, LONGEST_JITTER_SECONDS)) if crowd else 0.0
+    return random.uniform(0, min(gap_us / 1e7, LONGEST_JITTER_SECONDS)) if contenders else 0.0

@@ -15,8 +15,8 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aioworker.errors import DatabaseError
-from aioworker.mysql import trouble
-from aioworker.mysql.trouble import ER, MySQLError
+from aioworker.mysql import errors
+from aioworker.mysql.errors import ER, MySQLError
 from aioworker.words import command
 
 if TYPE_CHECKING:
@@ -170,12 +170,12 @@ def explaining(database: Database) -> Iterator[None]:
     try:
         yield
     except MySQLError as error:
-        words = f"{trouble.describe(error).partition(';')[0]} at {database.address.shown}"
-        if trouble.code(error) == ER.NO_SUCH_TABLE:
+        words = f"{errors.describe(error).partition(';')[0]} at {database.address.shown}"
+        if errors.code(error) == ER.NO_SUCH_TABLE:
             raise DatabaseError(
                 f"{words}: run `{command('init')}`, or set AIOWORKER_BUDGET=worker"
             ) from error
-        if trouble.code(error) == ER.BAD_FIELD_ERROR:
+        if errors.code(error) == ER.BAD_FIELD_ERROR:
             raise DatabaseError(f"{words}: the table is {older()}") from error
         raise database.explain(error) from error
     except TimeoutError as error:
@@ -190,7 +190,7 @@ def older() -> str:
 def needs_init(error: DatabaseError) -> bool:
     """Whether an error is that a table is not there, or of an earlier version."""
     cause = error.__cause__
-    return isinstance(cause, MySQLError) and trouble.code(cause) in _NEED_INIT
+    return isinstance(cause, MySQLError) and errors.code(cause) in _NEED_INIT
 
 
 def lock_name(schema: str, task: str, purpose: str = "aioworker") -> str:
@@ -295,7 +295,7 @@ def _leave(database: Database, only_reads: object) -> None:
     if only_reads:
         database.close()
         raise DatabaseError(
-            f"cannot use MySQL at {database.address.shown}: {trouble.ONLY_READS}", unreachable=True
+            f"cannot use MySQL at {database.address.shown}: {errors.ONLY_READS}", unreachable=True
         )
 
 

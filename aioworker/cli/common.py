@@ -138,7 +138,7 @@ def end_process(status: int) -> NoReturn:
         time.sleep(EXIT_SECONDS)
         left = [one.name for one in threading.enumerate() if not one.daemon and one.is_alive()]
         others = ", ".join(name for name in left if name != threading.main_thread().name)
-        console.tell(f"aioworker: ended without waiting for {others or 'an exit handler'}")
+        console.note(f"aioworker: ended without waiting for {others or 'an exit handler'}")
         with suppress(Exception):
             sys.stdout.flush()
         os._exit(status)

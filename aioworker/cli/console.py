@@ -88,7 +88,7 @@ def say_all(text: str) -> None:
         say(line)
 
 
-def tell(line: str) -> None:
+def note(line: str) -> None:
     """Print progress in one line, to standard error."""
     sys.stderr.write(printable(line) + "\n")
     sys.stderr.flush()
@@ -96,7 +96,7 @@ def tell(line: str) -> None:
 
 def confirm(question: str) -> bool:
     """Ask a person; anything but yes is no."""
-    tell(f"{question} [y/N]")
+    note(f"{question} [y/N]")
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
@@ -169,7 +169,7 @@ def progress(what: str, total: int | None) -> Iterator[Callable[[int, str], None
             nonlocal told_at
             if time.monotonic() - told_at >= LINE_SECONDS:
                 told_at = time.monotonic()
-                tell(line)
+                note(line)
 
         yield show_line
         return

@@ -89,7 +89,7 @@ def show_list(
 
     def end(task: str, letters: int) -> None:
         if not as_json:
-            console.tell(f"{count(letters, 'dead letter')} of {task}")
+            console.note(f"{count(letters, 'dead letter')} of {task}")
 
     progress = _progress("looked at", quiet=sys.stdout.isatty())
     run(dead.read_all(settings, tasks, wanted, show=show, end=end, progress=progress))
@@ -156,7 +156,7 @@ def requeue(
     done = run(dead.requeue(settings, task, wanted, _progress("requeueing:")))
     console.say(f"requeued {count(done.letters, 'dead letter')} of {task}")
     if done.came:
-        console.tell(f"{count(done.came, 'dead letter')} came meanwhile, and stayed")
+        console.note(f"{count(done.came, 'dead letter')} came meanwhile, and stayed")
     _refuse_absent(task, done.absent)
 
 
@@ -190,7 +190,7 @@ def drop(
     console.say(f"dropped {count(done.letters, 'dead letter')} of {task}")
     if done.gone:
         gone = count(done.gone, "dead letter")
-        console.tell(f"{gone} of those shown did not lie there any more")
+        console.note(f"{gone} of those shown did not lie there any more")
     _refuse_absent(task, done.absent)
 
 
@@ -238,7 +238,7 @@ def _meant(settings: Settings, names: list[str], *, changing: bool = False) -> l
         names = names_to_show(settings, names)
     found = run(meant.of_queues(settings, names, changing=changing))
     if found.guessed:
-        console.tell(f"aioworker: {meant.MAIN_JOB} is meant, since {found.guessed}")
+        console.note(f"aioworker: {meant.MAIN_JOB} is meant, since {found.guessed}")
     return found.names
 
 
@@ -259,7 +259,7 @@ def _agrees(task: str, letters: Counter[Letter]) -> bool:
     before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         for letter in letters.elements():
-            console.tell(line(letter))
+            console.note(line(letter))
         what = count(letters.total(), "dead letter")
         return console.confirm(f"drop {what} of {task} for good?")
     finally:

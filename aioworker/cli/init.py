@@ -47,7 +47,7 @@ class _Report:
 
     def locked(self, table: str, holders: str) -> None:
         """Say what the silence is for."""
-        console.tell(f"waiting for a lock on table {table}: {holders}")
+        console.note(f"waiting for a lock on table {table}: {holders}")
 
     def table(self, name: str, became: str) -> None:
         """Say what became of it."""
@@ -67,5 +67,5 @@ class _Report:
 
     def settling(self, seconds: float) -> None:
         """Say what the silence is for, and what nobody sees here."""
-        console.tell(POLICIES)
-        console.tell(f"waiting {seconds:g} s until the queues are safe")
+        console.note(POLICIES)
+        console.note(f"waiting {seconds:g} s until the queues are safe")

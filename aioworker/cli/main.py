@@ -95,6 +95,6 @@ def _fail(error: BaseException, line: str) -> None:
         import traceback
 
         for part in "".join(traceback.format_exception(error)).rstrip("\n").split("\n"):
-            console.tell(part)
+            console.note(part)
     mark = journal_mark(logging.ERROR)
-    console.tell(f"{mark}aioworker: {' '.join(line.split())}")
+    console.note(f"{mark}aioworker: {' '.join(line.split())}")

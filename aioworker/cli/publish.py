@@ -82,7 +82,7 @@ class _Report:
 
     def watching(self, seconds: float) -> None:
         """Say what the silence is for."""
-        console.tell(
+        console.note(
             f"an earlier sweep is still queued: watching for {seconds:.0f} s whether it advances"
         )
 

@@ -325,7 +325,7 @@ class _Letters:
 async def _connected(settings: Settings) -> AsyncIterator[_Letters]:
     nodes, timeout, own = settings.nodes(), settings.connect_timeout, "aioworker dead"
     async with (
-        connected(nodes, timeout, own, careful=True) as connection,
+        connected(nodes, timeout, own, tolerant=True) as connection,
         Publisher(nodes, timeout, own) as publisher,
     ):
         yield _Letters(settings, connection, publisher)

@@ -20,8 +20,8 @@ from pymysql.err import MySQLError
 
 from aioworker.errors import DatabaseError, NestedTransactionError
 from aioworker.logs import fields
-from aioworker.mysql import login, session, trouble
-from aioworker.mysql.trouble import Trouble
+from aioworker.mysql import errors, login, session
+from aioworker.mysql.errors import ErrorKind
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -49,7 +49,7 @@ _READ = re.compile(
 # It returns rows only by RETURNING: those that it wrote.
 _WRITE = re.compile(_BEFORE + r"(?:INSERT|REPLACE|UPDATE|DELETE)\b", re.IGNORECASE | re.DOTALL)
 _CALL = re.compile(_BEFORE + r"CALL\b", re.IGNORECASE | re.DOTALL)
-_LOGIN_REFUSED = (ER.ACCESS_DENIED_ERROR, trouble.Lacking.SECURE_TRANSPORT_REQUIRED)
+_LOGIN_REFUSED = (ER.ACCESS_DENIED_ERROR, errors.Lacking.SECURE_TRANSPORT_REQUIRED)
 
 
 class FirstWrite(Protocol):
@@ -351,7 +351,7 @@ class Database:
         self._first_write = first
 
     def bounded(
-        self, limit: asyncio.Timeout, tell: Callable[[Reason | None], None] | None = None
+        self, limit: asyncio.Timeout, report: Callable[[Reason | None], None] | None = None
     ) -> ExitStack:
         """Inside is a run: its wait for a first write is no part of its limit.
 
@@ -360,12 +360,12 @@ class Database:
 
         Args:
             limit: The limit.
-            tell: Called with the reason when a wait begins that lasts a second or more, and
+            report: Called with the reason when a wait begins that lasts a second or more, and
                 with None when it is over.
         """
         # No generator of contextlib's, which sets the traceback of an error that passes: an
         # exception of a task's may be a frozen dataclass, and refuse.
-        inside = self._limited(limit, tell)
+        inside = self._limited(limit, report)
         _current.set(run := _Run(self))
         inside.callback(self._end, run)
         return inside
@@ -377,10 +377,10 @@ class Database:
             self.close()
 
     def _limited(
-        self, limit: asyncio.Timeout, tell: Callable[[Reason | None], None] | None = None
+        self, limit: asyncio.Timeout, report: Callable[[Reason | None], None] | None = None
     ) -> ExitStack:
         """Inside, a wait for a first write is no part of a limit."""
-        entry = (limit, tell)
+        entry = (limit, report)
         self._limits.append(entry)
         inside = ExitStack()
         inside.callback(self._limits.remove, entry)
@@ -389,19 +389,19 @@ class Database:
     @contextmanager
     def waiting(self, seconds: float, reason: Reason) -> Iterator[None]:
         """Inside, what is on waits for so long: give it as much more time, and tell why."""
-        tells = []
-        for limit, tell in self._limits:
+        reports = []
+        for limit, report in self._limits:
             if not limit.expired() and (when := limit.when()) is not None:
                 limit.reschedule(when + seconds)
-            if tell is not None and seconds >= TOLD_SECONDS:
-                tells.append(tell)
-        for tell in tells:
-            tell(reason)
+            if report is not None and seconds >= TOLD_SECONDS:
+                reports.append(report)
+        for report in reports:
+            report(reason)
         try:
             yield
         finally:
-            for tell in tells:
-                tell(None)
+            for report in reports:
+                report(None)
 
     @contextmanager
     def pinned(self) -> Iterator[None]:
@@ -462,7 +462,7 @@ class Database:
             # After a lock wait timeout the transaction is still open: never commit half.
             if self._connection is connection:
                 await self._roll_back()
-            if isinstance(error, MySQLError) and trouble.only_reads(error):
+            if isinstance(error, MySQLError) and errors.only_reads(error):
                 self.close()  # its address may lead to another server now
             raise
 
@@ -546,23 +546,23 @@ class Database:
                     await connection.query(f"KILL QUERY IS_USED_LOCK('{lock}')")
                 connection.close()
         except MySQLError as error:
-            ended = trouble.code(error) == ER.NO_SUCH_THREAD  # by itself
-            if trouble.is_the_servers(error) and not ended:
+            ended = errors.code(error) == ER.NO_SUCH_THREAD  # by itself
+            if errors.is_the_servers(error) and not ended:
                 log.warning(
                     "statement runs on, which was to be ended",
-                    extra=fields(reason=trouble.describe(error)),
+                    extra=fields(reason=errors.describe(error)),
                 )
         except OSError:
             return  # the server does not answer: whoever asks it next says so
 
     def explain(self, error: Exception) -> DatabaseError:
         """Say in one line why this database cannot be used, and what to do."""
-        away = trouble.sort(error) in (None, Trouble.NO_ROOM)
+        away = errors.kind(error) in (None, ErrorKind.NO_ROOM)
         if isinstance(error, TimeoutError):
             reason = "no answer in time; check AIOWORKER_MYSQL_URL"
         elif isinstance(error, MySQLError):
-            reason = trouble.describe(error) + self._cure_by_tls(error)
-            if trouble.code(error) == ER.LOCK_WAIT_TIMEOUT:
+            reason = errors.describe(error) + self._cure_by_tls(error)
+            if errors.code(error) == ER.LOCK_WAIT_TIMEOUT:
                 reason += "; somebody else holds a lock that this waits for"
         else:
             reason = " ".join(str(error).split())
@@ -572,7 +572,7 @@ class Database:
 
     def _cure_by_tls(self, error: MySQLError) -> str:
         """Say what a refused login may lack: to MariaDB plain text is a wrong password too."""
-        if trouble.code(error) not in _LOGIN_REFUSED:
+        if errors.code(error) not in _LOGIN_REFUSED:
             return ""
         if self.address.tls is None:
             return "; if the server asks for TLS, add ssl_mode=required or ssl_ca=FILE to the URL"

@@ -16,8 +16,8 @@ from pymysql.err import MySQLError, OperationalError
 
 from aioworker import tls
 from aioworker.errors import TlsFileError, let_go
-from aioworker.mysql import trouble
-from aioworker.mysql.trouble import Trouble
+from aioworker.mysql import errors
+from aioworker.mysql.errors import ErrorKind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -128,7 +128,7 @@ class Connection(aiomysql.Connection):  # type: ignore[misc]  # aiomysql has no 
         try:
             await super()._read_query_result(unbuffered)
         except MySQLError as error:
-            if trouble.sort(error) is Trouble.NO_ROOM:
+            if errors.kind(error) is ErrorKind.NO_ROOM:
                 self.no_room = error
             raise
 

@@ -15,7 +15,7 @@ from pymysql.constants import ER
 from pymysql.err import MySQLError
 
 from aioworker.errors import DatabaseError
-from aioworker.mysql import trouble
+from aioworker.mysql import errors
 from aioworker.mysql.database import OWN_SECONDS, Database, closing_on_error
 
 _ALL, _ONE = "aioworker_all", "aioworker_one"
@@ -89,7 +89,7 @@ async def _to_savepoint(connection: Any, statement: str) -> None:
     try:
         await connection.query(statement)
     except MySQLError as error:
-        if trouble.code(error) != ER.SP_DOES_NOT_EXIST:
+        if errors.code(error) != ER.SP_DOES_NOT_EXIST:
             raise
         raise DatabaseError(
             "expected only what can be rolled back: a statement ended the transaction around all,"

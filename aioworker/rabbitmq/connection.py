@@ -23,7 +23,7 @@ from pamqp.commands import Connection
 from aioworker import tls
 from aioworker.errors import BrokerError, TlsFileError, let_go
 from aioworker.rabbitmq.errors import CONNECT_FAILURES, FAILURES, describe
-from aioworker.rabbitmq.frames import CarefulConnection, ForeignError, PlainConnection
+from aioworker.rabbitmq.frames import ForeignError, PlainConnection, TolerantConnection
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -47,7 +47,7 @@ for _library in ("aio_pika", "aiormq"):
 
 
 async def connect(
-    nodes: Nodes, timeout: float, name: str, *, careful: bool = False
+    nodes: Nodes, timeout: float, name: str, *, tolerant: bool = False
 ) -> AbstractConnection:
     """Connect to the first node that answers.
 
@@ -56,17 +56,17 @@ async def connect(
             among them afterwards.
         timeout: Seconds for all of them together.
         name: What RabbitMQ lists the connection as.
-        careful: Whether a message that cannot be decoded may arrive without ending it.
+        tolerant: Whether a message that cannot be decoded may arrive without ending it.
 
     Raises:
         BrokerError: None of them could be used; the text has the reason of each.
     """
-    opened, _failures = await _connect(nodes, timeout, name, careful=careful)
+    opened, _failures = await _connect(nodes, timeout, name, tolerant=tolerant)
     return opened
 
 
 async def _connect(
-    nodes: Nodes, timeout: float, name: str, *, careful: bool
+    nodes: Nodes, timeout: float, name: str, *, tolerant: bool
 ) -> tuple[AbstractConnection, list[BrokerError]]:
     """Do what `connect` does; return why the nodes tried before could not be used, too."""
     failures: list[BrokerError] = []
@@ -79,7 +79,7 @@ async def _connect(
                     ssl_context=None if address.tls is None else address.tls.context(),
                     heartbeat=address.heartbeat or HEARTBEAT_SECONDS,
                     client_properties={"connection_name": address.name or name},
-                    connection_class=CarefulConnection if careful else PlainConnection,
+                    connection_class=TolerantConnection if tolerant else PlainConnection,
                 )
                 return await _confirming(opened), failures
         except CONNECT_FAILURES as error:
@@ -185,7 +185,7 @@ def _words_of_close(error: Exception) -> str:
 
 @asynccontextmanager
 async def connected(
-    nodes: Nodes, timeout: float, name: str, *, careful: bool = False
+    nodes: Nodes, timeout: float, name: str, *, tolerant: bool = False
 ) -> AsyncIterator[AbstractConnection]:
     """Connect, and close at the end without waiting long for a peer that is gone.
 
@@ -196,9 +196,9 @@ async def connected(
         nodes: As for `connect`.
         timeout: Likewise.
         name: Likewise.
-        careful: Likewise.
+        tolerant: Likewise.
     """
-    opened, failures = await _connect(nodes, timeout, name, careful=careful)
+    opened, failures = await _connect(nodes, timeout, name, tolerant=tolerant)
     address, seconds = nodes[0], CLOSE_SECONDS
     try:
         yield opened

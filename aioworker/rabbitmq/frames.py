@@ -2,9 +2,9 @@
 
 A message's properties come in a frame of their own. aiormq ends the connection at one that it
 cannot decode (a header's name in Latin-1, a time in microseconds), and RabbitMQ sends the same
-message again over the next. On a careful connection such properties give way to one header
+message again over the next. On a tolerant connection such properties give way to one header
 that says what is wrong with them, so that the message can be set aside like any other. It
-decodes all properties twice; so a worker is careful only after it was cut off by one.
+decodes all properties twice; so a worker is tolerant only after it was cut off by one.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ class PlainConnection(aio_pika.Connection):
     Whoever opened it closes it.
     """
 
-    careful = False
+    tolerant = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.kwargs["transport_factory"] = _Transport(careful=self.careful)
+        self.kwargs["transport_factory"] = _Transport(tolerant=self.tolerant)
 
     def __del__(self) -> None:
         """Do nothing: aio-pika begins to close it, in whatever thread collects garbage."""
@@ -101,17 +101,17 @@ class _Connection(aiormq.Connection):
         await super().close(exc, timeout)
 
 
-class CarefulConnection(PlainConnection):
+class TolerantConnection(PlainConnection):
     """A plain connection that no message can end."""
 
-    careful = True
+    tolerant = True
 
 
 class _Transport(aiormq.TransportFactory):
-    """Connects as aiormq does, and reads by `_First`, and by `Frames` if careful."""
+    """Connects as aiormq does, and reads by `_First`, and by `Frames` if tolerant."""
 
-    def __init__(self, *, careful: bool) -> None:
-        self._careful = careful
+    def __init__(self, *, tolerant: bool) -> None:
+        self._tolerant = tolerant
 
     async def create(self, url: URL, **kwargs: Any) -> tuple[StreamReader, StreamWriter]:
         """Open the connection to *url*; the arguments are aiormq's."""
@@ -119,7 +119,7 @@ class _Transport(aiormq.TransportFactory):
         own = TLSTransportFactory() if secure else TCPTransportFactory()
         opened, writer = await own.create(url, **kwargs)
         reader = cast("StreamReader", _First(opened))
-        return cast("StreamReader", Frames(reader)) if self._careful else reader, writer
+        return cast("StreamReader", Frames(reader)) if self._tolerant else reader, writer
 
 
 class _First:

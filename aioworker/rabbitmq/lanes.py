@@ -50,7 +50,7 @@ class Lanes(Protocol):
     async def take(self) -> Delivery | None:
         """Take one message, from the urgent lane first; None when both are empty."""
 
-    def flow(
+    def consume(
         self, at_once: int, arrive: Callable[[Delivery], None], end: Callable[[], None]
     ) -> AbstractAsyncContextManager[None]:
         """Inside, messages come by themselves."""
@@ -215,7 +215,7 @@ class OpenLanes:
         return None
 
     @asynccontextmanager
-    async def flow(
+    async def consume(
         self, at_once: int, arrive: Callable[[Delivery], None], end: Callable[[], None]
     ) -> AsyncIterator[None]:
         """Have RabbitMQ send what is in the lanes, each message as soon as there is room for it.

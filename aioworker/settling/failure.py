@@ -27,8 +27,8 @@ from aioworker.errors import (
     traceback_of,
 )
 from aioworker.logs import LOOKED_AT, traceback_text
-from aioworker.mysql import trouble
-from aioworker.mysql.trouble import MySQLError, Trouble
+from aioworker.mysql import errors
+from aioworker.mysql.errors import ErrorKind, MySQLError
 from aioworker.rabbitmq.errors import describe
 from aioworker.rabbitmq.headers import TEXT_BYTES, line
 
@@ -159,8 +159,8 @@ def _fault(error: BaseException) -> Fault:
             return Fault.MESSAGE if error.written else Fault.DATA
         case AioworkerError():
             return Fault.ATTEMPT
-        case MySQLError() if trouble.code(error):
-            sort = trouble.sort(error)
+        case MySQLError() if errors.code(error):
+            sort = errors.kind(error)
             return Fault.ATTEMPT if sort is None else _OF_TROUBLE[sort]
     return Fault.ATTEMPT
 
@@ -169,17 +169,17 @@ def _words(error: BaseException) -> str:
     match error:
         case AioworkerError():
             return str(error)
-        case MySQLError() if trouble.code(error):
-            return f"database, {trouble.sort(error) or 'error'}: {trouble.describe(error)}"
+        case MySQLError() if errors.code(error):
+            return f"database, {errors.kind(error) or 'error'}: {errors.describe(error)}"
     name, words = name_of(error), describe(error)
     return name if words == name else f"{name}: {words}"
 
 
 _OF_TROUBLE = {
-    Trouble.CONTENTION: Fault.ATTEMPT,
-    Trouble.DATA: Fault.DATA,
-    Trouble.NO_ROOM: Fault.ATTEMPT,
-    Trouble.EVERY_MESSAGE: Fault.EVERY_MESSAGE,
+    ErrorKind.CONTENTION: Fault.ATTEMPT,
+    ErrorKind.DATA: Fault.DATA,
+    ErrorKind.NO_ROOM: Fault.ATTEMPT,
+    ErrorKind.EVERY_MESSAGE: Fault.EVERY_MESSAGE,
 }
 
 

@@ -8,8 +8,8 @@ import time
 from typing import TYPE_CHECKING
 
 from aioworker.errors import DatabaseError
-from aioworker.mysql import trouble
-from aioworker.mysql.trouble import MySQLError
+from aioworker.mysql import errors
+from aioworker.mysql.errors import MySQLError
 from aioworker.status.presence import Presence
 from aioworker.tasks.context import Context
 from aioworker.tasks.task import AnyTask
@@ -78,7 +78,7 @@ class Probe:
             try:
                 await self._write_over(self._database)
             except Exception as error:
-                if isinstance(error, MySQLError) and trouble.server_only_reads(error):
+                if isinstance(error, MySQLError) and errors.server_only_reads(error):
                     raise self._database.explain(error) from error
                 # The run may have spoiled the session: another one tells whether it has.
                 self._database.close()

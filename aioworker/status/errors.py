@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from aioworker.errors import BrokerError, DatabaseError, TurnLostError
-from aioworker.mysql import trouble
-from aioworker.mysql.trouble import Trouble
+from aioworker.mysql import errors
+from aioworker.mysql.errors import ErrorKind
 from aioworker.reasons import ReasonKind
 
 
@@ -17,6 +17,6 @@ def kind_of(error: BrokerError | DatabaseError) -> ReasonKind:
     if error.unreachable:
         return ReasonKind.DATABASE_UNREACHABLE
     cause = error.__cause__
-    if cause is not None and trouble.sort(cause) is Trouble.CONTENTION:
+    if cause is not None and errors.kind(cause) is ErrorKind.CONTENTION:
         return ReasonKind.CONTENTION
     return ReasonKind.DATABASE_REFUSES

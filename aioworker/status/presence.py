@@ -18,9 +18,9 @@ from aioworker.budget import tables
 from aioworker.budget.tables import ALIVE_SECONDS
 from aioworker.errors import DatabaseError
 from aioworker.logs import Seldom, fields
-from aioworker.mysql import trouble
+from aioworker.mysql import errors
 from aioworker.mysql.database import OWN_SECONDS
-from aioworker.mysql.trouble import MySQLError, Trouble
+from aioworker.mysql.errors import ErrorKind, MySQLError
 from aioworker.reasons import Reason, ReasonKind, State
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class Presence:
             "version": version("aioworker"),
         }
 
-    def tell(self, reason: Reason) -> None:
+    def report(self, reason: Reason) -> None:
         """Say and log what the worker does, once for each change.
 
         A warning or an error whose words were logged within a minute is logged when that has
@@ -193,7 +193,7 @@ class Presence:
             try:
                 await self._write(database)
             except MySQLError as error:
-                if trouble.sort(error) is not Trouble.EVERY_MESSAGE:
+                if errors.kind(error) is not ErrorKind.EVERY_MESSAGE:
                     raise
             else:
                 if database is not self._database:

@@ -7,8 +7,8 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from aioworker.budget.tables import ALIVE_SECONDS
-from aioworker.mysql import trouble
-from aioworker.mysql.trouble import ER, MySQLError
+from aioworker.mysql import errors
+from aioworker.mysql.errors import ER, MySQLError
 from aioworker.reasons import Reason, ReasonKind, State
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ async def workers(database: Database, task: str) -> list[Worker]:
     try:
         rows = await database.query(_WORKERS.format(kind="kind"), (task,))
     except MySQLError as error:
-        if trouble.code(error) != ER.BAD_FIELD_ERROR:
+        if errors.code(error) != ER.BAD_FIELD_ERROR:
             raise
         # The table waits for `init`: who writes into it is of an earlier version, without kinds.
         rows = await database.query(_WORKERS.format(kind="NULL"), (task,))

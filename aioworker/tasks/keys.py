@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aioworker.errors import AioworkerError, TaskError, UsageError
-from aioworker.mysql.trouble import MySQLError
+from aioworker.mysql.errors import MySQLError
 from aioworker.rabbitmq.message import brief
 from aioworker.tasks.chunk import id_of
 from aioworker.tasks.load import place

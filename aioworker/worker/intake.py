@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from aioworker.settling.outcome import Outcome
 
 
-class Flow:
-    """Serves what arrives; use as `async with flow`, which ends once all that runs has ended.
+class Intake:
+    """Serves what arrives; use as `async with intake`, which ends once all that runs has ended.
 
     Args:
         serve: Takes one delivery to its end.
@@ -50,7 +50,7 @@ class Flow:
         """Seconds since one was begun or ended last."""
         return self._time() - self._moved_at
 
-    async def __aenter__(self) -> Flow:
+    async def __aenter__(self) -> Intake:
         self._entered = True
         for delivery in self._waiting:
             self._begin(delivery)

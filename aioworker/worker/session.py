@@ -19,7 +19,7 @@ from aioworker.reasons import Reason, ReasonKind
 from aioworker.settling.outcome import Kind, Outcome
 from aioworker.settling.probe import Probe
 from aioworker.words import count
-from aioworker.worker.intake import Flow
+from aioworker.worker.intake import Intake
 from aioworker.worker.recovery import Recovery
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from aioworker.tasks.task import AnyTask
 
 AT_ONCE = 16  # messages of each lane, for a task without a rate limit that needs no database
-FLOW_SECONDS = 0.2  # without a message, and the lanes are asked again
+QUIET_SECONDS = 0.2  # without a message, and the lanes are asked again
 SUSPECT_RETURNS = 3  # deliveries that were not settled, and a message is served alone
 ALARM_SECONDS = 30.0  # until the next message, if RabbitMQ confirms no copy
 IDLE_SECONDS = 0.9  # between looks at empty lanes: a message is noticed within a second
@@ -214,7 +214,7 @@ class Session:
 
     async def _ask_budget(self) -> Wait | None:
         """Ask whether a start is due, and whether somebody paused the task."""
-        wait = await self._worker.budget.look(self._worker.presence.others)
+        wait = await self._worker.budget.check(self._worker.presence.others)
         self._worker.recovery.trusted = True
         return wait
 
@@ -248,7 +248,7 @@ class Session:
             raise AioworkerError(str(reason))
         if worker.burst and reason.kind is ReasonKind.EMPTY:
             return False
-        worker.presence.tell(reason)
+        worker.presence.report(reason)
         if worker.burst and reason.kind.ends_burst:
             return False
         await worker.presence.keep()
@@ -292,7 +292,7 @@ class Session:
     async def _begin(self) -> None:
         """Say that it takes messages, where no start will say so."""
         if not self._worker.budget.limited:
-            self._worker.presence.tell(Reason(ReasonKind.RUNNING, self._worker.task.name))
+            self._worker.presence.report(Reason(ReasonKind.RUNNING, self._worker.task.name))
             await self._worker.presence.keep()
 
     async def _take(self) -> Delivery | None:
@@ -331,45 +331,45 @@ class Session:
             # What comes back again and again is served alone: whatever is held when a worker
             # dies is counted by RabbitMQ, as if it had killed it.
             return await worker.consumer.serve(first, self._lanes)
-        flow = Flow(partial(worker.consumer.serve, lanes=self._lanes), first)
-        async with self._lanes.flow(AT_ONCE, flow.begin, flow.ended.set), flow:
+        intake = Intake(partial(worker.consumer.serve, lanes=self._lanes), first)
+        async with self._lanes.consume(AT_ONCE, intake.begin, intake.ended.set), intake:
             look_at = time.monotonic() + POLL_SECONDS
-            while not (self._stop.is_set() or self._lost.is_set() or flow.ended.is_set()):
-                served = flow.served
-                await first_of(FLOW_SECONDS, self._stop, self._lost, flow.ended)
-                self._took = bool(flow.running) or flow.served > served
+            while not (self._stop.is_set() or self._lost.is_set() or intake.ended.is_set()):
+                served = intake.served
+                await first_of(QUIET_SECONDS, self._stop, self._lost, intake.ended)
+                self._took = bool(intake.running) or intake.served > served
                 if not self._took or worker.consumer.breaker.reason:
                     break
                 if time.monotonic() < look_at:
                     continue
-                self._report_hanging(flow)
+                self._report_hanging(intake)
                 await worker.presence.keep()
-                if await worker.budget.look() is not None or worker.budget.limited:
+                if await worker.budget.check() is not None or worker.budget.limited:
                     break
                 look_at = time.monotonic() + POLL_SECONDS
-            await self._let_end(flow)
-        return flow.failure
+            await self._let_end(intake)
+        return intake.failure
 
-    async def _let_end(self, flow: Flow) -> None:
-        """Wait for what runs in a flow, and say so if it does not end: threads may hang."""
-        flow.ended.set()
+    async def _let_end(self, intake: Intake) -> None:
+        """Wait for what runs in a intake, and say so if it does not end: threads may hang."""
+        intake.ended.set()
         look_at = time.monotonic() + POLL_SECONDS
-        while flow.running:
-            await asyncio.wait(flow.running, timeout=FLOW_SECONDS)
+        while intake.running:
+            await asyncio.wait(intake.running, timeout=QUIET_SECONDS)
             if time.monotonic() >= look_at:
-                self._report_hanging(flow)
+                self._report_hanging(intake)
                 await self._worker.presence.keep_if_possible()
                 look_at = time.monotonic() + POLL_SECONDS
 
-    def _report_hanging(self, flow: Flow) -> None:
-        """Say so if nothing in a flow has ended for longer than it may: threads that hang."""
-        presence, seconds = self._worker.presence, flow.seconds_since_it_moved
-        if flow.running and seconds > 2 * self._worker.task_timeout:
-            runs = count(len(flow.running), "run")
+    def _report_hanging(self, intake: Intake) -> None:
+        """Say so if nothing in a intake has ended for longer than it may: threads that hang."""
+        presence, seconds = self._worker.presence, intake.seconds_since_it_moved
+        if intake.running and seconds > 2 * self._worker.task_timeout:
+            runs = count(len(intake.running), "run")
             words = f"{runs} without an end, though the time is up"
-            presence.tell(Reason(ReasonKind.RUN_HANGS, words))
+            presence.report(Reason(ReasonKind.RUN_HANGS, words))
         else:
-            presence.tell(Reason(ReasonKind.RUNNING, self._worker.task.name))
+            presence.report(Reason(ReasonKind.RUNNING, self._worker.task.name))
             self._worker.recovery.progress()
 
     # 4. Go on after a failure.
@@ -438,7 +438,7 @@ class Session:
                     break
                 seconds = min(left, POLL_SECONDS)
                 await self._back_off(reason, seconds, writes=worker.database.is_open)
-                await worker.budget.look()
+                await worker.budget.check()
         finally:
             unblocked.cancel()
 
@@ -454,7 +454,7 @@ class Session:
             BrokerError: The connection to RabbitMQ was lost meanwhile.
         """
         worker = self._worker
-        worker.presence.tell(worker.recovery.stall.judge(reason, worker.budget.interval))
+        worker.presence.report(worker.recovery.stall.judge(reason, worker.budget.interval))
         if writes:
             await worker.presence.keep_if_possible()
         worker.recovery.progress(seconds)

@@ -52,7 +52,7 @@ class Supervisor:
         self.worker = worker
         self._address = address
         self._nodes = Nodes(address.nodes)
-        self._careful = False  # whether a message that could not be decoded cut this worker off
+        self._tolerant = False  # whether a message that could not be decoded cut this worker off
 
     async def run(self, stop: asyncio.Event) -> bool:
         """Serve until *stop* is set, or in a burst until the lanes are empty.
@@ -73,7 +73,7 @@ class Supervisor:
             except BrokerError as error:
                 if worker.burst:
                     raise
-                worker.presence.tell(worker.recovery.reason(outage, error))
+                worker.presence.report(worker.recovery.reason(outage, error))
                 await worker.presence.keep_if_possible()
                 seconds = outage.seconds(error)
                 worker.recovery.progress(seconds)
@@ -86,13 +86,13 @@ class Supervisor:
         address, lost = self._address, asyncio.Event()
 
         def notice(_connection: object, error: BaseException | None) -> None:
-            self._careful = self._careful or frames.undecodable(error)
+            self._tolerant = self._tolerant or frames.undecodable(error)
             lost.set()
 
         self.worker.recovery.progress()
         async with (
             connected(
-                self._nodes, address.timeout, address.name, careful=self._careful
+                self._nodes, address.timeout, address.name, tolerant=self._tolerant
             ) as connection,
             Publisher(self._nodes, address.timeout, address.name) as publisher,
         ):

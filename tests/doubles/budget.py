@@ -63,7 +63,7 @@ class MemoryBudget:
         """Return the time of day, UTC."""
         return own_time()
 
-    async def look(self, crowd: int = 0) -> Wait | None:
+    async def check(self, contenders: int = 0) -> Wait | None:
         """Return why no start may begin now."""
         self.asked += 1
         if isinstance(self.refusal, DatabaseError):
@@ -86,7 +86,7 @@ class MemoryBudget:
             return
         self.turns += 1
         try:
-            yield await self.look()
+            yield await self.check()
         finally:
             self.turns -= 1
 

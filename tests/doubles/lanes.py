@@ -121,11 +121,11 @@ class MemoryLanes:
         return None
 
     @asynccontextmanager
-    async def flow(
+    async def consume(
         self, at_once: int, arrive: Callable[[Delivery], None], end: Callable[[], None]
     ) -> AsyncIterator[None]:
         """Inside, messages come by themselves; what is held at the end goes back."""
-        self._step("flow")
+        self._step("consume")
 
         async def push() -> None:
             while True:

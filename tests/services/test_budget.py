@@ -64,7 +64,7 @@ async def start(budget: SharedBudget) -> Wait | None:
 
 async def looked(budget: SharedBudget) -> str:
     """Return the reason that a look gives, without the moment; nothing when a start is due."""
-    wait = await budget.look()
+    wait = await budget.check()
     return "" if wait is None else wait.reason.words.partition(" at ")[0]
 
 
@@ -84,10 +84,10 @@ async def test_the_first_start_is_free_and_the_second_waits(
 async def test_a_new_process_knows_of_the_last_start(make: Fleet) -> None:
     """The row remembers; a crash loop starts nothing early."""
     first = make()
-    await first.look()
+    await first.check()
     await start(first)
 
-    wait = await make().look()
+    wait = await make().check()
 
     assert wait is not None
     assert wait.reason.words.startswith("budget: next start at ")
@@ -96,8 +96,8 @@ async def test_a_new_process_knows_of_the_last_start(make: Fleet) -> None:
 async def test_one_turn_at_a_time(make: Fleet, shop: Connection[Cursor]) -> None:
     """The second contender is told who has it; nothing of it waits in the row."""
     budget, other = make(), make()
-    await budget.look()
-    await other.look()
+    await budget.check()
+    await other.check()
     execute(
         shop,
         "INSERT INTO aioworker_worker SELECT 'id', 'host', 77, task, '1', NULL, 0, 'running', '',"
@@ -123,7 +123,7 @@ def lock(make: Fleet) -> str:
 
 async def test_a_start_without_the_turn_is_never_charged(make: Fleet, database: Database) -> None:
     budget = make()
-    await budget.look()
+    await budget.check()
 
     with pytest.raises(TurnLostError):
         await budget.charge("one")
@@ -137,7 +137,7 @@ async def test_the_first_commit_of_a_run_stamps_the_row_again(
     """A worker frozen between its charge and its write would else write too near to the next."""
     simple_addons(shop, 2)
     budget = make()
-    await budget.look()
+    await budget.check()
     [worker] = make.databases
 
     async with budget.turn():
@@ -157,7 +157,7 @@ async def test_a_transaction_that_writes_nothing_does_not_use_up_the_stamp(
     """Else a run that reads first, and is frozen then, would write too near to the next one."""
     simple_addons(shop, 1)
     budget = make()
-    await budget.look()
+    await budget.check()
     [worker] = make.databases
 
     async with budget.turn():
@@ -177,10 +177,10 @@ async def test_a_rate_taken_back_in_a_turn_is_not_charged_any_more(
 ) -> None:
     """The workers' own interval holds from the moment of the reset, not from the next look."""
     budget = make("1/h")
-    await budget.look()
+    await budget.check()
     await start(budget)
     execute(shop, "UPDATE aioworker_budget SET gap_us = 1")
-    await budget.look()
+    await budget.check()
 
     async with budget.turn() as wait:
         assert wait is None
@@ -198,7 +198,7 @@ async def test_an_interval_beyond_any_calendar_is_a_long_one(
 ) -> None:
     """A DBA's typing error stops the starts, not the workers."""
     budget = make()
-    await budget.look()
+    await budget.check()
     await start(budget)
 
     execute(shop, f"UPDATE aioworker_budget SET gap_us = {gap_us}")
@@ -211,7 +211,7 @@ async def test_a_run_that_lost_its_turn_writes_nothing(
 ) -> None:
     simple_addons(shop, 1)
     budget = make()
-    await budget.look()
+    await budget.check()
     [worker] = make.databases
 
     with pytest.raises(TurnLostError):
@@ -229,8 +229,8 @@ async def test_a_run_whose_connection_is_killed_cannot_go_on_with_another(
     """The turn went with the connection: somebody else may have it by now."""
     simple_addons(shop, 1)
     budget, other = make(), make()
-    await budget.look()
-    await other.look()
+    await budget.check()
+    await other.check()
     worker = make.databases[0]
 
     with pytest.raises(DatabaseError, match="lost in a run"):
@@ -259,7 +259,7 @@ async def test_another_clock_costs_one_interval_at_most(
 
     assert await looked(budget) == "budget: next start"
     began = loop.time()
-    while await budget.look() is not None:  # noqa: ASYNC110 - the server's clock is waited for
+    while await budget.check() is not None:  # noqa: ASYNC110 - the server's clock is waited for
         await asyncio.sleep(0.01)
     assert await start(budget) is None
 
@@ -276,7 +276,7 @@ async def test_a_start_beyond_any_calendar_ends_no_worker_and_holds_none_up(
 ) -> None:
     """A DBA who lets a start begin writes `last_start = 0`: it was a TypeError, and never due."""
     budget = make("2/s")
-    await budget.look()
+    await budget.check()
     assert await start(budget) is None
     execute(
         shop,
@@ -289,7 +289,7 @@ async def test_a_start_beyond_any_calendar_ends_no_worker_and_holds_none_up(
 
     shown = run("status")
     async with asyncio.timeout(5):
-        while await budget.look() is not None:  # noqa: ASYNC110 - the server's clock is waited for
+        while await budget.check() is not None:  # noqa: ASYNC110 - the server's clock is waited for
             await asyncio.sleep(0.01)
         assert await start(budget) is None
 
@@ -314,7 +314,7 @@ async def test_a_pause_beyond_any_calendar_is_a_pause(
     )
 
     shown = run("status")
-    wait = await make().look()
+    wait = await make().check()
 
     assert wait is not None
     assert wait.reason.kind is ReasonKind.PAUSED
@@ -327,7 +327,7 @@ async def test_only_init_makes_a_task_s_row(make: Fleet, shop: Connection[Cursor
     execute(shop, "DELETE FROM aioworker_budget")
 
     with pytest.raises(DatabaseError) as refused:
-        await make().look()
+        await make().check()
 
     assert str(refused.value) == (
         f"task {TASK!r} has no row in aioworker_budget: run `aioworker init`"
@@ -340,7 +340,7 @@ async def test_a_rate_set_by_plain_sql_wins_and_is_said(
 ) -> None:
     caplog.set_level(logging.WARNING, "aioworker")
     budget = make("1/h")
-    await budget.look()
+    await budget.check()
     await start(budget)
 
     execute(
@@ -368,7 +368,7 @@ async def test_a_pause_stops_a_start_that_was_just_due(
 ) -> None:
     """No start after a pause was committed, not even of a worker that has looked before."""
     budget = make("100/s")
-    await budget.look()
+    await budget.check()
 
     async with budget.turn() as wait:
         assert wait is None
@@ -393,7 +393,7 @@ async def test_a_task_without_a_rate_follows_one_set_at_run_time(
 
     execute(shop, "UPDATE aioworker_budget SET gap_us = 3600000000")
 
-    await budget.look()
+    await budget.check()
     assert budget.limited
 
 
@@ -401,7 +401,7 @@ async def test_without_the_table_the_cure_is_named(make: Fleet, shop: Connection
     execute(shop, "DROP TABLE aioworker_budget")
 
     with pytest.raises(DatabaseError) as refused:
-        await make().look()
+        await make().check()
 
     assert str(refused.value).endswith(": run `aioworker init`, or set AIOWORKER_BUDGET=worker")
     assert "\n" not in str(refused.value)

@@ -42,7 +42,7 @@ def make(request: pytest.FixtureRequest) -> Make:
 
 async def start(budget: Budget, message: str = "one") -> Wait | None:
     """Begin a start as a session does: look, have the turn, charge; return why not."""
-    if (wait := await budget.look()) is not None:
+    if (wait := await budget.check()) is not None:
         return wait
     async with budget.turn() as wait:
         if wait is None:
@@ -71,7 +71,7 @@ async def test_without_a_rate_every_start_begins_at_once(make: Make) -> None:
 async def test_a_rate_of_nothing_is_a_pause(make: Make) -> None:
     budget = make("0/m")
 
-    wait = await budget.look()
+    wait = await budget.check()
 
     assert wait is not None
     assert (wait.reason.kind, wait.reason.words) == (ReasonKind.PAUSED, "paused: rate limit 0/m")
@@ -81,7 +81,7 @@ async def test_behind_a_start_the_next_one_waits_for_its_interval(make: Make) ->
     budget = make("30/m")
     await start_when_due(budget)
 
-    wait = await budget.look()
+    wait = await budget.check()
 
     assert (budget.limited, budget.interval) == (True, 2)
     assert wait is not None
@@ -120,6 +120,6 @@ async def test_of_a_message_that_never_ran_no_death_is_known(make: Make) -> None
 
 async def test_a_budget_tells_the_time_of_day(make: Make) -> None:
     budget = make("2/m")
-    await budget.look()
+    await budget.check()
 
     assert abs(budget.now() - own_time()) < timedelta(seconds=SECONDS)

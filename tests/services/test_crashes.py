@@ -30,12 +30,12 @@ async def die(fleet: Fleet, shop: Connection[Cursor], message: str) -> None:
     """Charge a start for a message and vanish, as a killed process does."""
     execute(shop, "UPDATE aioworker_budget SET last_start = '2000-01-01'")
     budget = fleet()
-    await budget.look()
+    await budget.check()
     async with budget.turn() as wait:
         assert wait is None
         assert await budget.charge(message) is None
         fleet.databases[-1].close()
-        budget._crashes.void()  # a dead process remembers nothing
+        budget._deaths.void()  # a dead process remembers nothing
 
 
 async def test_what_ran_when_its_worker_died_is_counted_by_the_next(
@@ -45,7 +45,7 @@ async def test_what_ran_when_its_worker_died_is_counted_by_the_next(
         await die(make, shop, "killer")
     await die(make, shop, "other")
     survivor = make()
-    await survivor.look()
+    await survivor.check()
 
     async with survivor.turn():
         counted = {key: survivor.deaths(key) for key in ("killer", "other", "held")}
@@ -59,7 +59,7 @@ async def test_a_message_that_ends_is_forgotten(make: Fleet, shop: Connection[Cu
     await die(make, shop, "killer")
     await die(make, shop, "other")
     survivor = make()
-    await survivor.look()
+    await survivor.check()
 
     async with survivor.turn():
         await survivor.ended("killer")
@@ -69,7 +69,7 @@ async def test_a_message_that_ends_is_forgotten(make: Fleet, shop: Connection[Cu
 
 async def test_a_run_that_ends_leaves_no_note(make: Fleet, shop: Connection[Cursor]) -> None:
     budget = make()
-    await budget.look()
+    await budget.check()
 
     async with budget.turn():
         await budget.charge("one")
@@ -84,14 +84,14 @@ async def test_a_worker_that_loses_the_database_in_a_run_did_not_die(
     make: Fleet, shop: Connection[Cursor]
 ) -> None:
     budget = make()
-    await budget.look()
+    await budget.check()
 
     with pytest.raises(DatabaseError):
         async with budget.turn():
             await budget.charge("one")
             execute(shop, f"KILL {(await row(make.databases[0])).session}")
             await budget.ended("one")
-            await budget.look()
+            await budget.check()
 
     assert noted(shop) == (None, None)
 
@@ -99,8 +99,8 @@ async def test_a_worker_that_loses_the_database_in_a_run_did_not_die(
 async def test_a_death_that_was_none_is_taken_back(make: Fleet, shop: Connection[Cursor]) -> None:
     """Another worker had the turn before this one was back."""
     cut_off, other = make(), make()
-    await cut_off.look()
-    await other.look()
+    await cut_off.check()
+    await other.check()
 
     with pytest.raises(DatabaseError):
         async with cut_off.turn():
@@ -109,7 +109,7 @@ async def test_a_death_that_was_none_is_taken_back(make: Fleet, shop: Connection
             async with other.turn():
                 counted = other.deaths("one")
             await cut_off.ended("one")
-            await cut_off.look()
+            await cut_off.check()
     assert (counted, noted(shop)) == (1, (None, json.dumps({"one": 1})))
     async with cut_off.turn():
         counted = cut_off.deaths("one")
@@ -122,7 +122,7 @@ async def test_a_worker_that_comes_back_first_finds_its_own_note(
 ) -> None:
     """It could not take it back at once: the database was out of reach."""
     budget = make()
-    await budget.look()
+    await budget.check()
     async with budget.turn():
         await budget.charge("one")
         make.databases[0].close()
@@ -140,7 +140,7 @@ async def test_a_start_that_was_not_charged_notes_nothing(
     make: Fleet, shop: Connection[Cursor]
 ) -> None:
     budget = make()
-    await budget.look()
+    await budget.check()
 
     async with budget.turn() as wait:
         assert wait is None
@@ -163,7 +163,7 @@ async def test_notes_that_somebody_wrote_over_are_no_deaths(
         assert set(found.running) <= {"two"}
         assert set(found.deaths) <= {"a"}
     budget = make()
-    await budget.look()
+    await budget.check()
 
     async with budget.turn():
         assert budget.deaths("one") == 0
@@ -175,7 +175,7 @@ async def test_the_row_stays_small(make: Fleet, shop: Connection[Cursor]) -> Non
     execute(shop, f"UPDATE aioworker_budget SET deaths = '{old}' WHERE task = '{TASK}'")
     await die(make, shop, "killer")
     survivor = make()
-    await survivor.look()
+    await survivor.check()
 
     async with survivor.turn():
         assert survivor.deaths("killer") == 1

@@ -12,7 +12,7 @@ from aioworker.addresses import DatabaseAddress
 from aioworker.errors import DatabaseError
 from aioworker.mysql import session
 from aioworker.mysql.database import KILL_SECONDS, OWN_SECONDS, Database
-from aioworker.mysql.trouble import Trouble, sort
+from aioworker.mysql.errors import ErrorKind, kind
 from support.servers import Maria, Servers
 from tests.conftest import current_versions, eventually, execute, make_database, rows, simple_addons
 from tests.faults.proxy import Proxy
@@ -69,7 +69,7 @@ async def test_after_a_refused_statement_the_transaction_is_rolled_back(
             await writing.execute("UPDATE addons SET current_version = 10001 WHERE id = 1")
             await writing.execute("UPDATE addons SET current_version = 10002 WHERE id = 2")
 
-    assert sort(refused.value) is Trouble.CONTENTION
+    assert kind(refused.value) is ErrorKind.CONTENTION
     shop.rollback()
     async with database.transaction():
         pass

@@ -257,7 +257,7 @@ async def test_a_flow_brings_as_many_of_each_lane_as_there_is_room_for(
         await place.send(place.queues.bulk, f"bulk {number}")
         await place.send(place.queues.urgent, f"urgent {number}")
 
-    async with lanes.flow(2, arrived.put_nowait, lambda: None), asyncio.timeout(SECONDS):
+    async with lanes.consume(2, arrived.put_nowait, lambda: None), asyncio.timeout(SECONDS):
         first = [await arrived.get() for _ in range(4)]
         for delivery in first:
             if delivery.id == "bulk 0":
@@ -274,7 +274,7 @@ async def test_what_a_flow_leaves_goes_back(place: Place, lanes: Lanes) -> None:
     await place.send(place.queues.bulk, "one")
     await place.send(place.queues.bulk, "two")
 
-    async with lanes.flow(2, arrived.put_nowait, lambda: None), asyncio.timeout(SECONDS):
+    async with lanes.consume(2, arrived.put_nowait, lambda: None), asyncio.timeout(SECONDS):
         await (await arrived.get()).acknowledge()
         await arrived.get()
 

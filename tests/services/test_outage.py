@@ -98,7 +98,7 @@ async def test_a_row_that_cannot_be_written_holds_nobody_up_twice(
     execute(shop, "LOCK TABLES aioworker_worker READ")
 
     for kind in (ReasonKind.RUNNING, ReasonKind.EMPTY) * 2:
-        presence.tell(Reason(kind, "nothing queued"))
+        presence.report(Reason(kind, "nothing queued"))
         await presence.keep()
     database.close()
 

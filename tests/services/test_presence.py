@@ -31,7 +31,7 @@ def made(database: Database, run_seconds: float = 30) -> Presence:
 
 async def told(presence: Presence, reason: Reason) -> None:
     """Tell, and let the row be written."""
-    presence.tell(reason)
+    presence.report(reason)
     await presence.keep()
 
 

@@ -388,7 +388,7 @@ async def test_a_last_start_that_somebody_else_wrote_stands_for_charge_and_first
     """An older worker knows no other column, nor may a DBA who lets a start begin."""
     database = make_database(pair)
     hourly = SharedBudget(database, TASK, RateLimit.parse("1/h"), "new")
-    await hourly.look()
+    await hourly.check()
     async with hourly.turn():
         assert await hourly.charge("one") is None
         await database.execute(INSERT)
@@ -425,7 +425,7 @@ async def test_an_older_worker_beside_a_new_one_keeps_the_spacing(
         return bool(charged)
 
     async def new_start() -> bool:
-        if await budget.look() is not None:
+        if await budget.check() is not None:
             return False
         async with budget.turn() as wait:
             if wait is not None or await budget.charge("one") is not None:
@@ -451,7 +451,7 @@ async def test_the_row_is_free_while_a_run_is_in_its_transaction(
     """Stamped right after the first write, it would be locked to the commit: a pause got 1205."""
     database = make_database(pair)
     budget = SharedBudget(database, TASK, RateLimit.parse("1/h"), "new")
-    await budget.look()
+    await budget.check()
 
     async with budget.turn():
         await budget.charge("one")

@@ -63,7 +63,7 @@ async def test_reads_and_writes_that_go_to_different_servers_are_a_stall(
     execute(copy, f"UPDATE aioworker_budget SET server = '{there}'")
 
     for _ in range(2):
-        wait = await budget.look()
+        wait = await budget.check()
 
         assert wait is not None
         assert wait.reason.kind is ReasonKind.TWO_SERVERS

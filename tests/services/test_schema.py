@@ -154,9 +154,9 @@ async def test_an_earlier_worker_and_a_newer_one_keep_their_distance(
         return matched
 
     execute(shop, LONG_AGO)
-    assert await budget.look() is None
+    assert await budget.check() is None
     assert charges() == 1
-    wait = await budget.look()
+    wait = await budget.check()
     assert wait is not None
     assert wait.reason.words.startswith("budget: next start at ")
 

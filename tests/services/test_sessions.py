@@ -104,8 +104,8 @@ async def test_two_spellings_of_a_database_are_one_turn(blind: Maria) -> None:
         SharedBudget(database, TASK, RateLimit.parse("1/h"), "worker")
         for database in (first, second)
     )
-    await one.look()
-    await other.look()
+    await one.check()
+    await other.check()
 
     async with one.turn() as wait:
         assert wait is None

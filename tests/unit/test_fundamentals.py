@@ -48,7 +48,7 @@ async def test_a_rate_of_nothing_is_paused_and_not_unlimited() -> None:
     """Celery takes 0/m for no limit at all."""
     budget = WorkerBudget(RateLimit.parse("0/m"))
 
-    wait = await budget.look()
+    wait = await budget.check()
 
     assert wait is not None
     assert wait.reason == Reason(ReasonKind.PAUSED, "paused: rate limit 0/m")

@@ -49,8 +49,8 @@ def test_a_failure_that_comes_and_goes_is_a_line_a_minute(
     """A server that flaps fills no log: its outages differ by their times alone."""
     for second in range(120):
         passing.now = second
-        presence.tell(away(f"broker unreachable since 12:00:{second:02}: gone"))
-        presence.tell(BUDGET)
+        presence.report(away(f"broker unreachable since 12:00:{second:02}: gone"))
+        presence.report(BUDGET)
 
     assert len(reasons(caplog)) == 2
 
@@ -59,7 +59,7 @@ def test_another_failure_is_said_at_once(
     presence: Presence, caplog: pytest.LogCaptureFixture
 ) -> None:
     for reason in ("broker unreachable", "database unreachable", "broker unreachable"):
-        presence.tell(away(reason))
+        presence.report(away(reason))
 
     assert reasons(caplog) == ["broker unreachable", "database unreachable"]
 
@@ -70,10 +70,10 @@ def test_a_failure_that_came_back_and_stays_is_said_when_its_minute_is_over(
     """An hour's outage may begin half a minute after a short one."""
     for second, reason in ((0, away("away since 1")), (5, BUDGET), (30, away("away since 2"))):
         passing.now = second
-        presence.tell(reason)
+        presence.report(reason)
     for second in range(31, 3600):
         passing.now = second
-        presence.tell(away("away since 2"))
+        presence.report(away("away since 2"))
 
     assert reasons(caplog) == ["away since 1", "away since 2"]
 
@@ -85,7 +85,7 @@ def test_each_kind_is_said_with_its_level_and_its_state(
     """A program reads the kind, where a person reads the words."""
     caplog.set_level(logging.DEBUG, "aioworker")
 
-    presence.tell(Reason(kind, "words"))
+    presence.report(Reason(kind, "words"))
 
     [line] = caplog.records
     assert (line.levelno, line.getMessage()) == (kind.level, kind.state)
@@ -101,7 +101,7 @@ def test_waits_that_come_with_each_start_are_a_line_for_the_first_of_them(
     kinds = (ReasonKind.BUDGET, ReasonKind.TURN, ReasonKind.BUDGET, ReasonKind.EMPTY)
 
     for number, kind in enumerate((*kinds, ReasonKind.BUDGET)):
-        presence.tell(Reason(kind, f"moment {number}"))
+        presence.report(Reason(kind, f"moment {number}"))
 
     assert reasons(caplog) == ["moment 0", "moment 3", "moment 4"]
 
@@ -112,7 +112,7 @@ def test_what_is_well_is_said_at_each_change(
     caplog.set_level(logging.INFO, "aioworker")
 
     for _ in range(3):
-        presence.tell(Reason(ReasonKind.EMPTY, "nothing queued"))
-        presence.tell(Reason(ReasonKind.RUNNING, "shop"))
+        presence.report(Reason(ReasonKind.EMPTY, "nothing queued"))
+        presence.report(Reason(ReasonKind.RUNNING, "shop"))
 
     assert reasons(caplog) == ["nothing queued"] * 3

@@ -15,7 +15,7 @@ from aioworker.errors import (
     QueueMissingError,
     TurnLostError,
 )
-from aioworker.mysql.trouble import ER, MySQLError
+from aioworker.mysql.errors import ER, MySQLError
 from aioworker.reasons import Reason, ReasonKind, State
 from aioworker.status.errors import kind_of
 

@@ -342,14 +342,14 @@ async def test_a_stop_finishes_what_runs_and_takes_nothing_more(clock: FakeClock
 
 async def test_a_stop_while_the_turn_is_waited_for_takes_nothing(clock: FakeClock) -> None:
     heart = Heart(rate="2/m")
-    look = heart.budget.look
+    check = heart.budget.check
 
-    async def stopped(crowd: int = 0) -> Wait | None:
+    async def stopped(contenders: int = 0) -> Wait | None:
         if heart.budget.turns:
             heart.stop.set()
-        return await look(crowd)
+        return await check(contenders)
 
-    heart.budget.look = stopped  # type: ignore[method-assign]
+    heart.budget.check = stopped  # type: ignore[method-assign]
     heart.broker.send()
     async with running(heart) as serving:
         await clock.advance(1)

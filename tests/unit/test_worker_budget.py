@@ -12,12 +12,12 @@ async def test_a_start_is_charged_at_the_moment_it_is_due(clock: FakeClock) -> N
     """Its message is taken before: taking and reading cost nothing of the rate."""
     budget = WorkerBudget(RateLimit.parse("1/s"))
     charged_at: list[float] = []
-    wait = await budget.look()
+    wait = await budget.check()
     assert wait is not None
     assert wait.seconds == 1 - LEAD_SECONDS
 
     async def start() -> None:
-        assert await budget.look() is None
+        assert await budget.check() is None
         assert await budget.charge("one") is None
         charged_at.append(clock.now)
 

@@ -13,7 +13,7 @@ from aioworker.words import command
 DEADLOCKS = frozenset({ER.LOCK_DEADLOCK, ER.CHECKREAD})  # another try at once may do
 
 
-class Trouble(StrEnum):
+class ErrorKind(StrEnum):
     """What an error of the database means for the message at hand."""
 
     CONTENTION = "contention"  # others hold the rows: later
@@ -138,11 +138,11 @@ _WRONG_SCHEMA = frozenset(
         Lacking.BEFORE_DML_VALIDATION_ERROR,
     }
 )
-_TROUBLES: dict[int, Trouble] = {
-    **dict.fromkeys(_CONTENTION, Trouble.CONTENTION),
-    **dict.fromkeys(_DATA, Trouble.DATA),
-    **dict.fromkeys(_NO_ROOM, Trouble.NO_ROOM),
-    **dict.fromkeys(_NO_ACCESS | _WRONG_SCHEMA, Trouble.EVERY_MESSAGE),
+_TROUBLES: dict[int, ErrorKind] = {
+    **dict.fromkeys(_CONTENTION, ErrorKind.CONTENTION),
+    **dict.fromkeys(_DATA, ErrorKind.DATA),
+    **dict.fromkeys(_NO_ROOM, ErrorKind.NO_ROOM),
+    **dict.fromkeys(_NO_ACCESS | _WRONG_SCHEMA, ErrorKind.EVERY_MESSAGE),
 }
 
 _GRANT = "`{init}` shows what the user needs"
@@ -168,7 +168,7 @@ _CURES: dict[int, str] = {
 ONLY_READS = "this server only reads: is it a replica? check AIOWORKER_MYSQL_URL"
 
 
-def sort(error: BaseException) -> Trouble | None:
+def kind(error: BaseException) -> ErrorKind | None:
     """Return what an error means; None for one that tells nothing of the message.
 
     Such an error may be a server that is away, or full, or that only reads, or the message's

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pymysql.err import MySQLError, OperationalError
 
-from aioworker.mysql.trouble import Trouble, describe, sort
+from aioworker.mysql.errors import ErrorKind, describe, kind
 
 READS = "; this server only reads: is it a replica? check AIOWORKER_MYSQL_URL"
 
@@ -41,10 +41,10 @@ def test_a_refusal_that_a_setting_explains_names_its_cure(number: int, cure: str
 @pytest.mark.parametrize("number", [1689, 3058, 3101, 3572])
 def test_what_others_were_first_at_is_tried_again(number: int) -> None:
     """Named locks that wait for each other, a group's other member, NOWAIT."""
-    assert sort(OperationalError(number, "words")) is Trouble.CONTENTION
+    assert kind(OperationalError(number, "words")) is ErrorKind.CONTENTION
 
 
 @pytest.mark.parametrize("number", [1194, 1812, 1814, 1820, 1862, 1932, 3118, 3159, 4151])
 def test_a_table_or_a_user_that_is_broken_costs_no_attempt(number: int) -> None:
     """A tablespace that is gone, an account that is locked: no message would do."""
-    assert sort(OperationalError(number, "words")) is Trouble.EVERY_MESSAGE
+    assert kind(OperationalError(number, "words")) is ErrorKind.EVERY_MESSAGE

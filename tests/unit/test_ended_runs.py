@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from aioworker.rabbitmq.delivery import Delivery
-from aioworker.settling.ends import MOST, Ends
+from aioworker.settling.ended_runs import MOST, EndedRuns
 from aioworker.settling.failure import Failure
 from aioworker.settling.outcome import Kind, Outcome
 from tests.fakes import delivered
@@ -24,13 +24,13 @@ def again(
 
 
 @pytest.fixture
-def ends() -> Ends:
-    ends = Ends()
+def ends() -> EndedRuns:
+    ends = EndedRuns()
     ends.remember(again(redelivered=False), DONE)
     return ends
 
 
-def test_an_end_is_known_once(ends: Ends) -> None:
+def test_an_end_is_known_once(ends: EndedRuns) -> None:
     assert [ends.take(again()), ends.take(again())] == [DONE, None]
 
 
@@ -44,14 +44,14 @@ def test_an_end_is_known_once(ends: Ends) -> None:
     ],
     ids=["delivered first", "id", "attempt", "body"],
 )
-def test_in_doubt_a_message_runs(ends: Ends, other: Delivery) -> None:
+def test_in_doubt_a_message_runs(ends: EndedRuns, other: Delivery) -> None:
     """What was published once more, or is another attempt, is another matter."""
     assert ends.take(other) is None
     assert ends.take(again()) == DONE
 
 
 def test_the_last_thousand_ends_are_kept() -> None:
-    ends = Ends()
+    ends = EndedRuns()
     for number in range(MOST + 1):
         ends.remember(again(str(number)), DONE)
 
@@ -62,7 +62,7 @@ def test_the_last_thousand_ends_are_kept() -> None:
 @pytest.mark.parametrize("kind", [Kind.POSTPONED, Kind.DEAD_LETTER])
 def test_what_has_a_copy_that_looks_the_same_runs(kind: Kind) -> None:
     """The copy of a postponed message, or a dead letter that is brought back."""
-    ends = Ends()
+    ends = EndedRuns()
     ends.remember(again(redelivered=False), Outcome(kind))
 
     assert ends.take(again()) is None
@@ -70,7 +70,7 @@ def test_what_has_a_copy_that_looks_the_same_runs(kind: Kind) -> None:
 
 def test_a_message_without_an_id_runs() -> None:
     """Another one may have the same body."""
-    ends = Ends()
+    ends = EndedRuns()
     ends.remember(Delivery.of(delivered(b"[]")), DONE)
 
     assert ends.take(Delivery.of(delivered(b"[]", redelivered=True))) is None
@@ -79,7 +79,7 @@ def test_a_message_without_an_id_runs() -> None:
 def test_an_end_is_forgotten_after_ten_minutes() -> None:
     """Somebody else had the message by then."""
     now = [0.0]
-    ends = Ends(lambda: now[0])
+    ends = EndedRuns(lambda: now[0])
     ends.remember(again(redelivered=False), DONE)
 
     now[0] = 601
@@ -89,7 +89,7 @@ def test_an_end_is_forgotten_after_ten_minutes() -> None:
 
 def test_an_end_holds_no_frames_of_a_run() -> None:
     """They hold the message's body."""
-    ends = Ends()
+    ends = EndedRuns()
     try:
         int("shop")
     except ValueError as error:

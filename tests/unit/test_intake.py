@@ -9,7 +9,7 @@ import pytest
 
 from aioworker.rabbitmq.delivery import Delivery
 from aioworker.settling.outcome import Kind, Outcome
-from aioworker.worker.intake import Flow
+from aioworker.worker.intake import Intake
 from tests.fakes import delivered
 
 
@@ -30,11 +30,11 @@ async def test_what_was_taken_before_a_flow_is_served(*, ended: bool) -> None:
         served.append(delivery.id)
         return Outcome(Kind.ACK)
 
-    flow = Flow(serve, FIRST)
+    intake = Intake(serve, FIRST)
     if ended:
-        flow.ended.set()
+        intake.ended.set()
 
-    async with flow:
+    async with intake:
         pass
 
     assert served == ["first"]
@@ -48,17 +48,17 @@ async def test_what_comes_before_a_flow_begins_is_served_and_behind_its_end_left
         served.append(delivery.id)
         return Outcome(Kind.RELEASED if delivery is SECOND else Kind.ACK)
 
-    flow = Flow(serve, FIRST)
-    flow.begin(SECOND)
+    intake = Intake(serve, FIRST)
+    intake.begin(SECOND)
     await asyncio.sleep(0)
     assert served == []
 
-    async with flow:
-        await flow.ended.wait()
-        flow.begin(THIRD)
+    async with intake:
+        await intake.ended.wait()
+        intake.begin(THIRD)
 
     assert served == ["first", "second"]
-    assert (flow.served, flow.failure) == (2, Outcome(Kind.RELEASED))
+    assert (intake.served, intake.failure) == (2, Outcome(Kind.RELEASED))
 
 
 async def test_one_that_cannot_be_settled_ends_the_flow_after_the_others() -> None:
@@ -73,12 +73,12 @@ async def test_one_that_cannot_be_settled_ends_the_flow_after_the_others() -> No
         ended.append(delivery.id)
         raise ConnectionError("lost too")
 
-    flow = Flow(serve, FIRST)
-    flow.begin(SECOND)
+    intake = Intake(serve, FIRST)
+    intake.begin(SECOND)
 
     with pytest.raises(ConnectionError, match=r"^lost$"):
-        async with flow:
-            await flow.ended.wait()
+        async with intake:
+            await intake.ended.wait()
 
     assert ended == ["second"]
 
@@ -94,7 +94,7 @@ async def test_what_runs_is_cut_off_with_the_worker() -> None:
         return Outcome(Kind.ACK)
 
     async def run() -> None:
-        async with Flow(serve, FIRST):
+        async with Intake(serve, FIRST):
             await asyncio.Event().wait()
 
     running = asyncio.create_task(run())

@@ -27,7 +27,7 @@ KNOWN_SECONDS = 600.0
 _Known = tuple[str, int, bytes]
 
 
-class Ends:
+class EndedRuns:
     """The last thousand of them within ten minutes, of one task in one process.
 
     Args:
