@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import aio_pika
 
@@ -22,13 +22,14 @@ from aioworker.tasks.task import AnyTask
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+Outgoing: TypeAlias = aio_pika.Message
 SHORTEST_SECONDS, LONGEST_SECONDS = 0.1, 3600
 
 
 class Taker(Protocol):
     """What takes messages in place of RabbitMQ, in whichever thread publishes."""
 
-    def __call__(self, outgoing: aio_pika.Message, urgent: bool, /) -> None:
+    def __call__(self, outgoing: Outgoing, urgent: bool, /) -> None:
         """Take one, for one of its task's two lanes."""
 
 
@@ -202,7 +203,7 @@ class Producer:
 
 def outgoing_message(
     task: str, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
-) -> aio_pika.Message:
+) -> Outgoing:
     """Return the message that runs *task* with these arguments, as aio-pika publishes it."""
     encoded = message.encode(task, args, kwargs)
     return aio_pika.Message(

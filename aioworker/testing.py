@@ -16,7 +16,7 @@ from aioworker.addresses import DatabaseAddress
 from aioworker.errors import UsageError
 from aioworker.mysql.database import Database
 from aioworker.mysql.rehearsal import Rehearsal
-from aioworker.producer import handing_to, outgoing_message
+from aioworker.producer import Outgoing, handing_to, outgoing_message
 from aioworker.rabbitmq.message import LONGEST_RUN_SECONDS, Call, decode
 from aioworker.tasks.context import Context
 from aioworker.tasks.registry import check_publishable, find
@@ -25,7 +25,6 @@ from aioworker.tasks.task import AnyTask, Task
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-    import aio_pika
 
 __all__ = ["Message", "Run", "published", "rolled_back", "run"]
 
@@ -69,7 +68,7 @@ def published() -> Iterator[list[Message]]:
     """
     messages: list[Message] = []
 
-    def take(outgoing: aio_pika.Message, urgent: bool) -> None:
+    def take(outgoing: Outgoing, urgent: bool) -> None:
         name = str(outgoing.headers["task"])
         call = _received(name, outgoing)
         messages.append(
@@ -80,7 +79,7 @@ def published() -> Iterator[list[Message]]:
         yield messages
 
 
-def _received(name: str, outgoing: aio_pika.Message) -> Call:
+def _received(name: str, outgoing: Outgoing) -> Call:
     """Return what a worker reads in a message."""
     return decode(
         name,

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from aioworker.commands.dead import WholeLetter
-    from aioworker.commands.letters import Filter, Letter
-    from aioworker.commands.look import Progress
+    from aioworker.rabbitmq.dead_letters import Progress
+    from aioworker.rabbitmq.letter import Filter, Letter
     from aioworker.settings import Settings
 
 app = typer.Typer(
@@ -268,7 +268,7 @@ def _agrees(task: str, letters: Counter[Letter]) -> bool:
 
 
 def _filter(ids: list[str] | None, reason: str | None, older_than: str | None) -> Filter:
-    from aioworker.commands.letters import Filter
+    from aioworker.rabbitmq.letter import Filter
 
     # An empty variable of the shell would mean all.
     for option, values in (("--id", ids or []), ("--reason", [] if reason is None else [reason])):

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from aioworker.commands import meant
-from aioworker.commands.letters import Filter, Letter, text
-from aioworker.commands.look import Look, no_progress
 from aioworker.errors import AioworkerError, QueueMissingError
 from aioworker.rabbitmq.connection import connected
+from aioworker.rabbitmq.dead_letters import DeadLetters, no_progress
+from aioworker.rabbitmq.letter import Filter, Letter, text
 from aioworker.rabbitmq.publisher import Publisher
 from aioworker.rabbitmq.queues import Queues
 from aioworker.words import count
@@ -20,9 +20,9 @@ from aioworker.words import count
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
-    from aio_pika.abc import AbstractConnection, AbstractIncomingMessage
-
-    from aioworker.commands.look import Progress
+    from aioworker.rabbitmq.connection import Connection
+    from aioworker.rabbitmq.dead_letters import Progress
+    from aioworker.rabbitmq.delivery import Message
     from aioworker.settings import Settings
 
 
@@ -115,7 +115,7 @@ async def read_all(
 
 
 async def _read(
-    look: Look,
+    look: DeadLetters,
     name: str,
     wanted: Filter,
     show: Callable[[str, Letter], None],
@@ -126,7 +126,7 @@ async def _read(
     """Show the letters of one task that are meant, and return how many they are."""
     shown = 0
 
-    def stay(letter: Letter, _delivery: AbstractIncomingMessage) -> str:
+    def stay(letter: Letter, _delivery: Message) -> str:
         nonlocal shown
         if wanted.matches(letter):
             show(name, letter)
@@ -168,7 +168,7 @@ async def read_one(
     wanted = Filter(ids=frozenset({message_id}))
     found = False
 
-    def stay(letter: Letter, delivery: AbstractIncomingMessage) -> str:
+    def stay(letter: Letter, delivery: Message) -> str:
         nonlocal found
         if wanted.matches(letter):
             found = True
@@ -195,7 +195,7 @@ async def requeue(
     """
     absent = set(wanted.ids)
 
-    def bring_back(letter: Letter, _delivery: AbstractIncomingMessage) -> str:
+    def bring_back(letter: Letter, _delivery: Message) -> str:
         if not wanted.matches(letter):
             return look.queues.dead
         absent.difference_update(letter.names)
@@ -222,7 +222,7 @@ async def preview(
     """
     found: Counter[Letter] = Counter()
 
-    def stay(letter: Letter, _delivery: AbstractIncomingMessage) -> str:
+    def stay(letter: Letter, _delivery: Message) -> str:
         if wanted.matches(letter):
             found[letter] += 1
         return look.queues.dead
@@ -254,7 +254,7 @@ async def drop(
     absent = set(wanted.ids)
     left = None if shown is None else Counter(shown)
 
-    def take_away(letter: Letter, _delivery: AbstractIncomingMessage) -> str | None:
+    def take_away(letter: Letter, _delivery: Message) -> str | None:
         if not wanted.matches(letter) or (left is not None and not left[letter]):
             return look.queues.dead
         if left is not None:
@@ -286,9 +286,7 @@ def _noting(note: Callable[[], str]) -> Iterator[None]:
 class _Letters:
     """The dead letters of one task after another, over the same two connections."""
 
-    def __init__(
-        self, settings: Settings, connection: AbstractConnection, publisher: Publisher
-    ) -> None:
+    def __init__(self, settings: Settings, connection: Connection, publisher: Publisher) -> None:
         self._settings = settings
         self._connection = connection
         self._publisher = publisher
@@ -300,8 +298,8 @@ class _Letters:
         return self._connection.is_closed
 
     @asynccontextmanager
-    async def of(self, name: str) -> AsyncIterator[Look]:
-        """Look at the dead letters of a task, registered or not.
+    async def of(self, name: str) -> AsyncIterator[DeadLetters]:
+        """DeadLetters at the dead letters of a task, registered or not.
 
         Raises:
             UnknownTaskError: Neither the task nor its queue is known; the text has the nearest
@@ -310,7 +308,7 @@ class _Letters:
         """
         queues = Queues.of(name, self._settings.queue_prefix)
         timeout = self._settings.connect_timeout
-        look = Look(queues, self._users, self._connection, self._publisher, timeout)
+        look = DeadLetters(queues, self._users, self._connection, self._publisher, timeout)
         try:
             await look.open()
         except QueueMissingError as error:
@@ -332,7 +330,7 @@ async def _connected(settings: Settings) -> AsyncIterator[_Letters]:
 
 
 @asynccontextmanager
-async def _open(settings: Settings, name: str) -> AsyncIterator[Look]:
-    """Look at the dead letters of a task, as `_Letters.of` does."""
+async def _open(settings: Settings, name: str) -> AsyncIterator[DeadLetters]:
+    """DeadLetters at the dead letters of a task, as `_Letters.of` does."""
     async with _connected(settings) as letters, letters.of(name) as look:
         yield look

@@ -24,9 +24,8 @@ from aioworker.rabbitmq.queues import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from aio_pika.abc import AbstractConnection
-
     from aioworker.addresses import BrokerAddress
+    from aioworker.rabbitmq.connection import Connection
     from aioworker.settings import Settings
     from aioworker.tasks.task import AnyTask
 
@@ -108,7 +107,7 @@ def _arguments(settings: Settings, tasks: Sequence[AnyTask]) -> dict[str, dict[s
 
 
 async def _declare(
-    connection: AbstractConnection,
+    connection: Connection,
     queues: Mapping[str, dict[str, Any]],
     found: Mapping[str, int | None],
     timeout: float,

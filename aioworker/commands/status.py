@@ -16,11 +16,11 @@ from aioworker.budget.tables import Row, holder, peek
 from aioworker.clock import own_time
 from aioworker.commands import meant
 from aioworker.commands.controls import rate_in_force
-from aioworker.commands.look import Look, count_letters
 from aioworker.errors import BrokerError, DatabaseError
 from aioworker.limits import InForce
 from aioworker.mysql.database import TOLD_SECONDS
 from aioworker.rabbitmq.connection import connected
+from aioworker.rabbitmq.dead_letters import DeadLetters, count_letters
 from aioworker.rabbitmq.errors import forbids, queue_missing
 from aioworker.rabbitmq.publisher import Publisher
 from aioworker.rabbitmq.queues import Queues, count_surely
@@ -32,9 +32,8 @@ from aioworker.words import as_json, command, duration
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Sequence
 
-    from aio_pika.abc import AbstractConnection
-
     from aioworker.mysql.database import Database
+    from aioworker.rabbitmq.connection import Connection
     from aioworker.settings import Settings
 
 _EMPTY = Reason(ReasonKind.EMPTY, "nothing queued")
@@ -239,9 +238,9 @@ async def _ask_broker(settings: Settings, database: Awaitable[_Database]) -> _Br
         ):
             tasks, _told, _error = await database
 
-            def of(task: str) -> Look:
+            def of(task: str) -> DeadLetters:
                 queues = Queues.of(task, settings.queue_prefix)
-                return Look(queues, users, connection, publisher, timeout)
+                return DeadLetters(queues, users, connection, publisher, timeout)
 
             # At once: of many queues that do not answer, each takes as long as the timeout.
             told = await asyncio.gather(*(_queued(connection, of(t), timeout) for t in tasks))
@@ -254,7 +253,7 @@ async def _ask_broker(settings: Settings, database: Awaitable[_Database]) -> _Br
 
 
 async def _queued(
-    connection: AbstractConnection, look: Look, timeout: float
+    connection: Connection, look: DeadLetters, timeout: float
 ) -> Queued | BrokerError:
     """Return what is in a task's queues, or why one of them cannot be asked."""
     names = (look.queues.urgent, look.queues.bulk, look.queues.retry)

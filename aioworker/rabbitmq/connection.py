@@ -12,13 +12,14 @@ import logging
 import re
 import traceback
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 from urllib.parse import urlsplit
 
 import aio_pika
+from aio_pika.abc import AbstractConnection
 from aio_pika.exceptions import AuthenticationError, ProbableAuthenticationError
 from aiormq.exceptions import InvalidFrameError
-from pamqp.commands import Connection
+from pamqp import commands
 
 from aioworker import tls
 from aioworker.errors import BrokerError, TlsFileError, let_go
@@ -28,10 +29,9 @@ from aioworker.rabbitmq.frames import ForeignError, PlainConnection, TolerantCon
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
-    from aio_pika.abc import AbstractConnection
-
     from aioworker.addresses import BrokerAddress, Nodes
 
+Connection: TypeAlias = AbstractConnection  # for those who import no aio_pika
 HEARTBEAT_SECONDS = 15
 _CANNOT = "cannot connect to RabbitMQ "
 _WRONGLY = "what answers there speaks RabbitMQ's protocol wrongly"
@@ -46,9 +46,7 @@ for _library in ("aio_pika", "aiormq"):
     logging.getLogger(_library).addHandler(logging.NullHandler())
 
 
-async def connect(
-    nodes: Nodes, timeout: float, name: str, *, tolerant: bool = False
-) -> AbstractConnection:
+async def connect(nodes: Nodes, timeout: float, name: str, *, tolerant: bool = False) -> Connection:
     """Connect to the first node that answers.
 
     Args:
@@ -67,7 +65,7 @@ async def connect(
 
 async def _connect(
     nodes: Nodes, timeout: float, name: str, *, tolerant: bool
-) -> tuple[AbstractConnection, list[BrokerError]]:
+) -> tuple[Connection, list[BrokerError]]:
     """Do what `connect` does; return why the nodes tried before could not be used, too."""
     failures: list[BrokerError] = []
     for address in tuple(nodes):
@@ -90,7 +88,7 @@ async def _connect(
     raise _of_all(failures)
 
 
-async def _confirming(opened: AbstractConnection) -> AbstractConnection:
+async def _confirming(opened: Connection) -> Connection:
     """Return a connection, and close one whose server confirms nothing: no channel opens there."""
     named = opened.transport and opened.transport.connection.server_properties.get("capabilities")
     if not isinstance(named, dict) or not named.get("publisher_confirms"):
@@ -178,7 +176,7 @@ def _words_of_close(error: Exception) -> str:
     """
     for step, _line in traceback.walk_tb(error.__traceback__):
         frame = step.f_locals.get("frame")
-        if isinstance(frame, Connection.Close):
+        if isinstance(frame, commands.Connection.Close):
             return frame.reply_text
     return ""
 
@@ -186,7 +184,7 @@ def _words_of_close(error: Exception) -> str:
 @asynccontextmanager
 async def connected(
     nodes: Nodes, timeout: float, name: str, *, tolerant: bool = False
-) -> AsyncIterator[AbstractConnection]:
+) -> AsyncIterator[Connection]:
     """Connect, and close at the end without waiting long for a peer that is gone.
 
     After a failure inside the node is the last of *nodes*. Of several, an error that it is away
@@ -213,7 +211,7 @@ async def connected(
         await close(opened, seconds)
 
 
-async def close(opened: AbstractConnection, seconds: float = CLOSE_SECONDS) -> None:
+async def close(opened: Connection, seconds: float = CLOSE_SECONDS) -> None:
     """Close a connection; a peer that does not say goodbye is not waited for long."""
     with contextlib.suppress(*FAILURES):
         async with asyncio.timeout(seconds):

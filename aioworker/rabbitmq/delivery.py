@@ -6,14 +6,14 @@ import asyncio
 import hashlib
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TypeAlias
+
+from aio_pika.abc import AbstractIncomingMessage
 
 from aioworker.rabbitmq.errors import explaining
 from aioworker.rabbitmq.message import retries
 
-if TYPE_CHECKING:
-    from aio_pika.abc import AbstractIncomingMessage
-
+Message: TypeAlias = AbstractIncomingMessage  # for those who import no aio_pika
 KEY_LENGTH = 64
 ID_BYTES = 200  # of what others call their messages: AMQP has room for 255
 
@@ -38,7 +38,7 @@ class Delivery:
         timeout: Seconds for RabbitMQ to take an answer.
     """
 
-    message: AbstractIncomingMessage
+    message: Message
     id: str
     has_id: bool
     key: str
@@ -50,7 +50,7 @@ class Delivery:
     timeout: float
 
     @classmethod
-    def of(cls, message: AbstractIncomingMessage, timeout: float = 10.0) -> Delivery:
+    def of(cls, message: Message, timeout: float = 10.0) -> Delivery:
         """Read a message's headers, whatever their values are."""
         headers = message.headers
         known = message_id(message)
@@ -89,7 +89,7 @@ class Delivery:
                 await self.message.nack(requeue=True)
 
 
-def message_id(message: AbstractIncomingMessage) -> str:
+def message_id(message: Message) -> str:
     """Return a message's id; of one without, a name made of its body."""
     known = message.headers.get("id") or message.message_id
     if not known:

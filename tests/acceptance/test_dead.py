@@ -16,8 +16,8 @@ import aio_pika
 import pytest
 
 from aioworker.commands import dead
-from aioworker.commands.letters import Filter
 from aioworker.errors import AioworkerError
+from aioworker.rabbitmq.letter import Filter
 from aioworker.rabbitmq.queues import Queues
 from aioworker.settings import Settings
 from tests.conftest import (

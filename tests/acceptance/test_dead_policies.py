@@ -12,9 +12,9 @@ import aio_pika
 import pytest
 
 from aioworker.commands import dead
-from aioworker.commands.letters import Filter
 from aioworker.errors import NotTakenError
 from aioworker.rabbitmq.delivery import Delivery
+from aioworker.rabbitmq.letter import Filter
 from aioworker.rabbitmq.queues import Queues
 from aioworker.settings import Settings
 from support import servers

@@ -16,9 +16,9 @@ import pytest
 
 from aioworker.addresses import BrokerAddress, Nodes
 from aioworker.budget import tables
-from aioworker.commands.look import Look
 from aioworker.rabbitmq import lanes as taking
 from aioworker.rabbitmq.connection import connected
+from aioworker.rabbitmq.dead_letters import DeadLetters
 from aioworker.rabbitmq.lanes import ANSWER_SECONDS
 from aioworker.rabbitmq.publisher import Publisher
 from aioworker.rabbitmq.queues import Queues
@@ -318,7 +318,7 @@ async def count_as_one_comes(lanes: Lanes, address: str, monkeypatch: pytest.Mon
         connected(nodes, 10, "test") as theirs,
         Publisher(nodes, 10, "test") as publisher,
     ):
-        look = Look(QUEUES, {"guest"}, theirs, publisher, 10)
+        look = DeadLetters(QUEUES, {"guest"}, theirs, publisher, 10)
         counts = look._counts
 
         async def early() -> tuple[int, int]:

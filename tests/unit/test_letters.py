@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from aioworker.cli.dead import line
-from aioworker.commands.letters import Filter, Letter
+from aioworker.rabbitmq.letter import Filter, Letter
 from tests.fakes import delivered
 
 FAILED_AT = "2026-01-02T03:04:05+00:00"

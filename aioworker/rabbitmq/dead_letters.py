@@ -1,4 +1,4 @@
-"""A look at dead letters that loses none, however often one looks.
+"""Dead letters, read so that none is lost, however often somebody reads.
 
 A letter can only be seen by taking it, and RabbitMQ counts how often each is taken and given
 back: under a policy `delivery-limit` it would end one that was looked at too often. So none is
@@ -14,11 +14,11 @@ import random
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING, TypeVar
 
-from aioworker.commands.letters import Letter
 from aioworker.errors import BrokerError, NotTakenError, QueueMissingError
 from aioworker.rabbitmq import copies
 from aioworker.rabbitmq.connection import CLOSE_SECONDS
 from aioworker.rabbitmq.errors import FAILURES, explain, forbids, uncounted
+from aioworker.rabbitmq.letter import Letter
 from aioworker.rabbitmq.publisher import Publisher
 from aioworker.rabbitmq.queues import COUNTED_SECONDS, COUNTED_TRIES, Queues
 from aioworker.words import command
@@ -48,7 +48,7 @@ def no_progress(_total: int) -> AbstractContextManager[Callable[[int], None]]:
     return nullcontext(lambda _seen: None)
 
 
-class Look:
+class DeadLetters:
     """A look at each of a task's dead letters, one at a time, by nobody else meanwhile.
 
     Args:
@@ -108,7 +108,7 @@ class Look:
     async def read(
         self, decide: Decide, progress: Progress = no_progress, *, copies: bool = True
     ) -> None:
-        """Look at as many as are there now.
+        """DeadLetters at as many as are there now.
 
         Cut short, it lets the one in hand go where it was to go before it ends.
 
@@ -309,17 +309,17 @@ class Look:
             raise explain(error, self.queues.dead) from error
 
 
-async def count_letters(look: Look) -> int | None:
-    """Open a look, and return how many dead letters there are, None when there is no such queue.
+async def count_letters(letters: DeadLetters) -> int | None:
+    """Open them, and return how many dead letters there are, None when there is no such queue.
 
     Raises:
         BrokerError: RabbitMQ cannot be asked, or the queue does not answer.
     """
     try:
-        await look.open()
+        await letters.open()
     except QueueMissingError:
         return None
     try:
-        return await look.count()
+        return await letters.count()
     finally:
-        await look.close()
+        await letters.close()
