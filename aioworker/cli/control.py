@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -10,12 +10,30 @@ from aioworker.cli import console
 from aioworker.cli.common import App, TaskName, TaskOption, named, prepare, run
 from aioworker.errors import UsageError
 
-if TYPE_CHECKING:
-    from aioworker.commands.controls import Paused
-    from aioworker.limits import InForce
+REASON_LENGTH = 500
+
+
+def _in_one_line(why: str | None) -> str | None:
+    """Return a reason as it is kept; refuse one that cannot be."""
+    if why is None:
+        return None
+    line = " ".join(why.split())
+    if len(line) > REASON_LENGTH or not line.isprintable():
+        raise UsageError(
+            f"--reason: expected up to {REASON_LENGTH} printable characters,"
+            f" got: {len(line)}, beginning with {line[:20]!r}"
+        )
+    return line
+
 
 Why = Annotated[
-    str | None, typer.Option("--reason", metavar="TEXT", help="Why; kept, and shown by status.")
+    str | None,
+    typer.Option(
+        "--reason",
+        metavar="TEXT",
+        callback=_in_one_line,
+        help="Why; kept, and shown by status.",
+    ),
 ]
 
 
@@ -46,13 +64,7 @@ def rate_limit(
     settings = prepare(app=app_names)
     from aioworker.commands import controls
 
-    why = controls.checked_reason(settings, why)
-    done = run(controls.set_rate(settings, named(given, option), rate, why))
-    if isinstance(done, controls.Paused):
-        _say_paused(done)
-        return
-    still = f"; still {done.pause}" if done.pause else ""
-    console.say(f"{done.task}: rate limit {_rate(done.rate)} (was {_rate(done.before)}){still}")
+    console.say(run(controls.set_rate(settings, named(given, option), rate, why)))
 
 
 def pause(
@@ -65,8 +77,7 @@ def pause(
     settings = prepare(app=app_names)
     from aioworker.commands import controls
 
-    why = controls.checked_reason(settings, why)
-    _say_paused(run(controls.pause(settings, named(name, option), why)))
+    console.say(run(controls.pause(settings, named(name, option), why)))
 
 
 def resume(
@@ -76,25 +87,4 @@ def resume(
     settings = prepare(app=app_names)
     from aioworker.commands import controls
 
-    why = controls.checked_reason(settings, why)
-    done = run(controls.resume(settings, named(name, option), why))
-    if done.changed:
-        console.say(f"{done.task}: resumed, rate limit {_rate(done.rate)}")
-    else:
-        console.say(f"{done.task}: not paused, rate limit {_rate(done.rate)}; nothing was changed")
-
-
-def _say_paused(done: Paused) -> None:
-    if done.earlier:
-        console.say(f"{done.task}: {done.earlier}; nothing was changed")
-    else:
-        console.say(f"{done.task}: paused; what runs ends, nothing new begins")
-
-
-def _rate(force: InForce) -> str:
-    """Return a rate limit and where it comes from."""
-    from aioworker.limits import Source
-
-    if force.source is Source.UNKNOWN:
-        return "each worker's own"
-    return f"{force.rate}, {force.source}"
+    console.say(run(controls.resume(settings, named(name, option), why)))
