@@ -22,15 +22,12 @@ if TYPE_CHECKING:
     from collections import Counter
     from collections.abc import Callable, Iterator
 
-    from aioworker.commands.dead import WholeLetter
+    from aioworker.commands.dead import Moved
     from aioworker.rabbitmq.dead_letters import Progress
     from aioworker.rabbitmq.letter import Filter, Letter
     from aioworker.settings import Settings
 
-app = typer.Typer(
-    name="dead",
-    invoke_without_command=True,
-)
+app = typer.Typer(name="dead", invoke_without_command=True)
 INDENT = 4 * " "
 MANY = 500  # letters, and a look at them takes seconds: how far it is, is shown
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
@@ -116,17 +113,17 @@ def show_one(
 
     task = _one(settings, names)
 
-    def show(whole: WholeLetter) -> None:
+    def show(letter: Letter, headers: dict[str, str | None], body: str) -> None:
         if as_json:
-            found = {"task": task, **asdict(whole.letter)}
-            console.say(words.as_json({**found, "headers": whole.headers, "body": whole.body}))
+            found = {"task": task, **asdict(letter), "headers": headers, "body": body}
+            console.say(words.as_json(found))
             return
-        console.say(line(whole.letter))
+        console.say(line(letter))
         # Indented, since a sender chooses the names too: none can look like a line of ours.
-        for header, value in sorted(whole.headers.items()):
+        for header, value in sorted(headers.items()):
             console.say(f"{INDENT}{header}: {value}")
         console.say("")
-        console.say(f"{INDENT}body: {whole.body}")
+        console.say(f"{INDENT}body: {body}")
 
     progress = _progress("looked at", quiet=sys.stdout.isatty())
     if not run(dead.read_one(settings, task, message_id, show, progress)):
@@ -154,10 +151,7 @@ def requeue(
 
     task = _one(settings, named(name, option), changing=True)
     done = run(dead.requeue(settings, task, wanted, _progress("requeueing:")))
-    console.say(f"requeued {count(done.letters, 'dead letter')} of {task}")
-    if done.came:
-        console.note(f"{count(done.came, 'dead letter')} came meanwhile, and stayed")
-    _refuse_absent(task, done.absent)
+    _say_moved("requeued", task, done, "came meanwhile, and stayed")
 
 
 @app.command()
@@ -187,11 +181,7 @@ def drop(
         if shown and not _agrees(task, shown):
             raise AioworkerError("dropped nothing; --yes drops without asking")
     done = run(dead.drop(settings, task, wanted, shown, _progress("dropping:")))
-    console.say(f"dropped {count(done.letters, 'dead letter')} of {task}")
-    if done.gone:
-        gone = count(done.gone, "dead letter")
-        console.note(f"{gone} of those shown did not lie there any more")
-    _refuse_absent(task, done.absent)
+    _say_moved("dropped", task, done, "of those shown did not lie there any more")
 
 
 def line(letter: Letter) -> str:
@@ -220,6 +210,14 @@ def _progress(doing: str, *, quiet: bool = False) -> Progress:
     return shown
 
 
+def _say_moved(did: str, task: str, done: Moved, others: str) -> None:
+    """Say what became of letters, and of others; then refuse ids that no letter has."""
+    console.say(f"{did} {count(done.letters, 'dead letter')} of {task}")
+    if done.others:
+        console.note(f"{count(done.others, 'dead letter')} {others}")
+    _refuse_absent(task, done.absent)
+
+
 def _refuse_absent(task: str, ids: list[str]) -> None:
     """Say which ids that were given no letter has.
 
@@ -236,10 +234,10 @@ def _meant(settings: Settings, names: list[str], *, changing: bool = False) -> l
 
     if not names and settings.app:
         names = names_to_show(settings, names)
-    found = run(meant.of_queues(settings, names, changing=changing))
-    if found.guessed:
-        console.note(f"aioworker: {meant.MAIN_JOB} is meant, since {found.guessed}")
-    return found.names
+    found, guessed = run(meant.of_queues(settings, names, changing=changing))
+    if guessed:
+        console.note(f"aioworker: {meant.MAIN_JOB} is meant, since {guessed}")
+    return found
 
 
 def _one(settings: Settings, names: list[str], *, changing: bool = False) -> str:

@@ -27,47 +27,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class WholeLetter:
-    """A dead letter with all that it carries.
-
-    Args:
-        letter: What it says of itself.
-        headers: Its headers as a person reads them, in the sender's order.
-        body: Its body, what is no UTF-8 escaped.
-    """
-
-    letter: Letter
-    headers: dict[str, str | None]
-    body: str
-
-
-@dataclass(frozen=True, slots=True)
-class Requeued:
-    """What became of the letters that were to go back into their lanes.
+class Moved:
+    """What became of the letters that were to be requeued or dropped.
 
     Args:
         letters: How many went.
-        came: How many came meanwhile, and stayed.
+        others: Requeued: how many came meanwhile, and stayed. Dropped: how many of those that
+            somebody was shown did not lie there any more.
         absent: The ids that were meant and that no letter has.
     """
 
     letters: int
-    came: int
-    absent: list[str]
-
-
-@dataclass(frozen=True, slots=True)
-class Dropped:
-    """What became of the letters that were to be taken away.
-
-    Args:
-        letters: How many went.
-        gone: How many of those that somebody was shown did not lie there any more.
-        absent: The ids that were meant and that no letter has.
-    """
-
-    letters: int
-    gone: int
+    others: int
     absent: list[str]
 
 
@@ -97,16 +68,16 @@ async def read_all(
     """
     failures: list[AioworkerError] = []
     several = len(names) > 1
-    async with _connected(settings) as letters:
+    async with _connected(settings) as (connection, publisher):
         for name in names:
             try:
-                async with letters.of(name) as look:
+                async with _opened(settings, name, connection, publisher) as look:
                     shown = await _read(look, name, wanted, show, progress, of_several=several)
                     end(name, shown)
             except AioworkerError as error:
                 failures.append(error)
-                if letters.lost:
-                    break
+                if connection.is_closed:
+                    break  # nor can those of any other task be read
     if len(failures) == 1:
         raise failures[0]
     if failures:
@@ -147,7 +118,7 @@ async def read_one(
     settings: Settings,
     name: str,
     message_id: str,
-    show: Callable[[WholeLetter], None],
+    show: Callable[[Letter, dict[str, str | None], str], None],
     progress: Progress = no_progress,
 ) -> bool:
     """Read the letters with an id whole; they stay.
@@ -156,7 +127,8 @@ async def read_one(
         settings: The settings.
         name: The task's name.
         message_id: The id.
-        show: Called with each, at once.
+        show: Called with each, at once: the letter; its headers as a person reads them, in the
+            sender's order; its body, what is no UTF-8 escaped.
         progress: Shows how far it is.
 
     Returns:
@@ -173,7 +145,7 @@ async def read_one(
         if wanted.matches(letter):
             found = True
             headers = {header: text(value) for header, value in delivery.headers.items()}
-            show(WholeLetter(letter, headers, delivery.body.decode("utf-8", "backslashreplace")))
+            show(letter, headers, delivery.body.decode("utf-8", "backslashreplace"))
         return look.queues.dead
 
     async with _open(settings, name) as look:
@@ -183,7 +155,7 @@ async def read_one(
 
 async def requeue(
     settings: Settings, name: str, wanted: Filter, progress: Progress = no_progress
-) -> Requeued:
+) -> Moved:
     """Publish letters to their lanes again, each confirmed before it leaves the dead letters.
 
     Their attempts are counted anew. No more are looked at than there were at the beginning:
@@ -209,7 +181,7 @@ async def requeue(
     async with _open(settings, name) as look:
         with _noting(note):
             await look.read(bring_back, progress)
-    return Requeued(look.gone, look.came, sorted(absent))
+    return Moved(look.gone, look.came, sorted(absent))
 
 
 async def preview(
@@ -238,7 +210,7 @@ async def drop(
     wanted: Filter,
     shown: Counter[Letter] | None = None,
     progress: Progress = no_progress,
-) -> Dropped:
+) -> Moved:
     """Take letters away for good.
 
     Args:
@@ -270,7 +242,7 @@ async def drop(
         with _noting(note):
             some_stay = left is not None or wanted != Filter()
             await look.read(take_away, progress, copies=some_stay)
-    return Dropped(look.gone, 0 if left is None else left.total(), sorted(absent))
+    return Moved(look.gone, 0 if left is None else left.total(), sorted(absent))
 
 
 @contextmanager
@@ -283,54 +255,42 @@ def _noting(note: Callable[[], str]) -> Iterator[None]:
         raise
 
 
-class _Letters:
-    """The dead letters of one task after another, over the same two connections."""
-
-    def __init__(self, settings: Settings, connection: Connection, publisher: Publisher) -> None:
-        self._settings = settings
-        self._connection = connection
-        self._publisher = publisher
-        self._users = {node.user for node in settings.nodes()}
-
-    @property
-    def lost(self) -> bool:
-        """Whether no more can be seen, of any task."""
-        return self._connection.is_closed
-
-    @asynccontextmanager
-    async def of(self, name: str) -> AsyncIterator[DeadLetters]:
-        """DeadLetters at the dead letters of a task, registered or not.
-
-        Raises:
-            UnknownTaskError: Neither the task nor its queue is known; the text has the nearest
-                name.
-            BrokerError: RabbitMQ cannot be asked.
-        """
-        queues = Queues.of(name, self._settings.queue_prefix)
-        timeout = self._settings.connect_timeout
-        look = DeadLetters(queues, self._users, self._connection, self._publisher, timeout)
-        try:
-            await look.open()
-        except QueueMissingError as error:
-            raise await meant.missing(self._settings, name, queues.dead) from error
-        try:
-            yield look
-        finally:
-            await look.close()
-
-
 @asynccontextmanager
-async def _connected(settings: Settings) -> AsyncIterator[_Letters]:
+async def _connected(settings: Settings) -> AsyncIterator[tuple[Connection, Publisher]]:
+    """Connect twice: letters are read over one connection, their copies go over the other."""
     nodes, timeout, own = settings.nodes(), settings.connect_timeout, "aioworker dead"
     async with (
         connected(nodes, timeout, own, tolerant=True) as connection,
         Publisher(nodes, timeout, own) as publisher,
     ):
-        yield _Letters(settings, connection, publisher)
+        yield connection, publisher
+
+
+@asynccontextmanager
+async def _opened(
+    settings: Settings, name: str, connection: Connection, publisher: Publisher
+) -> AsyncIterator[DeadLetters]:
+    """Open the dead letters of a task, registered or not.
+
+    Raises:
+        UnknownTaskError: Neither the task nor its queue is known; the text has the nearest name.
+        BrokerError: RabbitMQ cannot be asked.
+    """
+    queues = Queues.of(name, settings.queue_prefix)
+    users = {node.user for node in settings.nodes()}
+    look = DeadLetters(queues, users, connection, publisher, settings.connect_timeout)
+    try:
+        await look.open()
+    except QueueMissingError as error:
+        raise await meant.missing(settings, name, queues.dead) from error
+    try:
+        yield look
+    finally:
+        await look.close()
 
 
 @asynccontextmanager
 async def _open(settings: Settings, name: str) -> AsyncIterator[DeadLetters]:
-    """DeadLetters at the dead letters of a task, as `_Letters.of` does."""
-    async with _connected(settings) as letters, letters.of(name) as look:
+    """Connect, and open the dead letters of one task."""
+    async with _connected(settings) as servers, _opened(settings, name, *servers) as look:
         yield look

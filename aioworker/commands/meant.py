@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from aioworker import addons
@@ -35,19 +34,6 @@ if TYPE_CHECKING:
 
 MAIN_JOB = addons.update_current_version.name
 LISTED = 20  # names in an error, at most
-
-
-@dataclass(frozen=True, slots=True)
-class Meant:
-    """Which tasks a command means.
-
-    Args:
-        names: Their names.
-        guessed: Why nothing tells which; the main job is meant then. Empty if something does.
-    """
-
-    names: list[str]
-    guessed: str = ""
 
 
 def of_app(settings: Settings, names: Sequence[str]) -> list[AnyTask]:
@@ -101,13 +87,19 @@ async def of_table(database: Database, names: Sequence[str]) -> list[str]:
     return list(names) or known
 
 
-async def of_queues(settings: Settings, names: Sequence[str], *, changing: bool = False) -> Meant:
+async def of_queues(
+    settings: Settings, names: Sequence[str], *, changing: bool = False
+) -> tuple[list[str], str]:
     """Return the tasks whose queues are meant; a task that is named needs no database.
 
     Args:
         settings: The settings.
         names: The tasks' names; none for all that have a budget.
         changing: Whether what lies in the queues is to be changed: nothing is guessed then.
+
+    Returns:
+        Their names; and why nothing tells which, where the main job is taken: a guess. Empty if
+        something does.
 
     Raises:
         UsageError: None is named, and there is neither a table nor an app to tell the tasks.
@@ -116,20 +108,20 @@ async def of_queues(settings: Settings, names: Sequence[str], *, changing: bool 
     for name in names:
         check_name(name)
     if names:
-        return Meant(list(names))
+        return list(names), ""
     if settings.budget != "shared":
         why = "AIOWORKER_BUDGET=worker keeps no table of the tasks, and there is no app"
         if changing:
             raise UsageError(f"name the task, since {why}")
-        return Meant([MAIN_JOB], why)
+        return [MAIN_JOB], why
     try:
         async with settings.database(locks=False) as database:
-            return Meant(await of_table(database, ()))
+            return await of_table(database, ()), ""
     except DatabaseError as error:
         if changing:
             raise _unnamed(error) from error
         why = f"the database cannot tell which tasks there are: {error}"
-        return Meant(untold(settings, names, error), why)
+        return untold(settings, names, error), why
 
 
 def untold(settings: Settings, names: Sequence[str], error: DatabaseError) -> list[str]:
