@@ -7,7 +7,7 @@ import json
 import shlex
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from aioworker import repo
 from aioworker.budget import grants, schema, tables
@@ -20,9 +20,10 @@ from aioworker.rabbitmq.queues import (
     declare,
     wait_until_safe,
 )
+from aioworker.words import count
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from aioworker.addresses import BrokerAddress
     from aioworker.rabbitmq.connection import Connection
@@ -35,26 +36,19 @@ DATABASE_SECONDS = 60.0
 _PUBLISH = r"^amq\.default$"  # the right to write to the default exchange
 
 
-class Report(Protocol):
-    """Shows a person each thing that is made, at once: what comes next may fail."""
-
-    def locked(self, table: str, holders: str) -> None:
-        """A table cannot be changed yet: others hold a lock on it, as far as that is known."""
-
-    def table(self, name: str, became: str) -> None:
-        """A table is as it should be: what became of it."""
-
-    def lacking(self, grant: str) -> None:
-        """A user lacks a privilege, and works already: the statement that grants it."""
-
-    def queue(self, name: str, messages: int | None) -> None:
-        """A queue is there: what RabbitMQ counts in it, None if it was declared just now."""
-
-    def settling(self, seconds: float) -> None:
-        """All is made; the queues outlive a broker that is killed after so long."""
+POLICIES = (
+    "a policy such as delivery-limit, max-length, message-ttl or expires takes messages away from"
+    " these queues, unseen by aioworker: `rabbitmqctl list_policies` shows it, docs/operations.md"
+    " what it does"
+)
 
 
-async def init(settings: Settings, tasks: Sequence[AnyTask], report: Report) -> None:
+async def init(
+    settings: Settings,
+    tasks: Sequence[AnyTask],
+    say: Callable[[str], None],
+    note: Callable[[str], None],
+) -> None:
     """Make the budget's tables, declare the tasks' queues and wait until they are safe.
 
     What is there is compared first: if a queue differs, nothing is changed; if a table may not
@@ -63,7 +57,8 @@ async def init(settings: Settings, tasks: Sequence[AnyTask], report: Report) -> 
     Args:
         settings: The settings.
         tasks: Whose queues are declared.
-        report: Told of each table and queue.
+        say: Prints what became of each table and queue, at once: what comes next may fail.
+        note: Prints what a silence is for.
 
     Raises:
         DatabaseError: The database cannot be used, or others hold a lock on a table.
@@ -81,20 +76,23 @@ async def init(settings: Settings, tasks: Sequence[AnyTask], report: Report) -> 
         found = await compare(connection, queues, timeout)
         if database is not None:
             await tables.refuse_reader(database)
-            for name in schema.NAMES:
-                with tables.explaining(database):
-                    became = await schema.settle(database, name, partial(report.locked, name))
-                report.table(name, became)
             with tables.explaining(database):
-                lacking = await grants.lacking(database)
-            for grant in lacking:
-                report.lacking(grant)
-        await _declare(connection, queues, found, timeout, report)
+                for table in schema.NAMES:
+                    became = await schema.settle(database, table, partial(_note_lock, note, table))
+                    say(f"table {table}: {became}")
+                for grant in await grants.lacking(database):
+                    say(f"lacking: {grant}")
+        await _declare(connection, queues, found, timeout, say)
         if database is not None:  # last: a row lets its task start
             await tables.add_rows(database, [task.name for task in tasks])
         # Also when they were there: another init may have made them a moment ago.
-        report.settling(SAFE_AFTER_SECONDS)
+        note(POLICIES)
+        note(f"waiting {SAFE_AFTER_SECONDS:g} s until the queues are safe")
         await wait_until_safe(connection, queues, timeout)
+
+
+def _note_lock(note: Callable[[str], None], table: str, holders: str) -> None:
+    note(f"waiting for a lock on table {table}: {holders}")
 
 
 def _arguments(settings: Settings, tasks: Sequence[AnyTask]) -> dict[str, dict[str, Any]]:
@@ -111,7 +109,7 @@ async def _declare(
     queues: Mapping[str, dict[str, Any]],
     found: Mapping[str, int | None],
     timeout: float,
-    report: Report,
+    say: Callable[[str], None],
 ) -> None:
     """Declare the queues that are not there.
 
@@ -120,7 +118,7 @@ async def _declare(
         queues: The arguments of each.
         found: How many messages RabbitMQ counts in each, None for a queue that is not there.
         timeout: Seconds for each.
-        report: Told of each.
+        say: Prints what became of each.
 
     Raises:
         BrokerError: A queue cannot be declared; a note names those that were.
@@ -131,7 +129,9 @@ async def _declare(
             if waiting is None:
                 await declare(connection, name, queues[name], timeout)
                 declared.append(name)
-            report.queue(name, waiting)
+                say(f"queue {name}: declared")
+            else:
+                say(f"queue {name}: was there, RabbitMQ counts {count(waiting, 'message')}")
     except (BrokerError, asyncio.CancelledError) as error:
         if declared:
             error.add_note(f"declared before that: {', '.join(declared)}")

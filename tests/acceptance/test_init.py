@@ -164,7 +164,7 @@ async def test_a_look_at_the_grants_that_takes_too_long_is_the_databases_error(
     monkeypatch.setattr(grants, "_GRANTED", "SELECT 1, 2, SLEEP(20)")
 
     with pytest.raises(DatabaseError, match=r"^cannot use MySQL at mysql://.*: no answer in time"):
-        await init.init(Settings.load(), [], Mock())
+        await init.init(Settings.load(), [], Mock(), Mock())
 
 
 def test_no_table_is_changed_on_a_server_that_only_reads(
