@@ -30,12 +30,8 @@ _BROKERS = (
     | _ROUTES
     | {
         "x-death",
-        "x-first-death-exchange",
-        "x-first-death-queue",
-        "x-first-death-reason",
-        "x-last-death-exchange",
-        "x-last-death-queue",
-        "x-last-death-reason",
+        *("x-first-death-exchange", "x-first-death-queue", "x-first-death-reason"),
+        *("x-last-death-exchange", "x-last-death-queue", "x-last-death-reason"),
     }
 )
 

@@ -145,27 +145,23 @@ def decode(
     if reason := unreadable(headers):
         raise MessageRefusedError(reason)
     if headers.get("task") != task:
-        raise MessageRefusedError(
-            f"expected header task {task!r}, got: {brief(headers.get('task'))}"
-        )
+        raise _unexpected(f"header task {task!r}", headers.get("task"))
     if content_type and not _is_json(content_type):
-        raise MessageRefusedError(
-            f"expected content type {CONTENT_TYPE}, got: {brief(content_type)}"
-        )
+        raise _unexpected(f"content type {CONTENT_TYPE}", content_type)
     if content_encoding and not _is_text_of_json(content_encoding):
-        raise MessageRefusedError(
-            f"expected content encoding {CONTENT_ENCODING}, got: {brief(content_encoding)}"
-        )
+        raise _unexpected(f"content encoding {CONTENT_ENCODING}", content_encoding)
     if retries(headers) is None:
-        raise MessageRefusedError(
-            f"expected header retries from 0 to {RETRIES_LIMIT}, got: {brief(headers['retries'])}"
-        )
+        raise _unexpected(f"header retries from 0 to {RETRIES_LIMIT}", headers["retries"])
     if not _says_nothing(headers.get("eta")):
         raise MessageRefusedError(
             "expected no eta or countdown: aioworker keeps no message for later"
         )
     args, kwargs = _read_body(_unpacked(headers.get("compression"), body))
     return Call(args, kwargs, _expires(headers), _time_limit(headers))
+
+
+def _unexpected(expected: str, found: object) -> MessageRefusedError:
+    return MessageRefusedError(f"expected {expected}, got: {brief(found)}")
 
 
 def unreadable(headers: Mapping[str, Any]) -> str:
@@ -213,13 +209,11 @@ def _number(value: Any) -> float | None:
 
 def _unpacked(compression: Any, body: bytes) -> bytes:
     if len(body) > BODY_LIMIT:
-        raise MessageRefusedError(
-            f"expected a body of at most {BODY_LIMIT} bytes, got: {len(body)}"
-        )
+        raise _unexpected(f"a body of at most {BODY_LIMIT} bytes", len(body))
     if _says_nothing(compression):
         return body
     if compression != _GZIP:
-        raise MessageRefusedError(f"expected compression {_GZIP}, got: {brief(compression)}")
+        raise _unexpected(f"compression {_GZIP}", compression)
     unpacking = zlib.decompressobj()
     try:
         unpacked = unpacking.decompress(body, BODY_LIMIT)
@@ -246,16 +240,14 @@ def _read_body(body: bytes) -> tuple[list[Any], dict[str, Any]]:
         case [list() as args, dict() as kwargs, dict() as embed]:
             pass
         case _:
-            raise MessageRefusedError(f"expected body [args, kwargs, embed], got: {brief(content)}")
+            raise _unexpected("body [args, kwargs, embed]", content)
     for name, value in embed.items():
         if value and name in _AFTERWARDS:
             raise MessageRefusedError(
                 f"expected no {brief(name)}: aioworker keeps no results to pass on"
             )
         if value:
-            raise MessageRefusedError(
-                f"expected nothing in embed but {', '.join(_AFTERWARDS)}, got: {brief(name)}"
-            )
+            raise _unexpected(f"nothing in embed but {', '.join(_AFTERWARDS)}", name)
     return args, kwargs
 
 
@@ -274,9 +266,8 @@ def _expires(headers: Mapping[str, Any]) -> datetime | None:
     try:
         return _moment(found)
     except (TypeError, ValueError, OverflowError):
-        raise MessageRefusedError(
-            f"expected header expires in ISO 8601, or in seconds since 1970, got: {brief(found)}"
-        ) from None
+        words = "header expires in ISO 8601, or in seconds since 1970"
+        raise _unexpected(words, found) from None
 
 
 def _moment(found: Any) -> datetime:
@@ -302,9 +293,7 @@ def _time_limit(headers: Mapping[str, Any]) -> float | None:
         limits = list(limits.values())
     numbers = [_number(one or 0) for one in limits] if isinstance(limits, list | tuple) else [None]
     if not all(number is not None and number >= 0 for number in numbers):
-        raise MessageRefusedError(
-            f"expected header timelimit as [seconds, seconds], got: {brief(limits)}"
-        )
+        raise _unexpected("header timelimit as [seconds, seconds]", limits)
     return min((number for number in numbers if number), default=None)
 
 
