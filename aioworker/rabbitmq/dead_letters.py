@@ -12,15 +12,16 @@ from __future__ import annotations
 import asyncio
 import random
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from aioworker.errors import BrokerError, NotTakenError, QueueMissingError
 from aioworker.rabbitmq import copies
 from aioworker.rabbitmq.connection import CLOSE_SECONDS
-from aioworker.rabbitmq.errors import FAILURES, explain, forbids, uncounted
+from aioworker.rabbitmq.errors import FAILURES, explain, forbids, in_time, uncounted
 from aioworker.rabbitmq.letter import Letter
 from aioworker.rabbitmq.publisher import Publisher
-from aioworker.rabbitmq.queues import COUNTED_SECONDS, COUNTED_TRIES, Queues
+from aioworker.rabbitmq.queues import Queues, counted
 from aioworker.words import command
 
 if TYPE_CHECKING:
@@ -131,19 +132,17 @@ class DeadLetters:
             await work
             raise
 
-    async def count(self) -> int:
+    async def count(self) -> int | None:
         """Return how many letters lie there; none is gone afterwards.
 
         Raises:
             BrokerError: The queue does not answer.
         """
-        if (lie := (await self._counts())[0]) or await self._is_empty(copies=False):
-            return lie
-        for _ in range(COUNTED_TRIES):
-            if lie := (await self._counts())[0]:
-                return lie
-            await asyncio.sleep(COUNTED_SECONDS)
-        raise uncounted(self.queues.dead)
+
+        async def count() -> int:
+            return (await self._counts())[0]
+
+        return await counted(count, partial(self._is_empty, copies=False), self.queues.dead)
 
     async def _is_empty(self, *, copies: bool = True) -> bool:
         """Whether the queue itself says so; RabbitMQ also counts nothing where it does not answer.
@@ -302,11 +301,8 @@ class DeadLetters:
         self.came = max(0, lie - (self.seen - self.gone))
 
     async def _in_time(self, step: Awaitable[_Result]) -> _Result:
-        try:
-            async with asyncio.timeout(self._timeout):
-                return await step
-        except FAILURES as error:
-            raise explain(error, self.queues.dead) from error
+        async with in_time(self.queues.dead, self._timeout):
+            return await step
 
 
 async def count_letters(letters: DeadLetters) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -10,7 +9,7 @@ from typing import TypeAlias
 
 from aio_pika.abc import AbstractIncomingMessage
 
-from aioworker.rabbitmq.errors import explaining
+from aioworker.rabbitmq.errors import in_time
 from aioworker.rabbitmq.message import retries
 
 Message: TypeAlias = AbstractIncomingMessage  # for those who import no aio_pika
@@ -74,9 +73,8 @@ class Delivery:
         Raises:
             BrokerError: The connection is lost: RabbitMQ will deliver it again.
         """
-        with explaining(self.message.routing_key or ""):
-            async with asyncio.timeout(self.timeout):
-                await self.message.ack()
+        async with in_time(self.message.routing_key or "", self.timeout):
+            await self.message.ack()
 
     async def give_back(self) -> None:
         """Let the message go back to its lane, as it came.
@@ -84,9 +82,8 @@ class Delivery:
         Raises:
             BrokerError: The connection is lost: RabbitMQ will deliver it again.
         """
-        with explaining(self.message.routing_key or ""):
-            async with asyncio.timeout(self.timeout):
-                await self.message.nack(requeue=True)
+        async with in_time(self.message.routing_key or "", self.timeout):
+            await self.message.nack(requeue=True)
 
 
 def message_id(message: Message) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import struct
-from contextlib import contextmanager
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from aio_pika.exceptions import (
@@ -12,17 +13,24 @@ from aio_pika.exceptions import (
     ChannelClosed,
     ChannelInvalidStateError,
     ChannelNotFoundEntity,
+    ChannelPreconditionFailed,
     ConnectionClosed,
     DeliveryError,
     PublishError,
 )
 from aiormq.exceptions import ChannelAccessRefused, ConnectionNotAllowed
 
-from aioworker.errors import BrokerError, ConnectionLostError, NotTakenError, QueueMissingError
+from aioworker.errors import (
+    BrokerError,
+    ConnectionLostError,
+    NotTakenError,
+    QueueDiffersError,
+    QueueMissingError,
+)
 from aioworker.words import command
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator
 
 _IN_USE = "in exclusive use"
 # What a peer that speaks something else makes a decoder raise.
@@ -39,11 +47,18 @@ def describe(error: BaseException) -> str:
     return " ".join(str(words).split()) or type(error).__name__
 
 
-@contextmanager
-def explaining(queue: str) -> Iterator[None]:
-    """Turn what goes wrong inside, about *queue*, into one `BrokerError`."""
+@asynccontextmanager
+async def in_time(queue: str, seconds: float) -> AsyncIterator[None]:
+    """Bound a step about *queue* in time.
+
+    Raises:
+        QueueMissingError: There is no such queue.
+        QueueDiffersError: The queue is there with another argument.
+        BrokerError: RabbitMQ refuses, does not answer, or the connection is lost.
+    """
     try:
-        yield
+        async with asyncio.timeout(seconds):
+            yield
     except FAILURES as error:
         raise explain(error, queue) from error
 
@@ -51,7 +66,8 @@ def explaining(queue: str) -> Iterator[None]:
 def explain(error: Exception, queue: str) -> BrokerError:
     """Say in one line why a step about *queue* failed, and what to do."""
     match error:
-        case ChannelNotFoundEntity() if not is_missing(error):  # its node is down
+        # RabbitMQ says "not found" of a queue whose node is down, too.
+        case ChannelNotFoundEntity() if "no queue" not in str(error):
             return BrokerError(f"queue {queue} is away: {describe(error)}", unreachable=True)
         case PublishError() | ChannelNotFoundEntity():
             return queue_missing(queue)
@@ -65,6 +81,8 @@ def explain(error: Exception, queue: str) -> BrokerError:
                 f"no permission for queue {queue}: {describe(error)};"
                 f" `{command('init --print')}` shows what the user needs"
             )
+        case ChannelPreconditionFailed() if "inequivalent arg" in str(error):
+            return QueueDiffersError(_explain_difference(queue, str(error)))
         case ChannelClosed():
             return BrokerError(f"RabbitMQ refuses a step about queue {queue}: {describe(error)}")
         case ConnectionNotAllowed():  # a limit
@@ -81,9 +99,22 @@ def explain(error: Exception, queue: str) -> BrokerError:
             return ConnectionLostError(f"connection to RabbitMQ lost: {describe(error)}")
 
 
-def is_missing(error: ChannelNotFoundEntity) -> bool:
-    """Whether there is no such queue; RabbitMQ says "not found" of one whose node is down, too."""
-    return "no queue" in str(error)
+def _explain_difference(queue: str, refusal: str) -> str:
+    """Name both values of an argument that differs, out of RabbitMQ's own sentence."""
+    found = re.search(
+        r"inequivalent arg '(?P<name>[^']+)'.*received (?P<ours>.+?)(?: of type '\w+')?"
+        r" but current is (?P<theirs>.+?)(?: of type '\w+')?$",
+        " ".join(refusal.split()),
+    )
+    difference = refusal
+    if found is not None:
+        ours = found["ours"].removeprefix("the value ")
+        theirs = found["theirs"].removeprefix("the value ")
+        difference = f"expected {found['name']} {ours}, got: {theirs}"
+    return (
+        f"queue {queue} differs: {difference}; nothing was changed. Empty and delete the queue,"
+        f" then run `{command('init')}` again"
+    )
 
 
 def forbids(error: BrokerError) -> bool:

@@ -6,15 +6,14 @@ import asyncio
 import math
 import time
 from contextlib import asynccontextmanager, contextmanager, suppress
-from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from aio_pika.exceptions import ChannelPreconditionFailed
 
 from aioworker.errors import BrokerError
 from aioworker.rabbitmq.delivery import Delivery
-from aioworker.rabbitmq.errors import FAILURES, describe
-from aioworker.rabbitmq.queues import Queues, bounded, check
+from aioworker.rabbitmq.errors import FAILURES, describe, in_time
+from aioworker.rabbitmq.queues import Queues, check
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -111,14 +110,11 @@ class OpenLanes:
         """
         names = (queues.urgent, queues.bulk, queues.retry, queues.dead)
         await check(connection, names, timeout)
-
-        async def call() -> OpenLanes:
+        async with in_time(queues.bulk, timeout):
             channel = await connection.channel()
             urgent = await channel.get_queue(queues.urgent, ensure=False)
             bulk = await channel.get_queue(queues.bulk, ensure=False)
-            return cls(connection, channel, publisher, queues, (urgent, bulk), timeout)
-
-        return await bounded(call, queues.bulk, timeout)
+        return cls(connection, channel, publisher, queues, (urgent, bulk), timeout)
 
     def _closed(self, _channel: object, error: BaseException | None) -> None:
         if isinstance(error, ChannelPreconditionFailed):
@@ -192,8 +188,8 @@ class OpenLanes:
         await self._publisher.unblocked()
 
     async def _count(self, name: str) -> int:
-        declare = partial(self._channel.declare_queue, name, passive=True)
-        declared = await bounded(declare, name, self._timeout)
+        async with in_time(name, self._timeout):
+            declared = await self._channel.declare_queue(name, passive=True)
         return declared.declaration_result.message_count or 0
 
     async def take(self) -> Delivery | None:
@@ -206,9 +202,8 @@ class OpenLanes:
 
     async def _take(self, seconds: float) -> Delivery | None:
         for queue in self._queues:
-            message = await bounded(
-                partial(queue.get, fail=False, timeout=seconds), queue.name, seconds
-            )
+            async with in_time(queue.name, seconds):
+                message = await queue.get(fail=False, timeout=seconds)
             if message is not None:
                 return Delivery.of(message, self._timeout)
         self._empty_at = time.monotonic()
@@ -239,17 +234,20 @@ class OpenLanes:
             arrive(Delivery.of(message, self._timeout))
 
         bulk = self._queues[-1].name
-        channel = await bounded(self._connection.channel, bulk, self._timeout)
+        async with in_time(bulk, self._timeout):
+            channel = await self._connection.channel()
         try:
             channel.close_callbacks.add(self._closed)
             channel.close_callbacks.add(ended)
             self._channel.close_callbacks.add(ended)
-            await bounded(partial(channel.set_qos, at_once), bulk, self._timeout)
-            sender = await channel.get_underlay_channel()
+            async with in_time(bulk, self._timeout):
+                await channel.set_qos(at_once)
+                sender = await channel.get_underlay_channel()
             sender.on_consumer_cancel_callbacks.add(ended)
             for lane in self._queues:
                 queue = await channel.get_queue(lane.name, ensure=False)
-                await bounded(partial(queue.consume, came), lane.name, self._timeout)
+                async with in_time(lane.name, self._timeout):
+                    await queue.consume(came)
             yield
         finally:
             self._channel.close_callbacks.discard(ended)

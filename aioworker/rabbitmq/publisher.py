@@ -11,7 +11,8 @@ from aio_pika.exceptions import PublishError
 from aioworker.addresses import Nodes
 from aioworker.errors import BrokerError
 from aioworker.rabbitmq.connection import CLOSE_SECONDS, LEAVE_SECONDS, close, connect
-from aioworker.rabbitmq.errors import FAILURES, describe, explain
+from aioworker.rabbitmq.errors import FAILURES, describe, explain, in_time
+from aioworker.rabbitmq.queues import check
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,13 +97,10 @@ class Publisher:
             BrokerError: It does not: it is short of memory or disk, or refuses.
         """
         channel = await self._open()
-        try:
-            async with asyncio.timeout(self._timeout):
-                # One without a body gets through while RabbitMQ lets no other in.
-                nothing = aio_pika.Message(b"nothing")
-                await channel.default_exchange.publish(nothing, "", mandatory=False)
-        except FAILURES as error:
-            raise explain(error, queue) from error
+        async with in_time(queue, self._timeout):
+            # One without a body gets through while RabbitMQ lets no other in.
+            nothing = aio_pika.Message(b"nothing")
+            await channel.default_exchange.publish(nothing, "", mandatory=False)
 
     async def unblocked(self) -> None:
         """Return when RabbitMQ, short of memory or disk before, takes messages again."""
@@ -130,8 +128,10 @@ class Publisher:
             raise await self._unroutable(queue) from error
         except FAILURES as error:
             explained = explain(error, queue)
-            if explained.unreachable and channel is self._channel and not await self._blocked():
-                self._leave()
+            may_leave = explained.unreachable and len(self._nodes) > 1
+            if may_leave and channel is self._channel and not await self._blocked():
+                self._nodes.rotate(-1)
+                self._channel = None  # the next publish connects to the next node
             raise explained from error
 
     async def _blocked(self) -> bool:
@@ -143,21 +143,10 @@ class Publisher:
             return True
         return False
 
-    def _leave(self) -> None:
-        """Have the next publish connect to the next node, where there is one."""
-        if len(self._nodes) > 1:
-            self._nodes.rotate(-1)
-            self._channel = None
-
     async def _unroutable(self, queue: str) -> BrokerError:
         """Return why RabbitMQ has no such queue for a message, by what it says of the queue."""
         try:
-            async with asyncio.timeout(self._timeout):
-                channel = await (await self.connection()).channel()
-                await channel.declare_queue(queue, passive=True)
-                await channel.close()
-        except FAILURES as error:
-            return explain(error, queue)
+            await check(await self.connection(), [queue], self._timeout)
         except BrokerError as error:
             return error
         return BrokerError(f"RabbitMQ found no queue {queue} for the message, though it is there")

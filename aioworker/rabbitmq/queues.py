@@ -7,22 +7,17 @@ exchange, so that there is no binding to lose.
 from __future__ import annotations
 
 import asyncio
-import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from aio_pika.exceptions import ChannelNotFoundEntity, ChannelPreconditionFailed
-
-from aioworker.errors import QueueDiffersError
-from aioworker.rabbitmq.errors import FAILURES, explain, is_missing, queue_missing, uncounted
-from aioworker.words import command
+from aioworker.errors import QueueMissingError
+from aioworker.rabbitmq.errors import in_time, queue_missing, uncounted
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping
 
     from aio_pika.abc import AbstractConnection
-
-_Result = TypeVar("_Result")
 
 RETRY_TTL_MS = 60_000
 MAX_LENGTH = 1_000_000
@@ -113,14 +108,11 @@ async def declare(
         QueueDiffersError: It is there with another argument.
         BrokerError: RabbitMQ refuses, or the connection is lost.
     """
-
-    async def call() -> None:
+    async with in_time(name, timeout):
         # A channel of its own: a refusal closes it.
         channel = await connection.channel()
         await channel.declare_queue(name, durable=True, arguments=arguments)
         await channel.close()
-
-    await bounded(call, name, timeout)
 
 
 async def wait_until_safe(
@@ -162,19 +154,14 @@ async def count(connection: AbstractConnection, name: str, timeout: float) -> in
     Raises:
         BrokerError: RabbitMQ refuses, or the connection is lost.
     """
-
-    async def call() -> int | None:
-        channel = await connection.channel()
-        try:
+    try:
+        async with in_time(name, timeout):
+            channel = await connection.channel()
             queue = await channel.declare_queue(name, passive=True)
-        except ChannelNotFoundEntity as error:
-            if is_missing(error):
-                return None
-            raise
-        await channel.close()
-        return queue.declaration_result.message_count
-
-    return await bounded(call, name, timeout)
+            await channel.close()
+    except QueueMissingError:
+        return None
+    return queue.declaration_result.message_count
 
 
 async def count_surely(connection: AbstractConnection, name: str, timeout: float) -> int | None:
@@ -186,56 +173,37 @@ async def count_surely(connection: AbstractConnection, name: str, timeout: float
         BrokerError: The queue does not answer, RabbitMQ refuses, or the connection is lost.
     """
 
-    async def holds_something() -> bool:
-        channel = await connection.channel()
-        queue = await channel.get_queue(name, ensure=False)
-        delivery = await queue.get(fail=False, timeout=timeout)
-        if delivery is not None:
-            await delivery.nack()
-        await channel.close()
-        return delivery is not None
+    async def is_empty() -> bool:
+        async with in_time(name, timeout):
+            channel = await connection.channel()
+            queue = await channel.get_queue(name, ensure=False)
+            delivery = await queue.get(fail=False, timeout=timeout)
+            if delivery is not None:
+                await delivery.nack()
+            await channel.close()
+        return delivery is None
 
-    waiting = await count(connection, name, timeout)
-    if waiting != 0 or not await bounded(holds_something, name, timeout):
+    return await counted(partial(count, connection, name, timeout), is_empty, name)
+
+
+async def counted(
+    count: Callable[[], Awaitable[int | None]], is_empty: Callable[[], Awaitable[bool]], name: str
+) -> int | None:
+    """Return how many messages a queue holds, nothing only where the queue itself says so.
+
+    Args:
+        count: Asks RabbitMQ how many it counts.
+        is_empty: Asks the queue, by a `get`.
+        name: The queue's name.
+
+    Raises:
+        BrokerError: The queue holds something, and RabbitMQ does not come to count it.
+    """
+    waiting = await count()
+    if waiting != 0 or await is_empty():
         return waiting
     for _ in range(COUNTED_TRIES):
-        if waiting := await count(connection, name, timeout):
+        if waiting := await count():
             return waiting
         await asyncio.sleep(COUNTED_SECONDS)
     raise uncounted(name)
-
-
-async def bounded(call: Callable[[], Awaitable[_Result]], queue: str, timeout: float) -> _Result:
-    """Return what a step about a queue returns, if it ends in time.
-
-    Raises:
-        QueueDiffersError: The queue is there with another argument.
-        BrokerError: RabbitMQ refuses, does not answer, or the connection is lost.
-    """
-    try:
-        async with asyncio.timeout(timeout):
-            return await call()
-    except ChannelPreconditionFailed as error:
-        if "inequivalent arg" not in str(error):
-            raise explain(error, queue) from error
-        raise QueueDiffersError(_explain_difference(queue, str(error))) from error
-    except FAILURES as error:
-        raise explain(error, queue) from error
-
-
-def _explain_difference(queue: str, refusal: str) -> str:
-    """Name both values of an argument that differs, out of RabbitMQ's own sentence."""
-    found = re.search(
-        r"inequivalent arg '(?P<name>[^']+)'.*received (?P<ours>.+?)(?: of type '\w+')?"
-        r" but current is (?P<theirs>.+?)(?: of type '\w+')?$",
-        " ".join(refusal.split()),
-    )
-    difference = refusal
-    if found is not None:
-        ours = found["ours"].removeprefix("the value ")
-        theirs = found["theirs"].removeprefix("the value ")
-        difference = f"expected {found['name']} {ours}, got: {theirs}"
-    return (
-        f"queue {queue} differs: {difference}; nothing was changed. Empty and delete the queue,"
-        f" then run `{command('init')}` again"
-    )
