@@ -7,7 +7,7 @@ beside the words. Nothing reads the words again.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Flag, StrEnum, auto
+from enum import StrEnum
 from logging import DEBUG, ERROR, INFO, WARNING
 
 
@@ -20,58 +20,60 @@ class State(StrEnum):
     STALLED = "stalled"  # it waits, and somebody is needed
 
 
-class _Trait(Flag):
-    NONE = 0
-    STEADY = auto()
-    ROUTINE = auto()
-    TIMED = auto()
-    RED = auto()
-    ENDS_BURST = auto()
-
-
-# Short names for the table below.
-_STEADY, _ROUTINE, _TIMED = _Trait.STEADY, _Trait.ROUTINE, _Trait.TIMED
-_RED, _ENDS_BURST = _Trait.RED, _Trait.ENDS_BURST
-
-
 class ReasonKind(StrEnum):
     """Why a worker, or a task, waits; or that it does not.
 
-    Each has the level of its log line, and what it means for whoever waits.
+    Each has the level of its log line, and which of the attributes below hold.
+
+    Attributes:
+        level: The level of its log line.
+        steady: Whether it is nothing to worry about.
+        routine: Whether it comes with each start: it is not logged again and again.
+        timed: Whether it ends by itself at a moment that is known.
+        red: Whether somebody is needed: `aioworker health` exits 1.
+        ends_burst: Whether a burst ends with it, and does not wait.
     """
 
-    STARTING = "starting", DEBUG, _STEADY
-    RUNNING = "running", DEBUG, _STEADY
-    EMPTY = "empty", INFO, _STEADY | _ENDS_BURST
-    BUDGET = "budget", INFO, _STEADY | _ROUTINE | _TIMED
-    FIRST_WRITE = "first_write", DEBUG, _STEADY | _ROUTINE | _TIMED
-    TURN = "turn", INFO, _STEADY | _ROUTINE
-    TURN_UNOWNED = "turn_unowned", INFO, _STEADY | _ROUTINE  # it is no live worker's
-    PAUSED = "paused", INFO, _ENDS_BURST
-    BREAKER = "breaker", ERROR, _RED | _ENDS_BURST
-    TWO_SERVERS = "two_servers", ERROR, _RED | _ENDS_BURST  # both write the budget's row
-    STALLED = "stalled", ERROR, _RED | _ENDS_BURST  # a start is due, and nothing starts
-    RUN_HANGS = "run_hangs", ERROR, _RED  # its time is up, and its thread does not return
-    BROKER_UNREACHABLE = "broker_unreachable", WARNING, _ENDS_BURST
-    BROKER_REFUSES = "broker_refuses", ERROR, _ENDS_BURST  # a queue, the login, a right
-    COPY_NOT_CONFIRMED = "copy_not_confirmed", WARNING, _ENDS_BURST
-    DATABASE_UNREACHABLE = "database_unreachable", WARNING, _ENDS_BURST
-    DATABASE_REFUSES = "database_refuses", ERROR, _ENDS_BURST  # a table, a row, a right
-    CONTENTION = "contention", ERROR, _ENDS_BURST  # somebody else holds a lock for too long
-    TURN_LOST = "turn_lost", ERROR, _ENDS_BURST
-    NO_WORKER = "no_worker", ERROR, _RED  # this one and the next two are `status`'s own
-    DUE = "due", INFO, _Trait.NONE
-    UNKNOWN = "unknown", INFO, _STEADY  # nothing is known to be wrong
+    STARTING = "starting", DEBUG, "steady"
+    RUNNING = "running", DEBUG, "steady"
+    EMPTY = "empty", INFO, "steady", "ends_burst"
+    BUDGET = "budget", INFO, "steady", "routine", "timed"
+    FIRST_WRITE = "first_write", DEBUG, "steady", "routine", "timed"
+    TURN = "turn", INFO, "steady", "routine"
+    TURN_UNOWNED = "turn_unowned", INFO, "steady", "routine"  # it is no live worker's
+    PAUSED = "paused", INFO, "ends_burst"
+    BREAKER = "breaker", ERROR, "red", "ends_burst"
+    TWO_SERVERS = "two_servers", ERROR, "red", "ends_burst"  # both write the budget's row
+    STALLED = "stalled", ERROR, "red", "ends_burst"  # a start is due, and nothing starts
+    RUN_HANGS = "run_hangs", ERROR, "red"  # its time is up, and its thread does not return
+    BROKER_UNREACHABLE = "broker_unreachable", WARNING, "ends_burst"
+    BROKER_REFUSES = "broker_refuses", ERROR, "ends_burst"  # a queue, the login, a right
+    COPY_NOT_CONFIRMED = "copy_not_confirmed", WARNING, "ends_burst"
+    DATABASE_UNREACHABLE = "database_unreachable", WARNING, "ends_burst"
+    DATABASE_REFUSES = "database_refuses", ERROR, "ends_burst"  # a table, a row, a right
+    CONTENTION = "contention", ERROR, "ends_burst"  # somebody else holds a lock for too long
+    TURN_LOST = "turn_lost", ERROR, "ends_burst"
+    NO_WORKER = "no_worker", ERROR, "red"  # this one and the next two are `status`'s own
+    DUE = "due", INFO
+    UNKNOWN = "unknown", INFO, "steady"  # nothing is known to be wrong
 
     level: int
-    _traits: _Trait
+    steady: bool
+    routine: bool
+    timed: bool
+    red: bool
+    ends_burst: bool
 
-    def __new__(cls, value: str, level: int, traits: _Trait) -> ReasonKind:
-        """Make one of the rows below."""
+    def __new__(cls, value: str, level: int, *traits: str) -> ReasonKind:
+        """Make one of the rows above."""
         kind = str.__new__(cls, value)
         kind._value_ = value
         kind.level = level
-        kind._traits = traits
+        kind.steady = "steady" in traits
+        kind.routine = "routine" in traits
+        kind.timed = "timed" in traits
+        kind.red = "red" in traits
+        kind.ends_burst = "ends_burst" in traits
         return kind
 
     @classmethod
@@ -91,31 +93,6 @@ class ReasonKind(StrEnum):
         if self is ReasonKind.RUNNING:
             return State.RUNNING
         return State.STALLED if self.red else State.WAITING
-
-    @property
-    def steady(self) -> bool:
-        """Whether it is nothing to worry about."""
-        return _STEADY in self._traits
-
-    @property
-    def routine(self) -> bool:
-        """Whether it comes with each start: it is not logged again and again."""
-        return _ROUTINE in self._traits
-
-    @property
-    def timed(self) -> bool:
-        """Whether it ends by itself at a moment that is known."""
-        return _TIMED in self._traits
-
-    @property
-    def red(self) -> bool:
-        """Whether somebody is needed: `aioworker health` exits 1."""
-        return _RED in self._traits
-
-    @property
-    def ends_burst(self) -> bool:
-        """Whether a burst ends with it, and does not wait."""
-        return _ENDS_BURST in self._traits
 
 
 @dataclass(frozen=True, slots=True)
