@@ -23,7 +23,7 @@ from aioworker.settings import Settings
 from aioworker.status.presence import Presence
 from aioworker.sweep import Sweep, chunked, publish_sweep
 from aioworker.worker.session import Worker
-from aioworker.worker.supervisor import Address, Supervisor
+from aioworker.worker.supervisor import Supervisor
 
 IDS = int(sys.argv[2]) if len(sys.argv) > 2 else 200_000
 PAGE = 5000
@@ -49,8 +49,8 @@ async def consume() -> None:
         burst=True,
     )
     queues = Queues.of(task.name, settings.queue_prefix)
-    address = Address(settings.amqp_url, queues, 10, "bench")
-    if not await Supervisor(worker, address).run(asyncio.Event()):
+    supervisor = Supervisor(worker, settings.amqp_url, queues, 10, "bench")
+    if not await supervisor.run(asyncio.Event()):
         sys.exit("not every chunk was done")
     database.close()
 

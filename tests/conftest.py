@@ -28,7 +28,7 @@ from aioworker.rabbitmq.queues import count as count_messages
 from aioworker.rabbitmq.queues import declare as declare_queue
 from aioworker.status.presence import Presence
 from aioworker.worker.session import Worker as Served
-from aioworker.worker.supervisor import Address, Supervisor
+from aioworker.worker.supervisor import Supervisor
 from support import servers, site
 from tests.fakes import FakeClock
 
@@ -224,8 +224,7 @@ def make_worker(  # noqa: PLR0913 - each has a default, and a test names what it
         max_retries=max_retries,
         burst=burst,
     )
-    address = Address(nodes, Queues.of(task.name, PREFIX), 10, f"test {task.name}")
-    return InProcess(worker, address)
+    return InProcess(worker, nodes, Queues.of(task.name, PREFIX), 10, f"test {task.name}")
 
 
 def database_name(pair: servers.Servers) -> str:

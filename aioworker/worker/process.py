@@ -22,7 +22,7 @@ from aioworker.tasks.loop_monitor import LoopMonitor
 from aioworker.worker import signals
 from aioworker.worker.reload import Reload
 from aioworker.worker.session import Worker
-from aioworker.worker.supervisor import Address, Supervisor
+from aioworker.worker.supervisor import Supervisor
 from aioworker.worker.systemd import Notifier
 
 if TYPE_CHECKING:
@@ -284,5 +284,6 @@ def _supervisor(
         burst=burst,
     )
     queues = Queues.of(task.name, settings.queue_prefix)
-    address = Address(settings.amqp_url, queues, settings.connect_timeout, f"{name} {task.name}")
-    return Supervisor(worker, address)
+    return Supervisor(
+        worker, settings.amqp_url, queues, settings.connect_timeout, f"{name} {task.name}"
+    )

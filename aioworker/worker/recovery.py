@@ -6,7 +6,7 @@ import asyncio
 import math
 import random
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -115,41 +115,35 @@ class Stall:
         return Reason(ReasonKind.STALLED, words)
 
 
-@dataclass(slots=True)
 class Recovery:
     """What one worker knows of failures, over all its connections.
 
     Args:
+        nodes: How many nodes RabbitMQ has.
+        patience: Seconds that one step of the worker may take by its own timeouts.
+        stood_still: Returns what stood still a moment ago, and cost a connection perhaps.
+
+    Attributes:
         broker: RabbitMQ's outage.
         database: The database's.
         copies: RabbitMQ's, for copies of messages.
         stall: Whether nothing starts, for no reason that is known.
-        patience: Seconds that one step of the worker may take by its own timeouts.
-        stood_still: Returns what stood still a moment ago, and cost a connection perhaps.
+        patience: As above.
         trusted: Whether task and budget could be used since the last failure.
         due_by: When the step that is on has to end, by the event loop's clock.
     """
 
-    broker: Outage
-    database: Outage
-    copies: Outage
-    patience: float
-    stall: Stall = field(default_factory=Stall)
-    stood_still: Callable[[], str] = str
-    trusted: bool = False
-    due_by: float = 0.0
-
-    @classmethod
-    def of(cls, nodes: int, patience: float, stood_still: Callable[[], str] = str) -> Recovery:
-        """Make one for a worker that has seen no failure.
-
-        Args:
-            nodes: How many nodes RabbitMQ has.
-            patience: Seconds that one step of the worker may take.
-            stood_still: Returns what stood still a moment ago.
-        """
-        outages = Outage("broker", nodes), Outage("database"), Outage("broker")
-        return cls(*outages, patience, stood_still=stood_still)
+    def __init__(
+        self, nodes: int, patience: float, stood_still: Callable[[], str] = lambda: ""
+    ) -> None:
+        self.broker = Outage("broker", nodes)
+        self.database = Outage("database")
+        self.copies = Outage("broker")
+        self.stall = Stall()
+        self.patience = patience
+        self.trusted = False
+        self.due_by = 0.0
+        self._stood_still = stood_still
 
     def progress(self, seconds: float = 0.0) -> None:
         """Note that the worker has come to its next step.
@@ -161,5 +155,5 @@ class Recovery:
 
     def reason(self, outage: Outage, error: BrokerError | DatabaseError) -> Reason:
         """Return the reason to wait: a server is not blamed for what this process did."""
-        reason, own = outage.reason(error), self.stood_still()
+        reason, own = outage.reason(error), self._stood_still()
         return replace(reason, words=f"{reason}; {own}") if own else reason

@@ -112,7 +112,7 @@ class Worker:
             task_timeout=task_timeout,
             worker=name,
         )
-        recovery = Recovery.of(nodes, task_timeout + 2 * timeout, stood_still)
+        recovery = Recovery(nodes, task_timeout + 2 * timeout, stood_still)
         return cls(
             task,
             database,

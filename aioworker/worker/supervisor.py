@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from aioworker.addresses import Nodes
@@ -23,35 +22,30 @@ if TYPE_CHECKING:
     from aioworker.worker.session import Worker
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where a worker finds its messages.
+class Supervisor:
+    """Runs one task's messages until told to stop.
 
     Args:
+        worker: What serves them.
         nodes: The nodes of the RabbitMQ cluster.
         queues: The task's queues.
         timeout: Seconds for each step.
         name: What RabbitMQ lists the connections as.
     """
 
-    nodes: Sequence[BrokerAddress]
-    queues: Queues
-    timeout: float
-    name: str
-
-
-class Supervisor:
-    """Runs one task's messages until told to stop.
-
-    Args:
-        worker: What serves them.
-        address: Where they are.
-    """
-
-    def __init__(self, worker: Worker, address: Address) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        nodes: Sequence[BrokerAddress],
+        queues: Queues,
+        timeout: float,
+        name: str,
+    ) -> None:
         self.worker = worker
-        self._address = address
-        self._nodes = Nodes(address.nodes)
+        self._nodes = Nodes(nodes)
+        self._queues = queues
+        self._timeout = timeout
+        self._name = name
         self._tolerant = False  # whether a message that could not be decoded cut this worker off
 
     async def run(self, stop: asyncio.Event) -> bool:
@@ -83,7 +77,8 @@ class Supervisor:
     @asynccontextmanager
     async def _session(self, stop: asyncio.Event) -> AsyncIterator[Session]:
         """Connect to RabbitMQ."""
-        address, lost = self._address, asyncio.Event()
+        nodes, timeout, name = self._nodes, self._timeout, self._name
+        lost = asyncio.Event()
 
         def notice(_connection: object, error: BaseException | None) -> None:
             self._tolerant = self._tolerant or frames.undecodable(error)
@@ -91,14 +86,12 @@ class Supervisor:
 
         self.worker.recovery.progress()
         async with (
-            connected(
-                self._nodes, address.timeout, address.name, tolerant=self._tolerant
-            ) as connection,
-            Publisher(self._nodes, address.timeout, address.name) as publisher,
+            connected(nodes, timeout, name, tolerant=self._tolerant) as connection,
+            Publisher(nodes, timeout, name) as publisher,
         ):
             # Noticed also while waiting: aio-pika's `closed()` never tells.
             connection.close_callbacks.add(notice)
-            lanes = await OpenLanes.open(connection, publisher, address.queues, address.timeout)
+            lanes = await OpenLanes.open(connection, publisher, self._queues, timeout)
             self.worker.recovery.broker.end()
             with lanes.explaining():
                 yield Session(self.worker, lanes, stop, lost)

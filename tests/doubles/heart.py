@@ -107,7 +107,7 @@ class Heart:
             self.consumer,
             presence,
             self.probe,
-            Recovery.of(1, patience=50),
+            Recovery(1, patience=50),
             task_timeout=task_timeout,
             needs_database=False,
             burst=burst,

@@ -118,14 +118,14 @@ def test_whatever_gets_on_is_no_stall(between: str) -> None:
 async def test_a_step_is_in_time_for_as_long_as_it_waits_and_a_little_more(
     clock: FakeClock,
 ) -> None:
-    recovery = Recovery.of(nodes=1, patience=40)
+    recovery = Recovery(nodes=1, patience=40)
     recovery.progress(seconds=2)
 
     assert recovery.due_by == 42
 
 
 def test_a_server_is_not_blamed_for_what_this_process_did() -> None:
-    recovery = Recovery.of(1, 40, lambda: "the process stood still for 60 s")
+    recovery = Recovery(1, 40, lambda: "the process stood still for 60 s")
 
     reason = recovery.reason(recovery.broker, BrokerError("refused"))
 
