@@ -64,7 +64,8 @@ class Consumer:
         breaker: Whether the task works at all.
         settled: How many deliveries came to each kind of outcome.
         starts: How many runs were begun.
-        failures: How many deliveries were not done, but put off, refused or given back.
+        failures: How many deliveries were not done since something went wrong: a burst exits 1
+            for them.
         under_way: The deliveries that are not settled. One whose asyncio task is cancelled, as
             no code of ours does but at the end, stays among them.
     """
@@ -228,7 +229,7 @@ class Consumer:
         return start
 
     def _finish(self, start: Start) -> Start:
-        """See what the run left behind, and whether it shows that the task works."""
+        """See what the run left behind."""
         start.ended = time.monotonic()
         if self._task.needs_database:
             is_lost = not self._database.is_open and not start.cut_off
@@ -237,18 +238,18 @@ class Consumer:
                 lost = is_lost or start.failure.lost
                 start.failure = replace(start.failure, lost=lost, no_room=no_room)
         self._database.end_run()
-        if start.failure is None and start.began:
-            self.breaker.succeed(self._budget.now())
         return start
 
     async def _judge(self, start: Start, lanes: Lanes) -> Start:
-        """Decide what a failed attempt comes to.
+        """Decide what a failed attempt comes to; one that ended well shows that the task works.
 
         A database that takes no write of ours is away, whatever the error was called: nothing
         counts. If it takes one, the failure is the message's: it counts as an attempt, and
         after the last one the message is a dead letter; unless it may be the task that fails.
         """
         if (failure := start.failure) is None:
+            if start.began:
+                self.breaker.succeed(self._budget.now())
             return start
         if failure.fault is Fault.MESSAGE:
             start.outcome = Outcome(Kind.DEAD_LETTER, failure.words, failure)

@@ -410,7 +410,8 @@ class WorkerBudget:
         seconds = self._limiter.due_in()
         if seconds <= LEAD_SECONDS:
             return None
-        return Wait(next_start(self.now() + timedelta(seconds=seconds)), seconds - LEAD_SECONDS)
+        reason = next_start(self.now() + timedelta(seconds=seconds))
+        return Wait(reason, min(seconds - LEAD_SECONDS, POLL_SECONDS))
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[Wait | None]:

@@ -250,7 +250,7 @@ class Judge:
             raised(error)
         except BaseException as caught:  # noqa: BLE001 - as the worker catches it
             failure = Failure.of(caught)
-        texts = (failure.name, failure.words, failure.traceback, failure.kind)
+        texts = (failure.name, failure.words, failure.traceback, failure.fingerprint)
         assert {type(text) for text in texts} == {str}
         assert failure.words
         assert failure.words.isprintable() or "\n" not in failure.words

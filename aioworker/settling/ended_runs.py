@@ -45,6 +45,7 @@ class EndedRuns:
             delivery: What was run; what is to be copied of it is copied.
             result: What that came to.
         """
+        # Of a dead letter or a postponed message a second copy is worse than a second run.
         if result.kind not in (Kind.ACK, Kind.RETRY) or not delivery.has_id:
             return
         if result.failure is not None:

@@ -59,7 +59,7 @@ class Failure:
         name: The error's class.
         words: What went wrong, in one line.
         traceback: The last lines of the error's traceback; empty if the words say it all.
-        kind: What two failures share that come from the same lines of code.
+        fingerprint: What two failures share that come from the same lines of code.
         lost: Whether the run lost its connection, or its turn with it.
         error: The error itself, for a log's `exc_info`; nothing may be asked of it.
         no_room: What the database's server said in the run if it had no room for a write.
@@ -69,7 +69,7 @@ class Failure:
     name: str
     words: str
     traceback: str = ""
-    kind: str = ""
+    fingerprint: str = ""
     lost: bool = False
     error: BaseException | None = None
     no_room: DatabaseError | None = None
@@ -81,13 +81,13 @@ class Failure:
         try:
             members = _Members(error)
             said = members.say_all()
-            kind = hashlib.sha256(repr(_lines(error)).encode(errors="replace")).hexdigest()
+            fingerprint = hashlib.sha256(repr(_lines(error)).encode(errors="replace")).hexdigest()
             return cls(
                 members.fault(),
                 name,
                 line(members.words()) or name,
                 "" if said else _traceback(error),
-                kind,
+                fingerprint,
                 isinstance(error, TurnLostError),
                 None if said else error,
             )
@@ -96,7 +96,7 @@ class Failure:
                 Fault.ATTEMPT,
                 name,
                 f"{name}, which cannot be told: its own code raises {name_of(second)}",
-                kind=name,
+                fingerprint=name,
             )
 
 
@@ -160,8 +160,8 @@ def _fault(error: BaseException) -> Fault:
         case AioworkerError():
             return Fault.ATTEMPT
         case MySQLError() if errors.code(error):
-            sort = errors.kind(error)
-            return Fault.ATTEMPT if sort is None else _OF_TROUBLE[sort]
+            kind = errors.kind(error)
+            return Fault.ATTEMPT if kind is None else _FAULTS[kind]
     return Fault.ATTEMPT
 
 
@@ -175,7 +175,7 @@ def _words(error: BaseException) -> str:
     return name if words == name else f"{name}: {words}"
 
 
-_OF_TROUBLE = {
+_FAULTS = {
     ErrorKind.CONTENTION: Fault.ATTEMPT,
     ErrorKind.DATA: Fault.DATA,
     ErrorKind.NO_ROOM: Fault.ATTEMPT,

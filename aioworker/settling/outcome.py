@@ -23,11 +23,11 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a delivery is settled, and why if it is not an ack.
+    """How a delivery is settled, and why.
 
     Args:
         kind: How.
-        reason: Why, in one line; empty for an ack.
+        reason: Why, in one line; empty for what is done. Of an ack it says that it ran too late.
         failure: What went wrong, if something did.
         away: What is wrong with a server, which is why it is given back: the database takes no
             writes, or RabbitMQ no copies.

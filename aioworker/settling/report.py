@@ -93,7 +93,7 @@ class Report:
         failure = result.failure
         if failure is None or result.away is not None or not log.isEnabledFor(level):
             return False
-        new = failure.error is not None and self._tracebacks.allows((task, failure.kind))
+        new = failure.error is not None and self._tracebacks.allows((task, failure.fingerprint))
         return new or log.isEnabledFor(logging.DEBUG)
 
 

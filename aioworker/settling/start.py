@@ -26,7 +26,7 @@ class Start:
         ctx: What its run gets.
         args: The positional arguments as the task's function gets them, once they are checked.
         kwargs: Its keyword arguments, likewise.
-        limit: EndedRuns the run when its time is up. It counts from when the message is decoded.
+        limit: Ends the run when its time is up. It counts from when the message is decoded.
         seconds: How long the run may take.
         taken: When the delivery was taken.
         began: When its run began.

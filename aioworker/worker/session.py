@@ -7,7 +7,6 @@ is due and the turn is this worker's. RabbitMQ keeps the rest. Every wait has a 
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -122,8 +121,8 @@ class Worker:
             probe,
             recovery,
             task_timeout,
-            needs_database,
-            burst,
+            needs_database=needs_database,
+            burst=burst,
         )
 
     @property
@@ -152,6 +151,7 @@ class Session:
         self._lanes = lanes
         self._stop = stop
         self._lost = lost
+        self._time = asyncio.get_running_loop().time
         self._holds = (self._ask_budget, self._ask_breaker)
         self._busy = False  # whether it served a message just now
         self._took = False  # whether the last look into the lanes found a message
@@ -163,7 +163,7 @@ class Session:
             BrokerError: The connection is lost, or a step with RabbitMQ failed.
             AioworkerError: In a burst: the database cannot be used, or the task is paused.
         """
-        worker, consumer, going = self._worker, self._worker.consumer, True
+        going = True
         while going and not self._stop.is_set():
             self._notice_loss()
             outcome: Outcome | None = None
@@ -171,20 +171,11 @@ class Session:
                 await self._check_database()
                 if not (waits := await self._ask()):
                     await self._begin()
-                    if self._takes_several:
-                        outcome = await self._serve_several()
-                    else:
-                        async with worker.budget.turn() as wait:
-                            waits = [] if wait is None else [wait]
-                            starts, until = consumer.starts, time.monotonic() + POLL_SECONDS
-                            while not waits and (delivery := await self._take()) is not None:
-                                outcome = await consumer.serve(delivery, self._lanes)
-                                if self._turn_ends(outcome, starts, until):
-                                    break
-                                await worker.presence.keep()
+                    take = self._take_several if self._may_take_several else self._take_in_turn
+                    waits, outcome = await take()
                 self._busy = outcome is not None
                 going = await (self._wait(waits) if waits else self._recover(outcome))
-                worker.recovery.database.end()
+                self._worker.recovery.database.end()
             except DatabaseError as error:
                 await self._sit_out_database(error)
 
@@ -206,11 +197,15 @@ class Session:
     async def _ask(self) -> list[Wait]:
         """Return all that holds a start now; nothing where one may begin."""
         await self._worker.presence.keep()
-        waits = [wait for ask in self._holds if (wait := await ask()) is not None]
+        waits = await self._held()
         # If a start waits for its moment alone, it is worth asking whether there is one to make.
         if all(wait.reason.kind.timed for wait in waits) and await self._is_idle(held=bool(waits)):
             return [Wait(Reason(ReasonKind.EMPTY, "nothing queued"), IDLE_SECONDS)]
         return waits
+
+    async def _held(self) -> list[Wait]:
+        """Return all that holds a start now, whether or not there is one to make."""
+        return [wait for ask in self._holds if (wait := await ask()) is not None]
 
     async def _ask_budget(self) -> Wait | None:
         """Ask whether a start is due, and whether somebody paused the task."""
@@ -271,7 +266,13 @@ class Session:
             found = [self._tried()]
         elif why and all(one.kind is not ReasonKind.BREAKER for one in found):
             found.append(Reason(ReasonKind.BREAKER, f"breaker open: {why}"))
-        found.sort(key=lambda one: (one.kind not in _FAILING, one.kind is not ReasonKind.BREAKER))
+        found.sort(
+            key=lambda one: (
+                one.kind not in _FAILING,
+                one.kind is not ReasonKind.BREAKER,
+                one.kind.timed,
+            )
+        )
         return Reason(found[0].kind, "; ".join(map(str, found)))
 
     def _tried(self) -> Reason:
@@ -282,7 +283,7 @@ class Session:
     # 3. Take, one at a time in the turn; or several at once.
 
     @property
-    def _takes_several(self) -> bool:
+    def _may_take_several(self) -> bool:
         """Whether runs may go beside each other: they share neither a rate nor a connection."""
         worker = self._worker
         return not (
@@ -294,6 +295,22 @@ class Session:
         if not self._worker.budget.limited:
             self._worker.presence.report(Reason(ReasonKind.RUNNING, self._worker.task.name))
             await self._worker.presence.keep()
+
+    async def _take_in_turn(self) -> tuple[list[Wait], Outcome | None]:
+        """Take one message after the other in a turn, until one has started.
+
+        Returns:
+            Why the turn could not be had, and what the last message came to.
+        """
+        worker, outcome = self._worker, None
+        async with worker.budget.turn() as wait:
+            starts, until = worker.consumer.starts, self._time() + POLL_SECONDS
+            while wait is None and (delivery := await self._take()) is not None:
+                outcome = await worker.consumer.serve(delivery, self._lanes)
+                if self._turn_ends(outcome, starts, until):
+                    break
+                await worker.presence.keep()
+        return [] if wait is None else [wait], outcome
 
     async def _take(self) -> Delivery | None:
         """Take a message, from the urgent lane first; None where there is none, or at a stop."""
@@ -316,53 +333,53 @@ class Session:
         lost = worker.needs_database and not worker.database.is_open
         started = worker.budget.limited and worker.consumer.starts > starts
         # After a while a pause is looked for, though nothing needs a start.
-        return started or outcome.uncounted or lost or time.monotonic() >= until
+        return started or outcome.uncounted or lost or self._time() >= until
 
-    async def _serve_several(self) -> Outcome | None:
-        """Serve messages as RabbitMQ sends them, several at once, until none comes any more.
+    async def _take_several(self) -> tuple[list[Wait], Outcome | None]:
+        """Take messages as RabbitMQ sends them, several at once, until none comes any more.
 
         Returns:
-            What the last one came to that was given back or put off.
+            Nothing to wait for, and what the last one came to that was given back or put off.
         """
         worker = self._worker
         if (first := await self._take()) is None:
-            return None
+            return [], None
         if first.returns >= SUSPECT_RETURNS:
             # What comes back again and again is served alone: whatever is held when a worker
             # dies is counted by RabbitMQ, as if it had killed it.
-            return await worker.consumer.serve(first, self._lanes)
+            return [], await worker.consumer.serve(first, self._lanes)
         intake = Intake(partial(worker.consumer.serve, lanes=self._lanes), first)
         async with self._lanes.consume(AT_ONCE, intake.begin, intake.ended.set), intake:
-            look_at = time.monotonic() + POLL_SECONDS
+            look_at = self._time() + POLL_SECONDS
             while not (self._stop.is_set() or self._lost.is_set() or intake.ended.is_set()):
                 served = intake.served
                 await first_of(QUIET_SECONDS, self._stop, self._lost, intake.ended)
                 self._took = bool(intake.running) or intake.served > served
                 if not self._took or worker.consumer.breaker.reason:
                     break
-                if time.monotonic() < look_at:
+                if self._time() < look_at:
                     continue
                 self._report_hanging(intake)
                 await worker.presence.keep()
-                if await worker.budget.check() is not None or worker.budget.limited:
+                if await self._held() or worker.budget.limited:
                     break
-                look_at = time.monotonic() + POLL_SECONDS
+                look_at = self._time() + POLL_SECONDS
             await self._let_end(intake)
-        return intake.failure
+        return [], intake.failure
 
     async def _let_end(self, intake: Intake) -> None:
-        """Wait for what runs in a intake, and say so if it does not end: threads may hang."""
+        """Wait for what runs in an intake, and say so if it does not end: threads may hang."""
         intake.ended.set()
-        look_at = time.monotonic() + POLL_SECONDS
+        look_at = self._time() + POLL_SECONDS
         while intake.running:
             await asyncio.wait(intake.running, timeout=QUIET_SECONDS)
-            if time.monotonic() >= look_at:
+            if self._time() >= look_at:
                 self._report_hanging(intake)
                 await self._worker.presence.keep_if_possible()
-                look_at = time.monotonic() + POLL_SECONDS
+                look_at = self._time() + POLL_SECONDS
 
     def _report_hanging(self, intake: Intake) -> None:
-        """Say so if nothing in a intake has ended for longer than it may: threads that hang."""
+        """Say so if nothing in an intake has ended for longer than it may: threads that hang."""
         presence, seconds = self._worker.presence, intake.seconds_since_it_moved
         if intake.running and seconds > 2 * self._worker.task_timeout:
             runs = count(len(intake.running), "run")
@@ -427,13 +444,13 @@ class Session:
             return
         copies = worker.recovery.copies
         seconds = ALARM_SECONDS if refusal.unreachable else copies.seconds(refusal)
-        until = time.monotonic() + seconds
+        until = self._time() + seconds
         unblocked = asyncio.ensure_future(self._lanes.unblocked())
         await asyncio.sleep(0)
         blocked = not unblocked.done()
         reason = Reason(ReasonKind.COPY_NOT_CONFIRMED, f"copy not confirmed: {refusal}")
         try:
-            while not self._stop.is_set() and (left := until - time.monotonic()) > 0:
+            while not self._stop.is_set() and (left := until - self._time()) > 0:
                 if blocked and unblocked.done():
                     break
                 seconds = min(left, POLL_SECONDS)

@@ -67,7 +67,7 @@ class Heart:
         broker: Where its messages lie.
         steps: What was asked of the lanes, in that order.
         said: What the worker said that it does, in that order.
-        stop: EndedRuns a session.
+        stop: Ends a session.
         lost: Set when the connection is lost.
     """
 

@@ -11,7 +11,7 @@ import pytest
 
 from aioworker.budget.shared import SharedBudget
 from aioworker.clock import own_time
-from aioworker.limits import Budget, RateLimit, Wait, WorkerBudget
+from aioworker.limits import POLL_SECONDS, Budget, RateLimit, Wait, WorkerBudget
 from aioworker.reasons import ReasonKind
 from tests.conftest import TASK
 from tests.doubles.budget import MemoryBudget
@@ -88,6 +88,17 @@ async def test_behind_a_start_the_next_one_waits_for_its_interval(make: Make) ->
     assert wait.reason.kind is ReasonKind.BUDGET
     assert wait.reason.words.startswith("budget: next start at ")
     assert 0 < wait.seconds <= 2
+
+
+async def test_a_long_wait_is_looked_at_again_soon(make: Make) -> None:
+    """What is set meanwhile is followed."""
+    budget = make("1/h")
+    await start(budget)
+
+    wait = await budget.check()
+
+    assert wait is not None
+    assert wait.seconds <= POLL_SECONDS
 
 
 async def test_who_has_the_turn_before_a_start_is_due_hears_so(make: Make) -> None:

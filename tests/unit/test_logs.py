@@ -198,7 +198,7 @@ def test_errors_are_of_one_kind_if_the_same_lines_raised_them(work: Callable[[in
     for at in (1, 1, 2, 3):
         with pytest.raises(Exception) as raised:  # noqa: PT011 - whatever it is
             work(at)
-        kinds.append(Failure.of(raised.value).kind)
+        kinds.append(Failure.of(raised.value).fingerprint)
 
     assert kinds[0] == kinds[1]
     assert len(set(kinds)) == 3

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from aioworker.errors import AioworkerError, BrokerError, DatabaseError
-from aioworker.limits import Wait
+from aioworker.limits import RateLimit, Wait
 from aioworker.reasons import Reason, ReasonKind
 from aioworker.settling.outcome import Kind
 from aioworker.worker.session import ALARM_SECONDS, AT_ONCE, IDLE_SECONDS, SUSPECT_RETURNS
@@ -466,7 +466,8 @@ async def test_while_the_breaker_is_open_one_at_a_time_is_tried(clock: FakeClock
         crowd.release.set()
 
 
-async def test_a_rate_that_is_set_meanwhile_ends_the_flow(clock: FakeClock) -> None:
+@pytest.mark.parametrize("what", ["rate", "pause", "another hold"])
+async def test_what_is_set_meanwhile_ends_the_intake(clock: FakeClock, what: str) -> None:
     heart = Heart()
     sent = 0
 
@@ -480,8 +481,13 @@ async def test_a_rate_that_is_set_meanwhile_ends_the_flow(clock: FakeClock) -> N
     heart.broker.send()
     async with running(heart):
         await clock.advance(1, step=0.1)
-        assert heart.budget.charged[2:], "it flows"
-        heart.budget.rate = Heart(rate="2/m").budget.rate
+        assert heart.budget.charged[2:], "messages come by themselves"
+        if what == "rate":
+            heart.budget.rate = RateLimit.parse("2/m")
+        elif what == "pause":
+            heart.budget.refusal = PAUSED
+        else:  # one that no charge looks at
+            heart.consumer.breaker.seconds = lambda: 60  # type: ignore[method-assign]
         await clock.advance(6, step=0.1)
         before = sent
         await clock.advance(20, step=0.1)
