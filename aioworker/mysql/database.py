@@ -516,10 +516,11 @@ class Database:
         connection = await self._log_in()
         with closing_on_error(connection):
             with login.expecting_mysql():
-                server = await session.begin(connection, self.timeout)
-            reason = server.unfit(self.address.database, any_node=self._any_node)
-            if reason is not None:
-                raise DatabaseError(f"cannot use MySQL at {self.address.shown}: {reason}")
+                server = await session.begin(
+                    connection, self.timeout, self.address.database, any_node=self._any_node
+                )
+            if server.unfit is not None:
+                raise DatabaseError(f"cannot use MySQL at {self.address.shown}: {server.unfit}")
         self._server = server
         return connection
 

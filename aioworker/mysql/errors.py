@@ -55,17 +55,16 @@ class Lacking(IntEnum):
 
 
 # A server that takes no writes from this user, or from anybody: perhaps another one does.
-_READ_ONLY = frozenset(
-    {
-        ER.OPEN_AS_READONLY,
-        Lacking.CANT_EXECUTE_IN_READ_ONLY_TRANSACTION,
-        Lacking.READ_ONLY_MODE,
-        Lacking.INNODB_READ_ONLY,
-        Lacking.INNODB_FORCED_RECOVERY,
-        Lacking.SCHEMA_READ_ONLY,
-    }
+_READ_ONLY = (
+    ER.OPEN_AS_READONLY,
+    Lacking.CANT_EXECUTE_IN_READ_ONLY_TRANSACTION,
+    Lacking.READ_ONLY_MODE,
+    Lacking.INNODB_READ_ONLY,
+    Lacking.INNODB_FORCED_RECOVERY,
+    Lacking.SCHEMA_READ_ONLY,
 )
-_CONTENTION = DEADLOCKS | {
+_CONTENTION = (
+    *DEADLOCKS,
     ER.LOCK_WAIT_TIMEOUT,
     ER.QUERY_INTERRUPTED,
     ER.STATEMENT_TIMEOUT,
@@ -75,74 +74,68 @@ _CONTENTION = DEADLOCKS | {
     Lacking.LOCK_NOWAIT,
     Lacking.USER_LOCK_DEADLOCK,
     Lacking.TRANSACTION_ROLLBACK_DURING_COMMIT,
-}
-_DATA = frozenset(
-    {
-        ER.BAD_NULL_ERROR,
-        ER.DUP_ENTRY,
-        ER.WARN_DATA_OUT_OF_RANGE,
-        ER.WARN_DATA_TRUNCATED,
-        ER.TRUNCATED_WRONG_VALUE,
-        ER.INVALID_CHARACTER_STRING,
-        ER.NO_DEFAULT_FOR_FIELD,
-        ER.DIVISION_BY_ZERO,
-        ER.TRUNCATED_WRONG_VALUE_FOR_FIELD,
-        ER.DATA_TOO_LONG,
-        ER.WRONG_VALUE_FOR_TYPE,
-        ER.DATETIME_FUNCTION_OVERFLOW,
-        ER.ROW_IS_REFERENCED_2,
-        ER.NO_REFERENCED_ROW_2,
-        Lacking.SIGNAL_EXCEPTION,
-        Lacking.DATA_OUT_OF_RANGE,
-        Lacking.INVALID_JSON_TEXT,
-        Lacking.CHECK_CONSTRAINT_VIOLATED,
-        ER.CONSTRAINT_FAILED,
-    }
 )
-_NO_ROOM = frozenset({ER.DISK_FULL, ER.ERROR_ON_WRITE, ER.GET_ERRNO, ER.RECORD_FILE_FULL})
-_NO_ACCESS = frozenset(
-    {
-        ER.DBACCESS_DENIED_ERROR,
-        ER.ACCESS_DENIED_ERROR,
-        ER.TABLEACCESS_DENIED_ERROR,
-        ER.COLUMNACCESS_DENIED_ERROR,
-        ER.SPECIFIC_ACCESS_DENIED_ERROR,
-        ER.PROCACCESS_DENIED_ERROR,
-        ER.NO_SUCH_USER,
-        Lacking.ACCESS_DENIED_NO_PASSWORD_ERROR,
-        Lacking.MUST_CHANGE_PASSWORD,
-        Lacking.MUST_CHANGE_PASSWORD_LOGIN,
-        Lacking.ACCOUNT_HAS_BEEN_LOCKED,
-        Lacking.ACCOUNT_HAS_BEEN_LOCKED_MARIADB,
-        Lacking.USER_IS_BLOCKED,
-        Lacking.SECURE_TRANSPORT_REQUIRED,
-    }
+_DATA = (
+    ER.BAD_NULL_ERROR,
+    ER.DUP_ENTRY,
+    ER.WARN_DATA_OUT_OF_RANGE,
+    ER.WARN_DATA_TRUNCATED,
+    ER.TRUNCATED_WRONG_VALUE,
+    ER.INVALID_CHARACTER_STRING,
+    ER.NO_DEFAULT_FOR_FIELD,
+    ER.DIVISION_BY_ZERO,
+    ER.TRUNCATED_WRONG_VALUE_FOR_FIELD,
+    ER.DATA_TOO_LONG,
+    ER.WRONG_VALUE_FOR_TYPE,
+    ER.DATETIME_FUNCTION_OVERFLOW,
+    ER.ROW_IS_REFERENCED_2,
+    ER.NO_REFERENCED_ROW_2,
+    Lacking.SIGNAL_EXCEPTION,
+    Lacking.DATA_OUT_OF_RANGE,
+    Lacking.INVALID_JSON_TEXT,
+    Lacking.CHECK_CONSTRAINT_VIOLATED,
+    ER.CONSTRAINT_FAILED,
 )
-_WRONG_SCHEMA = frozenset(
-    {
-        ER.NO_DB_ERROR,
-        ER.BAD_DB_ERROR,
-        ER.BAD_FIELD_ERROR,
-        ER.PARSE_ERROR,
-        ER.NO_SUCH_TABLE,
-        ER.CRASHED_ON_USAGE,
-        ER.CRASHED_ON_REPAIR,
-        ER.SP_DOES_NOT_EXIST,
-        ER.VIEW_INVALID,
-        Lacking.BINLOG_STMT_MODE_AND_ROW_ENGINE,
-        Lacking.INDEX_CORRUPT,
-        Lacking.TABLE_CORRUPT,
-        Lacking.TABLESPACE_MISSING,
-        Lacking.TABLESPACE_DISCARDED,
-        Lacking.NO_SUCH_TABLE_IN_ENGINE,
-        Lacking.BEFORE_DML_VALIDATION_ERROR,
-    }
+_NO_ROOM = (ER.DISK_FULL, ER.ERROR_ON_WRITE, ER.GET_ERRNO, ER.RECORD_FILE_FULL)
+_EVERY_MESSAGE = (
+    # No access.
+    ER.DBACCESS_DENIED_ERROR,
+    ER.ACCESS_DENIED_ERROR,
+    ER.TABLEACCESS_DENIED_ERROR,
+    ER.COLUMNACCESS_DENIED_ERROR,
+    ER.SPECIFIC_ACCESS_DENIED_ERROR,
+    ER.PROCACCESS_DENIED_ERROR,
+    ER.NO_SUCH_USER,
+    Lacking.ACCESS_DENIED_NO_PASSWORD_ERROR,
+    Lacking.MUST_CHANGE_PASSWORD,
+    Lacking.MUST_CHANGE_PASSWORD_LOGIN,
+    Lacking.ACCOUNT_HAS_BEEN_LOCKED,
+    Lacking.ACCOUNT_HAS_BEEN_LOCKED_MARIADB,
+    Lacking.USER_IS_BLOCKED,
+    Lacking.SECURE_TRANSPORT_REQUIRED,
+    # Not the tables that are meant, or broken ones.
+    ER.NO_DB_ERROR,
+    ER.BAD_DB_ERROR,
+    ER.BAD_FIELD_ERROR,
+    ER.PARSE_ERROR,
+    ER.NO_SUCH_TABLE,
+    ER.CRASHED_ON_USAGE,
+    ER.CRASHED_ON_REPAIR,
+    ER.SP_DOES_NOT_EXIST,
+    ER.VIEW_INVALID,
+    Lacking.BINLOG_STMT_MODE_AND_ROW_ENGINE,
+    Lacking.INDEX_CORRUPT,
+    Lacking.TABLE_CORRUPT,
+    Lacking.TABLESPACE_MISSING,
+    Lacking.TABLESPACE_DISCARDED,
+    Lacking.NO_SUCH_TABLE_IN_ENGINE,
+    Lacking.BEFORE_DML_VALIDATION_ERROR,
 )
-_TROUBLES: dict[int, ErrorKind] = {
+_KINDS: dict[int, ErrorKind] = {
     **dict.fromkeys(_CONTENTION, ErrorKind.CONTENTION),
     **dict.fromkeys(_DATA, ErrorKind.DATA),
     **dict.fromkeys(_NO_ROOM, ErrorKind.NO_ROOM),
-    **dict.fromkeys(_NO_ACCESS | _WRONG_SCHEMA, ErrorKind.EVERY_MESSAGE),
+    **dict.fromkeys(_EVERY_MESSAGE, ErrorKind.EVERY_MESSAGE),
 }
 
 _GRANT = "`{init}` shows what the user needs"
@@ -176,7 +169,7 @@ def kind(error: BaseException) -> ErrorKind | None:
     """
     if not isinstance(error, MySQLError) or only_reads(error):
         return None
-    return _TROUBLES.get(code(error))
+    return _KINDS.get(code(error))
 
 
 def is_the_servers(error: MySQLError) -> bool:

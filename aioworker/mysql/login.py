@@ -160,16 +160,13 @@ class Connection(aiomysql.Connection):  # type: ignore[misc]  # aiomysql has no 
         return await super()._process_auth(plugin_name, auth_packet)
 
     def _refuse_unless_hashed(self, plugin: str) -> None:
-        if plugin not in _HASHED and not (plugin == _CLEAR and self._secure):
-            raise OperationalError(
-                CR.CR_AUTH_PLUGIN_CANNOT_LOAD,
-                f"cannot log in by {plugin!r}"
-                + (
-                    " without TLS (ssl_mode, ssl_ca)"
-                    if plugin == _CLEAR
-                    else ": use mysql_native_password or caching_sha2_password"
-                ),
-            )
+        if plugin in _HASHED or (plugin == _CLEAR and self._secure):
+            return
+        cure = ": use mysql_native_password or caching_sha2_password"
+        if plugin == _CLEAR:
+            cure = " without TLS (ssl_mode, ssl_ca)"
+        words = f"cannot log in by {plugin!r}{cure}"
+        raise OperationalError(CR.CR_AUTH_PLUGIN_CANNOT_LOAD, words)
 
     async def caching_sha2_password_auth(self, pkt: Any) -> Any:
         """Log in by the password's hash, or by the password itself, encrypted."""

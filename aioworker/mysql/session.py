@@ -9,11 +9,13 @@ a server that will not do is refused before anything is taken.
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pymysql.constants import SERVER_STATUS
 from pymysql.err import MySQLError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 IDLE_SECONDS = 30  # after its longest statement the server may end a session
 LOCK_WAIT_SECONDS = 5
@@ -128,65 +130,30 @@ def _assigned(values: dict[str, str | int]) -> str:
     return ", ".join(f"SESSION {name} = {value!r}" for name, value in values.items())
 
 
-@dataclass(frozen=True, slots=True)
-class Server:
-    """What the server of a connection says of itself.
+class Server(NamedTuple):
+    """What a session has found on its server.
 
     Args:
         schema: The database's name as the server has it; lower-cased, if it is blind to case;
             empty if the session has none.
-        blind: Whether it is blind to the case of names.
         lock: A lock that this session alone holds, by which it can be found; None if the
             server refuses one.
-        galera: Whether it is a node of a Galera cluster.
-        packet_bytes: The longest statement, or row of an answer, that it takes.
-        unlogged: Whether its binary log cannot take what a READ COMMITTED session writes.
+        unfit: Why it will not do, and the cure, in one line; None if it will.
     """
 
     schema: str
-    blind: bool
     lock: str | None
-    galera: bool
-    packet_bytes: int
-    unlogged: bool
-
-    def unfit(self, database: str, *, any_node: bool) -> str | None:
-        """Return in one line why this server will not do, and the cure; None if it will.
-
-        Args:
-            database: The database's name as the address has it.
-            any_node: Whether a node of a Galera cluster will do.
-        """
-        if self.schema != (database.lower() if self.blind else database):
-            return (
-                f"expected a session in database {database!r}, got: {self.schema or 'none'!r};"
-                " does the server's init_connect say USE?"
-            )
-        if self.galera and not any_node:
-            return (
-                "it is a Galera node, whose named locks hold on one node only: set"
-                " AIOWORKER_GALERA=single-writer if all workers write through this one,"
-                " or AIOWORKER_BUDGET=worker"
-            )
-        if self.packet_bytes < SMALLEST_PACKET_BYTES:
-            return (
-                f"expected max_allowed_packet of at least {SMALLEST_PACKET_BYTES} bytes, for a"
-                f" chunk and its answers, got: {self.packet_bytes}; raise it on the server"
-            )
-        if self.unlogged:
-            return (
-                "expected binlog_format MIXED or ROW, got: STATEMENT, which cannot log READ"
-                " COMMITTED transactions; set it on the server"
-            )
-        return None
+    unfit: str | None
 
 
-async def begin(connection: Any, timeout: float) -> Server:
+async def begin(connection: Any, timeout: float, database: str, *, any_node: bool) -> Server:
     """Set what a new session relies on, and read what its server is.
 
     Args:
         connection: aiomysql's, logged in, nothing done with it yet.
         timeout: Seconds that its longest statement may take.
+        database: The database's name as the address has it.
+        any_node: Whether a node of a Galera cluster will do.
 
     Raises:
         MySQLError: The server refuses a setting.
@@ -201,12 +168,36 @@ async def begin(connection: Any, timeout: float) -> Server:
         schema, held = await cursor.fetchone()
         await cursor.execute(_SHOW)
         found = {str(name).lower(): str(value) for name, value in await cursor.fetchall()}
-    schema, blind = schema or "", found.get("lower_case_table_names", "0") != "0"
-    return Server(
-        schema=schema.lower() if blind else schema,
-        blind=blind,
-        lock=lock if held == 1 else None,
-        galera=found.get("wsrep_on") == "ON" or found.get("wsrep_provider", "") not in _NO_PROVIDER,
-        packet_bytes=int(found.get("max_allowed_packet", SMALLEST_PACKET_BYTES)),
-        unlogged=found.get("log_bin") == "ON" and found.get("binlog_format") == "STATEMENT",
-    )
+    schema, expected = schema or "", database
+    if found.get("lower_case_table_names", "0") != "0":
+        schema, expected = schema.lower(), expected.lower()
+    unfit = _unfit(found, any_node=any_node)
+    if schema != expected:
+        unfit = (
+            f"expected a session in database {database!r}, got: {schema or 'none'!r};"
+            " does the server's init_connect say USE?"
+        )
+    return Server(schema, lock if held == 1 else None, unfit)
+
+
+def _unfit(found: Mapping[str, str], *, any_node: bool) -> str | None:
+    """Return why a server with these variables will not do; None if it will."""
+    galera = found.get("wsrep_on") == "ON" or found.get("wsrep_provider", "") not in _NO_PROVIDER
+    if galera and not any_node:
+        return (
+            "it is a Galera node, whose named locks hold on one node only: set"
+            " AIOWORKER_GALERA=single-writer if all workers write through this one,"
+            " or AIOWORKER_BUDGET=worker"
+        )
+    packet_bytes = int(found.get("max_allowed_packet", SMALLEST_PACKET_BYTES))
+    if packet_bytes < SMALLEST_PACKET_BYTES:
+        return (
+            f"expected max_allowed_packet of at least {SMALLEST_PACKET_BYTES} bytes, for a"
+            f" chunk and its answers, got: {packet_bytes}; raise it on the server"
+        )
+    if found.get("log_bin") == "ON" and found.get("binlog_format") == "STATEMENT":
+        return (
+            "expected binlog_format MIXED or ROW, got: STATEMENT, which cannot log READ"
+            " COMMITTED transactions; set it on the server"
+        )
+    return None
