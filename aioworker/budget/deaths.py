@@ -77,7 +77,8 @@ class Deaths:
         self._deaths.update(died)
         if not row.running and mine is None:
             return
-        await self._write()
+        statement, arguments = self._statement()
+        self.paid(await self._database.execute(statement, arguments))
         for message in died:
             log.warning(
                 "worker died while it ran",
@@ -116,9 +117,6 @@ class Deaths:
                     self._running = None
         except (MySQLError, DatabaseError, TimeoutError):
             return
-
-    async def _write(self) -> None:
-        self.paid(await self._database.execute(*self._statement()))
 
     def _statement(self) -> tuple[str, dict[str, object]]:
         counted = {key: deaths for key, deaths in self._deaths.items() if deaths > 0}

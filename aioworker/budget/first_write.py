@@ -9,7 +9,7 @@ write, by the server's clock.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from aioworker.errors import TurnLostError
@@ -70,20 +70,18 @@ class Usual:
         self.seconds = max(seconds, KEPT * self.seconds)
 
 
-@dataclass(frozen=True, slots=True)
 class Habits:
     """What the runs of a task usually take to come to the first statement that may write.
 
-    Args:
+    Attributes:
         from_charge: Since they were charged.
         from_openings: Since they opened their first transaction, their second one, and so on:
             what comes behind one that only reads is no time to wait in front of it.
     """
 
-    from_charge: Usual = field(default_factory=Usual)
-    from_openings: tuple[Usual, ...] = field(
-        default_factory=lambda: tuple(Usual() for _ in range(NOTED))
-    )
+    def __init__(self) -> None:
+        self.from_charge = Usual()
+        self.from_openings = [Usual() for _ in range(NOTED)]
 
 
 @dataclass(frozen=True, slots=True)

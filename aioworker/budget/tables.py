@@ -167,19 +167,17 @@ def explaining(database: Database) -> Iterator[None]:
     Raises:
         DatabaseError: Anything of the database failed.
     """
-    try:
-        yield
-    except MySQLError as error:
-        words = f"{errors.describe(error).partition(';')[0]} at {database.address.shown}"
-        if errors.code(error) == ER.NO_SUCH_TABLE:
-            raise DatabaseError(
-                f"{words}: run `{command('init')}`, or set AIOWORKER_BUDGET=worker"
-            ) from error
-        if errors.code(error) == ER.BAD_FIELD_ERROR:
-            raise DatabaseError(f"{words}: the table is {older()}") from error
-        raise database.explain(error) from error
-    except TimeoutError as error:
-        raise database.explain(error) from error
+    with database.explaining():
+        try:
+            yield
+        except MySQLError as error:
+            words = f"{errors.describe(error).partition(';')[0]} at {database.address.shown}"
+            if errors.code(error) == ER.NO_SUCH_TABLE:
+                cure = f"run `{command('init')}`, or set AIOWORKER_BUDGET=worker"
+                raise DatabaseError(f"{words}: {cure}") from error
+            if errors.code(error) == ER.BAD_FIELD_ERROR:
+                raise DatabaseError(f"{words}: the table is {older()}") from error
+            raise
 
 
 def older() -> str:
@@ -215,7 +213,7 @@ async def read(database: Database, task: str) -> Row:
         DatabaseError: There is none, and only `aioworker init` makes one; or this server only
             reads.
     """
-    return _the_row(database, await _found(database, task), task)
+    return _there(await peek(database, task), task)
 
 
 async def take(database: Database, task: str, patience: int) -> tuple[bool, Row]:
@@ -232,14 +230,11 @@ async def take(database: Database, task: str, patience: int) -> tuple[bool, Row]
     Raises:
         DatabaseError: There is no row, or this server only reads.
     """
-    arguments = {
-        "task": task,
-        "lock": lock_name(await database.schema(), task),
-        "patience": patience,
-    }
+    lock = lock_name(await database.schema(), task)
+    arguments = {"task": task, "lock": lock, "patience": patience}
     asked = "SELECT GET_LOCK(%(lock)s, %(patience)s)"
     [[[got]], found] = [one.rows for one in await database.each(asked, _PEEK, args=arguments)]
-    return got == 1, _the_row(database, found, task)
+    return got == 1, _there(_row(database, found), task)
 
 
 async def tasks(database: Database) -> list[str]:
@@ -258,27 +253,24 @@ async def peek(database: Database, task: str) -> Row | None:
     Raises:
         DatabaseError: This server only reads.
     """
-    found = await _found(database, task)
-    return _row(database, found[0]) if found else None
-
-
-async def _found(database: Database, task: str) -> list[tuple[Any, ...]]:
     lock = lock_name(await database.schema(), task)
     [answer] = await database.each(_PEEK, args={"task": task, "lock": lock})
-    return answer.rows
+    return _row(database, answer.rows)
 
 
-def _the_row(database: Database, found: list[tuple[Any, ...]], task: str) -> Row:
-    if not found:
+def _there(row: Row | None, task: str) -> Row:
+    if row is None:
         raise DatabaseError(
             f"task {task!r} has no row in aioworker_budget: run `{command('init')}`"
         )
-    return _row(database, found[0])
+    return row
 
 
-def _row(database: Database, answer: tuple[Any, ...]) -> Row:
+def _row(database: Database, found: list[tuple[Any, ...]]) -> Row | None:
+    if not found:
+        return None
     values: list[Any]
-    *values, only_reads = answer
+    *values, only_reads = found[0]
     _leave(database, only_reads)
     values[0], values[4] = bool(values[0]), bool(values[4])
     if values[1] is not None:
