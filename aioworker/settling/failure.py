@@ -157,11 +157,11 @@ def _fault(error: BaseException) -> Fault:
             return Fault.MESSAGE
         case RowsRefusedError():
             return Fault.MESSAGE if error.written else Fault.DATA
-        case AioworkerError():
-            return Fault.ATTEMPT
-        case MySQLError() if errors.code(error):
-            kind = errors.kind(error)
-            return Fault.ATTEMPT if kind is None else _FAULTS[kind]
+    match errors.kind(error):
+        case ErrorKind.DATA:
+            return Fault.DATA
+        case ErrorKind.EVERY_MESSAGE:
+            return Fault.EVERY_MESSAGE
     return Fault.ATTEMPT
 
 
@@ -173,14 +173,6 @@ def _words(error: BaseException) -> str:
             return f"database, {errors.kind(error) or 'error'}: {errors.describe(error)}"
     name, words = name_of(error), describe(error)
     return name if words == name else f"{name}: {words}"
-
-
-_FAULTS = {
-    ErrorKind.CONTENTION: Fault.ATTEMPT,
-    ErrorKind.DATA: Fault.DATA,
-    ErrorKind.NO_ROOM: Fault.ATTEMPT,
-    ErrorKind.EVERY_MESSAGE: Fault.EVERY_MESSAGE,
-}
 
 
 def _lines(error: BaseException) -> list[tuple[str, str, int]]:

@@ -15,6 +15,7 @@ from aioworker.settling.outcome import Kind, Outcome
 
 if TYPE_CHECKING:
     from aioworker.errors import BrokerError
+    from aioworker.settling.failure import Failure
     from aioworker.settling.start import Start
     from aioworker.tasks.context import Context
 
@@ -60,10 +61,11 @@ class Report:
             values["retry_seconds"] = RETRY_TTL_MS / 1000
         values["outcome"] = str(result.kind)
         phrase, level = _phrase(result)
-        error = result.failure.error if result.failure is not None else None
+        failure = result.failure
+        error = None if failure is None else failure.error
         try:
             info = None
-            if error is not None and self._shows_traceback(result, start.ctx.task, level):
+            if failure is not None and error is not None and self._is_shown(start, failure, level):
                 info = (type(error), error, traceback_of(error))
             log.log(level, phrase, exc_info=info, extra=fields(**values))
         finally:
@@ -89,11 +91,11 @@ class Report:
             "run_seconds": ended - began,
         }
 
-    def _shows_traceback(self, result: Outcome, task: str, level: int) -> bool:
-        failure = result.failure
-        if failure is None or result.away is not None or not log.isEnabledFor(level):
+    def _is_shown(self, start: Start, failure: Failure, level: int) -> bool:
+        """Whether the traceback is, of a failure that has one."""
+        if start.outcome.away is not None or not log.isEnabledFor(level):
             return False
-        new = failure.error is not None and self._tracebacks.allows((task, failure.fingerprint))
+        new = self._tracebacks.allows((start.ctx.task, failure.fingerprint))
         return new or log.isEnabledFor(logging.DEBUG)
 
 

@@ -12,7 +12,7 @@ import re
 import secrets
 import time
 from importlib.metadata import version
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from aioworker.budget import tables
 from aioworker.budget.tables import ALIVE_SECONDS
@@ -52,20 +52,6 @@ _SWEEP = f"DELETE FROM aioworker_worker WHERE seen < SYSDATE(6) - INTERVAL {KEPT
 _LEAVE = "DELETE FROM aioworker_worker WHERE id = %(id)s"
 
 
-class _Told(NamedTuple):
-    """What a worker says of itself."""
-
-    state: State
-    reason: Reason
-
-    @property
-    def well(self) -> bool:
-        """Whether it runs, or waits as it does before each start."""
-        return self.state is State.RUNNING or (
-            self.state is State.WAITING and self.reason.kind.routine
-        )
-
-
 class Presence:
     """What one worker does, for one task.
 
@@ -97,8 +83,8 @@ class Presence:
         self._notify = notify
         self._database = database
         self._run_seconds = max(run_seconds - ALIVE_SECONDS / 2, 0.0)
-        self._told = _Told(State.STARTING, Reason(ReasonKind.STARTING, ""))
-        self._written: _Told | None = None
+        self._reason = Reason(ReasonKind.STARTING, "")
+        self._written: Reason | None = None  # what the row says
         self._written_at = float("-inf")
         self._looked_at = float("-inf")
         self._refused_at = float("-inf")
@@ -125,16 +111,16 @@ class Presence:
             reason: Why it waits, or what runs.
         """
         kind, state = reason.kind, reason.kind.state
-        if (told := _Told(state, reason)) != self._told:
-            self._told, self._owed = told, kind.level
+        if reason != self._reason:
+            self._reason, self._owed = reason, kind.level
             self._notify(f"{state}: {reason}")
             if state is State.WAITING:
                 # Each start has its own moment: one line for the first of such waits is enough.
                 self._owed = logging.DEBUG if kind.routine and self._routine else kind.level
                 self._routine = kind.routine
         if self._owed is not None and self._may_be_said(self._owed, f"{state}: {reason}"):
-            told_fields = fields(task=self._task, kind=kind, reason=reason.words)
-            log.log(self._owed, state, extra=told_fields)
+            said = fields(task=self._task, kind=kind, reason=reason.words)
+            log.log(self._owed, state, extra=said)
             self._owed = None
 
     def _may_be_said(self, level: int, words: str) -> bool:
@@ -154,11 +140,11 @@ class Presence:
         """
         if self._database is None:
             return
-        now, written = self._told, self._written
+        now, written = self._reason, self._written
         due = HEARTBEAT_SECONDS if now == written else SOON_SECONDS
-        same = written is not None and now.state is written.state
-        known = same or (written is not None and now.well and written.well)
-        outlasts = now.state is State.RUNNING and not same and self._run_seconds > 0
+        same = written is not None and now.kind.state is written.kind.state
+        known = same or (written is not None and _is_well(now) and _is_well(written))
+        outlasts = now.kind is ReasonKind.RUNNING and not same and self._run_seconds > 0
         if known and not outlasts and time.monotonic() - self._written_at < due:
             return
         if time.monotonic() - self._refused_at < HEARTBEAT_SECONDS:
@@ -214,18 +200,18 @@ class Presence:
             log.warning(words, extra=fields(task=self._task, reason=str(error)))
 
     async def _write(self, database: Database) -> None:
-        state, reason = now = self._told
+        reason = self._reason
         arguments = {
             **self._arguments,
-            "state": state,
+            "state": reason.kind.state,
             "kind": reason.kind,
             "reason": reason.words[:REASON_LENGTH],
             # A run may outlast what counts as alive, and nothing is written meanwhile.
-            "ahead": self._run_seconds if state is State.RUNNING else 0,
+            "ahead": self._run_seconds if reason.kind is ReasonKind.RUNNING else 0,
         }
         if not await database.execute(_UPDATE, arguments):
             await database.execute(_INSERT, arguments)
-        self._written, self._written_at = now, time.monotonic()
+        self._written, self._written_at = reason, time.monotonic()
         if self._written_at - self._looked_at >= HEARTBEAT_SECONDS:
             self._looked_at = self._written_at
             await self._look_around(database)
@@ -254,3 +240,8 @@ class Presence:
             )
         self._rates = rates
         await database.execute(_SWEEP)
+
+
+def _is_well(reason: Reason) -> bool:
+    """Whether a worker runs, or waits as it does before each start."""
+    return reason.kind is ReasonKind.RUNNING or reason.kind.routine
