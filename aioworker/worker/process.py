@@ -9,6 +9,7 @@ import socket
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from aioworker.budget.shared import SharedBudget
@@ -55,24 +56,6 @@ class Done:
     settled: Counter[Kind]
 
 
-class _Status:
-    """What the worker does, all its tasks together, as the service manager shows it."""
-
-    def __init__(self, notifier: Notifier, alone: bool) -> None:
-        self._notifier = notifier
-        self._alone = alone
-        self._of: dict[str, str] = {}
-
-    def of(self, task: str) -> Callable[[str], None]:
-        """Return what to call with a task's words."""
-
-        def report(doing: str) -> None:
-            self._of[task] = doing if self._alone else f"{task} {doing}"
-            self._notifier.send(STATUS="; ".join(self._of.values()))
-
-        return report
-
-
 class Process:
     """Runs tasks' messages, in one event loop for all of them.
 
@@ -102,6 +85,7 @@ class Process:
         self._stop = asyncio.Event()
         self._workers: list[Worker] = []
         self._running = False
+        self._doing: dict[str, str] = {}  # of each task, in words
 
     @contextmanager
     def naming_what_ran(self) -> Iterator[None]:
@@ -157,9 +141,7 @@ class Process:
                 monitor = LoopMonitor()
                 supervisors = self._make(monitor)
                 self._notifier.send(READY="1", STATUS="starting")
-                serving = []
-                for one in supervisors:
-                    serving.append(asyncio.create_task(one.run(self._stop)))
+                serving = [asyncio.create_task(one.run(self._stop)) for one in supervisors]
                 try:
                     with monitor:
                         complete = await self._until_stopped(serving)
@@ -176,16 +158,66 @@ class Process:
 
     def _make(self, monitor: LoopMonitor) -> list[Supervisor]:
         """Make what serves each task."""
-        status = _Status(self._notifier, alone=len(self._tasks) == 1)
+        self._doing.clear()
         if self._settings.budget != "shared":
             log.warning(
                 "the rate limit counts this process's starts alone: AIOWORKER_BUDGET=worker"
             )
-        made = [
-            _supervisor(self._settings, task, self._burst, status, monitor) for task in self._tasks
-        ]
+        made = [self._supervisor(task, monitor) for task in self._tasks]
         self._workers = [one.worker for one in made]
         return made
+
+    def _supervisor(self, task: AnyTask, monitor: LoopMonitor) -> Supervisor:
+        """Make what serves a task."""
+        settings, options = self._settings, task.options
+        own = in_force(options.rate_limit or NoLimit.NONE, settings.rate_limit)
+        rate = own.limit if isinstance(own.limit, RateLimit) else None
+        timeout = settings.task_timeout if options.timeout is None else options.timeout
+        host, pid = socket.gethostname(), os.getpid()
+        name = f"{host}:{pid}"
+        database = settings.database(timeout, check=False)  # files may come back
+        shared = settings.budget == "shared"
+        presence = Presence(
+            task.name,
+            host,
+            pid,
+            None if rate is None else str(rate),
+            partial(self._report, task.name),
+            database if shared else None,
+            timeout,
+        )
+        budget = SharedBudget(database, task.name, rate, name) if shared else WorkerBudget(rate)
+        log.info(
+            "worker started",
+            extra=fields(
+                task=task.name, rate_limit=own.rate, budget=settings.budget, burst=self._burst
+            ),
+        )
+        worker = Worker.of(
+            name,
+            task,
+            database,
+            budget,
+            presence,
+            timeout=settings.connect_timeout,
+            task_timeout=timeout,
+            max_retries=settings.max_retries
+            if options.max_retries is None
+            else options.max_retries,
+            nodes=len(settings.amqp_url),
+            stood_still=monitor.recent,
+            needs_database=shared or task.needs_database,
+            burst=self._burst,
+        )
+        queues = Queues.of(task.name, settings.queue_prefix)
+        return Supervisor(
+            worker, settings.amqp_url, queues, settings.connect_timeout, f"{name} {task.name}"
+        )
+
+    def _report(self, task: str, doing: str) -> None:
+        """Show by the service manager what the worker does, all its tasks together."""
+        self._doing[task] = doing if len(self._tasks) == 1 else f"{task} {doing}"
+        self._notifier.send(STATUS="; ".join(self._doing.values()))
 
     async def _until_stopped(self, serving: Sequence[asyncio.Task[bool]]) -> bool:
         """Wait until all have ended, by themselves or after a stop.
@@ -241,49 +273,3 @@ class Process:
         starts = sum(worker.consumer.starts for worker in self._workers)
         log.info("worker stopped", extra=fields(starts=starts, done=settled[Kind.ACK]))
         return Done(complete, starts, settled)
-
-
-def _supervisor(
-    settings: Settings, task: AnyTask, burst: bool, status: _Status, monitor: LoopMonitor
-) -> Supervisor:
-    """Make what serves a task."""
-    options = task.options
-    own = in_force(options.rate_limit or NoLimit.NONE, settings.rate_limit)
-    rate = own.limit if isinstance(own.limit, RateLimit) else None
-    timeout = settings.task_timeout if options.timeout is None else options.timeout
-    host, pid = socket.gethostname(), os.getpid()
-    name = f"{host}:{pid}"
-    database = settings.database(timeout, check=False)  # files may come back
-    shared = settings.budget == "shared"
-    presence = Presence(
-        task.name,
-        host,
-        pid,
-        None if rate is None else str(rate),
-        status.of(task.name),
-        database if shared else None,
-        timeout,
-    )
-    budget = SharedBudget(database, task.name, rate, name) if shared else WorkerBudget(rate)
-    log.info(
-        "worker started",
-        extra=fields(task=task.name, rate_limit=own.rate, budget=settings.budget, burst=burst),
-    )
-    worker = Worker.of(
-        name,
-        task,
-        database,
-        budget,
-        presence,
-        timeout=settings.connect_timeout,
-        task_timeout=timeout,
-        max_retries=settings.max_retries if options.max_retries is None else options.max_retries,
-        nodes=len(settings.amqp_url),
-        stood_still=monitor.recent,
-        needs_database=shared or task.needs_database,
-        burst=burst,
-    )
-    queues = Queues.of(task.name, settings.queue_prefix)
-    return Supervisor(
-        worker, settings.amqp_url, queues, settings.connect_timeout, f"{name} {task.name}"
-    )
