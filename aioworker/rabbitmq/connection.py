@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from urllib.parse import urlsplit
 
 import aio_pika
-from aio_pika.abc import AbstractConnection
+from aio_pika.abc import AbstractChannel, AbstractConnection
 from aio_pika.exceptions import AuthenticationError, ProbableAuthenticationError
 from aiormq.exceptions import InvalidFrameError
 from pamqp import commands
@@ -211,8 +211,10 @@ async def connected(
         await close(opened, seconds)
 
 
-async def close(opened: Connection, seconds: float = CLOSE_SECONDS) -> None:
-    """Close a connection; a peer that does not say goodbye is not waited for long."""
+async def close(
+    opened: AbstractConnection | AbstractChannel, seconds: float = CLOSE_SECONDS
+) -> None:
+    """Close a connection or a channel; a peer that does not say goodbye is not waited for long."""
     with contextlib.suppress(*FAILURES):
         async with asyncio.timeout(seconds):
             await opened.close()

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from aioworker.errors import BrokerError, NotTakenError, QueueMissingError
 from aioworker.rabbitmq import copies
-from aioworker.rabbitmq.connection import CLOSE_SECONDS
-from aioworker.rabbitmq.errors import FAILURES, explain, forbids, in_time, uncounted
+from aioworker.rabbitmq.connection import close
+from aioworker.rabbitmq.errors import explain, forbids, in_time, uncounted
 from aioworker.rabbitmq.letter import Letter
 from aioworker.rabbitmq.publisher import Publisher
 from aioworker.rabbitmq.queues import Queues, counted
@@ -102,9 +102,7 @@ class DeadLetters:
 
     async def close(self) -> None:
         """End it; a letter still in hand goes back to where it lay."""
-        with suppress(*FAILURES):
-            async with asyncio.timeout(CLOSE_SECONDS):
-                await self._channel.close()
+        await close(self._channel)
 
     async def read(
         self, decide: Decide, progress: Progress = no_progress, *, copies: bool = True
@@ -254,22 +252,19 @@ class DeadLetters:
     async def _next(self) -> AbstractIncomingMessage | None:
         """Return the next letter, None when there are no more."""
         empty = False
-        try:
-            async with asyncio.timeout(self._timeout):
-                while True:
-                    with suppress(TimeoutError):
-                        async with asyncio.timeout(QUIET_SECONDS):
-                            delivery = await self._deliveries.get()
-                            self._answered()
-                            return delivery
-                    if empty:
-                        return None
-                    ready, _consumers = await self._counts()
-                    if empty := not ready:
-                        # The answer can overtake a letter on its way here; the next cannot.
-                        await self._counts()
-        except TimeoutError as error:
-            raise explain(error, self.queues.dead) from error
+        async with in_time(self.queues.dead, self._timeout):
+            while True:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(QUIET_SECONDS):
+                        delivery = await self._deliveries.get()
+                        self._answered()
+                        return delivery
+                if empty:
+                    return None
+                ready, _consumers = await self._counts()
+                if empty := not ready:
+                    # The answer can overtake a letter on its way here; the next cannot.
+                    await self._counts()
 
     async def _counts(self) -> tuple[int, int]:
         """Return how many letters and consumers there are; none that has arrived is counted.

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from aio_pika.exceptions import ChannelPreconditionFailed
 
 from aioworker.errors import BrokerError
+from aioworker.rabbitmq.connection import close
 from aioworker.rabbitmq.delivery import Delivery
-from aioworker.rabbitmq.errors import FAILURES, describe, in_time
+from aioworker.rabbitmq.errors import describe, in_time
 from aioworker.rabbitmq.queues import Queues, check
 
 if TYPE_CHECKING:
@@ -251,6 +251,4 @@ class OpenLanes:
             yield
         finally:
             self._channel.close_callbacks.discard(ended)
-            with suppress(*FAILURES):
-                async with asyncio.timeout(self._timeout):
-                    await channel.close()
+            await close(channel, self._timeout)

@@ -39,11 +39,8 @@ CONTENT_ENCODING = "utf-8"
 # What UTF-8 is called: in part if it is ASCII, and by those who mean that nothing encodes it.
 _ENCODINGS = {"utf-8", "utf8", "us-ascii", "ascii", "7bit", "8bit", "binary", "identity"}
 _QUOTES = " \t'\""  # which some put around an encoding
-_EMPTY: tuple[object, ...] = (
-    None,
-    [],
-    {},
-)  # PHP writes a list for an empty mapping; others write null for either
+# PHP writes a list for an empty mapping; others write null for either.
+_EMPTY: tuple[object, ...] = (None, [], {})
 _KINDS = (list, dict, dict)  # of a body: arguments, keyword arguments, what to do afterwards
 _DIGITS = re.compile(r"[0-9]{1,20}(\.[0-9]{1,9})?")  # a number, of clients whose headers are text
 _FIRST_EPOCH, _LAST_EPOCH = 10**9, 10**11  # seconds: the years 2001 to 5138
