@@ -62,10 +62,10 @@ class Outage:
         self._failures += 1
         if self._failures < self._nodes:
             return 0.0
-        return _backoff(
-            self._failures - self._nodes + 1,
-            LONGEST_AWAY_SECONDS if error.unreachable else LONGEST_REFUSED_SECONDS,
-        )
+        longest = LONGEST_AWAY_SECONDS if error.unreachable else LONGEST_REFUSED_SECONDS
+        doublings = min(self._failures - self._nodes + 1, 10)
+        # Full jitter up to a bound that doubles each time.
+        return random.uniform(0.1, min(longest, FIRST_SECONDS * 2.0**doublings))
 
     def reason(self, error: BrokerError | DatabaseError) -> Reason:
         """Return the reason to wait: since when, where the server itself is away."""
@@ -75,11 +75,6 @@ class Outage:
         self._since = self._since or datetime.now(UTC)
         words = f"{self._what} unreachable since {self._since:%H:%M:%S} UTC: {error}"
         return Reason(kind_of(error), words)
-
-
-def _backoff(failures: int, longest: float) -> float:
-    """Return seconds between 0.1 and a bound that doubles: full jitter."""
-    return random.uniform(0.1, min(longest, FIRST_SECONDS * 2.0 ** min(failures, 10)))
 
 
 class Stall:
