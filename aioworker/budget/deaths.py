@@ -77,8 +77,7 @@ class Deaths:
         self._deaths.update(died)
         if not row.running and mine is None:
             return
-        statement, arguments = self._statement()
-        self.paid(await self._database.execute(statement, arguments))
+        self.paid(await self._database.execute(_WRITE, self._noted()))
         for message in died:
             log.warning(
                 "worker died while it ran",
@@ -94,9 +93,9 @@ class Deaths:
             del self._deaths[message]
             self._over = True
 
-    def owed(self) -> tuple[str, dict[str, object]] | None:
-        """Return the statement that is owed before the turn is given back, None where none is."""
-        return self._statement() if self._over else None
+    def owed(self) -> tuple[list[str], dict[str, object]]:
+        """Return what is to be run before the turn is given back, if anything; its arguments."""
+        return [_WRITE] if self._over else [], self._noted()
 
     def paid(self, matched: int) -> None:
         """Note how many rows that statement wrote."""
@@ -118,8 +117,8 @@ class Deaths:
         except (MySQLError, DatabaseError, TimeoutError):
             return
 
-    def _statement(self) -> tuple[str, dict[str, object]]:
+    def _noted(self) -> dict[str, object]:
         counted = {key: deaths for key, deaths in self._deaths.items() if deaths > 0}
         newest = dict(list(counted.items())[-KEPT:])
         deaths = json.dumps(newest) if newest else None
-        return _WRITE, {**self._arguments, "deaths": deaths}
+        return {**self._arguments, "deaths": deaths}

@@ -111,7 +111,7 @@ class SharedBudget:
         self._due_at = 0.0
         self._habits = Habits()
         self._write_due = Due(0.0, self._clock.now(), 0.0)
-        self._greeted = 0
+        self._checked_session = 0
         self._arguments: dict[str, object] = {
             "task": task,
             "worker": worker,
@@ -214,7 +214,7 @@ class SharedBudget:
             yield Wait(Reason(kind, f"turn: held by {name}"), TURN_SECONDS)
             return
         try:
-            with self._database.pinned():
+            with self._database.without_reconnect():
                 with tables.explaining(self._database):
                     await self._deaths.review(row)
                 yield await self._judge(row)
@@ -295,8 +295,7 @@ class SharedBudget:
         """
         if not self._database.is_open:
             return
-        owed = self._deaths.owed()
-        statements, arguments = ([], self._arguments) if owed is None else ([owed[0]], owed[1])
+        statements, arguments = self._deaths.owed()
         try:
             *noted, released = await self._database.each(
                 *statements, "SELECT RELEASE_LOCK(%(lock)s)", args=arguments
@@ -319,10 +318,10 @@ class SharedBudget:
     async def _seen(self, row: Row, took: float) -> None:
         """Go by the row's clock; the first time on a connection, see that this server will do."""
         self._clock.set(row.now, took)
-        if row.session != self._greeted:
+        if row.session != self._checked_session:
             self._arguments["lock"] = tables.lock_name(await self._database.schema(), self._task)
             await self._refuse_unfit()
-            self._greeted = row.session
+            self._checked_session = row.session
 
     async def _refuse_unfit(self) -> None:
         """Refuse a server on which the clock stands still in a statement.

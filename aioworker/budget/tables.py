@@ -47,7 +47,7 @@ WROTE = _BOUNDED(f"IF({_OURS}, last_write, last_start)")
 # answer with words.
 _ONLY_READS = "CONCAT(@@read_only) NOT IN ('0', 'OFF') OR @@innodb_read_only"
 
-_PEEK = f"""SELECT paused, gap_us, TIMESTAMPDIFF(MICROSECOND, {_STARTED}, SYSDATE(6)),
+_FIND = f"""SELECT paused, gap_us, TIMESTAMPDIFF(MICROSECOND, {_STARTED}, SYSDATE(6)),
     {_STARTED}, server = {SERVER}, server, {SERVER},
     COALESCE(IS_USED_LOCK(%(lock)s), 0), CONNECTION_ID(),
     starts, holder, paused_by, paused_at, paused_why, set_by, set_at, set_why,
@@ -213,7 +213,7 @@ async def read(database: Database, task: str) -> Row:
         DatabaseError: There is none, and only `aioworker init` makes one; or this server only
             reads.
     """
-    return _there(await peek(database, task), task)
+    return _there(await find_row(database, task), task)
 
 
 async def take(database: Database, task: str, patience: int) -> tuple[bool, Row]:
@@ -233,7 +233,7 @@ async def take(database: Database, task: str, patience: int) -> tuple[bool, Row]
     lock = lock_name(await database.schema(), task)
     arguments = {"task": task, "lock": lock, "patience": patience}
     asked = "SELECT GET_LOCK(%(lock)s, %(patience)s)"
-    [[[got]], found] = [one.rows for one in await database.each(asked, _PEEK, args=arguments)]
+    [[[got]], found] = [one.rows for one in await database.each(asked, _FIND, args=arguments)]
     return got == 1, _there(_row(database, found), task)
 
 
@@ -247,14 +247,14 @@ async def rates(database: Database, task: str) -> set[str]:
     return {rate for [rate] in await database.query(_RATES, (task,))}
 
 
-async def peek(database: Database, task: str) -> Row | None:
+async def find_row(database: Database, task: str) -> Row | None:
     """Return the task's row, None if there is none.
 
     Raises:
         DatabaseError: This server only reads.
     """
     lock = lock_name(await database.schema(), task)
-    [answer] = await database.each(_PEEK, args={"task": task, "lock": lock})
+    [answer] = await database.each(_FIND, args={"task": task, "lock": lock})
     return _row(database, answer.rows)
 
 

@@ -218,7 +218,7 @@ async def _in_force(settings: Settings, task: AnyTask, database: Database) -> In
     row = None
     if settings.budget == "shared":
         with tables.explaining(database):
-            row = await tables.peek(database, task.name)
+            row = await tables.find_row(database, task.name)
     return in_force(task.rate_limit or NoLimit.NONE, settings.rate_limit, row)
 
 

@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from aioworker.budget import tables
-from aioworker.budget.tables import Row, holder, peek
+from aioworker.budget.tables import Row, find_row, holder
 from aioworker.clock import own_time
 from aioworker.commands import meant
 from aioworker.commands.controls import rate_in_force
@@ -280,7 +280,7 @@ async def _ask_database(
 
 
 async def _told(database: Database, name: str) -> Told:
-    row = await peek(database, name)
+    row = await find_row(database, name)
     ahead = None if row is None else (own_time() - row.now).total_seconds()
     turn = await holder(database, name, row.turn if row else 0)
     return Told(row, turn and turn.name, await workers(database, name), ahead)

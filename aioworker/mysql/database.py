@@ -212,7 +212,7 @@ class Database:
         self._server: session.Server | None = None
         self._connect_timeout = connect_timeout
         self._connection: Any = None
-        self._pinned = False
+        self._no_reconnect = False
         self._transaction_of: object | None = None  # who holds the transaction that is open
         self._first_write: FirstWrite | None = None
         # Of what is on now, and who is to be told of its waits.
@@ -404,13 +404,13 @@ class Database:
                 report(None)
 
     @contextmanager
-    def pinned(self) -> Iterator[None]:
+    def without_reconnect(self) -> Iterator[None]:
         """Inside, a lost connection is not replaced: it held a lock that is lost with it."""
-        before, self._pinned = self._pinned, True
+        before, self._no_reconnect = self._no_reconnect, True
         try:
             yield
         finally:
-            self._pinned = before
+            self._no_reconnect = before
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
@@ -444,7 +444,7 @@ class Database:
         """Lend the connection; leave no transaction open and no statement running."""
         run.refuse_ended()
         if self._connection is None:
-            if self._pinned:
+            if self._no_reconnect:
                 raise DatabaseError(f"connection to MySQL at {self.address.shown} lost in a run")
             await self.ready()
             run.refuse_ended()

@@ -45,7 +45,7 @@ async def run(call: Callable[[], Any], database: Database | None, task: str) -> 
                 "its time is up, but a thread cannot be ended: waiting for it to return",
                 extra=fields(task=task),
             )
-        with database.pinned() if database is not None else nullcontext():
+        with database.without_reconnect() if database is not None else nullcontext():
             await asyncio.wait({ended})
         if not ended.cancelled():
             ended.exception()  # looked at: the cancellation is what is told

@@ -11,7 +11,7 @@ import pytest
 
 from aioworker.budget import tables
 from aioworker.budget.shared import SharedBudget
-from aioworker.budget.tables import Row, peek
+from aioworker.budget.tables import Row, find_row
 from aioworker.errors import DatabaseError, TurnLostError
 from aioworker.limits import RateLimit, Wait
 from aioworker.mysql.database import Database
@@ -51,7 +51,7 @@ async def make(pair: Servers, shop: Connection[Cursor]) -> AsyncIterator[Fleet]:
 
 async def row(database: Database) -> Row:
     """Return the task's row."""
-    found = await peek(database, TASK)
+    found = await find_row(database, TASK)
     assert found is not None
     return found
 

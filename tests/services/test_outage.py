@@ -115,7 +115,7 @@ class Losing(Database):
 
     async def query(self, statement: str, args: object = None) -> list[tuple[Any, ...]]:
         """Read; the first time that it is asked what is needed, lose the connection."""
-        if self._pinned and "JSON_TABLE" in statement and not self.lost:
+        if self._no_reconnect and "JSON_TABLE" in statement and not self.lost:
             self.lost = True
             self.close()
             raise OperationalError(CR.CR_SERVER_LOST, "Lost connection to MySQL server")
