@@ -109,7 +109,8 @@ def _phrase(result: Outcome) -> tuple[str, int]:
             return "message refused", logging.ERROR
         case Kind.RELEASED if not result.failed:
             return "chunk given back", logging.INFO
-    return "chunk failed", logging.WARNING
+        case Kind.RELEASED | Kind.RETRY | Kind.POSTPONED:  # all: mypy misses a new one here
+            return "chunk failed", logging.WARNING
 
 
 def _counts(ctx: Context) -> dict[str, Any]:
