@@ -32,6 +32,7 @@ class ReasonKind(StrEnum):
         timed: Whether it ends by itself at a moment that is known.
         red: Whether somebody is needed: `aioworker health` exits 1.
         ends_burst: Whether a burst ends with it, and does not wait.
+        fails_burst: Whether that burst exits 1.
     """
 
     STARTING = "starting", DEBUG, "steady"
@@ -41,10 +42,22 @@ class ReasonKind(StrEnum):
     FIRST_WRITE = "first_write", DEBUG, "steady", "routine", "timed"
     TURN = "turn", INFO, "steady", "routine"
     TURN_UNOWNED = "turn_unowned", INFO, "steady", "routine"  # it is no live worker's
-    PAUSED = "paused", INFO, "ends_burst"
+    PAUSED = "paused", INFO, "ends_burst", "fails_burst"
     BREAKER = "breaker", ERROR, "red", "ends_burst"
-    TWO_SERVERS = "two_servers", ERROR, "red", "ends_burst"  # both write the budget's row
-    STALLED = "stalled", ERROR, "red", "ends_burst"  # a start is due, and nothing starts
+    TWO_SERVERS = (
+        "two_servers",
+        ERROR,
+        "red",
+        "ends_burst",
+        "fails_burst",
+    )  # both write the budget's row
+    STALLED = (
+        "stalled",
+        ERROR,
+        "red",
+        "ends_burst",
+        "fails_burst",
+    )  # a start is due, and nothing starts
     RUN_HANGS = "run_hangs", ERROR, "red"  # its time is up, and its thread does not return
     BROKER_UNREACHABLE = "broker_unreachable", WARNING, "ends_burst"
     BROKER_REFUSES = "broker_refuses", ERROR, "ends_burst"  # a queue, the login, a right
@@ -63,6 +76,7 @@ class ReasonKind(StrEnum):
     timed: bool
     red: bool
     ends_burst: bool
+    fails_burst: bool
 
     def __new__(cls, value: str, level: int, *traits: str) -> ReasonKind:
         """Make one of the rows above."""
@@ -74,6 +88,7 @@ class ReasonKind(StrEnum):
         kind.timed = "timed" in traits
         kind.red = "red" in traits
         kind.ends_burst = "ends_burst" in traits
+        kind.fails_burst = "fails_burst" in traits
         return kind
 
     @classmethod

@@ -91,6 +91,8 @@ def _next_start(limit: Limit, waits: ReasonKind) -> str:
         return "not while paused"
     if waits.timed:
         return "as the worker tells"
+    if waits.red:
+        return "not while it waits for that"
     return "as each worker's rate allows" if limit.rate == "unknown" else "at once"
 
 

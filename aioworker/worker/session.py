@@ -36,7 +36,6 @@ QUIET_SECONDS = 0.2  # without a message, and the lanes are asked again
 SUSPECT_RETURNS = 3  # deliveries that were not settled, and a message is served alone
 ALARM_SECONDS = 30.0  # until the next message, if RabbitMQ confirms no copy
 IDLE_SECONDS = 0.9  # between looks at empty lanes: a message is noticed within a second
-_FAILING = (ReasonKind.PAUSED, ReasonKind.TWO_SERVERS, ReasonKind.STALLED)  # a burst fails
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +238,7 @@ class Session:
             DatabaseError: The worker's row cannot be written.
         """
         worker, reason = self._worker, self._reason([wait.reason for wait in waits])
-        if worker.burst and reason.kind in _FAILING:
+        if worker.burst and reason.kind.fails_burst:
             raise AioworkerError(str(reason))
         if worker.burst and reason.kind is ReasonKind.EMPTY:
             return False
@@ -266,13 +265,7 @@ class Session:
             found = [self._tried()]
         elif why and all(one.kind is not ReasonKind.BREAKER for one in found):
             found.append(Reason(ReasonKind.BREAKER, f"breaker open: {why}"))
-        found.sort(
-            key=lambda one: (
-                one.kind not in _FAILING,
-                one.kind is not ReasonKind.BREAKER,
-                one.kind.timed,
-            )
-        )
+        found.sort(key=_rank)
         return Reason(found[0].kind, "; ".join(map(str, found)))
 
     def _tried(self) -> Reason:
@@ -477,6 +470,11 @@ class Session:
         worker.recovery.progress(seconds)
         await first_of(seconds, self._stop, self._lost)
         self._notice_loss()
+
+
+def _rank(reason: Reason) -> tuple[bool, bool, bool]:
+    """Return where a reason stands among several, for sorting."""
+    return not reason.kind.fails_burst, not reason.kind.red, reason.kind.timed
 
 
 async def first_of(seconds: float, *events: asyncio.Event) -> None:

@@ -40,10 +40,10 @@ MEANINGS = {
     ReasonKind.FIRST_WRITE: Meaning(DEBUG, WAITS, "steady routine timed"),
     ReasonKind.TURN: Meaning(INFO, WAITS, "steady routine"),
     ReasonKind.TURN_UNOWNED: Meaning(INFO, WAITS, "steady routine"),
-    ReasonKind.PAUSED: Meaning(INFO, WAITS, "ends_burst"),
+    ReasonKind.PAUSED: Meaning(INFO, WAITS, "ends_burst fails_burst"),
     ReasonKind.BREAKER: Meaning(ERROR, STALLS, "red ends_burst"),
-    ReasonKind.TWO_SERVERS: Meaning(ERROR, STALLS, "red ends_burst"),
-    ReasonKind.STALLED: Meaning(ERROR, STALLS, "red ends_burst"),
+    ReasonKind.TWO_SERVERS: Meaning(ERROR, STALLS, "red ends_burst fails_burst"),
+    ReasonKind.STALLED: Meaning(ERROR, STALLS, "red ends_burst fails_burst"),
     ReasonKind.RUN_HANGS: Meaning(ERROR, STALLS, "red"),
     ReasonKind.BROKER_UNREACHABLE: Meaning(WARNING, WAITS, "ends_burst"),
     ReasonKind.BROKER_REFUSES: Meaning(ERROR, WAITS, "ends_burst"),
@@ -62,7 +62,9 @@ MEANINGS = {
 def test_each_kind_says_what_it_means(kind: ReasonKind) -> None:
     """Its line's level, what `health` makes of it, whether a burst waits for it."""
     traits = [
-        name for name in ("steady", "routine", "timed", "red", "ends_burst") if getattr(kind, name)
+        name
+        for name in ("steady", "routine", "timed", "red", "ends_burst", "fails_burst")
+        if getattr(kind, name)
     ]
 
     assert Meaning(kind.level, kind.state, " ".join(traits)) == MEANINGS[kind]
@@ -77,7 +79,7 @@ def test_each_kind_is_a_word_for_programs(kind: ReasonKind) -> None:
     assert ReasonKind.of(str(kind)) is kind
 
 
-@pytest.mark.parametrize("text", [None, "", "throttle"], ids=["earlier", "nothing", "later"])
+@pytest.mark.parametrize("text", [None, "", "not_yet_known"], ids=["earlier", "nothing", "later"])
 def test_a_kind_of_another_version_is_unknown(text: str | None) -> None:
     """Workers of several versions write into one table."""
     assert ReasonKind.of(text) is ReasonKind.UNKNOWN
