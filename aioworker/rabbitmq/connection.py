@@ -99,8 +99,6 @@ async def _confirming(opened: Connection) -> Connection:
 
 def _of_all(failures: Sequence[BrokerError]) -> BrokerError:
     """Return one error that names every node that was tried, each with its own reason."""
-    if not failures:
-        return BrokerError("expected at least one address of RabbitMQ, got none")
     *others, last = failures
     if not others:
         return last

@@ -55,7 +55,7 @@ class Letter:
                 reason=text(headers.get("x-aioworker-reason")) or NO_REASON,
                 error=text(headers.get("x-aioworker-error")),
                 attempts=_number(headers.get("x-aioworker-attempts")),
-                lane=_lane(urgent=text(headers.get("x-aioworker-lane")) == "urgent"),
+                lane="urgent" if text(headers.get("x-aioworker-lane")) == "urgent" else "bulk",
                 first_failed_at=_time(headers.get("x-aioworker-first-failed-at")),
                 failed_at=_time(headers["x-aioworker-failed-at"]),
                 worker=text(headers.get("x-aioworker-worker")),
@@ -74,7 +74,7 @@ class Letter:
             reason=message.unreadable(headers) or why,
             error=None,
             attempts=None,
-            lane=_lane(urgent=queue.endswith(".urgent")),
+            lane="urgent" if queue.endswith(".urgent") else "bulk",
             first_failed_at=_time(headers.get("x-aioworker-first-failed-at")),
             failed_at=_time(death.get("time")),
             worker=None,
@@ -127,10 +127,6 @@ def text(value: Any) -> str | None:
 
 def _number(value: Any) -> int | None:
     return value if type(value) is int else None
-
-
-def _lane(*, urgent: bool) -> str:
-    return "urgent" if urgent else "bulk"
 
 
 def _time(value: Any) -> str | None:
