@@ -112,11 +112,7 @@ class SharedBudget:
         self._habits = Habits()
         self._write_due = Due(0.0, self._clock.now(), 0.0)
         self._checked_session = 0
-        self._arguments: dict[str, object] = {
-            "task": task,
-            "worker": worker,
-            "gap": own.gap_us,
-        }
+        self._arguments: dict[str, object] = {"task": task, "worker": worker, "gap": own.gap_us}
         self._deaths = Deaths(database, self._arguments)
 
     @property
@@ -316,26 +312,22 @@ class SharedBudget:
         return row
 
     async def _seen(self, row: Row, took: float) -> None:
-        """Go by the row's clock; the first time on a connection, see that this server will do."""
-        self._clock.set(row.now, took)
-        if row.session != self._checked_session:
-            self._arguments["lock"] = tables.lock_name(await self._database.schema(), self._task)
-            await self._refuse_unfit()
-            self._checked_session = row.session
-
-    async def _refuse_unfit(self) -> None:
-        """Refuse a server on which the clock stands still in a statement.
+        """Go by the row's clock; the first time on a connection, see that this server will do.
 
         Raises:
-            DatabaseError: It is one.
+            DatabaseError: The clock stands still there in a statement.
         """
-        where = self._database.address.shown
+        self._clock.set(row.now, took)
+        if row.session == self._checked_session:
+            return
+        self._arguments["lock"] = tables.lock_name(await self._database.schema(), self._task)
         [[moved]] = await self._database.query(_SYSDATE_MOVES)
         if not moved:
             raise DatabaseError(
-                f"{where} runs with sysdate-is-now, which stops the budget's clock:"
-                " start it without, or set AIOWORKER_BUDGET=worker"
+                f"{self._database.address.shown} runs with sysdate-is-now, which stops the"
+                " budget's clock: start it without, or set AIOWORKER_BUDGET=worker"
             )
+        self._checked_session = row.session
 
     async def _follow(self, row: Row) -> InForce:
         """Take over the row's rate, and return what is in force; log what is new."""
