@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,10 +14,7 @@ from aioworker.errors import UnknownTaskError, UsageError
 from aioworker.words import count
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     from aioworker.commands.publish import EarlierSweep
-    from aioworker.sweep import Sweep
 
 ID_DIGITS = 20  # Python refuses to read numbers of thousands
 
@@ -64,33 +61,14 @@ def publish_all(  # noqa: PLR0913 - as many as the command has options
             after=after or 0,
             append=append or after is not None,
             only_needed=only_needed,
-            report=_Report(),
+            note=console.note,
+            progress=partial(console.progress, "publishing ids"),
+            count_first=console.is_terminal(),
         )
     )
     if isinstance(done, publish.EarlierSweep):
         _end_behind(done)
     console.say(f"published {done}")
-
-
-class _Report:
-    """A bar on a terminal, lines elsewhere."""
-
-    @property
-    def wants_total(self) -> bool:
-        """Only a bar needs it."""
-        return console.is_terminal()
-
-    def watching(self, seconds: float) -> None:
-        """Say what the silence is for."""
-        console.note(
-            f"an earlier sweep is still queued: watching for {seconds:.0f} s whether it advances"
-        )
-
-    @contextmanager
-    def progress(self, total: int | None) -> Iterator[Callable[[Sweep], None]]:
-        """Show how many ids are published."""
-        with console.progress("publishing ids", total) as show:
-            yield lambda sweep: show(sweep.ids, f"published {sweep}")
 
 
 def _end_behind(earlier: EarlierSweep) -> None:

@@ -6,11 +6,11 @@ import asyncio
 import time
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from aioworker.budget import tables
+from aioworker.commands.controls import rate_in_force
 from aioworker.errors import AioworkerError, BrokerError, DatabaseError, UsageError
-from aioworker.limits import InForce, NoLimit, in_force
 from aioworker.producer import Producer
 from aioworker.rabbitmq.errors import forbids
 from aioworker.sweep import Sweep, count_ids, publish_sweep, read_chunks
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
+    from aioworker.limits import InForce
     from aioworker.mysql.database import Database
     from aioworker.settings import Settings
     from aioworker.tasks.task import AnyTask
@@ -49,24 +50,6 @@ class EarlierSweep:
 
     chunks: int
     pace: Pace
-
-
-class Report(Protocol):
-    """Shows a person what becomes of a sweep while it is published."""
-
-    @property
-    def wants_total(self) -> bool:
-        """Whether to find out first how many ids there are, for a bar."""
-
-    def watching(self, seconds: float) -> None:
-        """An earlier sweep is still queued; it is watched for so long."""
-
-    def progress(self, total: int | None) -> AbstractContextManager[Callable[[Sweep], None]]:
-        """Publishing begins; what this yields is called after each chunk.
-
-        Args:
-            total: How many ids there are, None where nobody knows.
-        """
 
 
 async def publish(settings: Settings, task: AnyTask, ids: list[int], *, urgent: bool) -> int:
@@ -117,14 +100,16 @@ async def count_all(settings: Settings, task: AnyTask, *, after: int, only_neede
     return sweep
 
 
-async def publish_all(
+async def publish_all(  # noqa: PLR0913 - what the options say, and what shows it
     settings: Settings,
     task: AnyTask,
     *,
     after: int,
     append: bool,
     only_needed: bool,
-    report: Report,
+    note: Callable[[str], None],
+    progress: Callable[[int | None], AbstractContextManager[Callable[[int, str], None]]],
+    count_first: bool,
 ) -> Sweep | EarlierSweep:
     """Publish a sweep, unless an earlier one is still queued.
 
@@ -134,7 +119,10 @@ async def publish_all(
         after: Begin behind this id.
         append: Publish all the same while an earlier sweep is queued.
         only_needed: Leave out what needs no writing.
-        report: What is told meanwhile.
+        note: Prints what a silence is for.
+        progress: Shows how far it is. Called with the number of ids, None where nobody knows;
+            yields what is called after each chunk, with the ids published and a line.
+        count_first: Whether to find out how many ids there are, for a bar.
 
     Returns:
         What was published, or the earlier sweep.
@@ -150,18 +138,26 @@ async def publish_all(
         await _be_alone(database, task)
         waiting, _sure = await _backlog(producer, task, ask=not append)
         if waiting and not append:
-            force = await _in_force(settings, task, database)
+            row = None
+            if settings.budget == "shared":
+                with tables.explaining(database):
+                    row = await tables.find_row(database, task.name)
+            force = rate_in_force(settings, task.name, row, set())
             database.close()  # others need not wait for what is only watched
-            return EarlierSweep(waiting, await _watch(producer, task, waiting, force, report))
+            return EarlierSweep(waiting, await _watch(producer, task, waiting, force, note))
         total = None
-        if report.wants_total and not only_needed:
+        if count_first and not only_needed:
             total = await count_ids(database, task, after)
         sweep = Sweep()
         chunks = read_chunks(
             database, task, settings.chunk_size, after=after, only_needed=only_needed
         )
         try:
-            with report.progress(total) as confirmed:
+            with progress(total) as show:
+
+                def confirmed(sweep: Sweep) -> None:
+                    show(sweep.ids, f"published {sweep}")
+
                 await publish_sweep(producer, task, chunks, sweep, confirmed)
         except (AioworkerError, asyncio.CancelledError) as error:
             if sweep.chunks or not isinstance(error, DatabaseError | UsageError):
@@ -213,17 +209,8 @@ async def _backlog(producer: Producer, task: AnyTask, *, ask: bool) -> tuple[int
     return waiting, waiting > 0
 
 
-async def _in_force(settings: Settings, task: AnyTask, database: Database) -> InForce:
-    """Return the task's rate limit that is in force."""
-    row = None
-    if settings.budget == "shared":
-        with tables.explaining(database):
-            row = await tables.find_row(database, task.name)
-    return in_force(task.rate_limit or NoLimit.NONE, settings.rate_limit, row)
-
-
 async def _watch(
-    producer: Producer, task: AnyTask, waiting: int, force: InForce, report: Report
+    producer: Producer, task: AnyTask, waiting: int, force: InForce, note: Callable[[str], None]
 ) -> Pace:
     """Return how an earlier sweep does, of which so many chunks wait.
 
@@ -233,7 +220,7 @@ async def _watch(
     if force.paused:
         return Pace.PAUSED
     seconds = min(2.0 + (force.interval or 0.0) * 1.1, LONGEST_WATCH_SECONDS)
-    report.watching(seconds)
+    note(f"an earlier sweep is still queued: watching for {seconds:.0f} s whether it advances")
     deadline = time.monotonic() + seconds
     sure = True
     while time.monotonic() < deadline:
