@@ -8,7 +8,7 @@ import sys
 import time
 from contextlib import contextmanager
 from io import TextIOWrapper
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from aioworker.words import printable
 
@@ -105,19 +105,8 @@ def is_terminal() -> bool:
     return sys.stderr.isatty()
 
 
-async def watch(show: Callable[[], Awaitable[str]], seconds: float, stop: asyncio.Event) -> None:
-    """Show a text again and again until *stop*: in place on a terminal, one by one elsewhere."""
-    showing = asyncio.ensure_future(_show_again(show, seconds))
-    stopping = asyncio.ensure_future(stop.wait())
-    await asyncio.wait({showing, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    for one in (showing, stopping):
-        one.cancel()
-    ended = await asyncio.gather(showing, stopping, return_exceptions=True)
-    if isinstance(ended[0], Exception):
-        raise ended[0]
-
-
-async def _show_again(show: Callable[[], Awaitable[str]], seconds: float) -> None:
+async def watch(show: Callable[[], Awaitable[str]], seconds: float) -> NoReturn:
+    """Show a text again and again, until cancelled: in place on a terminal, else one by one."""
     if not sys.stdout.isatty():
         while True:
             say_all(await show())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -49,9 +50,10 @@ def status(
         return "\n\n".join(map(text, found))
 
     async def watch() -> None:
-        stop = asyncio.Event()
-        signals.on_stop(lambda _signal: stop.set())
-        await console.watch(show, WATCH_SECONDS, stop)
+        shown_again = asyncio.ensure_future(console.watch(show, WATCH_SECONDS))
+        signals.on_stop(lambda _signal: shown_again.cancel())
+        with suppress(asyncio.CancelledError):
+            await shown_again
 
     if watching:
         asyncio.run(watch())

@@ -26,7 +26,7 @@ def on_signal(number: signal.Signals, react: Callable[[], None]) -> None:
     _heard.add(number)
 
 
-def on_stop(react: Callable[[signal.Signals], None]) -> None:
+def on_stop(react: Callable[[signal.Signals], object]) -> None:
     """Call *react* at the first SIGTERM or SIGINT; a second one ends the process at once."""
     loop = asyncio.get_running_loop()
 

@@ -53,15 +53,15 @@ import asyncio, sys
 from aioworker.cli import console
 
 async def main():
-    stop, shown = asyncio.Event(), []
+    shown = []
 
     async def show():
         shown.append(1)
         if len(shown) > 1:
-            stop.set()
+            sys.exit()
         return sys.argv[1]
 
-    await console.watch(show, 0, stop)
+    await console.watch(show, 0)
 
 asyncio.run(main())
 """
