@@ -387,7 +387,8 @@ def _why_workers_wait(task: str, limit: Limit, alive: list[Worker], row: Row | N
     if last.kind.timed and _may_wait_for_first_write(limit, row):
         return last.why
     # Whoever waits has not seen that yet: its row tells what it waited for before.
-    words = f"a start is due and not begun; {last.name} was last seen {_ago(last)} ago"
+    seen = duration(max(last.seen_seconds, 0))
+    words = f"a start is due and not begun; {last.name} was last seen {seen} ago"
     return Reason(ReasonKind.DUE, words)
 
 
@@ -407,10 +408,6 @@ def _until_first_write(limit: Limit, row: Row | None) -> str:
         return ""
     ahead = limit.interval_seconds - row.write_age_us / 1e6
     return f"; its first write is due in {duration(ahead)}" if ahead >= TOLD_SECONDS else ""
-
-
-def _ago(worker: Worker) -> str:
-    return duration(max(worker.seen_seconds, 0))
 
 
 def _encoded(value: Any) -> str:

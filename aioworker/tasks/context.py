@@ -6,16 +6,14 @@ import asyncio
 import logging
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aioworker.tasks.threads import ThreadTransaction, running_loop
 
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
-    from types import TracebackType
 
     from aioworker.mysql.database import Cursor, Database
-    from aioworker.tasks.threads import ThreadCursor
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,31 +59,15 @@ class Context:
         return Transaction(self.database, self._loop)
 
 
-class Transaction:
-    """A transaction that is not open yet, for a coroutine or for a thread."""
+class Transaction(ThreadTransaction):
+    """A transaction that is not open yet: by `async with` for a coroutine, `with` for a thread."""
 
     def __init__(self, database: Database, loop: asyncio.AbstractEventLoop | None) -> None:
+        super().__init__(database, loop)
         self._ours: AbstractAsyncContextManager[Cursor] = database.transaction()
-        self._threads = ThreadTransaction(database, loop)
 
     async def __aenter__(self) -> Cursor:
         return await self._ours.__aenter__()
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool | None:
-        return await self._ours.__aexit__(kind, error, trace)
-
-    def __enter__(self) -> ThreadCursor:
-        return self._threads.__enter__()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._threads.__exit__(kind, error, trace)
+    async def __aexit__(self, *error: Any) -> bool | None:
+        return await self._ours.__aexit__(*error)

@@ -16,15 +16,13 @@ from aioworker.mysql.errors import MySQLError
 from aioworker.rabbitmq.message import brief
 from aioworker.tasks.chunk import id_of
 from aioworker.tasks.load import place
-from aioworker.tasks.signature import Signature, read
+from aioworker.tasks.signature import AFTER, Signature, read
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aioworker.tasks.context import Context
     from aioworker.tasks.task import AnyTask
-
-_AFTER = "after"
 
 
 async def pages(task: AnyTask, ctx: Context, after: int) -> AsyncIterator[list[Any]]:
@@ -43,11 +41,11 @@ async def pages(task: AnyTask, ctx: Context, after: int) -> AsyncIterator[list[A
     """
     if task.keys is None:
         raise UsageError(f"task {task.name!r} has no keys: there is nothing to sweep")
-    skips = _AFTER in read(task.keys).parameters
+    skips = AFTER in read(task.keys).parameters
     call = partial(
         task.keys,
         *([ctx] if Signature.wants_context(task.keys) else []),
-        **({_AFTER: after} if skips else {}),
+        **({AFTER: after} if skips else {}),
     )
     with naming(task, "keys"), _Thread() as thread:
         found = call() if _is_async(task.keys) else await thread.call(call)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -64,10 +65,8 @@ def place(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         return ""  # its text has it
     found = ""
-    trace = error.__traceback__
-    while trace is not None:
-        name = trace.tb_frame.f_code.co_filename
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        name = frame.f_code.co_filename
         if not name.startswith("<") and name not in (__file__, importlib.__file__):
-            found = f" ({os.path.relpath(name)}, line {trace.tb_lineno})"
-        trace = trace.tb_next
+            found = f" ({os.path.relpath(name)}, line {line})"
     return found

@@ -17,12 +17,8 @@ import time
 import traceback
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from aioworker.logs import Seldom, fields
-
-if TYPE_CHECKING:
-    from types import TracebackType
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +55,7 @@ class LoopMonitor:
         self._watching.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self._end.set()
         self._watching.join()
 

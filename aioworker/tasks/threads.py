@@ -20,7 +20,6 @@ from aioworker.tasks.loop_monitor import NAME_PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import TracebackType
 
     from aioworker.mysql.database import Cursor, Database
 
@@ -144,12 +143,7 @@ class ThreadTransaction:
         self._wait()
         return ThreadCursor(self)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
         if kind is None:
             self.call(_COMMIT)
             return
