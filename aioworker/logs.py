@@ -67,7 +67,7 @@ class _Formatter(logging.Formatter):
         error = ei[1]
         if error is None:
             return super().formatException(ei)
-        shown = _told(lambda: traceback_text(error, ei[2]), error)
+        shown = _safe_text(lambda: traceback_text(error, ei[2]), error)
         middle = len(shown) - TRACEBACK_LENGTH
         return (
             shown if middle <= 0 else f"{shown[:_HALF]}\n… {middle} characters …\n{shown[-_HALF:]}"
@@ -117,7 +117,7 @@ def _brief(error: BaseException, raised: TracebackType | None) -> str:
     """Return the end of an error's own traceback, and its words."""
     last = deque(_steps(raised), BRIEF_FRAMES)
     frames = "".join(traceback.format_tb(last[0])) if last else ""
-    words = _told(lambda: error, error)[:BRIEF_LENGTH]
+    words = _safe_text(lambda: error, error)[:BRIEF_LENGTH]
     return f"Traceback (most recent call last):\n{frames}{name_of(error)}: {words}"
 
 
@@ -127,7 +127,7 @@ def _steps(at: TracebackType | None) -> Iterator[TracebackType]:
         at = at.tb_next
 
 
-def _told(make: Callable[[], object], thing: object) -> str:
+def _safe_text(make: Callable[[], object], thing: object) -> str:
     """Return a text, even where the code of the thing that it is made of raises."""
     try:
         return str.__str__(str(make()))
@@ -137,7 +137,7 @@ def _told(make: Callable[[], object], thing: object) -> str:
 
 def _phrase(record: logging.LogRecord) -> str:
     # A captured warning ends with a newline.
-    return _told(record.getMessage, record.msg).rstrip()
+    return _safe_text(record.getMessage, record.msg).rstrip()
 
 
 def _values(record: logging.LogRecord) -> dict[str, str | float | None]:
@@ -156,7 +156,7 @@ def _plain(value: object) -> str | float | None:
         return value
     if type(value) is float and math.isfinite(value):
         return value
-    return _told(lambda: value, value)
+    return _safe_text(lambda: value, value)
 
 
 class ConsoleFormatter(_Formatter):

@@ -81,19 +81,19 @@ def prepare(**options: str | None) -> Settings:
 def app_tasks(settings: Settings, names: Sequence[str]) -> list[AnyTask]:
     """Return the app's tasks that are meant, the main job without an app."""
     from aioworker import logs
-    from aioworker.commands import meant
+    from aioworker.commands import which_tasks
 
-    found = meant.of_app(settings, names)
+    found = which_tasks.of_app(settings, names)
     logs.configure(settings.log_level, settings.log_format)  # a module may have changed it
     return found
 
 
 def app_task(settings: Settings, names: Sequence[str]) -> AnyTask:
     """Return the app's only task that is meant."""
-    from aioworker.commands import meant
+    from aioworker.commands import which_tasks
 
     found = app_tasks(settings, names)
-    meant.only([one.name for one in found])
+    which_tasks.only([one.name for one in found])
     return found[0]
 
 

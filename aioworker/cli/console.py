@@ -152,12 +152,12 @@ def progress(what: str, total: int | None) -> Iterator[Callable[[int, str], None
         What to call with the number done and the line that says so.
     """
     if not is_terminal():
-        told_at = time.monotonic()
+        shown_at = time.monotonic()
 
         def show_line(_done: int, line: str) -> None:
-            nonlocal told_at
-            if time.monotonic() - told_at >= LINE_SECONDS:
-                told_at = time.monotonic()
+            nonlocal shown_at
+            if time.monotonic() - shown_at >= LINE_SECONDS:
+                shown_at = time.monotonic()
                 note(line)
 
         yield show_line

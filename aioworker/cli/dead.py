@@ -230,20 +230,20 @@ def _refuse_absent(task: str, ids: list[str]) -> None:
 
 def _meant(settings: Settings, names: list[str], *, changing: bool = False) -> list[str]:
     """Return the tasks that are meant; one that is named may not be registered any more."""
-    from aioworker.commands import meant
+    from aioworker.commands import which_tasks
 
     if not names and settings.app:
         names = names_to_show(settings, names)
-    found, guessed = run(meant.of_queues(settings, names, changing=changing))
+    found, guessed = run(which_tasks.of_queues(settings, names, changing=changing))
     if guessed:
-        console.note(f"aioworker: {meant.MAIN_JOB} is meant, since {guessed}")
+        console.note(f"aioworker: {which_tasks.MAIN_JOB} is meant, since {guessed}")
     return found
 
 
 def _one(settings: Settings, names: list[str], *, changing: bool = False) -> str:
-    from aioworker.commands import meant
+    from aioworker.commands import which_tasks
 
-    return meant.only(_meant(settings, names, changing=changing))
+    return which_tasks.only(_meant(settings, names, changing=changing))
 
 
 def _agrees(task: str, letters: Counter[Letter]) -> bool:

@@ -67,11 +67,11 @@ def publish_all(  # noqa: PLR0913 - as many as the command has options
         )
     )
     if isinstance(done, publish.EarlierSweep):
-        _end_behind(done)
+        _end_for_earlier(done)
     console.say(f"published {done}")
 
 
-def _end_behind(earlier: EarlierSweep) -> None:
+def _end_for_earlier(earlier: EarlierSweep) -> None:
     """Say that an earlier sweep is still queued, and end: 1 if somebody has to look at it."""
     from aioworker.commands.publish import Pace
 

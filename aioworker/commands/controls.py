@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from aioworker.budget import tables
-from aioworker.commands import meant
+from aioworker.commands import which_tasks
 from aioworker.errors import UsageError
 from aioworker.limits import InForce, NoLimit, RateLimit, Source, in_force
 from aioworker.tasks.registry import find, registered
@@ -128,7 +128,7 @@ async def _row(
             " at run time"
         )
     async with settings.database(locks=False) as database:
-        name = meant.only(await meant.of_table(database, names))
+        name = which_tasks.only(await which_tasks.of_table(database, names))
         with tables.explaining(database):
             yield database, name, await tables.read(database, name)
 

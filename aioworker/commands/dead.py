@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from aioworker.commands import meant
+from aioworker.commands import which_tasks
 from aioworker.errors import AioworkerError, QueueMissingError
 from aioworker.rabbitmq.connection import connected
 from aioworker.rabbitmq.dead_letters import DeadLetters, no_progress
@@ -282,7 +282,7 @@ async def _opened(
     try:
         await look.open()
     except QueueMissingError as error:
-        raise await meant.missing(settings, name, queues.dead) from error
+        raise await which_tasks.missing(settings, name, queues.dead) from error
     try:
         yield look
     finally:

@@ -10,7 +10,7 @@ import socket
 from typing import TYPE_CHECKING
 
 from aioworker.budget import schema, tables
-from aioworker.commands import meant
+from aioworker.commands import which_tasks
 from aioworker.errors import UnhealthyError, UsageError
 from aioworker.status import presence, read
 from aioworker.words import duration
@@ -34,7 +34,7 @@ async def check(settings: Settings, names: Sequence[str]) -> str:
     if settings.budget != "shared":
         raise UsageError("AIOWORKER_BUDGET=worker: workers keep no row that tells how they are")
     async with settings.database() as database:
-        tasks = await meant.of_table(database, names)
+        tasks = await which_tasks.of_table(database, names)
         with tables.explaining(database):
             found = {name: await _here(database, name) for name in tasks}
             problems = {name: _problem(name, workers) for name, workers in found.items()}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from aioworker.budget import tables
 from aioworker.budget.tables import Row, find_row, holder
 from aioworker.clock import own_time
-from aioworker.commands import meant
+from aioworker.commands import which_tasks
 from aioworker.commands.controls import rate_in_force
 from aioworker.errors import BrokerError, DatabaseError
 from aioworker.limits import InForce
@@ -141,7 +141,7 @@ class Status:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class Stored:
     """What the database tells of a task; nothing where it cannot be asked."""
 
     row: Row | None = None
@@ -155,8 +155,8 @@ class Told:
         return {one.rate or "none" for one in self.workers or [] if one.alive}
 
 
-# The tasks that are meant, what is told of each, and why nothing is.
-_Database = tuple[list[str], dict[str, Told], DatabaseError | None]
+# The tasks that are meant, what the database has of each, and why nothing is known of it.
+_Database = tuple[list[str], dict[str, Stored], DatabaseError | None]
 # What RabbitMQ tells of each task, or why not; and why it tells nothing of the others.
 _Broker = tuple[dict[str, Queued | BrokerError], BrokerError | None]
 
@@ -178,12 +178,12 @@ async def look(
     asking = asyncio.create_task(_ask_database(settings, names, before))
     try:
         answers, unreachable = await _ask_broker(settings, asking)
-        tasks, told, database_error = await asking
+        tasks, stored, database_error = await asking
     finally:
         asking.cancel()
     found = []
     for name in tasks:
-        of_task = told.get(name, Told())
+        of_task = stored.get(name, Stored())
         force = rate_in_force(settings, name, of_task.row, of_task.rates)
         limit = database_error or _limit(settings.budget, force, of_task)
         budget = None if isinstance(limit, DatabaseError) else limit
@@ -236,18 +236,18 @@ async def _ask_broker(settings: Settings, database: Awaitable[_Database]) -> _Br
             connected(nodes, timeout, own) as connection,
             Publisher(nodes, timeout, own) as publisher,
         ):
-            tasks, _told, _error = await database
+            tasks, _stored, _error = await database
 
             def of(task: str) -> DeadLetters:
                 queues = Queues.of(task, settings.queue_prefix)
                 return DeadLetters(queues, users, connection, publisher, timeout)
 
             # At once: of many queues that do not answer, each takes as long as the timeout.
-            told = await asyncio.gather(*(_queued(connection, of(t), timeout) for t in tasks))
-            errors = [one for one in told if isinstance(one, BrokerError) and one.unreachable]
-            if errors and len(errors) == len(told):
+            answers = await asyncio.gather(*(_queued(connection, of(t), timeout) for t in tasks))
+            errors = [one for one in answers if isinstance(one, BrokerError) and one.unreachable]
+            if errors and len(errors) == len(answers):
                 raise errors[0]  # to be told with the node
-            return dict(zip(tasks, told, strict=True)), None
+            return dict(zip(tasks, answers, strict=True)), None
     except BrokerError as error:
         return {}, error
 
@@ -272,23 +272,23 @@ async def _ask_database(
         return list(names), {}, None
     try:
         async with settings.database(locks=False) as database:
-            tasks = await meant.of_table(database, names)
+            tasks = await which_tasks.of_table(database, names)
             with tables.explaining(database):
-                return tasks, {name: await _told(database, name) for name in tasks}, None
+                return tasks, {name: await _stored(database, name) for name in tasks}, None
     except DatabaseError as error:
-        return meant.untold(settings, names or before, error), {}, error
+        return which_tasks.untold(settings, names or before, error), {}, error
 
 
-async def _told(database: Database, name: str) -> Told:
+async def _stored(database: Database, name: str) -> Stored:
     row = await find_row(database, name)
     ahead = None if row is None else (own_time() - row.now).total_seconds()
     turn = await holder(database, name, row.turn if row else 0)
-    return Told(row, turn and turn.name, await workers(database, name), ahead)
+    return Stored(row, turn and turn.name, await workers(database, name), ahead)
 
 
-def _limit(scope: str, force: InForce, told: Told) -> Limit:
+def _limit(scope: str, force: InForce, stored: Stored) -> Limit:
     """Return the rate limit in force, and the starts under it."""
-    row, interval, differ = told.row, force.interval, len(told.rates) > 1
+    row, interval, differ = stored.row, force.interval, len(stored.rates) > 1
     if row is None:
         return Limit(scope, force.rate, force.source, interval, force.paused, differ)
     ahead = 0.0 if interval is None else interval - row.charge_age_us / 1e6
@@ -311,7 +311,7 @@ def _limit(scope: str, force: InForce, told: Told) -> Limit:
         last_worker=row.holder,
         next_start=row.charged_at + timedelta(seconds=interval or 0) if waiting else None,
         next_start_seconds=ahead if waiting else None,
-        turn=told.turn,
+        turn=stored.turn,
     )
 
 
@@ -321,7 +321,7 @@ def why(
     queued: Queued | BrokerError,
     limit: Limit | DatabaseError,
     pause: str,
-    told: Told,
+    stored: Stored,
 ) -> Reason:
     """Return why a task waits now, the first reason that holds.
 
@@ -331,10 +331,10 @@ def why(
         queued: What is in them, or why they cannot be asked.
         limit: Its rate limit, or why the database cannot be asked.
         pause: Why no start may begin at all; empty if one may.
-        told: What the database tells.
+        stored: What the database tells.
     """
-    row = told.row
-    alive = [one for one in told.workers or [] if one.alive or one.name == told.turn]
+    row = stored.row
+    alive = [one for one in stored.workers or [] if one.alive or one.name == stored.turn]
     if isinstance(queued, BrokerError):
         return _why_unasked(queued, alive)
     if isinstance(limit, DatabaseError):
@@ -343,7 +343,7 @@ def why(
     for name, messages in asdict(queued).items():
         if messages is None:
             queue = getattr(queues, name)
-            gone = queue_missing(queue) if row is None else meant.without_queue(task, queue)
+            gone = queue_missing(queue) if row is None else which_tasks.without_queue(task, queue)
             return Reason(kind_of(gone), str(gone))
     if pause:
         return Reason(ReasonKind.PAUSED, pause)

@@ -63,7 +63,7 @@ class Reader:
         try:
             return self._type.validate_json(to_json(value), strict=True)
         except ValidationError as error:
-            raise UsageError(f"argument {_told(self._name, value, error)}") from None
+            raise UsageError(f"argument {_in_one_line(self._name, value, error)}") from None
         except ValueError as error:  # half a character
             raise UsageError(f"expected arguments that JSON can hold, got: {error}") from error
 
@@ -80,7 +80,7 @@ def _adapter(parameter: inspect.Parameter) -> TypeAdapter[Any] | None:
     return TypeAdapter(annotation)
 
 
-def _told(name: str, value: Any, error: ValidationError) -> str:
+def _in_one_line(name: str, value: Any, error: ValidationError) -> str:
     """Return pydantic's several lines as one; of a union, what each of its types expects."""
     found = error.errors(include_url=False, include_context=False)
     places = [_place(name, value, one["loc"]) for one in found]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from aioworker.budget.tables import Row
-from aioworker.commands.status import Limit, Queued, Told, why
+from aioworker.commands.status import Limit, Queued, Stored, why
 from aioworker.errors import BrokerError, DatabaseError
 from aioworker.rabbitmq.queues import Queues
 from aioworker.reasons import Reason, ReasonKind
@@ -62,7 +62,7 @@ def asked(
     turn: str | None = None,
 ) -> Reason:
     """Return why the task waits."""
-    return why("shop", QUEUES, queued, limit, pause, Told(row, turn, list(workers), 0.0))
+    return why("shop", QUEUES, queued, limit, pause, Stored(row, turn, list(workers), 0.0))
 
 
 @pytest.mark.parametrize(
