@@ -15,8 +15,6 @@ from datetime import datetime, timedelta
 from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from aiolimiter import AsyncLimiter
-
 from aioworker.clock import own_time
 from aioworker.errors import RateLimitError
 from aioworker.reasons import Reason, ReasonKind
@@ -24,6 +22,8 @@ from aioworker.reasons import Reason, ReasonKind
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection
     from contextlib import AbstractAsyncContextManager
+
+    from aiolimiter import AsyncLimiter
 
 POLL_SECONDS = 2.0  # how soon a change of what is set at run time is followed, at the latest
 # The turn and a message are taken this much before a start is due, so that taking and reading
@@ -280,9 +280,7 @@ class Limiter:
 
     def __init__(self, interval: float) -> None:
         self.interval = interval
-        # One start at a time: AsyncLimiter(starts, period) would let nearly twice the
-        # limit through in the first period.
-        self._limiter = AsyncLimiter(1, interval)
+        self._limiter = _limiter(interval)
         self._last = -math.inf
 
     def due_in(self) -> float:
@@ -313,10 +311,20 @@ class Limiter:
     async def change(self, interval: float) -> None:
         """Go on with another interval, counted from the last start."""
         self.interval = interval
-        self._limiter = AsyncLimiter(1, interval)
+        self._limiter = _limiter(interval)
         passed = (asyncio.get_running_loop().time() - self._last) / interval
         if passed < 1:
             await self._limiter.acquire(1 - passed)
+
+
+def _limiter(interval: float) -> AsyncLimiter:
+    """Return what lets one start through in each *interval*, of seconds."""
+    # It takes 10 ms to import: who publishes, or reads a help, waits by no limiter.
+    from aiolimiter import AsyncLimiter
+
+    # One start at a time: AsyncLimiter(starts, period) would let nearly twice the limit through
+    # in the first period.
+    return AsyncLimiter(1, interval)
 
 
 class Wait(NamedTuple):
