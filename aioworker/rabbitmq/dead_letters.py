@@ -107,7 +107,7 @@ class DeadLetters:
     async def read(
         self, decide: Decide, progress: Progress = no_progress, *, copies: bool = True
     ) -> None:
-        """DeadLetters at as many as are there now.
+        """Look at as many as are there now.
 
         Cut short, it lets the one in hand go where it was to go before it ends.
 
