@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 from aioworker.budget import tables
 from aioworker.budget.deaths import Deaths
 from aioworker.budget.first_write import SERVER_SECONDS, Due, FirstWrite, Habits, server_waits
-from aioworker.budget.rivals import Rivals
+from aioworker.budget.other_server import OtherServer
 from aioworker.budget.tables import Row, holder
 from aioworker.clock import Clock
 from aioworker.errors import DatabaseError, TurnLostError
@@ -104,7 +104,7 @@ class SharedBudget:
         self._task = task
         self._limiter: Limiter | None = None
         self._seldom = Seldom()
-        self._rivals = Rivals()
+        self._other_server = OtherServer()
         self._gap_us: int | None = None
         own = in_force(self._own)
         self._shown = own.rate
@@ -146,7 +146,7 @@ class SharedBudget:
 
     async def _judge(self, row: Row, contenders: int = 0) -> Wait | None:
         """Follow the row, and return why no start may begin by it."""
-        if self._rivals.see(row) or (row.same_server and row.age_us < 0):
+        if self._other_server.see(row) or (row.same_server and row.age_us < 0):
             if self._seldom.allows("adopted"):
                 log.warning(
                     "budget adopted: the row is another server's, or the clock was set back",
@@ -155,13 +155,13 @@ class SharedBudget:
             with tables.explaining(self._database):
                 await self._database.execute(_ADOPT, self._arguments)
                 row = await self._read()
-            self._rivals.took_over(row)
+            self._other_server.took_over(row)
         if (force := await self._follow(row)).paused:
             return Wait(Reason(ReasonKind.PAUSED, force.pause), self._poll())
         if self._gap_us is None or self._limiter is None:
             return None
-        if (rivals := self._rivals.reason) is not None:
-            return Wait(Reason(ReasonKind.TWO_SERVERS, rivals), POLL_SECONDS)
+        if (two := self._other_server.reason) is not None:
+            return Wait(Reason(ReasonKind.TWO_SERVERS, two), POLL_SECONDS)
         now = asyncio.get_running_loop().time()
         write_in_us = self._gap_us - row.write_age_us
         moment = row.now + timedelta(microseconds=write_in_us)

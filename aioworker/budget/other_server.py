@@ -22,8 +22,8 @@ AGAIN_SECONDS = 30.0
 ALONE_SECONDS = 60.0
 
 
-class Rivals:
-    """What one worker has seen of who writes its row.
+class OtherServer:
+    """What one worker has seen of another server that writes its row.
 
     Args:
         clock: Returns seconds that only ever grow.

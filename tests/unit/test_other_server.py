@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from aioworker.budget.rivals import AGAIN_SECONDS, ALONE_SECONDS, Rivals
+from aioworker.budget.other_server import AGAIN_SECONDS, ALONE_SECONDS, OtherServer
 from aioworker.budget.tables import Row
 
 OURS, THEIRS = "db1:3306:1", "db2:3306:2"
@@ -28,29 +28,29 @@ class World:
     def __init__(self) -> None:
         self.now = 0.0
         self.server = OURS
-        self.workers = {here: Rivals(lambda: self.now) for here in (OURS, THEIRS)}
+        self.workers = {here: OtherServer(lambda: self.now) for here in (OURS, THEIRS)}
         self.free: list[tuple[float, str]] = []
 
     def look(self, here: str) -> None:
         """Let a worker look, and take the row over if it wants to."""
-        rivals = self.workers[here]
-        if rivals.see(row(self.server, here)):
+        other = self.workers[here]
+        if other.see(row(self.server, here)):
             self.server = here
-            rivals.took_over(row(self.server, here))
-        if rivals.reason is None:
+            other.took_over(row(self.server, here))
+        if other.reason is None:
             self.free.append((self.now, here))
         self.now += LOOK_SECONDS / 2
 
 
 def test_a_row_of_another_server_is_taken_over_once_for_each_connection() -> None:
     """A failover, and one back, when the worker has connected anew."""
-    rivals = Rivals(lambda: 0.0)
+    other = OtherServer(lambda: 0.0)
 
     for session in (7, 8):
-        assert rivals.see(row(THEIRS, session=session))
-        rivals.took_over(row(OURS, session=session))
-        assert not rivals.see(row(OURS, session=session))
-        assert rivals.reason is None
+        assert other.see(row(THEIRS, session=session))
+        other.took_over(row(OURS, session=session))
+        assert not other.see(row(OURS, session=session))
+        assert other.reason is None
 
 
 def test_two_servers_that_write_one_row_let_nobody_start_until_one_of_them_stops() -> None:
@@ -76,15 +76,15 @@ def test_two_servers_that_write_one_row_let_nobody_start_until_one_of_them_stops
 @pytest.mark.parametrize("session", [7, 8])
 def test_a_row_that_does_not_show_what_was_written_is_read_elsewhere(session: int) -> None:
     """A proxy that sends reads to a replica: what its primary wrote is another server's there."""
-    rivals = Rivals(lambda: 0.0)
+    other = OtherServer(lambda: 0.0)
     for number in (7, session):
-        if rivals.see(row(THEIRS, session=number)):
-            rivals.took_over(row(THEIRS, session=number))
+        if other.see(row(THEIRS, session=number)):
+            other.took_over(row(THEIRS, session=number))
 
-        assert rivals.reason is not None
-        assert rivals.reason.startswith(
+        assert other.reason is not None
+        assert other.reason.startswith(
             f"reads and writes go to different servers, {OURS} and {THEIRS}: let the address lead"
         )
 
-    assert not rivals.see(row(OURS))
-    assert rivals.reason is None
+    assert not other.see(row(OURS))
+    assert other.reason is None
