@@ -73,6 +73,7 @@ def expecting_mysql() -> Iterator[None]:
 def _unopened(
     kind: type[_Kind], address: DatabaseAddress, asked: tls.Tls | None, settings: dict[str, Any]
 ) -> _Kind:
+    # Not in the class: if a file of TLS cannot be read, `__del__` would find a half-made object.
     return kind(
         host=address.host,
         port=address.port,
