@@ -60,10 +60,6 @@ def status(run: Run) -> Callable[..., dict[str, Any]]:
     return ask
 
 
-def test_the_schema_in_the_docs_is_the_codes() -> None:
-    assert json.loads(SCHEMA.read_text()) == TypeAdapter(Status).json_schema()
-
-
 def test_an_empty_queue(run: Run, lanes: Lanes, shop: Connection[Cursor]) -> None:
     done = run("status")
 
@@ -233,7 +229,8 @@ async def test_a_run_is_told_though_its_worker_has_not_said_so(
     )
 
     found = status()
-    assert found["waits"] == f"running: {TASK}; its first write is due in 20 min"
+    due = f"running: {TASK}; its first write is due in "
+    assert found["waits"].removeprefix(due) in ("20 min", "19 min 59 s", "19 min 58 s")
     # What is left follows from the charge, not from the first write.
     assert 3590 < found["budget"]["next_start_seconds"] <= 3600
 

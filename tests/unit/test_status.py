@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from aioworker.budget.tables import Row
-from aioworker.commands.status import Limit, Queued, Stored, why
+from aioworker.commands.status import Limit, Queued, Status, Stored, why
 from aioworker.errors import BrokerError, DatabaseError
 from aioworker.rabbitmq.queues import Queues
 from aioworker.reasons import Reason, ReasonKind
@@ -18,6 +21,7 @@ from aioworker.status.read import Worker
 NOW = datetime(2026, 11, 29, 12, tzinfo=UTC)
 LONG_AGO_US = 3_600_000_000
 QUEUES = Queues.of("shop", "aioworker")
+SCHEMA = Path(__file__).parents[2] / "docs/status.schema.json"
 ROW = Row(
     paused=False,
     gap_us=None,
@@ -179,3 +183,7 @@ def test_a_row_tells_who_paused_it_while_it_is_paused() -> None:
 
     assert told.pause == ""
     assert replace(told, paused=True).pause == "paused by alice since 2026-11-29 12:00:00 UTC: lag"
+
+
+def test_the_schema_in_the_docs_is_the_codes() -> None:
+    assert json.loads(SCHEMA.read_text()) == TypeAdapter(Status).json_schema()
