@@ -34,6 +34,7 @@ _LACKING = "# MySQL: what users lack that work already"
 # Seconds for each use of the database: the time of a task, 1 s perhaps, is none to wait for a lock.
 DATABASE_SECONDS = 60.0
 _PUBLISH = r"^amq\.default$"  # the right to write to the default exchange
+_REACHES = "it reaches every queue of the virtual host"
 
 
 POLICIES = (
@@ -145,7 +146,7 @@ async def plan(settings: Settings, tasks: Sequence[AnyTask]) -> str:
     """
     amqp, mysql = settings.amqp_url[0], settings.mysql_url
     queues = _arguments(settings, tasks)
-    ours = rf"{settings.queue_prefix}\."
+    ours = rf"^{settings.queue_prefix}\."
     main_job = any(task.name == repo.TASK for task in tasks)
     needed = [*repo.PRIVILEGES] if main_job else []
     made: list[str] = []
@@ -161,19 +162,15 @@ async def plan(settings: Settings, tasks: Sequence[AnyTask]) -> str:
         *made,
         "# RabbitMQ: the queues that init declares, durable, on the default exchange",
         *(f"queue {name} {json.dumps(arguments)}" for name, arguments in queues.items()),
-        "",
-        "# RabbitMQ: the least that the user of init needs",
-        _permit(amqp, f"^{ours}", _PUBLISH, f"^{ours}"),
-        "",
-        "# RabbitMQ: the least that the user of consume and dead needs",
-        _permit(amqp, "", _PUBLISH, f"^{ours}"),
-        "",
-        "# RabbitMQ: the least that the user of publish, publish-all and Producer needs; it reaches"
-        " every queue of the virtual host",
-        _permit(amqp, "", _PUBLISH, ""),
-        "",
-        "# RabbitMQ: the least that the user of status needs",
-        _permit(amqp, "", "", f"^{ours}"),
+    ]
+    for who, *rights in (
+        ("init needs", ours, _PUBLISH, ours),
+        ("consume and dead needs", "", _PUBLISH, ours),
+        (f"publish, publish-all and Producer needs; {_REACHES}", "", _PUBLISH, ""),
+        ("status needs", "", "", ours),
+    ):
+        lines += ["", f"# RabbitMQ: the least that the user of {who}", _permit(amqp, *rights)]
+    lines += [
         "",
         "# MySQL: the least that the user of consume and publish-all needs",
         *least,
