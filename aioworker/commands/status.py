@@ -289,17 +289,13 @@ async def _stored(database: Database, name: str) -> Stored:
 def _limit(scope: str, force: InForce, stored: Stored) -> Limit:
     """Return the rate limit in force, and the starts under it."""
     row, interval, differ = stored.row, force.interval, len(stored.rates) > 1
+    limit = Limit(scope, force.rate, force.source, interval, force.paused, differ)
     if row is None:
-        return Limit(scope, force.rate, force.source, interval, force.paused, differ)
+        return limit
     ahead = 0.0 if interval is None else interval - row.charge_age_us / 1e6
     waiting = ahead > 0 and not force.paused
-    return Limit(
-        scope="shared",
-        rate=force.rate,
-        source=force.source,
-        interval_seconds=interval,
-        paused=force.paused,
-        rates_differ=differ,
+    return replace(
+        limit,
         paused_by=row.paused_by,
         paused_at=row.paused_at,
         paused_why=row.paused_why,
