@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import aio_pika
 
@@ -26,12 +27,8 @@ Outgoing: TypeAlias = aio_pika.Message
 SHORTEST_SECONDS, LONGEST_SECONDS = 0.1, 3600
 
 
-class Taker(Protocol):
-    """What takes messages in place of RabbitMQ, in whichever thread publishes."""
-
-    def __call__(self, outgoing: Outgoing, urgent: bool, /) -> None:
-        """Take one, for one of its task's two lanes."""
-
+# Takes a message in place of RabbitMQ, in whichever thread publishes; and whether it is urgent.
+Taker: TypeAlias = Callable[[Outgoing, bool], None]
 
 # Of the whole process: what is under test may publish in threads that it starts itself.
 _takers: list[Taker] = []
