@@ -13,7 +13,6 @@ import re
 import sys
 import time
 import traceback
-from collections import deque
 from datetime import UTC, datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from aioworker.errors import cause_of, context_of, family, name_of, parts_of, tr
 from aioworker.words import as_json, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator
+    from collections.abc import Callable, Hashable
     from types import TracebackType
 
 SELDOM_SECONDS = 60.0
@@ -94,13 +93,13 @@ def traceback_text(error: BaseException, raised: TracebackType | None) -> str:
 
 def _is_small(error: BaseException, raised: TracebackType | None) -> bool:
     """Whether Python comes upon few errors and frames, by the paths that it takes."""
-    errors, frames = 0, sum(1 for _ in islice(_steps(raised), WHOLE_FRAMES))
+    errors, frames = 0, sum(1 for _ in islice(traceback.walk_tb(raised), WHOLE_FRAMES))
     rest, seen = [error], {id(error)}
     while rest and errors < WHOLE_ERRORS and frames < WHOLE_FRAMES:
         one = rest.pop()
         errors += 1
         if one is not error:
-            frames += sum(1 for _ in islice(_steps(traceback_of(one)), WHOLE_FRAMES))
+            frames += sum(1 for _ in islice(traceback.walk_tb(traceback_of(one)), WHOLE_FRAMES))
         for origin in (cause_of(one), context_of(one)):
             if origin is not None and id(origin) not in seen:
                 seen.add(id(origin))
@@ -115,16 +114,9 @@ def _is_small(error: BaseException, raised: TracebackType | None) -> bool:
 
 def _brief(error: BaseException, raised: TracebackType | None) -> str:
     """Return the end of an error's own traceback, and its words."""
-    last = deque(_steps(raised), BRIEF_FRAMES)
-    frames = "".join(traceback.format_tb(last[0])) if last else ""
+    frames = "".join(traceback.format_tb(raised, -BRIEF_FRAMES))  # the last ones
     words = _safe_text(lambda: error, error)[:BRIEF_LENGTH]
     return f"Traceback (most recent call last):\n{frames}{name_of(error)}: {words}"
-
-
-def _steps(at: TracebackType | None) -> Iterator[TracebackType]:
-    while at is not None:
-        yield at
-        at = at.tb_next
 
 
 def _safe_text(make: Callable[[], object], thing: object) -> str:
