@@ -71,7 +71,7 @@ async def read_all(
     async with _connected(settings) as (connection, publisher):
         for name in names:
             try:
-                async with _opened(settings, name, connection, publisher) as look:
+                async with _letters_over(settings, name, connection, publisher) as look:
                     shown = await _read(look, name, wanted, show, progress, of_several=several)
                     end(name, shown)
             except AioworkerError as error:
@@ -148,7 +148,7 @@ async def read_one(
             show(letter, headers, delivery.body.decode("utf-8", "backslashreplace"))
         return look.queues.dead
 
-    async with _open(settings, name) as look:
+    async with _letters_of(settings, name) as look:
         await look.read(stay, progress)
     return found
 
@@ -178,7 +178,7 @@ async def requeue(
         done = look.gone + look.perhaps_gone
         return f"requeued {count(done, 'dead letter')} before that{also}"
 
-    async with _open(settings, name) as look:
+    async with _letters_of(settings, name) as look:
         with _noting(note):
             await look.read(bring_back, progress)
     return Moved(look.gone, look.came, sorted(absent))
@@ -199,7 +199,7 @@ async def preview(
             found[letter] += 1
         return look.queues.dead
 
-    async with _open(settings, name) as look:
+    async with _letters_of(settings, name) as look:
         await look.read(stay, progress)
     return found
 
@@ -238,7 +238,7 @@ async def drop(
         perhaps = ", and perhaps 1 more" if look.perhaps_gone else ""
         return f"dropped {count(look.gone, 'dead letter')} before that{perhaps}"
 
-    async with _open(settings, name) as look:
+    async with _letters_of(settings, name) as look:
         with _noting(note):
             some_stay = left is not None or wanted != Filter()
             await look.read(take_away, progress, copies=some_stay)
@@ -267,7 +267,7 @@ async def _connected(settings: Settings) -> AsyncIterator[tuple[Connection, Publ
 
 
 @asynccontextmanager
-async def _opened(
+async def _letters_over(
     settings: Settings, name: str, connection: Connection, publisher: Publisher
 ) -> AsyncIterator[DeadLetters]:
     """Open the dead letters of a task, registered or not.
@@ -290,7 +290,7 @@ async def _opened(
 
 
 @asynccontextmanager
-async def _open(settings: Settings, name: str) -> AsyncIterator[DeadLetters]:
+async def _letters_of(settings: Settings, name: str) -> AsyncIterator[DeadLetters]:
     """Connect, and open the dead letters of one task."""
-    async with _connected(settings) as servers, _opened(settings, name, *servers) as look:
+    async with _connected(settings) as servers, _letters_over(settings, name, *servers) as look:
         yield look
