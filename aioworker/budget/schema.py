@@ -115,7 +115,7 @@ async def settle(
         DatabaseError: Others held a lock on it all the time; they are named.
         MySQLError: The user may not.
     """
-    told = False
+    said = False
     for _ in range(LOCK_TRIES):
         found = await _found(database, name)
         statement = change(name, found)
@@ -131,8 +131,8 @@ async def settle(
                 raise
         else:
             return f"added {', '.join(_lacking(name, found))}" if found else "made"
-        if code == ER.LOCK_WAIT_TIMEOUT and not told:
-            told = True
+        if code == ER.LOCK_WAIT_TIMEOUT and not said:
+            said = True
             locked(await _holders(database, name))
         await asyncio.sleep(PAUSE_SECONDS)
     raise DatabaseError(

@@ -275,9 +275,9 @@ def _row(database: Database, found: list[tuple[Any, ...]]) -> Row | None:
     values[0], values[4] = bool(values[0]), bool(values[4])
     if values[1] is not None:
         values[1] = min(values[1], LONGEST_GAP_US)
-    for told in (_PAUSED_AT, _SET_AT):
-        if not isinstance(values[told], datetime):
-            values[told] = None  # such as 0: text, as it is in no calendar
+    for moment in (_PAUSED_AT, _SET_AT):
+        if not isinstance(values[moment], datetime):
+            values[moment] = None  # such as 0: text, as it is in no calendar
     values[-3:] = _messages(values[-3]), _deaths(values[-2]), values[-1].replace(tzinfo=UTC)
     return Row(*values)
 

@@ -201,13 +201,13 @@ def readable(payload: bytes) -> bytes:
         ContentHeader().unmarshal(payload)
     except _FAILURES as error:
         properties = payload[_FIXED_BYTES:]
-        told = Basic.Properties(
+        instead = Basic.Properties(
             headers={
                 UNREADABLE: f"{type(error).__name__}: {' '.join(str(error).split())}",
                 PROPERTIES: properties[:SHOWN_BYTES].hex(),
             }
         )
-        return payload[:_FIXED_BYTES] + told.marshal()
+        return payload[:_FIXED_BYTES] + instead.marshal()
     return payload
 
 
