@@ -26,6 +26,7 @@ from aioworker.mysql.errors import ErrorKind
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
     from contextlib import AbstractAsyncContextManager
+    from types import TracebackType
 
     from aioworker.addresses import DatabaseAddress
     from aioworker.reasons import Reason
@@ -601,9 +602,14 @@ class _Block:
     async def __aenter__(self) -> Cursor:
         return await self._transaction.__aenter__()
 
-    async def __aexit__(self, kind: type[BaseException] | None, *error_and_trace: Any) -> None:
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if kind is None or issubclass(kind, MySQLError | TimeoutError | asyncio.CancelledError):
-            await self._transaction.__aexit__(kind, *error_and_trace)
+            await self._transaction.__aexit__(kind, error, trace)
             return
         with suppress(_UndoneError):
             await self._transaction.__aexit__(_UndoneError, _UndoneError(), None)
