@@ -45,7 +45,7 @@ async def test_a_second_outage_is_told_since_its_own_beginning(
 ) -> None:
     """Soon after the first one, too: an operator looks for what happened at that time."""
     said: list[str] = []
-    monkeypatch.setattr(Presence, "tell", lambda _self, reason: said.append(reason.words))
+    monkeypatch.setattr(Presence, "report", lambda _self, reason: said.append(reason.words))
     worker = make_worker(pair, database, burst=False)
     working = asyncio.create_task(worker.run(stop))
 
