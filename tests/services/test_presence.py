@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 BUDGET = Reason(ReasonKind.BUDGET, "budget: next start at 02:10:00 UTC")
 RUNNING = Reason(ReasonKind.RUNNING, TASK)
+EMPTY = Reason(ReasonKind.EMPTY, "nothing queued")
 CONTENTION = Reason(ReasonKind.CONTENTION, "database, contention: Deadlock (1213)")
 
 
@@ -51,6 +52,18 @@ async def test_runs_and_waits_that_take_turns_within_a_second_are_not_written(
     await told(presence, RUNNING)
 
     assert row(shop) == ("waiting", "budget", BUDGET.words)
+
+
+async def test_the_end_of_the_work_is_written_at_once(
+    database: Database, shop: Connection[Cursor]
+) -> None:
+    """It comes once, not with each start: whoever asks then reads no run that is over."""
+    presence = made(database)
+    await told(presence, RUNNING)
+
+    await told(presence, EMPTY)
+
+    assert row(shop) == ("waiting", "empty", "nothing queued")
 
 
 async def test_a_failure_is_written_at_once_whatever_was_before(
