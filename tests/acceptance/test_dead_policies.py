@@ -221,7 +221,7 @@ async def test_no_look_ends_a_letter(
         assert await listed(settings, name) == IDS, look
     assert await dead.read_one(settings, name, "c", lambda *whole: None)
     assert not await dead.read_one(settings, name, "no such", lambda *whole: None)
-    assert (await dead.preview(settings, name, Filter(reason="indeed"))).total() == len(IDS)
+    assert (await dead.preview(settings, name, Filter(reason="properties"))).total() == len(IDS)
     await dead.requeue(settings, name, Filter(reason="no such"))
     await dead.drop(settings, name, Filter(reason="no such"))
 
