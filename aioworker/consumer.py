@@ -66,7 +66,7 @@ class Consumer:
         starts: How many runs were begun.
         failures: How many deliveries were not done since something went wrong: a burst exits 1
             for them.
-        under_way: The deliveries that are not settled. One whose asyncio task is cancelled, as
+        under_way: The deliveries that are not settled. One that something else cut short, as
             no code of ours does but at the end, stays among them.
     """
 
@@ -110,6 +110,8 @@ class Consumer:
         """
         ctx = Context(self._database, self._task.name, delivery.id, delivery.attempt)
         start = Start(delivery, ctx)
+        if self._task.takes_chunks:
+            ctx.counts["ids"] = 0
         self.under_way.append(start)
         try:
             async with start.limit:
@@ -219,7 +221,8 @@ class Consumer:
 
     def _fail(self, start: Start, error: BaseException) -> Start:
         """Note what went wrong, in plain values."""
-        if start.limit.expired() and isinstance(error, TimeoutError):
+        # By its type: what a user's class says of itself may be code that raises.
+        if start.limit.expired() and issubclass(type(error), TimeoutError):
             start.cut_off = True
             words = f"the run took longer than {start.seconds:g} s and was cut off"
             error = _caused(TimeoutError(words), error)
@@ -331,18 +334,21 @@ class Consumer:
         Raises:
             BrokerError: The connection is lost; RabbitMQ will deliver the message again.
         """
+        over = False
         try:
             start = await self._copy(start, lanes)
             await self._answer(start)
+            over = start.outcome.kind is not Kind.RELEASED
         except BrokerError as error:
             self._report.unsettled(start, error)
             self.under_way.remove(start)
             raise
         finally:
-            # The deaths of one that did not even run are not forgotten.
-            if start.began or start.outcome.kind is not Kind.RELEASED:
+            # The deaths of one that did not even run are not forgotten before it is settled.
+            if start.began or over:
                 await self._budget.ended(start.delivery.key)
         self._report.settled(start)
+        let_go(start.outcome.away)  # its frames hold the message
         self.under_way.remove(start)
         self.settled[start.outcome.kind] += 1
         self.failures += start.outcome.failed

@@ -73,11 +73,16 @@ def consume(
         run(init.refuse_older_tables(settings))
         reload.end_check([task.name for task in tasks])
 
-    working = process.Process(settings, tasks, burst=burst, origin=origin, raise_early=raise_early)
+    working = process.Process(
+        settings,
+        tasks,
+        burst=burst,
+        origin=origin,
+        raise_early=raise_early,
+        report=_report,
+    )
     with asyncio.Runner() as runner, working.naming_what_ran():
         done = runner.run(working.run())
-    if burst:
-        _report(done)
     raise typer.Exit(0 if done.complete else 1)
 
 

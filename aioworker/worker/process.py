@@ -65,6 +65,7 @@ class Process:
         burst: Whether to end once the lanes are empty.
         origin: What the process was started with: SIGHUP has it go on with the same.
         raise_early: Raises the signals again that came before anything could hear them.
+        report: Called with what a burst did, also where a reload goes on behind it.
     """
 
     def __init__(
@@ -75,12 +76,14 @@ class Process:
         burst: bool,
         origin: Origin,
         raise_early: Callable[[], None],
+        report: Callable[[Done], None],
     ) -> None:
         self._settings = settings
         self._tasks = tasks
         self._burst = burst
         self._origin = origin
         self._raise_early = raise_early
+        self._report_done = report
         self._notifier = Notifier(os.environ)
         self._stop = asyncio.Event()
         self._workers: list[Worker] = []
@@ -148,6 +151,8 @@ class Process:
                 finally:
                     await self._end(serving)
                 done = self._done(complete)
+                if self._burst:
+                    self._report_done(done)
                 if await reloading.may_end():
                     break
         finally:

@@ -125,7 +125,8 @@ class Recovery:
         stall: Whether nothing starts, for no reason that is known.
         patience: As above.
         trusted: Whether task and budget could be used since the last failure.
-        due_by: When the step that is on has to end, by the event loop's clock.
+        due_by: When the step that is on has to end, by the event loop's clock; never before the
+            first one and behind the last one.
     """
 
     def __init__(
@@ -137,7 +138,7 @@ class Recovery:
         self.stall = Stall()
         self.patience = patience
         self.trusted = False
-        self.due_by = 0.0
+        self.due_by = math.inf
         self._stood_still = stood_still
 
     def progress(self, seconds: float = 0.0) -> None:

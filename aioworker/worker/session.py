@@ -127,7 +127,8 @@ class Worker:
     @property
     def progresses(self) -> bool:
         """Whether it is in a step whose time is not up."""
-        runs = [start.limit.when() for start in self.consumer.under_way if not start.ended]
+        # Until it is settled a run has its own time, and a little more.
+        runs = [start.limit.when() for start in self.consumer.under_way]
         ends = [end + self.recovery.patience for end in runs if end is not None]
         now = asyncio.get_running_loop().time()
         return now < max([self.recovery.due_by, *ends])
@@ -222,8 +223,9 @@ class Session:
         # If a start may begin now, a message just taken is the sign that there are more.
         if self._took and not held:
             return False
-        self._took = False
-        return not await self._lanes.hold_something(sure=self._worker.burst)
+        idle = not await self._lanes.hold_something(sure=self._worker.burst)
+        self._took = self._took and not idle
+        return idle
 
     # 2. Wait, and say why.
 
@@ -243,7 +245,7 @@ class Session:
         if worker.burst and reason.kind is ReasonKind.EMPTY:
             return False
         worker.presence.report(reason)
-        if worker.burst and reason.kind.ends_burst:
+        if worker.burst and any(wait.reason.kind.ends_burst for wait in waits):
             return False
         await worker.presence.keep()
         # A start can begin when the last of them holds it no more.
@@ -347,6 +349,8 @@ class Session:
             while not (self._stop.is_set() or self._lost.is_set() or intake.ended.is_set()):
                 served = intake.served
                 await first_of(QUIET_SECONDS, self._stop, self._lost, intake.ended)
+                if intake.served > served and intake.failure is None:
+                    worker.recovery.copies.end()
                 self._took = bool(intake.running) or intake.served > served
                 if not self._took or worker.consumer.breaker.reason:
                     break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -67,11 +68,13 @@ class Supervisor:
             except BrokerError as error:
                 if worker.burst:
                     raise
+                worker.recovery.stall.end()
                 worker.presence.report(worker.recovery.reason(outage, error))
                 await worker.presence.keep_if_possible()
                 seconds = outage.seconds(error)
                 worker.recovery.progress(seconds)
                 await first_of(seconds, stop)
+        worker.recovery.due_by = math.inf
         return not worker.consumer.failures
 
     @asynccontextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -110,6 +112,54 @@ async def test_a_killer_is_set_aside_before_its_body_is_read() -> None:
 
     [letter] = heart.broker.headers(QUEUES.dead)
     assert letter["x-aioworker-reason"] == f"its worker died {MOST_DEATHS} times while it ran"
+
+
+async def test_the_deaths_of_a_killer_are_not_forgotten_before_it_is_set_aside() -> None:
+    heart = Heart(nothing)
+    heart.budget.died["one"] = MOST_DEATHS
+
+    def fail_at(step: str) -> None:
+        if step == "acknowledge":
+            raise ConnectionError("connection lost")
+
+    heart.lanes = MemoryLanes(heart.broker, fail_at)
+    heart.broker.send()
+
+    with pytest.raises(BrokerError):
+        await heart.serve()
+
+    assert heart.budget.forgotten == []
+
+
+async def test_what_is_refused_of_a_task_of_chunks_says_that_it_had_no_id(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "aioworker")
+    heart, _runs = heart_of_chunks(lambda ids: ids)
+    heart.broker.send(b"{")
+
+    await heart.serve()
+
+    assert vars(caplog.records[-1])["fields"]["ids"] == 0
+
+
+async def test_no_message_is_kept_by_the_error_that_gave_it_back() -> None:
+    """Until Python looks for cycles: a body may be large."""
+    heart = Heart(nothing)
+    heart.budget.refusal = DatabaseError("gone", unreachable=True)
+    heart.broker.send()
+    delivery = await heart.lanes.take()
+    assert delivery is not None
+    kept = weakref.ref(delivery.message)
+    gc.disable()
+    try:
+        outcome = await heart.consumer.serve(delivery, heart.lanes)
+        assert outcome.away is heart.budget.refusal
+        heart.lanes.held.clear()
+        del delivery, outcome
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 async def test_one_death_less_is_no_killer() -> None:
@@ -293,6 +343,24 @@ async def test_a_run_is_cut_off_when_its_time_is_up() -> None:
     [copy] = heart.broker.headers(QUEUES.retry)
     reason = "the run took longer than 0.01 s and was cut off"
     assert copy["x-aioworker-reason"] == f"TimeoutError: {reason}"
+
+
+async def test_an_error_that_cannot_be_asked_ends_no_worker_where_time_is_up() -> None:
+    class EvilError(Exception):
+        @property  # type: ignore[misc]
+        def __class__(self) -> Any:
+            raise KeyError("evil")
+
+    async def hangs() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise EvilError from None
+
+    heart = Heart(hangs, task_timeout=0.01)
+    heart.broker.send()
+
+    assert (await heart.serve()).kind is Kind.RETRY
 
 
 async def test_a_publisher_grants_a_run_less_time() -> None:

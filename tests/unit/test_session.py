@@ -12,10 +12,11 @@ import pytest
 from aioworker.errors import AioworkerError, BrokerError, DatabaseError
 from aioworker.limits import RateLimit, Wait
 from aioworker.reasons import Reason, ReasonKind
+from aioworker.settling.breaker import STREAK
 from aioworker.settling.outcome import Kind
 from aioworker.worker.session import ALARM_SECONDS, AT_ONCE, IDLE_SECONDS, SUSPECT_RETURNS
 from tests.doubles.heart import Heart, fails, nothing
-from tests.doubles.lanes import QUEUES
+from tests.doubles.lanes import QUEUES, MemoryLanes
 from tests.fakes import TURNS, FakeClock
 
 PAUSED = Wait(Reason(ReasonKind.PAUSED, "paused by alice"), 2)
@@ -216,6 +217,21 @@ async def test_a_turn_that_nobody_known_holds_is_a_stall(
         assert heart.broker.acknowledged == ["one"]
 
 
+async def test_whether_messages_wait_is_not_asked_when_a_start_is_due(clock: FakeClock) -> None:
+    """It was asked while the start waited for its moment."""
+    heart = Heart(rate="2/m")
+    steps: list[tuple[str, float]] = []
+    heart.lanes = MemoryLanes(heart.broker, lambda step: steps.append((step, clock.now)))
+    for number in range(3):
+        heart.broker.send(id=str(number))
+    async with running(heart):
+        await clock.advance(70, step=0.05)
+
+    taken = [at for step, at in steps if step == "take"]
+    assert len(taken) == 3
+    assert [at for step, at in steps if step == "hold_something" and at in taken[1:]] == []
+
+
 async def test_nothing_is_taken_while_the_database_cannot_be_used(clock: FakeClock) -> None:
     heart = Heart(rate="2/m")
     heart.probe.away = AWAY
@@ -273,6 +289,18 @@ async def test_without_confirms_nothing_is_taken_for_a_while(clock: FakeClock) -
         await clock.advance(10, step=0.5)
         assert heart.steps.count("take") == 1
         assert "waiting: copy not confirmed: no answer" in heart.said
+
+
+async def test_what_is_served_ends_the_outage_of_copies(clock: FakeClock) -> None:
+    """Also where several are served at once, and no outcome asks for anything."""
+    heart = Heart()
+    ended: list[float] = []
+    heart.worker.recovery.copies.end = lambda: ended.append(clock.now)  # type: ignore[method-assign]
+    heart.broker.send()
+    async with running(heart):
+        await clock.advance(2, step=0.1)
+
+        assert ended
 
 
 async def test_once_rabbitmq_has_memory_again_it_goes_on_at_once(clock: FakeClock) -> None:
@@ -392,6 +420,29 @@ async def test_a_burst_does_not_wait_for_what_may_last(clock: FakeClock, hold: s
             words = "paused by alice" if hold == "pause" else "gone"
             with pytest.raises(AioworkerError, match=words):
                 serving.result()
+
+
+async def test_a_burst_tries_another_message_once_the_breaker_opens(clock: FakeClock) -> None:
+    """The first that succeeds closes it: the rest is run, too."""
+    runs = 0
+
+    async def run() -> None:
+        nonlocal runs
+        runs += 1
+        if runs <= STREAK:
+            raise KeyError("shop")
+
+    heart = Heart(run, burst=True, rate="2/m", max_retries=1)
+    failed: dict[str, Any] = {"retries": 1, "x-aioworker-first-failed-at": "2026-01-01"}
+    for number in range(STREAK):
+        heart.broker.send(id=f"bad {number}", **failed)
+    for number in range(5):
+        heart.broker.send(id=f"good {number}")
+    async with running(heart) as serving:
+        await clock.advance(400)
+
+        assert serving.done()
+        assert runs == STREAK + 5
 
 
 async def test_a_burst_ends_while_the_breaker_is_open(clock: FakeClock) -> None:
@@ -521,6 +572,13 @@ def hanging(event: asyncio.Event) -> Any:
         yield PAUSED
 
     return turn
+
+
+async def test_a_worker_that_has_not_begun_is_no_hindrance(clock: FakeClock) -> None:
+    """Nothing is due yet; nor is it once a worker has ended, beside others that go on."""
+    clock.now = 1000
+
+    assert Heart(rate="2/m").worker.progresses
 
 
 async def test_a_run_is_progress_until_its_time_is_up(clock: FakeClock) -> None:
