@@ -6,22 +6,20 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from aioworker.addresses import DatabaseAddress
 from aioworker.consumer import Consumer
-from aioworker.mysql.database import Database
 from aioworker.settling.probe import Probe
 from aioworker.status.presence import Presence
 from aioworker.tasks.task import Task
 from aioworker.worker.recovery import Recovery
 from aioworker.worker.session import Session, Worker
 from tests.doubles.budget import MemoryBudget
+from tests.doubles.database import MemoryDatabase
 from tests.doubles.lanes import MemoryBroker, MemoryLanes
 
 if TYPE_CHECKING:
     from aioworker.errors import DatabaseError
     from aioworker.settling.outcome import Outcome
 
-NOWHERE = DatabaseAddress.parse("mysql://nobody@127.0.0.1:1/none")
 MAX_RETRIES = 2
 Work = Callable[..., Awaitable[None]]
 
@@ -54,7 +52,7 @@ class MemoryProbe(Probe):
 
 
 class Heart:
-    """The worker of one task, `shop`, which uses no database.
+    """The worker of one task, `shop`; it uses a database if its function takes a `Context`.
 
     Args:
         work: What a run does.
@@ -64,6 +62,7 @@ class Heart:
         task_timeout: Seconds a run may take.
 
     Attributes:
+        database: What it uses.
         broker: Where its messages lie.
         steps: What was asked of the lanes, in that order.
         said: What the worker said that it does, in that order.
@@ -87,7 +86,7 @@ class Heart:
         self.lanes = MemoryLanes(self.broker, self.steps.append)
         self.task: Task[..., Any] = Task("shop", work)
         self.stop, self.lost = asyncio.Event(), asyncio.Event()
-        database = Database(NOWHERE, connect_timeout=1, timeout=1)
+        self.database = database = MemoryDatabase()
         presence = Presence("shop", "test", 1, rate, self.said.append, None)
         self.probe = MemoryProbe(self.task, database, presence, 10)
         self.consumer = Consumer(
@@ -109,7 +108,7 @@ class Heart:
             self.probe,
             Recovery(1, patience=50),
             task_timeout=task_timeout,
-            needs_database=False,
+            needs_database=self.task.needs_database,
             burst=burst,
         )
 

@@ -109,7 +109,7 @@ class MemoryLanes:
 
     async def hold_something(self, *, sure: bool = False) -> bool:
         """Return whether a message waits in either lane."""
-        self._step("hold_something")
+        self._step("hold_something, surely" if sure else "hold_something")
         return any(self.broker.queues[lane] for lane in (QUEUES.urgent, QUEUES.bulk))
 
     async def take(self) -> Delivery | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import time
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
@@ -12,19 +13,29 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from pymysql.constants import ER
+from pymysql.err import ProgrammingError
 
 from aioworker.budget.deaths import MOST_DEATHS
 from aioworker.clock import own_time
 from aioworker.consumer import LEAST_LOST, MOST_RETURNS
-from aioworker.errors import BrokerError, DatabaseError, DeadLetter, TurnLostError
+from aioworker.errors import (
+    BrokerError,
+    DatabaseError,
+    DeadLetter,
+    RowsRefusedError,
+    TurnLostError,
+)
 from aioworker.limits import Wait
 from aioworker.mysql.database import Database
 from aioworker.reasons import Reason, ReasonKind
 from aioworker.settling.breaker import STREAK
 from aioworker.settling.outcome import Kind
 from aioworker.settling.probe import Probe
+from aioworker.tasks.context import Context
 from aioworker.tasks.task import Task
-from tests.doubles.heart import MAX_RETRIES, NOWHERE, Heart, fails, nothing
+from tests.doubles.database import NOWHERE
+from tests.doubles.heart import MAX_RETRIES, Heart, fails, nothing
 from tests.doubles.lanes import QUEUES, MemoryLanes
 
 PAUSED = Wait(Reason(ReasonKind.PAUSED, "paused by alice"), 1)
@@ -276,6 +287,173 @@ async def test_a_message_that_lost_its_connection_has_attempts_more() -> None:
     kinds = await fail(heart, times=LEAST_LOST)
 
     assert kinds == [Kind.RETRY] * (LEAST_LOST - 1) + [Kind.DEAD_LETTER]
+
+
+def heart_on_database(work: Callable[[Heart], None], **options: Any) -> Heart:
+    """Return a heart whose task uses the database, and does *work* on the heart."""
+
+    async def run(ctx: Context) -> None:
+        work(heart)
+
+    heart = Heart(run, **options)
+    return heart
+
+
+def lose(heart: Heart) -> None:
+    """Lose the run's connection."""
+    heart.database.open = False
+    raise KeyError("shop")
+
+
+async def test_a_run_whose_connection_is_gone_has_lost_it() -> None:
+    heart = heart_on_database(lose)
+    heart.broker.send()
+
+    assert (await heart.serve()).kind is Kind.RETRY
+
+    [copy] = heart.broker.headers(QUEUES.retry)
+    assert copy["x-aioworker-lost"] == 1
+
+
+async def test_a_run_that_was_cut_off_has_lost_nothing() -> None:
+    """Its connection is closed for that."""
+
+    async def run(ctx: Context) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            heart.database.open = False
+
+    heart = Heart(run, task_timeout=0.01)
+    heart.broker.send()
+    await heart.serve()
+
+    [copy] = heart.broker.headers(QUEUES.retry)
+    assert "x-aioworker-lost" not in copy
+
+
+def fill(heart: Heart) -> None:
+    """Find no room for a write."""
+    heart.database.no_room = DatabaseError("full", unreachable=True)
+    raise KeyError("shop")
+
+
+async def test_without_room_a_message_goes_behind_the_others() -> None:
+    """Of the whole server, or of a table that this message alone fills: others may do."""
+    heart = heart_on_database(fill)
+    heart.broker.send()
+
+    outcome = await heart.serve()
+
+    assert (outcome.kind, str(outcome.away)) == (Kind.POSTPONED, "full")
+
+
+async def test_without_room_it_is_the_messages_own_once_others_succeed() -> None:
+    heart = heart_on_database(lambda _heart: None)
+    heart.broker.send(id="good")
+    await heart.serve()
+    heart.task.function = _filling(heart)
+    heart.broker.send(**FAILED_BEFORE)
+
+    assert (await heart.serve()).kind is Kind.RETRY
+
+
+def _filling(heart: Heart) -> Any:
+    async def run(ctx: Context) -> None:
+        fill(heart)
+
+    return run
+
+
+async def test_a_task_that_knew_what_to_do_without_room_leaves_nothing_behind() -> None:
+    def know(heart: Heart) -> None:
+        heart.database.no_room = DatabaseError("full", unreachable=True)
+
+    heart = heart_on_database(know)
+    heart.broker.send()
+
+    assert (await heart.serve()).kind is Kind.ACK
+
+    assert heart.database.no_room is None
+    assert heart.database.runs == 1
+
+
+async def test_a_missing_table_opens_the_breaker_if_the_tasks_own_check_finds_nothing() -> None:
+    heart = Heart(missing)
+    heart.broker.send(id="one")
+    heart.broker.send(id="two")
+
+    assert (await heart.serve()).kind is Kind.POSTPONED
+
+    assert "doesn't exist" in heart.consumer.breaker.reason
+
+
+async def test_a_missing_table_that_the_tasks_own_check_finds_is_waited_for() -> None:
+    async def check(_ctx: Context) -> None:
+        raise DatabaseError("no table addons")
+
+    heart = Heart(missing)
+    heart.task.check = check
+    heart.broker.send()
+
+    outcome = await heart.serve()
+
+    assert (outcome.kind, str(outcome.away)) == (Kind.RELEASED, "no table addons")
+
+
+async def missing() -> None:
+    """Miss a table."""
+    raise ProgrammingError(ER.NO_SUCH_TABLE, "Table 'shop' doesn't exist")
+
+
+async def test_what_the_data_refuses_is_set_aside_at_once() -> None:
+    async def refuses() -> None:
+        raise RowsRefusedError({1: "Data too long"}, written=0)
+
+    assert await fail(Heart(refuses), times=1) == [Kind.DEAD_LETTER]
+
+
+async def test_messages_that_are_alone_are_set_aside_but_no_fourth_one() -> None:
+    """It may be the task that fails, and nobody can tell."""
+    heart = Heart(fails, max_retries=1)
+    kinds = []
+    for number in range(STREAK + 1):
+        heart.broker.send(id=f"message {number}", **FAILED_BEFORE)
+        kinds.append((await heart.serve()).kind)
+        heart.broker.queues[QUEUES.retry].clear()
+
+    assert kinds == [Kind.DEAD_LETTER] * STREAK + [Kind.POSTPONED]
+
+
+async def test_while_the_breaker_is_open_one_beside_what_was_put_off_is_not_alone() -> None:
+    heart = Heart(fails, max_retries=1)
+    for number in range(STREAK + 1):
+        heart.broker.send(id=f"message {number}", **FAILED_BEFORE)
+    kinds = [(await heart.serve()).kind for _ in range(STREAK + 1)]
+
+    assert kinds == [Kind.POSTPONED] * (STREAK + 1)
+
+
+async def test_the_wait_for_a_first_write_is_no_part_of_a_runs_time() -> None:
+    async def run(ctx: Context) -> None:
+        with heart.database.waiting(60, Reason(ReasonKind.FIRST_WRITE, "due in 60 s")):
+            await asyncio.sleep(0.05)
+
+    heart = Heart(run, task_timeout=0.02)
+    heart.broker.send()
+
+    assert (await heart.serve()).kind is Kind.ACK
+    assert "waiting: due in 60 s" in heart.said
+
+
+async def test_a_publisher_hurries_no_thread() -> None:
+    def runs() -> None:
+        time.sleep(0.05)
+
+    heart = Heart(runs)  # type: ignore[arg-type]  # a function, which runs in a thread
+    heart.broker.send(timelimit=[None, 0.01])
+
+    assert (await heart.serve()).kind is Kind.ACK
 
 
 async def test_what_comes_back_for_the_twentieth_time_goes_behind_the_others() -> None:

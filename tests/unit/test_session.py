@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from aioworker.limits import RateLimit, Wait
 from aioworker.reasons import Reason, ReasonKind
 from aioworker.settling.breaker import STREAK
 from aioworker.settling.outcome import Kind
+from aioworker.tasks.context import Context
 from aioworker.worker.session import ALARM_SECONDS, AT_ONCE, IDLE_SECONDS, SUSPECT_RETURNS
 from tests.doubles.heart import Heart, fails, nothing
 from tests.doubles.lanes import QUEUES, MemoryLanes
@@ -263,6 +264,42 @@ async def test_after_a_failed_look_at_the_budget_the_database_is_asked_again(
         assert heart.probe.asked > 1
 
 
+async def test_a_lost_connection_ends_the_turn_with_it(clock: FakeClock) -> None:
+    """It held the turn: the next message would fail for nothing."""
+    turns: list[int] = []
+
+    async def refresh(ctx: Context, ids: list[int]) -> None:
+        """Take chunks."""
+
+    heart = Heart(refresh, rate="2/m")
+
+    @heart.task.needed
+    async def none(_ctx: Context, _ids: list[int]) -> list[int]:
+        turns.append(heart.budget.asked)
+        heart.database.open = False
+        return []
+
+    for number in (1, 2):
+        heart.broker.send(f"[[[{number}]], {{}}, null]".encode(), id=str(number))
+    async with running(heart):
+        await clock.advance(1)
+
+    assert len(set(turns)) == 2, "it asked the budget once more between them"
+
+
+async def test_a_database_that_failed_once_it_was_trusted_is_connected_to_again(
+    clock: FakeClock,
+) -> None:
+    """Its address may lead to another server now, or a run spoiled the session."""
+    heart = Heart(rate="2/m")
+    async with running(heart):
+        await clock.advance(5)
+        heart.budget.refusal = DatabaseError("refused")
+        await clock.advance(5)
+
+        assert heart.database.closed > 0
+
+
 async def test_a_run_that_finds_the_database_away_is_the_last_until_it_is_back(
     clock: FakeClock,
 ) -> None:
@@ -289,6 +326,18 @@ async def test_without_confirms_nothing_is_taken_for_a_while(clock: FakeClock) -
         await clock.advance(10, step=0.5)
         assert heart.steps.count("take") == 1
         assert "waiting: copy not confirmed: no answer" in heart.said
+
+
+async def test_without_confirms_what_is_set_meanwhile_is_followed(clock: FakeClock) -> None:
+    heart = Heart(fails, rate="100/s")
+    heart.broker.refusal = BrokerError("no answer", unreachable=True)
+    heart.broker.send()
+    async with running(heart):
+        await clock.advance(1, step=0.5)
+        before = heart.budget.asked
+        await clock.advance(10, step=0.5)
+
+        assert heart.budget.asked - before >= 4
 
 
 async def test_what_is_served_ends_the_outage_of_copies(clock: FakeClock) -> None:
@@ -397,6 +446,8 @@ async def test_a_burst_ends_once_the_lanes_are_empty(clock: FakeClock) -> None:
 
         assert serving.done()
         assert heart.broker.acknowledged == ["one", "two"]
+    # Nobody else would find what is left: RabbitMQ's count alone is not believed.
+    assert "hold_something" not in heart.steps
 
 
 @pytest.mark.parametrize("hold", ["pause", "database", "copies"])
@@ -515,6 +566,56 @@ async def test_while_the_breaker_is_open_one_at_a_time_is_tried(clock: FakeClock
         await clock.advance(1, step=0.1)
         assert crowd.running == 1
         crowd.release.set()
+
+
+async def test_runs_that_do_not_end_though_their_time_is_up_are_said(clock: FakeClock) -> None:
+    """Threads, which nothing can end; the worker waits for them at its end, too."""
+    crowd = Crowd()
+    heart = Heart(crowd.run)
+    # What a thread does: it goes on behind its time.
+    heart.task.function = deaf(crowd)
+    heart.broker.send(id="one")
+    heart.broker.send(id="two")
+    async with running(heart) as serving:
+        await clock.advance(130, step=0.5)
+        assert "stalled: 2 runs without an end, though the time is up" in heart.said
+        assert not heart.worker.progresses
+
+        heart.stop.set()
+        await clock.advance(10, step=0.5)
+        assert not serving.done()
+        crowd.release.set()
+        await clock.advance(1, step=0.1)
+
+        assert serving.done()
+        assert heart.consumer.settled.total() == 2
+
+
+def deaf(crowd: Crowd) -> Any:
+    """Return a function that is not ended by its cancellation."""
+
+    async def run() -> None:
+        for _ in range(2):  # its time is up, and the test's end
+            with suppress(asyncio.CancelledError):
+                await crowd.release.wait()
+
+    return run
+
+
+async def test_a_lost_connection_ends_the_intake(clock: FakeClock) -> None:
+    crowd = Crowd()
+    heart = Heart(crowd.run)
+    heart.broker.send(id="one")
+    async with running(heart) as serving:
+        await clock.advance(1, step=0.1)
+        assert crowd.running == 1
+        heart.lost.set()
+        crowd.release.set()
+        await clock.advance(0.1, step=0.1)
+
+        assert serving.done()
+        with pytest.raises(BrokerError):
+            serving.result()
 
 
 @pytest.mark.parametrize("what", ["rate", "pause", "another hold"])
