@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from aioworker import repo
@@ -10,7 +11,7 @@ from aioworker.tasks.context import Context
 from aioworker.tasks.registry import task
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
 
 def swept_ids(ctx: Context, after: int) -> AsyncIterator[list[int]]:
@@ -20,19 +21,9 @@ def swept_ids(ctx: Context, after: int) -> AsyncIterator[list[int]]:
 
 @task(rate_limit="2/m", keys=swept_ids)
 async def update_current_version(ctx: Context, ids: list[int]) -> None:
-    """Write the right current version into the add-ons that need it.
-
-    Raises:
-        RowsRefusedError: The data refused some of the rows.
-    """
-    result = repo.Refresh()
-    try:
+    """Write the right current version into the add-ons that need it."""
+    with counting(ctx) as result:
         await repo.refresh(ctx.database, ids, result)
-    finally:  # also where it was cut short
-        ctx.counts["changed"] += result.changed
-        count_missing(ctx, result.missing)
-    if result.refused:
-        raise RowsRefusedError(result.refused, result.changed)
 
 
 @update_current_version.needed
@@ -57,6 +48,23 @@ async def sweep_size(ctx: Context, after: int) -> int:
 update_current_version.check = can_work
 update_current_version.size = sweep_size
 update_current_version.largest_id = repo.LARGEST_ID
+
+
+@contextmanager
+def counting(ctx: Context) -> Iterator[repo.Refresh]:
+    """Count what a refresh did, also where it was cut short.
+
+    Raises:
+        RowsRefusedError: The data refused some of its rows.
+    """
+    result = repo.Refresh()
+    try:
+        yield result
+    finally:
+        ctx.counts["changed"] += result.changed
+        count_missing(ctx, result.missing)
+    if result.refused:
+        raise RowsRefusedError(result.refused, result.changed)
 
 
 def count_missing(ctx: Context, missing: list[int]) -> None:

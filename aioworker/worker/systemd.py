@@ -65,7 +65,7 @@ class Notifier:
         """
         now = asyncio.get_running_loop().time
         while True:
-            if progresses():
+            if self._patience and progresses():
                 self.send(WATCHDOG="1")
             seconds = min(self._patience / 2 or math.inf, until - now())
             done, _left = await asyncio.wait(
