@@ -59,7 +59,6 @@ def consume(
     not load, says why and goes on with the old. With --burst exits 0 if all it took is done,
     1 if a message became a dead letter, went to retry or was given back, or if it is paused.
     """
-    from aioworker.commands import init
     from aioworker.worker import process, reload
 
     raise_early = signals.keep_early()
@@ -70,6 +69,8 @@ def consume(
     if settings.budget == "shared" or any(task.needs_database for task in tasks):
         settings.database()
     if check:
+        from aioworker.commands import init
+
         run(init.refuse_older_tables(settings))
         reload.end_check([task.name for task in tasks])
 
