@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pymysql.connections import Connection
     from pymysql.cursors import Cursor
 
-CHUNKS = 200
+CHUNKS = 1000  # more than run while a session of the same number is made on the other server
 STEADY = ("--rate-limit", "5/s")
 TIMEOUT = {"AIOWORKER_TASK_TIMEOUT": "15"}  # of a run that the server fell silent in
 THEIRS_SECONDS = 20  # somebody else's query on the new server
