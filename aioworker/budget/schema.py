@@ -78,24 +78,33 @@ _COLUMNS = """SELECT LOWER(column_name) FROM information_schema.columns
 WHERE table_schema = DATABASE() AND table_name = %s"""
 # Who holds a lock on a table: what MySQL tells, and MariaDB if it is set up to. Otherwise it is
 # somebody who is in the middle of a transaction.
-_HOLDERS = {
-    """SELECT processlist_id, processlist_user, processlist_host,
+_HOLDERS = (
+    (
+        "held by",
+        """SELECT processlist_id, processlist_user, processlist_host,
     SYSDATE() - INTERVAL processlist_time SECOND
     FROM performance_schema.metadata_locks
     JOIN performance_schema.threads ON thread_id = owner_thread_id
     WHERE object_type = 'TABLE' AND lock_status = 'GRANTED'
     AND object_schema = DATABASE() AND object_name = %(table)s
-    AND processlist_id <> CONNECTION_ID()""": "held by",
-    """SELECT id, user, host, SYSDATE() - INTERVAL time SECOND
+    AND processlist_id <> CONNECTION_ID()""",
+    ),
+    (
+        "held by",
+        """SELECT id, user, host, SYSDATE() - INTERVAL time SECOND
     FROM information_schema.metadata_lock_info
     JOIN information_schema.processlist ON id = thread_id
     WHERE table_schema = DATABASE() AND table_name = %(table)s
-    AND id <> CONNECTION_ID()""": "held by",
-    """SELECT id, user, host, SYSDATE() - INTERVAL time SECOND
+    AND id <> CONNECTION_ID()""",
+    ),
+    (
+        "perhaps held by",
+        """SELECT id, user, host, SYSDATE() - INTERVAL time SECOND
     FROM information_schema.innodb_trx
     JOIN information_schema.processlist ON id = trx_mysql_thread_id
-    WHERE id <> CONNECTION_ID()""": "perhaps held by",
-}
+    WHERE id <> CONNECTION_ID()""",
+    ),
+)
 
 
 async def settle(
@@ -192,7 +201,7 @@ async def _found(database: Database, name: str) -> list[str]:
 
 async def _holders(database: Database, name: str) -> str:
     """Return in one line which sessions hold a lock on a table, as far as the server tells."""
-    for statement, words in _HOLDERS.items():
+    for words, statement in _HOLDERS:
         with suppress(MySQLError):  # not there, or not for this user
             if found := await database.query(statement, {"table": name}):
                 return f"{words} {', '.join(map(_session, found))}"
