@@ -123,8 +123,8 @@ class Task(Generic[P, R]):
         """Register a function that returns which ids or rows of a chunk still need writing.
 
         It only reads, and is called as the task is: with a `Context`, where its first
-        parameter is one, and the chunk. What needs nothing costs nothing of the rate limit.
-        What it returns that is not of the chunk fails the message.
+        parameter is one, and the chunk. Ids that need no write do not count against the rate
+        limit. What it returns that is not of the chunk fails the message.
 
         Raises:
             TaskError: The task, or this function, takes no chunk.
