@@ -95,7 +95,7 @@ class Consumer:
         self._max_retries = max_retries
         self._task_timeout = task_timeout
         self._worker = worker
-        self._report = Report(max_retries)
+        self._report = Report(max_retries, budget.now)
         self._ends = EndedRuns()
 
     async def serve(self, delivery: Delivery, lanes: Lanes) -> Outcome:

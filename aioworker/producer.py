@@ -143,22 +143,21 @@ class Producer:
                 same.
         """
         name, checked, named = check_publishable(task, args, kwargs)
-        return await self._send(name, checked, named, urgent=urgent)
+        return await self._send(name, outgoing_message(name, checked, named), urgent=urgent)
 
-    async def publish_swept(self, task: AnyTask, chunk: list[Any]) -> str:
+    async def publish_swept(self, task: AnyTask, chunk: list[Any], sweep: str) -> str:
         """Publish a chunk of a sweep to the bulk lane.
 
         Args:
             task: The task.
             chunk: What the task can take, checked.
+            sweep: The sweep's id.
         """
         args = as_json([chunk, *task.options.constants])
-        return await self._send(task.name, args, {}, urgent=False)
+        outgoing = outgoing_message(task.name, args, sweep=sweep)
+        return await self._send(task.name, outgoing, urgent=False)
 
-    async def _send(
-        self, task: str, args: Sequence[Any], kwargs: Mapping[str, Any], *, urgent: bool
-    ) -> str:
-        outgoing = outgoing_message(task, args, kwargs)
+    async def _send(self, task: str, outgoing: Outgoing, *, urgent: bool) -> str:
         running = asyncio.get_running_loop()
         if self._loop not in (None, running):
             raise UsageError(
@@ -199,10 +198,20 @@ class Producer:
 
 
 def outgoing_message(
-    task: str, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
+    task: str,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    sweep: str | None = None,
 ) -> Outgoing:
-    """Return the message that runs *task* with these arguments, as aio-pika publishes it."""
-    encoded = message.encode(task, args, kwargs)
+    """Return the message that runs *task* with these arguments, as aio-pika publishes it.
+
+    Args:
+        task: The task's name.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        sweep: The id of the sweep that it belongs to; None of a single message.
+    """
+    encoded = message.encode(task, args, kwargs, sweep)
     return aio_pika.Message(
         encoded.body,
         headers=encoded.headers,
@@ -210,4 +219,5 @@ def outgoing_message(
         content_encoding=message.CONTENT_ENCODING,
         correlation_id=encoded.message_id,
         message_id=encoded.message_id,
+        timestamp=encoded.published,
     )

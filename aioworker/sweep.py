@@ -7,8 +7,9 @@ published and confirmed. No more is held than a page and the chunks that are und
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from aioworker.errors import TaskError, UsageError
@@ -36,11 +37,13 @@ class Sweep:
         chunks: Chunks confirmed.
         ids: Ids, or rows, in them.
         last_id: All ids up to this one are confirmed; None before the first chunk is.
+        id: What its messages carry, to be told from those of another sweep.
     """
 
     chunks: int = 0
     ids: int = 0
     last_id: int | None = None
+    id: str = field(default_factory=lambda: str(uuid.uuid4()))
 
     def __str__(self) -> str:
         last = "" if self.last_id is None else f", last confirmed id {self.last_id}"
@@ -128,7 +131,8 @@ async def publish_sweep(
 
     try:
         async for chunk in chunks:
-            under_way.append((chunk, asyncio.create_task(producer.publish_swept(task, chunk))))
+            sending = producer.publish_swept(task, chunk, sweep.id)
+            under_way.append((chunk, asyncio.create_task(sending)))
             if len(under_way) >= WINDOW:
                 await count_oldest()
         while under_way:

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from pamqp.header import ContentHeader
 from pymysql.err import DataError, InterfaceError, OperationalError
 
+from aioworker.clock import own_time
 from aioworker.errors import (
     AioworkerError,
     BrokerError,
@@ -221,7 +222,7 @@ class Judge:
     def __init__(self) -> None:
         self.faults = dict.fromkeys(Fault, 0)
         self._log = logging.getLogger("aioworker.consumer")
-        self._report = Report(5)
+        self._report = Report(5, own_time)
         self._delivery = Delivery.of(
             delivered(headers={"id": "strange", "task": "strange"}, message_id="strange")
         )

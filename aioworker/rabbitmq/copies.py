@@ -8,7 +8,7 @@ import aio_pika
 
 from aioworker.rabbitmq.delivery import message_id
 from aioworker.rabbitmq.headers import LEFT_OUT, fitting, line, portable
-from aioworker.rabbitmq.message import PROPERTIES, UNREADABLE
+from aioworker.rabbitmq.message import PROPERTIES, PUBLISHED, SWEEP, UNREADABLE, milliseconds
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -22,7 +22,7 @@ _COUNTS = frozenset({"x-delivery-count", "x-acquired-count"})
 # Whoever publishes these has RabbitMQ send the message to other queues too.
 _ROUTES = frozenset({"CC", "BCC"})
 # What of ours tells of the message as it was published.
-_STAYING = frozenset({UNREADABLE, PROPERTIES, LEFT_OUT})
+_STAYING = frozenset({UNREADABLE, PROPERTIES, LEFT_OUT, PUBLISHED, SWEEP})
 # When a message is to run: somebody who brings it back says now.
 _TIMES = frozenset({"eta", "expires"})
 _BROKERS = (
@@ -53,7 +53,7 @@ def retry(
         "x-aioworker-reason": line(reason),
     }
     if failed_at is not None:
-        headers["x-aioworker-first-failed-at"] = _shown(delivery.first_failed or failed_at)
+        headers["x-aioworker-first-failed-at"] = milliseconds(delivery.first_failed or failed_at)
     if lost:
         headers["x-aioworker-lost"] = delivery.losses + 1
     return _copy(delivery.message, headers)
@@ -80,8 +80,8 @@ def dead_letter(
             "x-aioworker-traceback": traceback,
             "x-aioworker-attempts": delivery.attempt,
             "x-aioworker-lane": delivery.lane,
-            "x-aioworker-first-failed-at": _shown(delivery.first_failed or now),
-            "x-aioworker-failed-at": _shown(now),
+            "x-aioworker-first-failed-at": milliseconds(delivery.first_failed or now),
+            "x-aioworker-failed-at": milliseconds(now),
             "x-aioworker-worker": worker,
         },
     )
@@ -145,9 +145,6 @@ def _copy(
         content_encoding=portable(message.content_encoding),
         correlation_id=portable(message.correlation_id),
         message_id=portable(message.message_id) or message_id(message),
+        timestamp=message.timestamp,
     )
     return fitting(copy, headers)
-
-
-def _shown(now: datetime) -> str:
-    return now.isoformat(timespec="milliseconds")

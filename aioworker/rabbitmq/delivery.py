@@ -10,7 +10,7 @@ from typing import TypeAlias
 from aio_pika.abc import AbstractIncomingMessage
 
 from aioworker.rabbitmq.errors import in_time
-from aioworker.rabbitmq.message import retries
+from aioworker.rabbitmq.message import PUBLISHED, retries
 
 Message: TypeAlias = AbstractIncomingMessage  # for those who import no aio_pika
 KEY_LENGTH = 64
@@ -34,6 +34,7 @@ class Delivery:
             connection.
         losses: How many attempts lost their connection before this one.
         first_failed: When it failed first; None if it has not failed yet.
+        published: When it was published, by the clock of whoever did; None if that is not known.
         timeout: Seconds for RabbitMQ to take an answer.
     """
 
@@ -46,6 +47,7 @@ class Delivery:
     returns: int
     losses: int
     first_failed: datetime | None
+    published: datetime | None
     timeout: float
 
     @classmethod
@@ -53,7 +55,6 @@ class Delivery:
         """Read a message's headers, whatever their values are."""
         headers = message.headers
         known = message_id(message)
-        noted = headers.get("x-aioworker-first-failed-at")
         return cls(
             message=message,
             id=known,
@@ -63,7 +64,8 @@ class Delivery:
             attempt=(retries(headers) or 0) + 1,
             returns=_number(headers.get("x-delivery-count")),
             losses=_number(headers.get("x-aioworker-lost")),
-            first_failed=moment(noted if isinstance(noted, str) else None),
+            first_failed=moment(headers.get("x-aioworker-first-failed-at")),
+            published=moment(headers.get(PUBLISHED)) or _aware(message.timestamp),
             timeout=timeout,
         )
 
@@ -94,13 +96,16 @@ def message_id(message: Message) -> str:
     return str(known).encode(errors="replace")[:ID_BYTES].decode(errors="ignore")
 
 
-def moment(text: str | None) -> datetime | None:
+def moment(header: object) -> datetime | None:
     """Return a time in ISO 8601, UTC unless it says otherwise; None for what is none."""
     try:
-        found = datetime.fromisoformat(text or "")
+        return _aware(datetime.fromisoformat(header if isinstance(header, str) else ""))
     except ValueError:
         return None
-    return found if found.tzinfo else found.replace(tzinfo=UTC)
+
+
+def _aware(time: datetime | None) -> datetime | None:
+    return time if time is None or time.tzinfo else time.replace(tzinfo=UTC)
 
 
 def _key(known: str, body: bytes) -> str:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 UNREADABLE = "x-aioworker-unreadable"  # in place of properties that cannot be decoded: why
 PROPERTIES = "x-aioworker-properties"  # beside it: these, in hexadecimal digits
+PUBLISHED = "x-aioworker-published-at"  # to the millisecond: AMQP's own timestamp has seconds
+SWEEP = "x-aioworker-sweep"  # the sweep that a message belongs to
 LONGEST_RUN_SECONDS = 1500  # RabbitMQ takes back what is not settled within half an hour
 RETRIES_LIMIT = 1000
 BODY_LIMIT = 4 * 1024 * 1024  # bytes; a thousand ids are eleven thousand
@@ -54,11 +56,12 @@ _AFTERWARDS = ("callbacks", "errbacks", "chain", "chord")
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A message ready to be published: its id, headers and body."""
+    """A message ready to be published: its id, headers and body, and when that is."""
 
     message_id: str
     headers: dict[str, Any]
     body: bytes
+    published: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +85,19 @@ class Call:
         return -math.inf if self.expires is None else (now - self.expires).total_seconds()
 
 
-def encode(task: str, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Encoded:
-    """Make the message that runs *task* with these arguments.
+def encode(
+    task: str,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    sweep: str | None = None,
+) -> Encoded:
+    """Make the message that runs *task* with these arguments, published now.
+
+    Args:
+        task: The task's name.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        sweep: The id of the sweep that it belongs to; None of a single message.
 
     Raises:
         UsageError: An argument is nothing that JSON can hold.
@@ -100,6 +114,7 @@ def encode(task: str, args: Sequence[Any], kwargs: Mapping[str, Any] | None = No
         raise UsageError(f"expected arguments that JSON can hold, got: {error}") from error
     if len(body) > BODY_LIMIT:
         raise UsageError(f"expected arguments of at most {BODY_LIMIT} bytes, got: {len(body)}")
+    now = datetime.now(UTC)
     headers = {
         "lang": "py",
         "task": task,
@@ -116,8 +131,11 @@ def encode(task: str, args: Sequence[Any], kwargs: Mapping[str, Any] | None = No
         "argsrepr": brief(list(args)),
         "kwargsrepr": brief(kwargs),
         "origin": ORIGIN,
+        PUBLISHED: milliseconds(now),
     }
-    return Encoded(message_id, headers, body)
+    if sweep is not None:
+        headers[SWEEP] = sweep
+    return Encoded(message_id, headers, body, now)
 
 
 def decode(
@@ -292,6 +310,11 @@ def _time_limit(headers: Mapping[str, Any]) -> float | None:
     if not all(number is not None and number >= 0 for number in numbers):
         raise _unexpected("header timelimit as [seconds, seconds]", limits)
     return min((number for number in numbers if number), default=None)
+
+
+def milliseconds(moment: datetime) -> str:
+    """Return a moment as headers have it: ISO 8601, to the millisecond."""
+    return moment.isoformat(timespec="milliseconds")
 
 
 def brief(value: object) -> str:

@@ -14,6 +14,9 @@ from aioworker.rabbitmq.queues import RETRY_TTL_MS
 from aioworker.settling.outcome import Kind, Outcome
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from datetime import datetime
+
     from aioworker.errors import BrokerError
     from aioworker.settling.failure import Failure
     from aioworker.settling.start import Start
@@ -25,7 +28,7 @@ _FIELDS = frozenset(
     {
         *("time", "level", "logger", "event", "traceback"),
         *("task", "message_id", "lane", "attempt", "of", "outcome", "reason", "ran"),
-        *("wait_seconds", "run_seconds", "retry_seconds"),
+        *("wait_seconds", "run_seconds", "age_seconds", "retry_seconds"),
     }
 )
 
@@ -38,9 +41,11 @@ class Report:
 
     Args:
         max_retries: Attempts after the first, before a message becomes a dead letter.
+        now: Returns the time of day, UTC.
     """
 
-    def __init__(self, max_retries: int) -> None:
+    def __init__(self, max_retries: int, now: Callable[[], datetime]) -> None:
+        self._now = now
         self._attempts = max_retries + 1
         self._idle_since = time.monotonic()
         self._tracebacks = Seldom()
@@ -81,7 +86,7 @@ class Report:
     def _values(self, start: Start) -> dict[str, Any]:
         began, ended = start.began or start.taken, start.ended or time.monotonic()
         waited, self._idle_since = max(began - self._idle_since, 0.0), ended
-        return {
+        values = {
             "task": start.ctx.task,
             "message_id": start.ctx.message_id,
             "lane": start.delivery.lane,
@@ -90,6 +95,10 @@ class Report:
             "wait_seconds": waited,
             "run_seconds": ended - began,
         }
+        if (published := start.delivery.published) is not None:
+            # By two clocks: the publisher's may be ahead.
+            values["age_seconds"] = max((self._now() - published).total_seconds(), 0.0)
+        return values
 
     def _is_shown(self, start: Start, failure: Failure, level: int) -> bool:
         """Whether the traceback is, of a failure that has one."""

@@ -28,6 +28,7 @@ from aioworker.errors import (
 )
 from aioworker.limits import Wait
 from aioworker.mysql.database import Database
+from aioworker.rabbitmq.message import PUBLISHED, milliseconds
 from aioworker.reasons import Reason, ReasonKind
 from aioworker.settling.breaker import STREAK
 from aioworker.settling.outcome import Kind
@@ -81,6 +82,22 @@ async def test_what_is_done_is_acknowledged_once_and_charged_once() -> None:
     assert (heart.consumer.starts, heart.consumer.failures) == (1, 0)
     assert heart.consumer.settled == {Kind.ACK: 1}
     assert heart.consumer.under_way == []
+
+
+async def test_the_log_line_says_how_long_ago_the_message_was_published(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "aioworker")
+    heart = Heart(nothing)
+    for seconds in (90, -90):
+        headers: dict[str, Any] = {PUBLISHED: milliseconds(own_time() - timedelta(seconds=seconds))}
+        heart.broker.send(**headers)
+        await heart.serve()
+    heart.broker.send()
+    await heart.serve()
+
+    ages = [vars(record)["fields"].get("age_seconds") for record in caplog.records]
+    assert ages == [pytest.approx(90, abs=30), 0.0, None]
 
 
 async def test_what_cannot_be_read_is_set_aside_unrun() -> None:

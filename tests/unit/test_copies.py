@@ -5,12 +5,14 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pamqp.header import ContentHeader
 
 from aioworker.rabbitmq import copies
 from aioworker.rabbitmq.delivery import Delivery
+from aioworker.rabbitmq.message import PUBLISHED, SWEEP, milliseconds
 from aioworker.settling.failure import Failure
 from tests.fakes import delivered
 
@@ -115,6 +117,42 @@ def test_when_it_failed_first_is_kept() -> None:
     copy = copies.retry(Delivery.of(delivery), "why", NOW, counts=True, lost=False)
 
     assert copy.headers["x-aioworker-first-failed-at"] == noted
+
+
+def test_every_copy_keeps_when_its_message_was_published_and_by_which_sweep() -> None:
+    """Brought back, too: what matters is how long a change has waited."""
+    published = {PUBLISHED: "2026-11-25T01:02:03.456+00:00", SWEEP: "autumn"}
+    second = datetime(2026, 11, 25, 1, 2, 3, tzinfo=UTC)
+    delivery = delivered(headers={"id": "a", **published}, timestamp=second)
+    whole = Delivery.of(delivery)
+
+    for copy in (
+        copies.retry(whole, "why", NOW, counts=True, lost=False),
+        copies.dead_letter(whole, "why", "", "", "here:1", NOW),
+        copies.revived(delivery),
+        copies.kept(delivery, {"guest"}),
+    ):
+        assert copy.headers.items() >= published.items()
+        assert copy.timestamp == second
+
+
+@pytest.mark.parametrize(
+    ("headers", "timestamp", "published"),
+    [
+        ({PUBLISHED: "2026-11-25T01:02:03.456+00:00"}, NOW, "2026-11-25T01:02:03.456+00:00"),
+        ({}, NOW, "2026-11-28T00:00:00.000+00:00"),
+        ({PUBLISHED: "lately"}, NOW, "2026-11-28T00:00:00.000+00:00"),
+        ({PUBLISHED: 3}, None, None),
+        ({}, None, None),
+    ],
+    ids=["in milliseconds", "in seconds", "no time", "a number", "not at all"],
+)
+def test_when_it_was_published_is_read_as_far_as_it_is_told(
+    headers: dict[str, Any], timestamp: datetime | None, published: str | None
+) -> None:
+    found = Delivery.of(delivered(headers=headers, timestamp=timestamp)).published
+
+    assert (found and milliseconds(found)) == published
 
 
 def test_a_letter_that_stays_keeps_what_the_next_look_needs() -> None:

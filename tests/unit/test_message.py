@@ -6,7 +6,7 @@ import json
 import math
 import zlib
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from aioworker.addons import update_current_version
 from aioworker.errors import AioworkerError, MessageRefusedError, UsageError
-from aioworker.rabbitmq.message import BODY_LIMIT, decode, encode, retries
+from aioworker.rabbitmq.message import BODY_LIMIT, PUBLISHED, SWEEP, decode, encode, retries
 from aioworker.tasks.chunk import check_ids
 
 TASK = "update_current_version"
@@ -49,7 +49,8 @@ def test_a_message_is_one_of_celerys_protocol_2() -> None:
         {},
         {"callbacks": None, "errbacks": None, "chain": None, "chord": None},
     ]
-    assert encoded.headers | {"origin": "", "id": "", "root_id": ""} == {
+    varying = dict.fromkeys(("origin", "id", "root_id", PUBLISHED), "")
+    assert encoded.headers | varying == {
         "lang": "py",
         "task": TASK,
         "id": "",
@@ -65,8 +66,21 @@ def test_a_message_is_one_of_celerys_protocol_2() -> None:
         "argsrepr": "[[3615]]",
         "kwargsrepr": "{}",
         "origin": "",
+        PUBLISHED: "",
     }
     assert encoded.headers["id"] == encoded.headers["root_id"] == encoded.message_id
+
+
+def test_a_message_tells_when_it_was_published_and_by_which_sweep() -> None:
+    before = datetime.now(UTC) - timedelta(milliseconds=1)
+
+    encoded = encode(TASK, [[3615]], sweep="autumn")
+
+    noted = datetime.fromisoformat(encoded.headers[PUBLISHED])
+    assert before <= noted <= datetime.now(UTC)
+    assert encoded.published - noted < timedelta(milliseconds=1)
+    assert encoded.headers[SWEEP] == "autumn"
+    assert SWEEP not in encode(TASK, [[3615]]).headers
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ from aioworker import (
     task,
 )
 from aioworker.errors import MessageRefusedError, TaskExitError, UnknownTaskError, UsageError
+from aioworker.producer import handing_to
+from aioworker.rabbitmq.message import SWEEP
 from aioworker.sweep import Sweep, publish_sweep
 from aioworker.tasks import registry
 from aioworker.testing import Message, Run, published, run
@@ -141,7 +143,7 @@ async def test_a_date_is_text_in_a_sweep() -> None:
 
     with published() as messages:
         async with Producer(NOWHERE) as producer:
-            await producer.publish_swept(move, [(1, DAY)])
+            await producer.publish_swept(move, [(1, DAY)], "sweep")
 
     assert messages == [Message("move", ([[1, "2026-11-29"]], "2026-11-29"))]
 
@@ -172,6 +174,25 @@ async def test_a_sweep_is_collected_in_its_order() -> None:
 
     assert messages == [Message("move", ([shop], "up")) for shop in range(1, 101)]
     assert (sweep.chunks, sweep.last_id) == (100, 100)
+
+
+async def test_all_messages_of_a_sweep_carry_its_id() -> None:
+    @task(keys=lambda: iter([[1]]))
+    def move(shops: list[int]) -> None: ...
+
+    async def chunks() -> Any:
+        for shop in range(1, 4):
+            yield [shop]
+
+    found: list[object] = []
+    one, other = Sweep(), Sweep()
+    with handing_to(lambda outgoing, _urgent: found.append(outgoing.headers[SWEEP])):
+        async with Producer(NOWHERE) as producer:
+            for sweep in (one, other):
+                await publish_sweep(producer, move, chunks(), sweep, lambda _sweep: None)
+
+    assert found == [one.id] * 3 + [other.id] * 3
+    assert one.id != other.id
 
 
 @pytest.mark.parametrize("publish", [by_producer, by_a_function], ids=lambda one: one.__name__)
