@@ -109,8 +109,7 @@ def parse_limit(text: str) -> RateLimit | NoLimit:
     return NoLimit.NONE if text.strip().lower() == NoLimit.NONE.value else RateLimit.parse(text)
 
 
-@dataclass(frozen=True, slots=True)
-class Interval:
+class Interval(NamedTuple):
     """The interval between starts that somebody has set at run time.
 
     Args:
@@ -150,8 +149,7 @@ class AtRunTime(Protocol):
         """Who paused the task, when and why; empty if nobody did."""
 
 
-@dataclass(frozen=True, slots=True)
-class InForce:
+class InForce(NamedTuple):
     """The rate limit in force.
 
     Args:

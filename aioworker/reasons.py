@@ -6,9 +6,9 @@ beside the words. Nothing reads the words again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from logging import DEBUG, ERROR, INFO, WARNING
+from typing import NamedTuple
 
 
 class State(StrEnum):
@@ -110,8 +110,7 @@ class ReasonKind(StrEnum):
         return State.STALLED if self.red else State.WAITING
 
 
-@dataclass(frozen=True, slots=True)
-class Reason:
+class Reason(NamedTuple):
     """Why something waits, or what it does.
 
     Args:

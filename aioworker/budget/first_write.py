@@ -9,8 +9,7 @@ write, by the server's clock.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from aioworker.errors import TurnLostError
 from aioworker.reasons import Reason, ReasonKind
@@ -84,8 +83,7 @@ class Habits:
         self.from_openings = [Usual() for _ in range(NOTED)]
 
 
-@dataclass(frozen=True, slots=True)
-class Due:
+class Due(NamedTuple):
     """When a write is due.
 
     Args:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -70,8 +69,7 @@ LONGEST_GAP_US = 366 * 86_400 * 1_000_000
 _PAUSED_AT, _SET_AT = 12, 15  # where they stand in an answer
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """A task's row of the budget, as the server answers.
 
     Args:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import getpass
 import os
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from aioworker.budget import tables
@@ -52,7 +51,7 @@ async def set_rate(
         await _set(database, name, _SET_RATE, gap, why)
         own = await tables.rates(database, name)
     was = _shown(rate_in_force(settings, name, before, own))
-    now = _shown(rate_in_force(settings, name, replace(before, gap_us=gap), own))
+    now = _shown(rate_in_force(settings, name, before._replace(gap_us=gap), own))
     still = f"; still {before.pause}" if before.pause else ""
     return f"{name}: rate limit {now} (was {was}){still}"
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from aioworker.commands import which_tasks
 from aioworker.errors import AioworkerError, QueueMissingError
@@ -26,8 +25,7 @@ if TYPE_CHECKING:
     from aioworker.settings import Settings
 
 
-@dataclass(frozen=True, slots=True)
-class Moved:
+class Moved(NamedTuple):
     """What became of the letters that were to be requeued or dropped.
 
     Args:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from aioworker.budget import tables
 from aioworker.commands.controls import rate_in_force
@@ -39,8 +38,7 @@ class Pace(Enum):
     PAUSED = "is paused"
 
 
-@dataclass(frozen=True, slots=True)
-class EarlierSweep:
+class EarlierSweep(NamedTuple):
     """A sweep that is still queued: none was published beside it.
 
     Args:

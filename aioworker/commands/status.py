@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aioworker.budget import tables
 from aioworker.budget.tables import Row, find_row, holder
@@ -140,8 +140,7 @@ class Status:
         return as_json(asdict(self), default=_encoded)
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(NamedTuple):
     """What the database tells of a task; nothing where it cannot be asked."""
 
     row: Row | None = None

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from aio_pika.abc import AbstractIncomingMessage
 
@@ -17,8 +16,7 @@ KEY_LENGTH = 64
 ID_BYTES = 200  # of what others call their messages: AMQP has room for 255
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
+class Delivery(NamedTuple):
     """One delivery of a message.
 
     Args:

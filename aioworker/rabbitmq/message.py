@@ -14,12 +14,11 @@ import reprlib
 import socket
 import uuid
 import zlib
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from email.message import Message
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aioworker.errors import MessageRefusedError, UsageError, name_of
 
@@ -54,8 +53,7 @@ ORIGIN = f"{os.getpid()}@{socket.gethostname()}"
 _AFTERWARDS = ("callbacks", "errbacks", "chain", "chord")
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
+class Encoded(NamedTuple):
     """A message ready to be published: its id, headers and body, and when that is."""
 
     message_id: str
@@ -64,8 +62,7 @@ class Encoded:
     published: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """What a message asks for.
 
     Args:

@@ -7,9 +7,8 @@ exchange, so that there is no binding to lose.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aioworker.errors import QueueMissingError
 from aioworker.rabbitmq.errors import in_time, queue_missing, uncounted
@@ -32,8 +31,7 @@ SAFE_AFTER_SECONDS = 3.0
 COUNTED_TRIES, COUNTED_SECONDS = 20, 0.05
 
 
-@dataclass(frozen=True, slots=True)
-class Queues:
+class Queues(NamedTuple):
     """The names of a task's queues.
 
     Args:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import CodeType
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 from aioworker.errors import RateLimitError, TaskError, UnknownTaskError, UsageError
 from aioworker.limits import NoLimit, parse_limit
@@ -163,8 +162,7 @@ def _shown(made: AnyTask) -> str:
     return f"{function.__module__}.{getattr(function, '__qualname__', type(function).__name__)}"
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
+class _Place(NamedTuple):
     """Where a task is registered: one execution of one module.
 
     Args:

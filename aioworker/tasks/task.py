@@ -15,7 +15,7 @@ from collections.abc import (
 )
 from dataclasses import dataclass, field
 from functools import partial, update_wrapper
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from aioworker.errors import TaskError, TaskExitError, UsageError
 from aioworker.limits import RateLimit
@@ -45,8 +45,7 @@ class Publishes(Protocol):
         """Publish one message; return its id once RabbitMQ has confirmed it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+class Options(NamedTuple):
     """How a task is run, where it does not leave that to the worker's settings.
 
     Args:

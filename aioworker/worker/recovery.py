@@ -6,7 +6,6 @@ import asyncio
 import math
 import random
 import time
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -152,4 +151,4 @@ class Recovery:
     def reason(self, outage: Outage, error: BrokerError | DatabaseError) -> Reason:
         """Return the reason to wait: a server is not blamed for what this process did."""
         reason, own = outage.reason(error), self._stood_still()
-        return replace(reason, words=f"{reason}; {own}") if own else reason
+        return reason._replace(words=f"{reason}; {own}") if own else reason

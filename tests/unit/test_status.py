@@ -161,7 +161,7 @@ def test_a_worker_knows_since_when_the_broker_is_away(kind: ReasonKind) -> None:
 @pytest.mark.parametrize("kind", [ReasonKind.BUDGET, ReasonKind.FIRST_WRITE, ReasonKind.TURN])
 def test_a_worker_that_waits_for_its_first_write_is_believed(kind: ReasonKind) -> None:
     """Until an interval has passed since the last one: how much sooner it may start it knows."""
-    recent = replace(ROW, write_age_us=20_000_000)
+    recent = ROW._replace(write_age_us=20_000_000)
 
     found = asked(worker(kind), row=recent)
 
@@ -179,10 +179,10 @@ def test_a_worker_that_runs_in_its_turn_runs() -> None:
 
 def test_a_row_tells_who_paused_it_while_it_is_paused() -> None:
     """Who ended a pause stands in the same columns."""
-    told = replace(ROW, paused_by="alice", paused_at=NOW, paused_why="lag")
+    told = ROW._replace(paused_by="alice", paused_at=NOW, paused_why="lag")
 
     assert told.pause == ""
-    assert replace(told, paused=True).pause == "paused by alice since 2026-11-29 12:00:00 UTC: lag"
+    assert told._replace(paused=True).pause == "paused by alice since 2026-11-29 12:00:00 UTC: lag"
 
 
 def test_the_schema_in_the_docs_is_the_codes() -> None:
