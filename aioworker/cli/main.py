@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from aioworker.cli import console, consume, control, dead, init, publish, status
+from aioworker.cli import console, consume, control, dead, publish, status
 from aioworker.cli.common import end_process
 from aioworker.errors import AioworkerError, UsageError
 from aioworker.logs import journal_mark
@@ -47,7 +47,7 @@ def main_options(
         console.say_all(ctx.get_help())
 
 
-app.command()(init.init)
+app.command()(consume.init)
 app.command(cls=consume.WithSettings)(consume.consume)
 app.command()(publish.publish_all)
 app.command()(publish.publish)

@@ -25,7 +25,7 @@ from aioworker.rabbitmq.errors import forbids, queue_missing
 from aioworker.rabbitmq.publisher import Publisher
 from aioworker.rabbitmq.queues import Queues, count_surely
 from aioworker.reasons import Reason, ReasonKind
-from aioworker.status.errors import kind_of
+from aioworker.status.presence import kind_of
 from aioworker.status.read import Worker, workers
 from aioworker.words import as_json, command, duration
 

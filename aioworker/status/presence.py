@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from aioworker.budget import tables
 from aioworker.budget.tables import ALIVE_SECONDS
-from aioworker.errors import DatabaseError
+from aioworker.errors import BrokerError, DatabaseError, TurnLostError
 from aioworker.logs import Seldom, fields
 from aioworker.mysql import errors
 from aioworker.mysql.database import OWN_SECONDS
@@ -245,3 +245,17 @@ class Presence:
 def _is_well(reason: Reason) -> bool:
     """Whether a worker runs, or waits as it does before each start."""
     return reason.kind is ReasonKind.RUNNING or reason.kind.routine
+
+
+def kind_of(error: BrokerError | DatabaseError) -> ReasonKind:
+    """Return the kind of reason that an error of a server is, or what else ended the work."""
+    if isinstance(error, BrokerError):
+        return ReasonKind.BROKER_UNREACHABLE if error.unreachable else ReasonKind.BROKER_REFUSES
+    if isinstance(error, TurnLostError):
+        return ReasonKind.TURN_LOST
+    if error.unreachable:
+        return ReasonKind.DATABASE_UNREACHABLE
+    cause = error.__cause__
+    if cause is not None and errors.kind(cause) is ErrorKind.CONTENTION:
+        return ReasonKind.CONTENTION
+    return ReasonKind.DATABASE_REFUSES

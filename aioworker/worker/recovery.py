@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from aioworker.reasons import Reason, ReasonKind
-from aioworker.status.errors import kind_of
+from aioworker.status.presence import kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,7 +15,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from aioworker.budget import tables
-from aioworker.cli.text import lines
+from aioworker.cli.status import lines
 from aioworker.commands.status import Status, look
 from aioworker.mysql.database import Database
 from aioworker.settings import Settings

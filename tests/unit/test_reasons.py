@@ -17,7 +17,7 @@ from aioworker.errors import (
 )
 from aioworker.mysql.errors import ER, MySQLError
 from aioworker.reasons import Reason, ReasonKind, State
-from aioworker.status.errors import kind_of
+from aioworker.status.presence import kind_of
 
 OPERATIONS = Path(__file__).parents[2] / "docs/operations.md"
 KIND_LENGTH = 40  # of the column
