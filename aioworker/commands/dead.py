@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from aioworker.commands import which_tasks
 from aioworker.errors import AioworkerError, QueueMissingError
-from aioworker.rabbitmq.connection import connected
-from aioworker.rabbitmq.dead_letters import DeadLetters, no_progress
+from aioworker.rabbitmq.connection import Connection, connected
+from aioworker.rabbitmq.dead_letters import DeadLetters, Progress, no_progress
+from aioworker.rabbitmq.delivery import Message
 from aioworker.rabbitmq.letter import Filter, Letter, text
 from aioworker.rabbitmq.publisher import Publisher
 from aioworker.rabbitmq.queues import Queues
+from aioworker.settings import Settings
 from aioworker.words import count
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-
-    from aioworker.rabbitmq.connection import Connection
-    from aioworker.rabbitmq.dead_letters import Progress
-    from aioworker.rabbitmq.delivery import Message
-    from aioworker.settings import Settings
 
 
 class Moved(NamedTuple):
@@ -97,9 +92,8 @@ async def _read(
 
     def stay(letter: Letter, _delivery: Message) -> str:
         nonlocal shown
-        if wanted.matches(letter):
-            show(name, letter)
-            shown += 1
+        show(name, letter)
+        shown += 1
         return look.queues.dead
 
     def note() -> str:
@@ -108,7 +102,7 @@ async def _read(
         return f"listed {count(shown, 'dead letter')}{of} before that{twice}"
 
     with _noting(note):
-        await look.read(stay, progress)
+        await look.read(wanted, stay, progress)
     return shown
 
 
@@ -140,14 +134,13 @@ async def read_one(
 
     def stay(letter: Letter, delivery: Message) -> str:
         nonlocal found
-        if wanted.matches(letter):
-            found = True
-            headers = {header: text(value) for header, value in delivery.headers.items()}
-            show(letter, headers, delivery.body.decode("utf-8", "backslashreplace"))
+        found = True
+        headers = {header: text(value) for header, value in delivery.headers.items()}
+        show(letter, headers, delivery.body.decode("utf-8", "backslashreplace"))
         return look.queues.dead
 
     async with _letters_of(settings, name) as look:
-        await look.read(stay, progress)
+        await look.read(wanted, stay, progress)
     return found
 
 
@@ -166,8 +159,6 @@ async def requeue(
     absent = set(wanted.ids)
 
     def bring_back(letter: Letter, _delivery: Message) -> str:
-        if not wanted.matches(letter):
-            return look.queues.dead
         absent.difference_update(letter.names)
         return look.queues.urgent if letter.lane == "urgent" else look.queues.bulk
 
@@ -178,7 +169,7 @@ async def requeue(
 
     async with _letters_of(settings, name) as look:
         with _noting(note):
-            await look.read(bring_back, progress)
+            await look.read(wanted, bring_back, progress)
     return Moved(look.gone, look.came, sorted(absent))
 
 
@@ -193,12 +184,11 @@ async def preview(
     found: Counter[Letter] = Counter()
 
     def stay(letter: Letter, _delivery: Message) -> str:
-        if wanted.matches(letter):
-            found[letter] += 1
+        found[letter] += 1
         return look.queues.dead
 
     async with _letters_of(settings, name) as look:
-        await look.read(stay, progress)
+        await look.read(wanted, stay, progress)
     return found
 
 
@@ -225,9 +215,9 @@ async def drop(
     left = None if shown is None else Counter(shown)
 
     def take_away(letter: Letter, _delivery: Message) -> str | None:
-        if not wanted.matches(letter) or (left is not None and not left[letter]):
-            return look.queues.dead
         if left is not None:
+            if not left[letter]:
+                return look.queues.dead
             left[letter] -= 1
         absent.difference_update(letter.names)
         return None
@@ -239,7 +229,7 @@ async def drop(
     async with _letters_of(settings, name) as look:
         with _noting(note):
             some_stay = left is not None or wanted != Filter()
-            await look.read(take_away, progress, copies=some_stay)
+            await look.read(wanted, take_away, progress, copies=some_stay)
     return Moved(look.gone, 0 if left is None else left.total(), sorted(absent))
 
 

@@ -11,33 +11,31 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
+
+from aio_pika.abc import (
+    AbstractChannel,
+    AbstractConnection,
+    AbstractIncomingMessage,
+    AbstractQueue,
+)
 
 from aioworker.errors import BrokerError, NotTakenError, QueueMissingError
 from aioworker.rabbitmq import copies
 from aioworker.rabbitmq.connection import close
 from aioworker.rabbitmq.errors import explain, forbids, in_time, uncounted
-from aioworker.rabbitmq.letter import Letter
+from aioworker.rabbitmq.letter import Filter, Letter
 from aioworker.rabbitmq.publisher import Publisher
 from aioworker.rabbitmq.queues import Queues, counted
 from aioworker.words import command
 
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection
-
-    from aio_pika.abc import (
-        AbstractChannel,
-        AbstractConnection,
-        AbstractIncomingMessage,
-        AbstractQueue,
-    )
-
-    # Where a letter goes: the name of a queue, its own for one that stays; None for nowhere.
-    Decide = Callable[[Letter, AbstractIncomingMessage], str | None]
-    # Shows how far a look is: told how many letters there are, then how many were looked at.
-    Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+# Where a letter goes: the name of a queue, its own for one that stays; None for nowhere.
+Decide = Callable[[Letter, AbstractIncomingMessage], str | None]
+# Shows how far a look is: told how many letters there are, then how many were looked at.
+Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 
 _Result = TypeVar("_Result")
 QUIET_SECONDS = 0.05  # without a letter, and the queue is asked whether there are more
@@ -105,14 +103,15 @@ class DeadLetters:
         await close(self._channel)
 
     async def read(
-        self, decide: Decide, progress: Progress = no_progress, *, copies: bool = True
+        self, wanted: Filter, decide: Decide, progress: Progress, *, copies: bool = True
     ) -> None:
-        """Look at as many as are there now.
+        """Look at as many as are there now; those that nobody means stay.
 
         Cut short, it lets the one in hand go where it was to go before it ends.
 
         Args:
-            decide: Says of each where it goes.
+            wanted: Which are meant.
+            decide: Says of each that is meant where it goes.
             progress: Shows how far it is.
             copies: Whether any may stay or be moved.
 
@@ -122,7 +121,7 @@ class DeadLetters:
         if copies:
             # Where RabbitMQ, short of memory, takes no copies, no letter is touched.
             await self._publisher.probe(self.queues.dead)
-        work = asyncio.create_task(self._read(decide, progress))
+        work = asyncio.create_task(self._read(wanted, decide, progress))
         try:
             await asyncio.shield(work)
         except asyncio.CancelledError:
@@ -162,13 +161,13 @@ class DeadLetters:
             await self._in_time(delivery.nack())
         return False
 
-    async def _read(self, decide: Decide, progress: Progress) -> None:
+    async def _read(self, wanted: Filter, decide: Decide, progress: Progress) -> None:
         if not await self._become_only_consumer():
             return
         with progress(self._total) as show:
             while self._consumer and (delivery := await self._next()) is not None:
                 self.seen += 1
-                await self._handle(delivery, decide)
+                await self._handle(delivery, wanted, decide)
                 show(self.seen)
         await self._finish()
 
@@ -211,11 +210,13 @@ class DeadLetters:
             await self._settle(delivery, self.queues.dead)
         await self._cancel()
 
-    async def _handle(self, delivery: AbstractIncomingMessage, decide: Decide) -> None:
+    async def _handle(
+        self, delivery: AbstractIncomingMessage, wanted: Filter, decide: Decide
+    ) -> None:
         to: str | None = self.queues.dead
         try:
-            if not self._stopping:
-                to = decide(Letter.of(delivery), delivery)
+            if not self._stopping and wanted.matches(letter := Letter.of(delivery)):
+                to = decide(letter, delivery)
         except BaseException:
             self._stopping = True
             raise
