@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from aioworker import repo
 from aioworker.errors import RowsRefusedError
 from aioworker.tasks.context import Context
 from aioworker.tasks.registry import task
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
 
 
 def swept_ids(ctx: Context, after: int) -> AsyncIterator[list[int]]:

@@ -5,17 +5,14 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from pydantic import SecretStr
 
 from aioworker import tls
 from aioworker.tls import Tls
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 # What other clients' addresses begin with works as it is: Celery's, and SQLAlchemy's with a driver.
 # No other: what stands behind a + may ask for TLS, which nobody must lose without a word.

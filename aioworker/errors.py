@@ -5,12 +5,9 @@ Each text is one line that names the offending value and, where there is one, th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 from aioworker.words import count
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 class AioworkerError(Exception):

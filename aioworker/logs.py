@@ -13,16 +13,14 @@ import re
 import sys
 import time
 import traceback
+from collections.abc import Callable, Hashable
 from datetime import UTC, datetime
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import Any
 
 from aioworker.errors import cause_of, context_of, family, name_of, parts_of, traceback_of
 from aioworker.words import as_json, printable
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
-    from types import TracebackType
 
 SELDOM_SECONDS = 60.0
 TRACEBACK_LENGTH = 16_000  # characters of it in a line of the log

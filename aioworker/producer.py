@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import aio_pika
 
@@ -19,9 +19,6 @@ from aioworker.settings import Settings, checked_prefix
 from aioworker.tasks.arguments import as_json
 from aioworker.tasks.registry import check_publishable
 from aioworker.tasks.task import AnyTask
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
 
 Outgoing: TypeAlias = aio_pika.Message
 SHORTEST_SECONDS, LONGEST_SECONDS = 0.1, 3600

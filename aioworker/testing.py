@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aioworker.addresses import DatabaseAddress
 from aioworker.errors import UsageError
@@ -21,10 +22,6 @@ from aioworker.rabbitmq.message import LONGEST_RUN_SECONDS, Call, decode
 from aioworker.tasks.context import Context
 from aioworker.tasks.registry import check_publishable, find
 from aioworker.tasks.task import AnyTask, Task
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-
 
 __all__ = ["Message", "Run", "published", "rolled_back", "run"]
 

@@ -11,17 +11,15 @@ import base64
 import errno
 import os
 import ssl
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from aioworker.errors import TlsFileError
 
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Mapping
-
-    Certificate = Mapping[str, Any]  # as ssl decodes one
+Certificate = Mapping[str, Any]  # as ssl decodes one
 
 _Error = TypeVar("_Error", bound=BaseException)
 

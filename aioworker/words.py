@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from collections.abc import Callable
+from typing import Any
 
 MINUTE, HOUR = 60, 3600  # seconds
 _app = ""  # as the user gave it to this command, for those that a hint names

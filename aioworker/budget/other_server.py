@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from aioworker.budget.tables import Row
+from aioworker.budget.tables import Row
 
 # A row that stays another's for so long is taken over again, and the other one, if it is still
 # there, does the same: neither then has it alone for as long as it would need to start.

@@ -7,20 +7,16 @@ waits for a server is healthy: to start it anew would not help.
 from __future__ import annotations
 
 import socket
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from aioworker.budget import schema, tables
 from aioworker.commands import which_tasks
 from aioworker.errors import UnhealthyError, UsageError
+from aioworker.mysql.database import Database
+from aioworker.settings import Settings
 from aioworker.status import presence, read
+from aioworker.status.read import Worker
 from aioworker.words import duration
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from aioworker.mysql.database import Database
-    from aioworker.settings import Settings
-    from aioworker.status.read import Worker
 
 
 async def check(settings: Settings, names: Sequence[str]) -> str:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import shlex
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aioworker import repo
+from aioworker.addresses import BrokerAddress
 from aioworker.budget import grants, schema, tables
 from aioworker.errors import AioworkerError, BrokerError, DatabaseError
-from aioworker.rabbitmq.connection import connected
+from aioworker.rabbitmq.connection import Connection, connected
 from aioworker.rabbitmq.queues import (
     SAFE_AFTER_SECONDS,
     Queues,
@@ -20,15 +22,9 @@ from aioworker.rabbitmq.queues import (
     declare,
     wait_until_safe,
 )
+from aioworker.settings import Settings
+from aioworker.tasks.task import AnyTask
 from aioworker.words import count
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from aioworker.addresses import BrokerAddress
-    from aioworker.rabbitmq.connection import Connection
-    from aioworker.settings import Settings
-    from aioworker.tasks.task import AnyTask
 
 _LACKING = "# MySQL: what users lack that work already"
 # Seconds for each use of the database: the time of a task, 1 s perhaps, is none to wait for a lock.

@@ -7,9 +7,10 @@ when the other is away.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from aioworker.budget import tables
 from aioworker.budget.tables import Row, find_row, holder
@@ -18,23 +19,17 @@ from aioworker.commands import which_tasks
 from aioworker.commands.controls import rate_in_force
 from aioworker.errors import BrokerError, DatabaseError
 from aioworker.limits import InForce
-from aioworker.mysql.database import TOLD_SECONDS
-from aioworker.rabbitmq.connection import connected
+from aioworker.mysql.database import TOLD_SECONDS, Database
+from aioworker.rabbitmq.connection import Connection, connected
 from aioworker.rabbitmq.dead_letters import DeadLetters, count_letters
 from aioworker.rabbitmq.errors import forbids, queue_missing
 from aioworker.rabbitmq.publisher import Publisher
 from aioworker.rabbitmq.queues import Queues, count_surely
 from aioworker.reasons import Reason, ReasonKind
+from aioworker.settings import Settings
 from aioworker.status.presence import kind_of
 from aioworker.status.read import Worker, workers
 from aioworker.words import as_json, command, duration
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Sequence
-
-    from aioworker.mysql.database import Database
-    from aioworker.rabbitmq.connection import Connection
-    from aioworker.settings import Settings
 
 _EMPTY = Reason(ReasonKind.EMPTY, "nothing queued")
 # In its place, where RabbitMQ does not answer: what a worker saw last may have changed since.

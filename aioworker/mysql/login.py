@@ -6,23 +6,20 @@ text if they offer no TLS, and hands over the password if they ask for it; here 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import aiomysql
 from pymysql.constants import CLIENT, CR
 from pymysql.err import MySQLError, OperationalError
 
 from aioworker import tls
+from aioworker.addresses import DatabaseAddress
 from aioworker.errors import TlsFileError, let_go
 from aioworker.mysql import errors
 from aioworker.mysql.errors import ErrorKind
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from aioworker.addresses import DatabaseAddress
 
 PACKET_BYTES = 65_536  # before the login; MySQL's own are a few hundred
 # Ways to log in that never send the password itself over a connection that anybody can read.

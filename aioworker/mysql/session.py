@@ -9,13 +9,11 @@ a server that will not do is refused before anything is taken.
 from __future__ import annotations
 
 import secrets
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from pymysql.constants import SERVER_STATUS
 from pymysql.err import MySQLError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 IDLE_SECONDS = 30  # after its longest statement the server may end a session
 LOCK_WAIT_SECONDS = 5

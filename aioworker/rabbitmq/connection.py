@@ -11,8 +11,9 @@ import contextlib
 import logging
 import re
 import traceback
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 from urllib.parse import urlsplit
 
 import aio_pika
@@ -22,14 +23,10 @@ from aiormq.exceptions import InvalidFrameError
 from pamqp import commands
 
 from aioworker import tls
+from aioworker.addresses import BrokerAddress, Nodes
 from aioworker.errors import BrokerError, TlsFileError, let_go
 from aioworker.rabbitmq.errors import CONNECT_FAILURES, FAILURES, describe
 from aioworker.rabbitmq.frames import ForeignError, PlainConnection, TolerantConnection
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
-
-    from aioworker.addresses import BrokerAddress, Nodes
 
 Connection: TypeAlias = AbstractConnection  # for those who import no aio_pika
 HEARTBEAT_SECONDS = 15

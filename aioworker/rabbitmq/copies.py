@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection
+from datetime import datetime
+from typing import Any
 
 import aio_pika
+from aio_pika.abc import AbstractIncomingMessage
 
-from aioworker.rabbitmq.delivery import message_id
+from aioworker.rabbitmq.delivery import Delivery, message_id
 from aioworker.rabbitmq.headers import LEFT_OUT, fitting, line, portable
 from aioworker.rabbitmq.message import PROPERTIES, PUBLISHED, SWEEP, UNREADABLE, milliseconds
-
-if TYPE_CHECKING:
-    from collections.abc import Collection
-    from datetime import datetime
-
-    from aio_pika.abc import AbstractIncomingMessage
-
-    from aioworker.rabbitmq.delivery import Delivery
 
 _COUNTS = frozenset({"x-delivery-count", "x-acquired-count"})
 # Whoever publishes these has RabbitMQ send the message to other queues too.

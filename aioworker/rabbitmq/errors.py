@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 import struct
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
 
 from aio_pika.exceptions import (
     CONNECTION_EXCEPTIONS,
@@ -28,9 +28,6 @@ from aioworker.errors import (
     QueueMissingError,
 )
 from aioworker.words import command
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
 
 _IN_USE = "in exclusive use"
 # What a peer that speaks something else makes a decoder raise.

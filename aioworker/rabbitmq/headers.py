@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import reprlib
 import struct
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection
+from typing import Any
 
+import aio_pika
 from pamqp.encode import encode_table_value, field_table
 from pamqp.header import ContentHeader
-
-if TYPE_CHECKING:
-    from collections.abc import Collection
-
-    import aio_pika
 
 FRAME_BYTES = 131_072 - 8  # RabbitMQ's `frame_max`, less what surrounds a frame's content
 TEXT_BYTES = 16_000  # of a reason or a traceback: a thousand ids are 11,000

@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from typing import Protocol
 
+import aio_pika
+from aio_pika.abc import (
+    AbstractChannel,
+    AbstractConnection,
+    AbstractIncomingMessage,
+    AbstractQueue,
+)
 from aio_pika.exceptions import ChannelPreconditionFailed
 
 from aioworker.errors import BrokerError
 from aioworker.rabbitmq.connection import close
 from aioworker.rabbitmq.delivery import Delivery
 from aioworker.rabbitmq.errors import describe, in_time
+from aioworker.rabbitmq.publisher import Publisher
 from aioworker.rabbitmq.queues import Queues, check
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
-    from contextlib import AbstractAsyncContextManager
-
-    import aio_pika
-    from aio_pika.abc import (
-        AbstractChannel,
-        AbstractConnection,
-        AbstractIncomingMessage,
-        AbstractQueue,
-    )
-
-    from aioworker.rabbitmq.publisher import Publisher
 
 # For so long after a `get` that found nothing, a lane is empty if RabbitMQ counts nothing in it.
 # An idle worker leaves a node that is cut off within 10 s: after this, the next look, and the wait

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from aio_pika.abc import AbstractIncomingMessage
 
 from aioworker.rabbitmq import message
 from aioworker.rabbitmq.delivery import message_id, moment
 from aioworker.words import printable
-
-if TYPE_CHECKING:
-    from aio_pika.abc import AbstractIncomingMessage
 
 NO_REASON = "no reason is noted"
 

@@ -14,16 +14,14 @@ import reprlib
 import socket
 import uuid
 import zlib
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from email.message import Message
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from aioworker.errors import MessageRefusedError, UsageError, name_of
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
 
 UNREADABLE = "x-aioworker-unreadable"  # in place of properties that cannot be decoded: why
 PROPERTIES = "x-aioworker-properties"  # beside it: these, in hexadecimal digits

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import aio_pika
+from aio_pika.abc import AbstractChannel, AbstractConnection
 from aio_pika.exceptions import PublishError
 
-from aioworker.addresses import Nodes
+from aioworker.addresses import BrokerAddress, Nodes
 from aioworker.errors import BrokerError
 from aioworker.rabbitmq.connection import CLOSE_SECONDS, LEAVE_SECONDS, close, connect
 from aioworker.rabbitmq.errors import FAILURES, describe, explain, in_time
 from aioworker.rabbitmq.queues import check
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from aio_pika.abc import AbstractChannel, AbstractConnection
-
-    from aioworker.addresses import BrokerAddress
 
 
 class Publisher:

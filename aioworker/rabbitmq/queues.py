@@ -7,16 +7,14 @@ exchange, so that there is no binding to lose.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+from aio_pika.abc import AbstractConnection
 
 from aioworker.errors import QueueMissingError
 from aioworker.rabbitmq.errors import in_time, queue_missing, uncounted
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Mapping
-
-    from aio_pika.abc import AbstractConnection
 
 RETRY_TTL_MS = 60_000
 MAX_LENGTH = 1_000_000

@@ -11,22 +11,17 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Callable
 from importlib.metadata import version
-from typing import TYPE_CHECKING
 
 from aioworker.budget import tables
 from aioworker.budget.tables import ALIVE_SECONDS
 from aioworker.errors import BrokerError, DatabaseError, TurnLostError
 from aioworker.logs import Seldom, fields
 from aioworker.mysql import errors
-from aioworker.mysql.database import OWN_SECONDS
+from aioworker.mysql.database import OWN_SECONDS, Database
 from aioworker.mysql.errors import ErrorKind, MySQLError
 from aioworker.reasons import Reason, ReasonKind, State
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from aioworker.mysql.database import Database
 
 log = logging.getLogger(__name__)
 

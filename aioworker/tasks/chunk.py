@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aioworker.errors import UsageError
 from aioworker.rabbitmq.message import brief
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 CHUNK_LIMIT = 1000
 LARGEST_ID = 2**63 - 1

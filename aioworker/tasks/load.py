@@ -6,13 +6,10 @@ import importlib
 import os
 import sys
 import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from aioworker.errors import AioworkerError, TaskError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
 
 
 def load(modules: Sequence[str]) -> None:

@@ -6,16 +6,12 @@ import asyncio
 import math
 import random
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
 
+from aioworker.errors import BrokerError, DatabaseError
 from aioworker.reasons import Reason, ReasonKind
 from aioworker.status.presence import kind_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from aioworker.errors import BrokerError, DatabaseError
 
 FIRST_SECONDS = 0.5
 # A start begins again within 10 s of a broker that is back, within 5 s of a database.

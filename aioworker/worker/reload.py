@@ -16,13 +16,11 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from tempfile import TemporaryFile
-from typing import IO, TYPE_CHECKING, NoReturn
+from typing import IO, NoReturn
 
 from aioworker.logs import fields
 from aioworker.worker import signals
-
-if TYPE_CHECKING:
-    from aioworker.worker.systemd import Notifier
+from aioworker.worker.systemd import Notifier
 
 log = logging.getLogger(__name__)
 

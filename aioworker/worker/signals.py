@@ -6,13 +6,10 @@ import asyncio
 import os
 import signal
 import threading
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 from aioworker import early
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
 ALL = (signal.SIGHUP, *STOPS)

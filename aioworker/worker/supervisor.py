@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
 
-from aioworker.addresses import Nodes
+from aioworker.addresses import BrokerAddress, Nodes
 from aioworker.errors import BrokerError
 from aioworker.rabbitmq import frames
 from aioworker.rabbitmq.connection import connected
 from aioworker.rabbitmq.lanes import OpenLanes
 from aioworker.rabbitmq.publisher import Publisher
-from aioworker.worker.session import Session, first_of
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
-
-    from aioworker.addresses import BrokerAddress
-    from aioworker.rabbitmq.queues import Queues
-    from aioworker.worker.session import Worker
+from aioworker.rabbitmq.queues import Queues
+from aioworker.worker.session import Session, Worker, first_of
 
 
 class Supervisor:

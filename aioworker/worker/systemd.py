@@ -6,10 +6,8 @@ import asyncio
 import math
 import os
 import socket
-from typing import TYPE_CHECKING, TypeVar
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import TypeVar
 
 _Result = TypeVar("_Result")
 
