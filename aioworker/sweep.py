@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from aioworker.errors import TaskError, UsageError
 from aioworker.tasks import keys
+from aioworker.tasks.arguments import as_json
 from aioworker.tasks.chunk import CHUNK_LIMIT, id_of
 from aioworker.tasks.context import Context
 from aioworker.words import count
@@ -157,7 +158,8 @@ async def _checked(task: AnyTask, chunks: AsyncIterator[list[Any]]) -> AsyncIter
     """
     async for chunk in chunks:
         try:
-            [kept, *_constants], _named = task.checked([chunk, *task.options.constants], {})
+            args = as_json([chunk, *task.options.constants])
+            [kept, *_constants], _named = task.checked(args, {})
         except UsageError as error:
             raise TaskError(f"task {task.name!r}: its keys: {error}") from None
         yield kept

@@ -226,7 +226,7 @@ def check_publishable(
     if not isinstance(made, Task):
         check_name(made)
     known = made if isinstance(made, Task) else _registry.get(made)
-    sent, named = as_json([args, kwargs])
+    sent, named = as_json([list(args), kwargs])
     if known is None:
         return str(made), sent, named
     try:

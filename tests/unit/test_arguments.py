@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -10,11 +12,21 @@ from decimal import Decimal
 from enum import Enum, IntEnum
 from functools import partial
 from math import isnan
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NewType
 from uuid import UUID
 
 import pytest
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    RootModel,
+    Secret,
+    SecretBytes,
+    SecretStr,
+    field_serializer,
+)
 from typing_extensions import TypedDict
 
 from aioworker import Context
@@ -292,6 +304,125 @@ def test_a_task_that_is_called_is_the_function_itself() -> None:
 def test_what_json_cannot_hold_is_not_published(value: object) -> None:
     with pytest.raises(UsageError, match=r"^expected arguments that JSON can hold, got: "):
         check_publishable(taking(Any), [value], {})
+
+
+@dataclass(frozen=True)
+class Login:
+    """A dataclass with a secret, which can be in a set."""
+
+    name: str
+    password: SecretStr
+
+
+@dataclass
+class Loose:
+    """A dataclass that can be compared with nothing."""
+
+    id: int
+
+    def __eq__(self, other: object) -> bool:
+        raise NotImplementedError
+
+
+class Account(BaseModel):
+    """A model with a secret, under another name and deep inside."""
+
+    logins: dict[str, tuple[SecretStr, ...]] = Field(alias="entries")
+
+
+class Birthday(Secret[date]):
+    """A secret that is masked in its own way."""
+
+    def _display(self) -> str:
+        return "****/**/**"
+
+
+class Told(BaseModel):
+    """A model whose JSON tells its secret, as pydantic's documentation shows."""
+
+    password: SecretStr
+
+    @field_serializer("password", when_used="json")
+    def _tell(self, password: SecretStr) -> str:
+        return password.get_secret_value()
+
+
+class Tag(BaseModel, frozen=True):
+    """What a set can hold."""
+
+    id: int
+
+
+class Tagged(BaseModel):
+    """A model that pydantic makes JSON of, but no dictionary."""
+
+    tags: set[Tag]
+
+
+PASSWORD = SecretStr("pass")
+MASKED = "SecretStr, of which JSON holds '**********'"
+CHANGED: list[tuple[Any, str]] = [
+    (PASSWORD, MASKED),
+    (SecretBytes(b"pass"), "SecretBytes, of which JSON holds '**********'"),
+    (Birthday(NOON.date()), "Birthday, of which JSON holds '****/**/**'"),
+    (Login("a", PASSWORD), MASKED),
+    ({Login("a", PASSWORD)}, MASKED),
+    (Account(entries={"a": (PASSWORD,)}), MASKED),
+    (RootModel[SecretStr](PASSWORD), MASKED),
+    ([1, ({"a": deque([PASSWORD])},)], MASKED),
+    ({PASSWORD: 1}, MASKED),
+    ([(number, NOON) for number in range(3)] + [(4, PASSWORD)], MASKED),
+    ({1: "a", "1": "b"}, "dict, of which JSON holds {'1': 'b'}"),
+    (re.compile("a", re.IGNORECASE), "Pattern, of which JSON holds 'a'"),
+    ((number for number in (1, 2)), "generator, of which JSON holds [1, 2]"),
+]
+
+
+@pytest.mark.parametrize(("value", "words"), CHANGED, ids=[words for _value, words in CHANGED])
+def test_what_json_holds_as_another_value_is_not_published(value: Any, words: str) -> None:
+    """A worker would get `**********` for a password, and nobody would know."""
+    expected = (
+        f"expected arguments that JSON can hold, got: {words}: publish text, numbers or lists, or"
+        " an id to look it up by"
+    )
+    calls: list[tuple[Any, list[Any], dict[str, Any]]] = [
+        (taking(Any), [value], {}),
+        ("elsewhere", [1, value], {}),
+        ("elsewhere", [], {"it": value}),
+    ]
+
+    for task, args, named in calls[: 1 if isinstance(value, Iterator) else None]:
+        with pytest.raises(UsageError) as refused:
+            check_publishable(task, args, named)
+        assert str(refused.value) == expected
+
+
+def test_a_type_that_masks_its_value_is_read_from_text() -> None:
+    """It is the sender's to tell a secret; the function's `SecretStr` keeps it out of logs."""
+    assert taken(taking(SecretStr), "pass") == ([PASSWORD], {})
+    assert check_publishable("elsewhere", [Told(password=PASSWORD)], {}) == (
+        "elsewhere",
+        [{"password": "pass"}],
+        {},
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "sent"),
+    [
+        ("**********", "**********"),
+        (SecretStr(""), ""),
+        ({1: "a", 2: "b"}, {"1": "a", "2": "b"}),
+        ([(1, "a"), (2, None)], [[1, "a"], [2, None]]),
+        (re.compile("a"), "a"),
+        (Path("a"), "a"),
+        (Loose(1), {"id": 1}),
+        (Tagged(tags={Tag(id=1)}), {"tags": [{"id": 1}]}),
+    ],
+    ids=repr,
+)
+def test_what_json_holds_whole_is_published(value: Any, sent: Any) -> None:
+    assert check_publishable("elsewhere", [value, NOON], {})[1][0] == sent
 
 
 def test_half_a_character_is_no_text() -> None:

@@ -13,6 +13,7 @@ from datetime import date
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from aioworker import (
     AioworkerError,
@@ -24,10 +25,18 @@ from aioworker import (
     sync,
     task,
 )
-from aioworker.errors import MessageRefusedError, TaskExitError, UnknownTaskError, UsageError
+from aioworker.addresses import DatabaseAddress
+from aioworker.errors import (
+    MessageRefusedError,
+    TaskError,
+    TaskExitError,
+    UnknownTaskError,
+    UsageError,
+)
+from aioworker.mysql.database import Database
 from aioworker.producer import handing_to
 from aioworker.rabbitmq.message import SWEEP
-from aioworker.sweep import Sweep, publish_sweep
+from aioworker.sweep import Sweep, publish_sweep, read_chunks
 from aioworker.tasks import registry
 from aioworker.testing import Message, Run, published, run
 from tests.unit.test_api import TYPED, section
@@ -146,6 +155,25 @@ async def test_a_date_is_text_in_a_sweep() -> None:
             await producer.publish_swept(move, [(1, DAY)], "sweep")
 
     assert messages == [Message("move", ([[1, "2026-11-29"]], "2026-11-29"))]
+
+
+async def test_a_sweep_masks_nothing() -> None:
+    """Neither what its keys yield nor a constant is published as `**********`."""
+    secret = SecretStr("pass")
+
+    @task(keys=lambda: iter([[(1, secret)]]), constants=(secret,))
+    def move(rows: list[tuple[int, str]], word: object) -> None: ...
+
+    words = "expected arguments that JSON can hold, got: SecretStr, of which JSON holds '[*]{10}'"
+    nowhere = Database(
+        DatabaseAddress.parse("mysql://127.0.0.1/none"), connect_timeout=1, timeout=1
+    )
+    with pytest.raises(TaskError, match=f"^task 'move': its keys: {words}"):
+        [chunk async for chunk in read_chunks(nowhere, move, 1, after=0, only_needed=False)]
+    with published() as messages, pytest.raises(UsageError, match=f"^{words}"):
+        async with Producer(NOWHERE) as producer:
+            await producer.publish_swept(move, [(1, "a")], "sweep")
+    assert messages == []
 
 
 def test_a_message_shows_what_matters_in_a_failed_test() -> None:
