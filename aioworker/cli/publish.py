@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,9 +12,6 @@ from aioworker.cli import console
 from aioworker.cli.common import App, TaskName, TaskOption, app_task, named, prepare, run
 from aioworker.errors import UnknownTaskError, UsageError
 from aioworker.words import count
-
-if TYPE_CHECKING:
-    from aioworker.commands.publish import EarlierSweep
 
 ID_DIGITS = 20  # Python refuses to read numbers of thousands
 
@@ -67,25 +64,12 @@ def publish_all(  # noqa: PLR0913 - as many as the command has options
         )
     )
     if isinstance(done, publish.EarlierSweep):
-        _end_for_earlier(done)
-    console.say(f"published {done}")
-
-
-def _end_for_earlier(earlier: EarlierSweep) -> None:
-    """Say that an earlier sweep is still queued, and end: 1 if somebody has to look at it."""
-    from aioworker.commands.publish import Pace
-
-    how = earlier.pace.value
-    if earlier.pace is Pace.PERHAPS_ADVANCES:
-        how += (
-            ": RabbitMQ counts none now, as in a lane that does not answer, and this user may not"
-            " read it"
+        console.say(
+            "published nothing: an earlier sweep is still queued,"
+            f" {count(done.chunks, 'chunk')}, and {done.pace}; --append publishes all the same"
         )
-    console.say(
-        f"published nothing: an earlier sweep is still queued, {count(earlier.chunks, 'chunk')},"
-        f" and {how}; --append publishes all the same"
-    )
-    raise typer.Exit(0 if earlier.pace in (Pace.ADVANCES, Pace.PERHAPS_ADVANCES) else 1)
+        raise typer.Exit(0 if done.advances else 1)
+    console.say(f"published {done}")
 
 
 def publish(

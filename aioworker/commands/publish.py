@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from aioworker.budget import tables
@@ -29,11 +29,14 @@ POLL_SECONDS = 0.5  # between two looks at an earlier sweep's lane
 LONGEST_WATCH_SECONDS = 300.0
 
 
-class Pace(Enum):
+class Pace(StrEnum):
     """How an earlier sweep does that is still queued."""
 
     ADVANCES = "advances"
-    PERHAPS_ADVANCES = "perhaps advances"  # RabbitMQ counts none, and the lane cannot be asked
+    PERHAPS_ADVANCES = (
+        "perhaps advances: RabbitMQ counts none now, as in a lane that does not answer, and this"
+        " user may not read it"
+    )
     STANDS_STILL = "stands still"
     PAUSED = "is paused"
 
@@ -48,6 +51,11 @@ class EarlierSweep(NamedTuple):
 
     chunks: int
     pace: Pace
+
+    @property
+    def advances(self) -> bool:
+        """Whether nobody has to look at it, as far as can be told."""
+        return self.pace in (Pace.ADVANCES, Pace.PERHAPS_ADVANCES)
 
 
 async def publish(settings: Settings, task: AnyTask, ids: list[int], *, urgent: bool) -> int:
