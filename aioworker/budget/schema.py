@@ -108,14 +108,14 @@ _HOLDERS = (
 
 
 async def settle(
-    database: Database, name: str, locked: Callable[[str], None] = lambda _holders: None
+    database: Database, name: str, note: Callable[[str], None] = lambda _line: None
 ) -> str:
     """Make a table that is not there, or add what one of an earlier version lacks.
 
     Args:
         database: Where the table is.
         name: Its name.
-        locked: Called once with who holds a lock on it, if that has to be waited for.
+        note: Prints once who holds a lock on it, if that has to be waited for.
 
     Returns:
         What became of it: `made`, `was there`, or which columns were added.
@@ -142,7 +142,7 @@ async def settle(
             return f"added {', '.join(_lacking(name, found))}" if found else "made"
         if code == ER.LOCK_WAIT_TIMEOUT and not said:
             said = True
-            locked(await _holders(database, name))
+            note(f"waiting for a lock on table {name}: {await _holders(database, name)}")
         await asyncio.sleep(PAUSE_SECONDS)
     raise DatabaseError(
         f"no lock on table {name} at {database.address.shown} within {LOCK_SECONDS} s, in"

@@ -7,7 +7,6 @@ import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from functools import partial
 from typing import Any
 
 from aioworker import repo
@@ -75,7 +74,7 @@ async def init(
             await tables.refuse_reader(database)
             with tables.explaining(database):
                 for table in schema.NAMES:
-                    became = await schema.settle(database, table, partial(_note_lock, note, table))
+                    became = await schema.settle(database, table, note)
                     say(f"table {table}: {became}")
                 for grant in await grants.lacking(database):
                     say(f"lacking: {grant}")
@@ -86,10 +85,6 @@ async def init(
         note(POLICIES)
         note(f"waiting {SAFE_AFTER_SECONDS:g} s until the queues are safe")
         await wait_until_safe(connection, queues, timeout)
-
-
-def _note_lock(note: Callable[[str], None], table: str, holders: str) -> None:
-    note(f"waiting for a lock on table {table}: {holders}")
 
 
 def _arguments(settings: Settings, tasks: Sequence[AnyTask]) -> dict[str, dict[str, Any]]:
