@@ -83,10 +83,6 @@ class Tls:
             _base64(words["cadata"]) if "cadata" in words else None,
         )
 
-    def of_any_host(self) -> Tls:
-        """Return the same, whatever host the certificate is for."""
-        return replace(self, mode="verify_ca")
-
     def context(self) -> ssl.SSLContext:
         """Return a context made of the files as they are now: TLS 1.2 or newer.
 
@@ -137,7 +133,7 @@ class Tls:
     def _about_certificate(self, error: ssl.SSLCertVerificationError) -> str:
         words = f"TLS failed: {error.verify_message.rstrip('.')}"
         if error.verify_code in _OTHER_HOST:
-            return words  # `cure_of_host` has the rest
+            return words  # `explained` has the rest
         if error.verify_code == _OTHER_USE:
             return f"{words}; the server's certificate is not one for servers (serverAuth)"
         if error.verify_code in _OUT_OF_DATE:
@@ -171,31 +167,33 @@ def refuse_pipe(path: str | Path) -> None:
         raise OSError(errno.EINVAL, "a named pipe")
 
 
-async def cure_of_host(
-    error: BaseException, shake_hands: Callable[[], Awaitable[Certificate]]
-) -> str:
-    """Return what to write behind an error's words if a certificate is for another host.
+async def explained(
+    error: BaseException, asked: Tls | None, shake_hands: Callable[[Tls], Awaitable[Certificate]]
+) -> str | None:
+    """Say what went wrong with TLS, and the cure; None if *error* comes from elsewhere.
 
     Args:
         error: What connecting ended with.
-        shake_hands: Connects again to see the certificate, and says no more.
+        asked: What the address asks of TLS.
+        shake_hands: Connects again to see a certificate that is for another host, and says no more.
     """
+    reason = None if asked is None else asked.explain(error)
     cause = _cause(error, ssl.SSLCertVerificationError)
-    if cause is None or cause.verify_code not in _OTHER_HOST:
-        return ""
+    if asked is None or cause is None or cause.verify_code not in _OTHER_HOST:
+        return reason
     try:
         async with asyncio.timeout(NAMES_SECONDS):
-            certificate = await shake_hands()
+            certificate = await shake_hands(replace(asked, mode="verify_ca"))
     except Exception:  # noqa: BLE001 - the error is told without them
-        return "; use a host that its certificate names"
+        return f"{reason}; use a host that its certificate names"
     named = certificate.get("subjectAltName", ())
     hosts = [value for kind, value in named if kind in ("DNS", "IP Address")]
     if not hosts:  # the first that users of MySQL meet
         return (
-            "; the server's certificate names no host, as those that MySQL makes for itself:"
-            " ssl_mode=verify_ca takes any host of the authority in ssl_ca"
+            f"{reason}; the server's certificate names no host, as those that MySQL makes for"
+            " itself: ssl_mode=verify_ca takes any host of the authority in ssl_ca"
         )
-    return f"; use a host that its certificate names: {', '.join(hosts)}"
+    return f"{reason}; use a host that its certificate names: {', '.join(hosts)}"
 
 
 def cut_off(error: BaseException) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
@@ -86,16 +87,14 @@ def _unopened(
 
 async def _explained(error: Exception, address: DatabaseAddress) -> OperationalError | None:
     """Return what went wrong with TLS or with a socket, if it was that."""
-    asked = address.tls
     if address.unix_socket is not None and error.args[:1] == (CR.CR_CONN_HOST_ERROR,):
         # aiomysql blames a host, which nobody asked.
         why = getattr(error.__cause__, "strerror", None) or "no answer"
         words = f"Can't connect through the socket {address.unix_socket!r}: {why}"
         return OperationalError(CR.CR_CONN_HOST_ERROR, words)
-    reason = None if asked is None else asked.explain(error)
-    if asked is None or reason is None:
+    reason = await tls.explained(error, address.tls, partial(_certificate, address))
+    if reason is None:
         return None
-    reason += await tls.cure_of_host(error, lambda: _certificate(address, asked.of_any_host()))
     lost = tls.cut_off(error)
     return OperationalError(CR.CR_SERVER_LOST if lost else CR.CR_SSL_CONNECTION_ERROR, reason)
 

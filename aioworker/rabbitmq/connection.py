@@ -13,6 +13,7 @@ import re
 import traceback
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TypeAlias
 from urllib.parse import urlsplit
 
@@ -109,10 +110,8 @@ def _of_all(failures: Sequence[BrokerError]) -> BrokerError:
 
 
 async def _refused(error: Exception, address: BrokerAddress) -> BrokerError:
-    asked = address.tls
-    reason = None if asked is None else asked.explain(error)
-    if asked is not None and reason is not None:
-        reason += await tls.cure_of_host(error, lambda: _certificate(address, asked.of_any_host()))
+    reason = await tls.explained(error, address.tls, partial(_certificate, address))
+    if reason is not None:
         text = f"{_CANNOT}at {address.shown}: {reason}; check AIOWORKER_AMQP_URL"
         return BrokerError(text, unreachable=tls.cut_off(error))
     # What answers and refuses is not away.
