@@ -6,7 +6,7 @@ import ipaddress
 import re
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from pydantic import SecretStr
@@ -42,8 +42,7 @@ _NEXT_NODE = re.compile(r"\s*,\s*(?=[a-z+]+://)", re.IGNORECASE)
 _SEMICOLON = re.compile(r";\s*[a-z+]+://", re.IGNORECASE)
 
 
-@dataclass(frozen=True, slots=True)
-class BrokerAddress:
+class BrokerAddress(NamedTuple):
     """One RabbitMQ node.
 
     Args:
@@ -116,8 +115,7 @@ class BrokerAddress:
 Nodes = deque[BrokerAddress]
 
 
-@dataclass(frozen=True, slots=True)
-class DatabaseAddress:
+class DatabaseAddress(NamedTuple):
     """One MySQL or MariaDB database.
 
     Args:

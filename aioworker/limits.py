@@ -10,7 +10,6 @@ import asyncio
 import math
 import re
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -35,8 +34,7 @@ _NO_LIMIT_WORDS = {"none", "nolimit", "unlimited", "null", "off"}
 _UNITS = {"": "s", "sec": "s", "second": "s", "min": "m", "minute": "m", "hr": "h", "hour": "h"}
 
 
-@dataclass(frozen=True, slots=True)
-class RateLimit:
+class RateLimit(NamedTuple):
     """How often a task may start: *starts* times in every period of *unit*.
 
     Starts are evenly spaced and idle time is not saved up: a sweep that begins after a

@@ -13,9 +13,8 @@ import os
 import ssl
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from aioworker.errors import TlsFileError
 
@@ -37,8 +36,7 @@ _NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST", "PACK
 _TOO_OLD = ("UNSUPPORTED_PROTOCOL", "TLSV1_ALERT_PROTOCOL_VERSION", "NO_PROTOCOLS_AVAILABLE")
 
 
-@dataclass(frozen=True, slots=True)
-class Tls:
+class Tls(NamedTuple):
     """What an address asks of TLS.
 
     Args:
@@ -183,7 +181,7 @@ async def explained(
         return reason
     try:
         async with asyncio.timeout(NAMES_SECONDS):
-            certificate = await shake_hands(replace(asked, mode="verify_ca"))
+            certificate = await shake_hands(asked._replace(mode="verify_ca"))
     except Exception:  # noqa: BLE001 - the error is told without them
         return f"{reason}; use a host that its certificate names"
     named = certificate.get("subjectAltName", ())

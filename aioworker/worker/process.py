@@ -8,9 +8,8 @@ import os
 import socket
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from aioworker.budget.shared import SharedBudget
 from aioworker.errors import DatabaseError, WorkerCutOffError
@@ -41,8 +40,7 @@ _CANCELLED = "something in this process cancelled the worker's own asyncio tasks
 _STOPPED = "something in this process stopped the worker's event loop"
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
+class Done(NamedTuple):
     """What a process did.
 
     Args:

@@ -14,9 +14,8 @@ import signal
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from tempfile import TemporaryFile
-from typing import IO, NoReturn
+from typing import IO, NamedTuple, NoReturn
 
 from aioworker.logs import fields
 from aioworker.worker import signals
@@ -31,8 +30,7 @@ CHECK_SECONDS = 120.0
 FRESH_SECONDS = 1.0  # a check that is no older holds for the exchange
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
+class Origin(NamedTuple):
     """What the process was started with: its new code begins with the same.
 
     Attributes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -272,8 +271,8 @@ def test_no_dump_of_the_settings_holds_a_password(monkeypatch: pytest.MonkeyPatc
         settings.model_dump(),
         settings.model_dump(mode="json"),
         settings.model_dump_json(),
-        [asdict(node) for node in settings.amqp_url],
-        asdict(settings.mysql_url),
+        [node._asdict() for node in settings.amqp_url],
+        settings.mysql_url._asdict(),
         f"{settings.amqp_url} {settings.mysql_url}",
         dict(settings),
     ]
