@@ -27,6 +27,7 @@ from aioworker.rabbitmq.queues import Queues
 from aioworker.rabbitmq.queues import count as count_messages
 from aioworker.rabbitmq.queues import declare as declare_queue
 from aioworker.status.presence import Presence
+from aioworker.words import count
 from aioworker.worker.session import Worker as Served
 from aioworker.worker.supervisor import Supervisor
 from support import servers, site
@@ -76,6 +77,15 @@ def maria(pair: servers.Servers) -> servers.Maria:
 def private(pair: servers.Servers, broker: servers.Broker, maria: servers.Maria) -> servers.Servers:
     """The run's servers, where the test may command both."""
     return pair
+
+
+def summary(messages: int, starts: int | None = None, *, dead_letters: int = 0) -> str:
+    """Return what a burst says at its end, of one start for each message where none is given."""
+    begun = messages if starts is None else starts
+    return (
+        f"done {count(messages, 'message')} in {count(begun, 'start')};"
+        f" dead letters {dead_letters}, to retry 0, given back 0\n"
+    )
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

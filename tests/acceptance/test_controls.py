@@ -18,6 +18,7 @@ from tests.conftest import (
     execute,
     rows,
     simple_addons,
+    summary,
 )
 
 if TYPE_CHECKING:
@@ -326,7 +327,7 @@ async def test_no_limit_can_be_set_for_a_worker(
 
     burst = run("consume", "--burst", *option, **variables)
 
-    assert burst.stdout.startswith("done 3 messages in 3 starts; ")
+    assert burst.stdout == summary(3)
     assert "worker started task=update_current_version rate_limit=none " in burst.stderr
 
 

@@ -32,6 +32,7 @@ from tests.conftest import (
     declare,
     eventually,
     simple_addons,
+    summary,
 )
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ async def test_what_has_expired_is_run_once_it_is_brought_back(
     assert run("dead", "requeue").returncode == 0
     done = run("consume", "--burst", "--rate-limit", "100/s")
 
-    assert done.stdout.startswith("done 1 message in 1 start; dead letters 0")
+    assert done.stdout == summary(1)
     assert current_versions(shop)[7] == 10_007
 
 

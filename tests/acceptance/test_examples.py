@@ -20,7 +20,7 @@ import pytest
 
 from aioworker.rabbitmq.queues import Queues
 from support import servers
-from tests.conftest import AIOWORKER, COMMAND_SECONDS, PREFIX, eventually, execute, rows
+from tests.conftest import AIOWORKER, COMMAND_SECONDS, PREFIX, eventually, execute, rows, summary
 
 if TYPE_CHECKING:
     from pymysql.connections import Connection
@@ -35,7 +35,6 @@ AWAY = "amqp://127.0.0.1:1/"
 TASKS = ("update_rating", "count_reviews", "update_daily_users", "update_review_count")
 FAST = "--burst --rate-limit 100/s"
 COUNTS = "SELECT review_count FROM reviews_shop"
-NOTHING_TO_DO = "done 1 message in 0 starts; dead letters 0, to retry 0, given back 0\n"
 Example = Callable[[Path], str]
 Shell = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -179,14 +178,14 @@ def test_what_the_readme_shows_of_a_task_is_run_by_a_test() -> None:
 
 def test_a_shops_rating(example: Example, shell: Shell, site: Connection[Cursor]) -> None:
     """A sweep writes what differs; done again it costs nothing; a single change goes first."""
-    assert "done 1 message in 1 start;" in example(Path("shop.py"))
+    assert summary(1) in example(Path("shop.py"))
     ratings = "SELECT id, rating FROM shops ORDER BY id"
     assert rows(site, ratings) == [(1, Decimal("4.33")), (2, Decimal("3.50")), (3, None)]
 
     shell("aioworker publish-all update_rating --app shop")
     again = shell(f"aioworker consume --app shop {FAST}")
 
-    assert again.stdout == NOTHING_TO_DO
+    assert again.stdout == summary(1, starts=0)
 
     execute(site, "INSERT INTO reviews (shop_id, stars) VALUES (2, 5)")
     assert shell("aioworker publish 2 --task update_rating --app shop").returncode == 0
@@ -212,7 +211,7 @@ def test_more_shops_than_one_chunk_and_one_transaction_hold(
     done = shell(f"aioworker consume --app shop {FAST}")
 
     assert swept.stdout == "published 2 chunks, 1003 ids, last confirmed id 1100\n"
-    assert done.stdout.startswith("done 2 messages in 2 starts;")
+    assert done.stdout == summary(2)
     assert re.findall(r" changed=\d+ ", done.stderr) == [" changed=997 ", " changed=3 "]
     assert rows(site, "SELECT COUNT(*) FROM shops WHERE id > 100 AND rating = 2") == [(1000,)]
 
@@ -283,13 +282,13 @@ def django(shell: Shell) -> Shell:
 
 def test_a_django_site(example: Example, django: Shell, site: Connection[Cursor]) -> None:
     """A model that is saved publishes its shop; a sweep finds nothing left to do."""
-    assert "done 1 message in 1 start;" in example(SITE)
+    assert summary(1) in example(SITE)
     assert rows(site, COUNTS) == [(1,)]
 
     django("aioworker publish-all update_review_count")
     again = django("aioworker consume --burst")
 
-    assert again.stdout == NOTHING_TO_DO
+    assert again.stdout == summary(1, starts=0)
     assert rows(site, COUNTS) == [(1,)]
 
     deleted = django("python manage.py shell -c 'Review.objects.all().delete()'")
@@ -324,7 +323,7 @@ with transaction.atomic():
     served = django("aioworker consume --burst")
 
     assert (saved.returncode, saved.stderr) == (0, "")
-    assert served.stdout.startswith("done 0 messages in 0 starts;")
+    assert served.stdout == summary(0)
 
 
 def test_a_save_stands_while_rabbitmq_is_away(

@@ -10,7 +10,7 @@ import pytest
 
 from aioworker import Producer
 from support import servers
-from tests.conftest import Run, execute, rows
+from tests.conftest import Run, execute, rows, summary
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -83,13 +83,13 @@ def test_another_prefix_takes_nothing_of_the_first_ones(two: tuple[Project, Proj
     first, second = two
     first.run("publish-all", QUEUE)
 
-    assert second.run("consume", "--burst").startswith("done 0 messages")
+    assert second.run("consume", "--burst") == summary(0)
     assert '"bulk": 0' in second.run("status", QUEUE, "--json")
     assert second.run("publish", "--task", QUEUE, "7").startswith("published 1 id")
-    assert second.run("consume", "--burst").startswith("done 1 message ")
+    assert second.run("consume", "--burst") == summary(1)
     assert (first.counted(), second.counted()) == (0, 1)
 
-    assert first.run("consume", "--burst").startswith("done 1 message ")
+    assert first.run("consume", "--burst") == summary(1)
     assert (first.counted(), second.counted()) == (20, 1)
 
 

@@ -19,7 +19,7 @@ from celery import Celery
 from celery.utils.time import rate
 from kombu import pools
 
-from tests.conftest import AIOWORKER, COMMAND_SECONDS, eventually, execute, rows
+from tests.conftest import AIOWORKER, COMMAND_SECONDS, eventually, execute, rows, summary
 from tests.interop.test_celery_publishes import REFUSED
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 PAGE = (Path(__file__).parent.parent.parent / "docs/from-celery.md").read_text()
 BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 BIN = AIOWORKER.parent
-DONE = "done {} in {}; dead letters 0, to retry 0, given back 0\n"
 
 
 class Reader:
@@ -241,7 +240,7 @@ def _run_a_worker(reader: Reader) -> None:
 def _publish(reader: Reader, shop: Connection[Cursor]) -> None:
     reader.save("publish_some.py")
     reader.run(sys.executable, "publish_some.py")
-    assert DONE.format("2 messages", "2 starts") in reader.serve()
+    assert summary(2) in reader.serve()
     assert rated(shop) == [1, 2, 3, 4, 5]
 
     reader.save("view.py")
@@ -257,7 +256,7 @@ def _publish(reader: Reader, shop: Connection[Cursor]) -> None:
     assert rated(shop) == [3]
 
     _let_cron_publish(reader)
-    assert DONE.format("1 message", "1 start") in reader.serve()
+    assert summary(1) in reader.serve()
     assert rated(shop) == [1, 2, 3, 4, 5]
 
 
@@ -298,7 +297,7 @@ def _move(reader: Reader, shop: Connection[Cursor]) -> None:
         passing.process.terminate()
         assert passing.process.wait(30) == 0
     assert "celery\t0\t0\n" in reader.root("list_queues -p / name messages consumers")
-    assert DONE.format("2 messages", "2 starts") in reader.serve()
+    assert summary(2) in reader.serve()
     assert rated(shop) == [1, 2, 4]
 
 
@@ -306,7 +305,7 @@ def _let_celery_publish(reader: Reader, shop: Connection[Cursor]) -> None:
     reader.save("celery_producer.py")
     reader.run(sys.executable, "celery_producer.py")
     said = reader.serve()
-    assert DONE.format("2 messages", "2 starts") in said
+    assert summary(2) in said
     assert said.count(" lane=urgent ") == 1
     assert rated(shop) == [1, 2, 3]
 
@@ -320,7 +319,7 @@ def _let_celery_run(reader: Reader) -> None:
         worker.until("celery runs", 2)
         worker.process.terminate()
         assert worker.process.wait(30) == 0
-    assert DONE.format("0 messages", "0 starts") in reader.serve()
+    assert summary(0) in reader.serve()
 
 
 @pytest.mark.parametrize("reason", sorted({reason for reason, _send in REFUSED.values()}))
