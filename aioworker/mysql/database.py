@@ -1,8 +1,9 @@
 """One connection to the database: opened when needed, closed when in doubt.
 
-Never aiomysql's Pool, which loses wake-ups when a connection breaks. aiomysql has no
-timeout of its own for a statement: each use is inside one `asyncio.timeout()`, and a
-statement that is cut off is killed on the server too, which would finish it otherwise.
+Never aiomysql's Pool, which loses wake-ups when a connection breaks: one is all that a worker
+needs. aiomysql has no timeout of its own for a statement: each use is inside one
+`asyncio.timeout()`, and a statement that is cut off is killed on the server too, which would
+finish it otherwise.
 """
 
 from __future__ import annotations

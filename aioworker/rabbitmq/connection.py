@@ -1,7 +1,8 @@
 """Connections to RabbitMQ: plain ones, every step bounded in time, every refusal explained.
 
 A plain connection never heals by itself: what goes wrong on it is seen at the next step,
-as one `BrokerError`, and whoever holds the connection opens another.
+as one `BrokerError`, and whoever holds the connection opens another. aio-pika's robust one hides
+what happened: it makes a deleted queue anew, and hands out deliveries of the connection before.
 """
 
 from __future__ import annotations
