@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from aioworker.words import count
+from aioworker.words import command, count
 
 
 class AioworkerError(Exception):
@@ -132,6 +132,17 @@ class NotTakenError(BrokerError):
 
 class QueueMissingError(BrokerError):
     """A queue is not declared."""
+
+    @classmethod
+    def of(cls, queue: str, task: str = "") -> QueueMissingError:
+        """Tell of a queue, and the cure.
+
+        Args:
+            queue: Its name.
+            task: Whose it is, if that has a budget: it may be retired.
+        """
+        retired = f"; if {task} is retired, see docs/operations.md, Retire a task" if task else ""
+        return cls(f"queue {queue} does not exist: run `{command('init')}`{retired}")
 
 
 class QueueDiffersError(BrokerError):

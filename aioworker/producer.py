@@ -10,9 +10,8 @@ from typing import Any, TypeAlias
 import aio_pika
 
 from aioworker.addresses import BrokerAddress
-from aioworker.errors import ConnectionLostError, UsageError
+from aioworker.errors import ConnectionLostError, QueueMissingError, UsageError
 from aioworker.rabbitmq import message, queues
-from aioworker.rabbitmq.errors import queue_missing
 from aioworker.rabbitmq.publisher import Publisher
 from aioworker.rabbitmq.queues import Queues, count_surely
 from aioworker.settings import Settings, checked_prefix
@@ -190,7 +189,7 @@ class Producer:
         count = count_surely if sure else queues.count
         waiting = await count(await self._publisher.connection(), bulk, self._timeout)
         if waiting is None:
-            raise queue_missing(bulk)
+            raise QueueMissingError.of(bulk)
         return waiting
 
 

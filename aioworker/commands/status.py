@@ -17,12 +17,12 @@ from aioworker.budget.tables import Row, find_row, holder
 from aioworker.clock import own_time
 from aioworker.commands import which_tasks
 from aioworker.commands.controls import rate_in_force
-from aioworker.errors import BrokerError, DatabaseError
+from aioworker.errors import BrokerError, DatabaseError, QueueMissingError
 from aioworker.limits import InForce
 from aioworker.mysql.database import TOLD_SECONDS, Database
 from aioworker.rabbitmq.connection import Connection, connected
 from aioworker.rabbitmq.dead_letters import DeadLetters, count_letters
-from aioworker.rabbitmq.errors import forbids, queue_missing
+from aioworker.rabbitmq.errors import forbids
 from aioworker.rabbitmq.publisher import Publisher
 from aioworker.rabbitmq.queues import Queues, count_surely
 from aioworker.reasons import Reason, ReasonKind
@@ -332,8 +332,7 @@ def why(
         return Reason(kind_of(limit), f"{away}{limit}")
     for name, messages in asdict(queued).items():
         if messages is None:
-            queue = getattr(queues, name)
-            gone = queue_missing(queue) if row is None else which_tasks.without_queue(task, queue)
+            gone = QueueMissingError.of(getattr(queues, name), "" if row is None else task)
             return Reason(kind_of(gone), str(gone))
     if pause:
         return Reason(ReasonKind.PAUSED, pause)

@@ -20,7 +20,6 @@ from aioworker.errors import (
     UnknownTaskError,
     UsageError,
 )
-from aioworker.rabbitmq.errors import queue_missing
 from aioworker.tasks import load
 from aioworker.tasks.registry import check_name, find, registered
 from aioworker.words import command
@@ -152,20 +151,13 @@ async def missing(settings: Settings, name: str, queue: str) -> AioworkerError:
                 with tables.explaining(database):
                     known = await tables.tasks(database)
     if name in known:
-        return without_queue(name, queue)
+        return QueueMissingError.of(queue, name)
     absent = f"queue {queue} does not exist"
     if known:
         return UnknownTaskError(f"{absent}: {_unknown(name, known)}")
     app = "" if settings.app else " and the app (--app, AIOWORKER_APP),"
     return QueueMissingError(
         f"{absent}: check the task's name, {name!r},{app} then run `{command('init')}`"
-    )
-
-
-def without_queue(name: str, queue: str) -> QueueMissingError:
-    """Return the error for a queue that is not there, of a task that has a budget."""
-    return QueueMissingError(
-        f"{queue_missing(queue)}; if {name} is retired, see docs/operations.md, Retire a task"
     )
 
 

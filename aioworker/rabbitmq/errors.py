@@ -67,7 +67,7 @@ def explain(error: Exception, queue: str) -> BrokerError:
         case ChannelNotFoundEntity() if "no queue" not in str(error):
             return BrokerError(f"queue {queue} is away: {describe(error)}", unreachable=True)
         case PublishError() | ChannelNotFoundEntity():
-            return queue_missing(queue)
+            return QueueMissingError.of(queue)
         case DeliveryError():  # a nack, which says nothing else
             return NotTakenError(
                 f"RabbitMQ did not take the message for queue {queue}: it is full, or most of its"
@@ -123,8 +123,3 @@ def forbids(error: BrokerError) -> bool:
 def uncounted(queue: str) -> BrokerError:
     """Return the error for a queue that holds messages, though RabbitMQ counts none."""
     return BrokerError(f"RabbitMQ did not count the messages in queue {queue}", unreachable=True)
-
-
-def queue_missing(queue: str) -> QueueMissingError:
-    """Return the error for a queue that is not declared."""
-    return QueueMissingError(f"queue {queue} does not exist: run `{command('init')}`")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from aio_pika.abc import AbstractConnection
 
 from aioworker.errors import QueueMissingError
-from aioworker.rabbitmq.errors import in_time, queue_missing, uncounted
+from aioworker.rabbitmq.errors import in_time, uncounted
 
 RETRY_TTL_MS = 60_000
 MAX_LENGTH = 1_000_000
@@ -137,7 +137,7 @@ async def check(connection: AbstractConnection, names: Iterable[str], timeout: f
     for name in names:
         waiting = await count(connection, name, timeout)
         if waiting is None:
-            raise queue_missing(name)
+            raise QueueMissingError.of(name)
         messages += waiting
     return messages
 

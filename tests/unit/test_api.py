@@ -105,3 +105,15 @@ def test_a_module_of_tasks_costs_no_client_of_a_server() -> None:
     )
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+
+
+@pytest.mark.parametrize("command", ["health", "controls"])
+def test_a_command_that_asks_the_database_alone_costs_no_client_of_rabbitmq(command: str) -> None:
+    """A monitor starts `health` again and again, on each machine."""
+    code = f"import sys, aioworker.commands.{command}; print('aio_pika' in sys.modules)"
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True
+    )
+
+    assert done.stdout == "False\n"
