@@ -96,7 +96,7 @@ def test_a_module_of_tasks_costs_no_client_of_a_server() -> None:
         "@task(rate_limit='2/m', keys=lambda: [])\n"
         "def note(ctx: Context, shops: list[int], text: str = '') -> None: ...\n"
         "note.needed(lambda shops: shops)\n"
-        "clients = ('aio_pika', 'aiormq', 'aiomysql', 'pymysql', 'pydantic', 'typer')\n"
+        "clients = ('aio_pika', 'aiormq', 'aiomysql', 'pymysql', 'pydantic', 'typer', 'email')\n"
         "print([name for name in clients if name in sys.modules])"
     )
 
