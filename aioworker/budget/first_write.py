@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from aioworker.mysql.database import Cursor, Database
 
-# An event loop wakes up a millisecond late or more: the server waits out the rest.
+# An event loop wakes up a millisecond late or more, at `100/s` a tenth of the rate: the server
+# waits out the rest, in the packet of the charge and of the first write.
 SERVER_SECONDS = 0.005
 LONGEST_SERVER_SECONDS = 0.05  # whatever a clock says
 # Two clocks may come apart by this part of the time.

@@ -1,4 +1,9 @@
-"""A task's queues over one connection: taken from the two lanes, put off and set aside."""
+"""A task's queues over one connection: taken from the two lanes, put off and set aside.
+
+A message is taken by `get` once it may start. A consumer's prefetch would hold messages
+unacknowledged for as long as the rate makes them wait, and RabbitMQ closes the channel after 30
+minutes of that.
+"""
 
 from __future__ import annotations
 

@@ -114,8 +114,8 @@ class Publisher:
         outgoing.delivery_mode = aio_pika.DeliveryMode.PERSISTENT
         try:
             async with asyncio.timeout(self._timeout):
-                # What is sent while RabbitMQ blocks the connection arrives late, when nobody
-                # counts on it any more: nothing more is sent then.
+                # RabbitMQ short of memory stops reading from whoever publishes, and reads it all
+                # later, when nobody counts on it any more: nothing more is sent then.
                 await self.unblocked()
                 await channel.default_exchange.publish(outgoing, queue, mandatory=True)
         except PublishError as error:
