@@ -122,7 +122,12 @@ class Interval(NamedTuple):
         return self.gap_us / 1e6
 
     def __str__(self) -> str:
-        return shown_interval(self.gap_us)
+        """Return it as the rate limit it is; in seconds where it is none."""
+        for unit, least in (("s", 2), ("m", 1), ("h", 1)):
+            rate = RateLimit(round(PERIODS[unit] * 1_000_000 / self.gap_us), unit)
+            if rate.starts >= least and rate.gap_us == self.gap_us:
+                return str(rate)
+        return f"1 in {self.interval:g} s"
 
 
 class Source(StrEnum):
@@ -223,17 +228,6 @@ def in_force(
 
 def _is_pause(limit: object) -> bool:
     return isinstance(limit, RateLimit) and limit.paused
-
-
-def shown_interval(gap_us: int) -> str:
-    """Return an interval in microseconds as the rate limit it is; in seconds where it is none."""
-    if not gap_us:
-        return "none"
-    for unit, least in (("s", 2), ("m", 1), ("h", 1)):
-        starts = round(PERIODS[unit] * 1_000_000 / gap_us)
-        if starts >= least and RateLimit(starts, unit).gap_us == gap_us:
-            return f"{starts}/{unit}"
-    return f"1 in {gap_us / 1e6:g} s"
 
 
 def _instead(text: str) -> str:
