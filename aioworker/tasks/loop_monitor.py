@@ -16,7 +16,6 @@ import threading
 import time
 import traceback
 from itertools import takewhile
-from pathlib import Path
 
 from aioworker.logs import Seldom, fields
 
@@ -28,7 +27,7 @@ RECENT_SECONDS = 10.0  # a connection that it cost is missed by then
 NAME_PREFIX = "aioworker "  # what the names of a task's threads and asyncio tasks begin with
 _MACHINERY = (
     os.path.dirname(asyncio.__file__) + os.sep,
-    str(Path(__file__).parent.parent) + os.sep,
+    os.path.dirname(os.path.dirname(__file__)) + os.sep,
 )
 
 
