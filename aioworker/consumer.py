@@ -188,7 +188,7 @@ class Consumer:
             if self._budget.limited:
                 self._presence.report(self._doing(start))
                 await self._presence.keep()
-            refusal = await self._budget.charge(start.delivery.key)
+            refusal = await self._budget.charge([start.delivery.key])
         except DatabaseError as error:
             start.outcome = Outcome(Kind.RELEASED, str(error), away=error)
         else:
@@ -346,7 +346,7 @@ class Consumer:
         finally:
             # The deaths of one that did not even run are not forgotten before it is settled.
             if start.began or over:
-                await self._budget.ended(start.delivery.key)
+                await self._budget.ended([start.delivery.key])
         self._report.settled(start)
         let_go(start.outcome.away)  # its frames hold the message
         self.under_way.remove(start)

@@ -19,7 +19,7 @@ from aioworker.errors import RateLimitError
 from aioworker.reasons import Reason, ReasonKind
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Collection
+    from collections.abc import AsyncIterator, Collection, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from aiolimiter import AsyncLimiter
@@ -356,15 +356,18 @@ class Budget(Protocol):
     def deaths(self, message: str) -> int:
         """Return how often a worker died while a message ran, as far as it is counted."""
 
-    async def charge(self, message: str) -> Wait | None:
+    def together(self, message: str) -> int | None:
+        """Return with how many a message may run, since more of them died; None for any number."""
+
+    async def charge(self, messages: Sequence[str]) -> Wait | None:
         """Begin a start, at the moment it is due; return why not, None where it began.
 
         Args:
-            message: What runs, by its key.
+            messages: What runs, by their keys.
         """
 
-    async def ended(self, message: str) -> None:
-        """Note that a message is settled, or given back, and its worker lives."""
+    async def ended(self, messages: Sequence[str]) -> None:
+        """Note that messages are settled, or given back, and their worker lives."""
 
 
 class WorkerBudget:
@@ -420,7 +423,11 @@ class WorkerBudget:
         """Return 0: who died before is nowhere noted."""
         return 0
 
-    async def charge(self, message: str) -> Wait | None:
+    def together(self, message: str) -> int | None:
+        """Return None: who died before is nowhere noted."""
+        return None
+
+    async def charge(self, messages: Sequence[str]) -> Wait | None:
         """Begin a start, at the moment it is due."""
         wait = await self.check()
         if wait is None and self._limiter is not None:
@@ -428,7 +435,7 @@ class WorkerBudget:
             await self._limiter.charge()
         return wait
 
-    async def ended(self, message: str) -> None:
+    async def ended(self, messages: Sequence[str]) -> None:
         """Nothing was noted."""
 
 

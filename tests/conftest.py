@@ -115,7 +115,7 @@ def shop(pair: servers.Servers) -> Iterator[Connection[Cursor]]:
     connection = servers.connect(pair.mysql_url, create=True)
     site.create(connection)
     with connection.cursor() as cursor:
-        for statement in (schema.BUDGET, schema.WORKER, tables.FIRST_ROW % {"task": f"'{TASK}'"}):
+        for statement in (*schema.STATEMENTS.values(), tables.FIRST_ROW % {"task": f"'{TASK}'"}):
             cursor.execute(statement)
     connection.commit()
     yield connection
@@ -347,7 +347,7 @@ EARLIER = sorted((Path(__file__).parent / "data/schema").iterdir())
 
 def make_tables(connection: Connection[Cursor], version: Path) -> None:
     """Put the tables of an earlier version, empty, in the place of those that are there."""
-    execute(connection, "DROP TABLE aioworker_budget, aioworker_worker")
+    execute(connection, "DROP TABLE aioworker_budget, aioworker_worker, aioworker_run")
     execute(connection, *filter(str.strip, (version / "tables.sql").read_text().split(";\n")))
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 PRIVILEGES = (
     ("SELECT, INSERT, UPDATE", "aioworker_budget"),
     ("SELECT, INSERT, UPDATE, DELETE", "aioworker_worker"),
+    ("SELECT, INSERT, UPDATE, DELETE", "aioworker_run"),
 )
 
 # Without a table: on all of them. A user sees those of others only as far as it may read them.

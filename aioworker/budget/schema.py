@@ -1,4 +1,4 @@
-"""aioworker's own two tables as this version has them, and their change in place.
+"""aioworker's own tables as this version has them, and their change in place.
 
 A table of an earlier version is given the columns that it lacks, and keeps all that is in it.
 Workers of that version read and write on beside newer ones: every statement names its columns,
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from aioworker.mysql.database import Database
 
-NAMES = ("aioworker_budget", "aioworker_worker")
+NAMES = ("aioworker_budget", "aioworker_worker", "aioworker_run")
 
 # One column a line: these are also what a table of an earlier version is held against.
 BUDGET = """CREATE TABLE IF NOT EXISTS aioworker_budget (
@@ -64,7 +64,17 @@ WORKER = """CREATE TABLE IF NOT EXISTS aioworker_worker (
     kind VARCHAR(40) NULL
 ) ENGINE=InnoDB ROW_FORMAT=DYNAMIC DEFAULT CHARACTER SET utf8mb4"""
 
-_STATEMENTS = dict(zip(NAMES, (BUDGET, WORKER), strict=True))
+RUN = """CREATE TABLE IF NOT EXISTS aioworker_run (
+    task VARCHAR(190) CHARACTER SET ascii COLLATE ascii_bin NOT NULL,
+    message VARCHAR(64) CHARACTER SET ascii COLLATE ascii_bin NOT NULL,
+    together SMALLINT UNSIGNED NOT NULL,
+    deaths SMALLINT UNSIGNED NOT NULL DEFAULT 0,
+    worker VARCHAR(190) NULL,
+    since DATETIME(6) NOT NULL,
+    PRIMARY KEY (task, message)
+) ENGINE=InnoDB ROW_FORMAT=DYNAMIC DEFAULT CHARACTER SET utf8mb4"""
+
+STATEMENTS = dict(zip(NAMES, (BUDGET, WORKER, RUN), strict=True))
 
 # Whoever reads the row waits behind an ALTER that waits, so it gives way to them again and again.
 LOCK_SECONDS = 2
@@ -152,13 +162,12 @@ async def settle(
 
 
 async def changes(database: Database) -> dict[str, str]:
-    """Return the ALTER of each table that is there and lacks something, by its name."""
-    wanted = {}
-    for name in NAMES:
-        found = await _found(database, name)
-        if found and (statement := change(name, found)):
-            wanted[name] = statement
-    return wanted
+    """Return what makes each table what it is to be, by its name, where some of them are there."""
+    found = {name: await _found(database, name) for name in NAMES}
+    if not any(found.values()):
+        return {}
+    wanted = {name: change(name, columns) for name, columns in found.items()}
+    return {name: statement for name, statement in wanted.items() if statement is not None}
 
 
 async def older(database: Database) -> str:
@@ -178,7 +187,7 @@ def change(name: str, found: Collection[str]) -> str | None:
         found: The columns that it has; none, if it is not there.
     """
     if not found:
-        return _STATEMENTS[name]
+        return STATEMENTS[name]
     lacking = _lacking(name, found)
     if not lacking:
         return None
@@ -190,8 +199,9 @@ def change(name: str, found: Collection[str]) -> str | None:
 
 def _lacking(name: str, found: Collection[str]) -> dict[str, str]:
     """Return the definitions of the columns that a table lacks, by their names."""
-    columns = _STATEMENTS[name].partition("(\n    ")[2].rpartition("\n)")[0]
+    columns = STATEMENTS[name].partition("(\n    ")[2].rpartition("\n)")[0]
     wanted = dict(column.split(" ", 1) for column in re.split(r",\n    (?=\w)", columns))
+    wanted.pop("PRIMARY", None)  # the key of several columns is none of them
     return {name: definition for name, definition in wanted.items() if name not in found}
 
 

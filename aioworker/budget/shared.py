@@ -28,7 +28,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from aioworker.budget import tables
-from aioworker.budget.deaths import Deaths
+from aioworker.budget.deaths import NOTE, Deaths
 from aioworker.budget.first_write import SERVER_SECONDS, Due, FirstWrite, Habits, server_waits
 from aioworker.budget.other_server import OtherServer
 from aioworker.budget.tables import Row, holder
@@ -50,7 +50,7 @@ from aioworker.mysql.errors import MySQLError
 from aioworker.reasons import Reason, ReasonKind
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
     from datetime import datetime
 
     from aioworker.mysql.database import Database
@@ -71,7 +71,7 @@ _UNTIL_DUE = server_waits(f"(SELECT {_DUE} FROM aioworker_budget WHERE task = %(
 # Assigned from left to right, each by what stands to its left.
 _CHARGE = f"""UPDATE aioworker_budget
 SET last_write = {tables.WROTE}, last_charge = SYSDATE(6), last_start = last_charge,
-    starts = starts + 1, holder = %(worker)s, running = %(running)s
+    starts = starts + 1, holder = %(worker)s
 WHERE task = %(task)s AND NOT paused AND server = {tables.SERVER}
 AND IS_USED_LOCK(%(lock)s) = CONNECTION_ID()
 AND last_start <= SYSDATE(6) AND {_DUE} <= SYSDATE(6)"""
@@ -199,7 +199,7 @@ class SharedBudget:
         patience = QUEUE_SECONDS if self._database.timeout > 2 * QUEUE_SECONDS else 0
         with tables.explaining(self._database):
             began = time.monotonic()
-            held, row = await tables.take(self._database, self._task, patience)
+            held, row, notes = await tables.take(self._database, self._task, patience)
             await self._seen(row, time.monotonic() - began)
         if not held:
             with tables.explaining(self._database):
@@ -212,7 +212,7 @@ class SharedBudget:
         try:
             with self._database.without_reconnect():
                 with tables.explaining(self._database):
-                    await self._deaths.review(row)
+                    await self._deaths.review(row, notes)
                 yield await self._judge(row)
                 await self._give_back()
         except BaseException:
@@ -229,13 +229,17 @@ class SharedBudget:
         """
         return self._deaths.of(message)
 
-    async def charge(self, message: str) -> Wait | None:
+    def together(self, message: str) -> int | None:
+        """Return with how many a message may run, since more of them died; None for any number."""
+        return self._deaths.together(message)
+
+    async def charge(self, messages: Sequence[str]) -> Wait | None:
         """Begin a start at the moment it is due; return why not, None where it began.
 
         Only inside the turn. One that is cut off may have been charged: it counts as spent.
 
         Args:
-            message: What runs, by its key: noted until `ended`.
+            messages: What runs, by their keys: noted until `ended`.
 
         Raises:
             DatabaseError: The row cannot be written.
@@ -250,10 +254,12 @@ class SharedBudget:
         with tables.explaining(self._database):
             charging = {
                 **self._arguments,
-                "running": self._deaths.note(message),
+                **self._deaths.note(messages),
                 "usual_us": self._usual_us,
             }
-            *_waits, charged = await self._database.each(*_UNTIL_DUE, _CHARGE, args=charging)
+            *_waits, charged, _noted = await self._database.each(
+                *_UNTIL_DUE, _CHARGE, NOTE, args=charging
+            )
         if not charged.matched:
             return await self._refused()
         began_at = max(sent_at, self._due_at)
@@ -278,10 +284,10 @@ class SharedBudget:
         changed = Reason(ReasonKind.BUDGET, "budget: its row was changed meanwhile")
         return wait or Wait(changed, TURN_SECONDS)
 
-    async def ended(self, message: str) -> None:
-        """Note that a message is settled, or given back, and its worker lives."""
+    async def ended(self, messages: Sequence[str]) -> None:
+        """Note that messages are settled, or given back, and their worker lives."""
         self._database.expect(None)
-        self._deaths.ended(message)
+        self._deaths.ended(messages)
 
     async def _give_back(self) -> None:
         """Release the turn, with what is owed to the row; a lost connection has given it back.
@@ -293,16 +299,15 @@ class SharedBudget:
             return
         statements, arguments = self._deaths.owed()
         try:
-            *noted, released = await self._database.each(
+            *_forgotten, released = await self._database.each(
                 *statements, "SELECT RELEASE_LOCK(%(lock)s)", args=arguments
             )
         except (MySQLError, TimeoutError):
             self._database.close()  # whoever needs it next says what is wrong
             return
-        for answer in noted:
-            self._deaths.paid(answer.matched)
         if released.rows != [(1,)]:
             raise TurnLostError(f"the turn of {self._task} was lost while it ran")
+        self._deaths.paid()
 
     async def _read(self) -> Row:
         """Return the row."""

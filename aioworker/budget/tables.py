@@ -1,4 +1,4 @@
-"""aioworker's own two tables, in the database that is being protected: read and explained.
+"""aioworker's own tables, in the database that is being protected: read and explained.
 
 `aioworker init` makes them, and nothing else does; `schema` has their columns. Their times are
 UTC, by that database's clock. `docs/operations.md` tells what an operator may read and set by
@@ -52,8 +52,11 @@ _FIND = f"""SELECT paused, gap_us, TIMESTAMPDIFF(MICROSECOND, {_STARTED}, SYSDAT
     starts, holder, paused_by, paused_at, paused_why, set_by, set_at, set_why,
     TIMESTAMPDIFF(MICROSECOND, {CHARGED}, SYSDATE(6)),
     TIMESTAMPDIFF(MICROSECOND, {WROTE}, SYSDATE(6)),
+    EXISTS (SELECT 1 FROM aioworker_run WHERE task = %(task)s AND worker IS NOT NULL),
     running, deaths, SYSDATE(6), {_ONLY_READS}
 FROM aioworker_budget WHERE task = %(task)s"""
+
+NOTES = "SELECT message, together, deaths, worker FROM aioworker_run WHERE task = %(task)s"
 
 ALIVE_SECONDS = 90  # a worker not seen for so long counts for nothing
 _HOLDER = f"""SELECT host, pid, seen > SYSDATE(6) - INTERVAL {ALIVE_SECONDS} SECOND
@@ -92,8 +95,9 @@ class Row(NamedTuple):
         set_why: Why.
         charge_age_us: Microseconds since the last charge.
         write_age_us: Microseconds since a run's last first write.
-        running: The messages of the run that is on, as the charge noted them.
-        deaths: How often a message's worker died while it ran, by the message's key.
+        runs: Whether a run is on, or its worker died in it and nobody has had the turn since.
+        running: The message of such a run, as a worker of an earlier version noted it.
+        deaths: How often a message's worker died while it ran, by its key; likewise.
         now: What time it was there, UTC, with its zone.
     """
 
@@ -116,6 +120,7 @@ class Row(NamedTuple):
     set_why: str | None
     charge_age_us: int
     write_age_us: int
+    runs: bool
     running: list[str]
     deaths: dict[str, int]
     now: datetime
@@ -214,8 +219,10 @@ async def read(database: Database, task: str) -> Row:
     return _there(await find_row(database, task), task)
 
 
-async def take(database: Database, task: str, patience: int) -> tuple[bool, Row]:
-    """Ask for the task's turn, and read the row once that is answered.
+async def take(
+    database: Database, task: str, patience: int
+) -> tuple[bool, Row, list[tuple[Any, ...]]]:
+    """Ask for the task's turn, and read the row and the notes once that is answered.
 
     Args:
         database: The connection that is to hold it.
@@ -223,7 +230,7 @@ async def take(database: Database, task: str, patience: int) -> tuple[bool, Row]
         patience: Seconds that the server lets it wait while somebody else has the turn.
 
     Returns:
-        Whether it holds the turn, and the row.
+        Whether it holds the turn, the row, and the answer to `NOTES`.
 
     Raises:
         DatabaseError: There is no row, or this server only reads.
@@ -231,8 +238,9 @@ async def take(database: Database, task: str, patience: int) -> tuple[bool, Row]
     lock = lock_name(await database.schema(), task)
     arguments = {"task": task, "lock": lock, "patience": patience}
     asked = "SELECT GET_LOCK(%(lock)s, %(patience)s)"
-    [[[got]], found] = [one.rows for one in await database.each(asked, _FIND, args=arguments)]
-    return got == 1, _there(_row(database, found), task)
+    answers = await database.each(asked, _FIND, NOTES, args=arguments)
+    [[[got]], found, notes] = [one.rows for one in answers]
+    return got == 1, _there(_row(database, found), task), notes
 
 
 async def tasks(database: Database) -> list[str]:
@@ -276,6 +284,7 @@ def _row(database: Database, found: list[tuple[Any, ...]]) -> Row | None:
     for moment in (_PAUSED_AT, _SET_AT):
         if not isinstance(values[moment], datetime):
             values[moment] = None  # such as 0: text, as it is in no calendar
+    values[-4] = bool(values[-4])
     values[-3:] = _messages(values[-3]), _deaths(values[-2]), values[-1].replace(tzinfo=UTC)
     return Row(*values)
 

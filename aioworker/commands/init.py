@@ -182,7 +182,7 @@ def _creating(tasks: Sequence[AnyTask]) -> list[str]:
     rows = [tables.FIRST_ROW % {"task": grants.text(task.name)} for task in tasks]
     return [
         "# MySQL: the tables that init makes; its user needs CREATE beside what follows",
-        *(f"{statement};" for statement in (schema.BUDGET, schema.WORKER, *rows)),
+        *(f"{statement};" for statement in (*schema.STATEMENTS.values(), *rows)),
         "",
     ]
 

@@ -359,7 +359,7 @@ def _why_workers_wait(task: str, limit: Limit, alive: list[Worker], row: Row | N
     limited = limit.rate != "none"
     for one in alive:
         # A run that began a moment after its worker wrote that it waits is in the budget's row.
-        charged = row is not None and row.running != [] and row.holder == one.name
+        charged = row is not None and row.runs and row.holder == one.name
         if (one.runs or charged) and (not limited or one.name == limit.turn):
             doing = one.reason if one.runs else task
             words = f"running: {doing}{_until_first_write(limit, row)}"

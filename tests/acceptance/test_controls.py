@@ -336,7 +336,7 @@ async def test_a_budget_of_its_own_begins_with_one_interval_of_waiting(
 ) -> None:
     """The process cannot know what the one before it has started."""
     simple_addons(shop, 1)
-    execute(shop, "DROP TABLE aioworker_budget, aioworker_worker")
+    execute(shop, "DROP TABLE aioworker_budget, aioworker_worker, aioworker_run")
     await chunk(lanes, 1)
 
     worker = start("consume", "--rate-limit", "1/h", AIOWORKER_BUDGET="worker")

@@ -132,7 +132,7 @@ def test_the_statements_for_a_dba_run_as_written(shop: Connection[Cursor]) -> No
         for statement in block.split(";\n")
         if statement.strip()
     ]
-    assert len(statements) == 7
+    assert len(statements) == 8
 
     execute(shop, *statements)
 

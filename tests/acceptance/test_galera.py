@@ -70,7 +70,7 @@ def test_what_needs_no_lock_works_on_any_node(
     run: Run, node: Maria, cluster: Connection[Cursor], lanes: Lanes
 ) -> None:
     """An operator's shell has not the environment of the workers, and could not even pause."""
-    execute(cluster, schema.BUDGET, schema.WORKER, tables.FIRST_ROW % {"task": f"'{TASK}'"})
+    execute(cluster, *schema.STATEMENTS.values(), tables.FIRST_ROW % {"task": f"'{TASK}'"})
 
     done = [run(*command, AIOWORKER_MYSQL_URL=node.url("site")) for command in WITHOUT_LOCKS]
 

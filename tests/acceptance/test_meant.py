@@ -215,7 +215,7 @@ def do(pair: servers.Servers, tmp_path_factory: pytest.TempPathFactory) -> Do:
     for project in ("one", "two", "none", "bare"):
         connection = servers.connect(url(pair, project), create=True)
         if project == "none":
-            execute(connection, schema.BUDGET, schema.WORKER)
+            execute(connection, *schema.STATEMENTS.values())
         connection.close()
     for project in ("one", "two"):
         done = run_command(project, "init", app=f"shop_{project}")

@@ -44,7 +44,7 @@ NEWER = """
 from aioworker import task
 from aioworker.budget import schema
 
-schema._STATEMENTS["aioworker_budget"] = schema.BUDGET.replace(
+schema.STATEMENTS["aioworker_budget"] = schema.BUDGET.replace(
     "deaths TEXT NULL", "deaths TEXT NULL,\\n    newest INT NULL"
 )
 

@@ -17,7 +17,7 @@ from aioworker.limits import LEAD_SECONDS, POLL_SECONDS, RateLimit, Wait, next_s
 from aioworker.reasons import Reason, ReasonKind
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
     from datetime import datetime
 
 
@@ -34,6 +34,7 @@ class MemoryBudget:
         charged: The keys of what was charged, in that order.
         moments: When each was, by the event loop's clock.
         forgotten: The keys of what ended, in that order.
+        most: With how many a message may run, by its key.
         asked: How often somebody looked.
         turns: How many turns are held now.
     """
@@ -43,6 +44,7 @@ class MemoryBudget:
         self.refusal: Wait | DatabaseError | None = None
         self.holder: Wait | None = None
         self.died: dict[str, int] = {}
+        self.most: dict[str, int] = {}
         self.charged: list[str] = []
         self.moments: list[float] = []
         self.forgotten: list[str] = []
@@ -94,7 +96,11 @@ class MemoryBudget:
         """Return how often a worker died while a message ran."""
         return self.died.get(message, 0)
 
-    async def charge(self, message: str) -> Wait | None:
+    def together(self, message: str) -> int | None:
+        """Return with how many a message may run."""
+        return self.most.get(message)
+
+    async def charge(self, messages: Sequence[str]) -> Wait | None:
         """Begin a start, at the moment it is due; return why not."""
         if isinstance(self.refusal, DatabaseError):
             raise self.refusal
@@ -102,14 +108,15 @@ class MemoryBudget:
             return self.refusal
         if (seconds := self._due_in()) > 0:
             await asyncio.sleep(seconds)
-        self.charged.append(message)
+        self.charged += messages
         self.moments.append(asyncio.get_running_loop().time())
         return None
 
-    async def ended(self, message: str) -> None:
-        """Note that a message is settled, and its worker lives."""
-        self.forgotten.append(message)
-        self.died.pop(message, None)
+    async def ended(self, messages: Sequence[str]) -> None:
+        """Note that messages are settled, and their worker lives."""
+        self.forgotten += messages
+        for message in messages:
+            self.died.pop(message, None)
 
     def _due_in(self) -> float:
         last = self.moments[-1] if self.moments else -math.inf

@@ -75,7 +75,7 @@ def copy(place: Place, server: servers.Maria) -> Connection[Cursor]:
     made = servers.connect(server.url(place.name), create=True)
     site.create(made)
     simple_addons(made, CHUNKS)
-    execute(made, schema.BUDGET, schema.WORKER, tables.FIRST_ROW % {"task": f"'{TASK}'"})
+    execute(made, *schema.STATEMENTS.values(), tables.FIRST_ROW % {"task": f"'{TASK}'"})
     return made
 
 

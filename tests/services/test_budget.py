@@ -59,7 +59,7 @@ async def row(database: Database) -> Row:
 async def start(budget: SharedBudget) -> Wait | None:
     """Begin a start in a turn of its own; return why not."""
     async with budget.turn() as wait:
-        return wait or await budget.charge("one")
+        return wait or await budget.charge(["one"])
 
 
 async def looked(budget: SharedBudget) -> str:
@@ -126,7 +126,7 @@ async def test_a_start_without_the_turn_is_never_charged(make: Fleet, database: 
     await budget.check()
 
     with pytest.raises(TurnLostError):
-        await budget.charge("one")
+        await budget.charge(["one"])
 
     assert (await row(database)).starts == 0
 
@@ -141,7 +141,7 @@ async def test_the_first_commit_of_a_run_stamps_the_row_again(
     [worker] = make.databases
 
     async with budget.turn():
-        await budget.charge("one")
+        await budget.charge(["one"])
         charged = rows(shop, "SELECT last_start FROM aioworker_budget")
         await worker.execute("UPDATE addons SET current_version = 10001 WHERE id = 1")
         stamped = rows(shop, "SELECT last_start FROM aioworker_budget")
@@ -161,7 +161,7 @@ async def test_a_transaction_that_writes_nothing_does_not_use_up_the_stamp(
     [worker] = make.databases
 
     async with budget.turn():
-        await budget.charge("one")
+        await budget.charge(["one"])
         async with worker.transaction() as cursor:
             await cursor.execute("SELECT id FROM addons")
             await cursor.execute("UPDATE addons SET current_version = 1 WHERE id = 404")
@@ -185,7 +185,7 @@ async def test_a_rate_taken_back_in_a_turn_is_not_charged_any_more(
     async with budget.turn() as wait:
         assert wait is None
         execute(shop, "UPDATE aioworker_budget SET gap_us = NULL")
-        refused = await budget.charge("one")
+        refused = await budget.charge(["one"])
 
     assert refused is not None
     assert refused.reason.words.startswith("budget: next start at ")
@@ -216,7 +216,7 @@ async def test_a_run_that_lost_its_turn_writes_nothing(
 
     with pytest.raises(TurnLostError):
         async with budget.turn():
-            await budget.charge("one")
+            await budget.charge(["one"])
             await worker.query("SELECT RELEASE_LOCK(%s)", (lock(make),))
             await worker.execute("UPDATE addons SET current_version = 10001")
 
@@ -377,7 +377,7 @@ async def test_a_pause_stops_a_start_that_was_just_due(
             "UPDATE aioworker_budget SET paused = 1, paused_by = 'alice', paused_why = 'lag\n1',"
             " paused_at = '2026-01-02 03:04:05', set_by = 'bob'",
         )
-        refused = await budget.charge("one")
+        refused = await budget.charge(["one"])
 
     assert refused is not None
     assert refused.reason.words == "paused by alice since 2026-01-02 03:04:05 UTC: lag 1"

@@ -46,8 +46,8 @@ async def start(budget: Budget, message: str = "one") -> Wait | None:
         return wait
     async with budget.turn() as wait:
         if wait is None:
-            wait = await budget.charge(message)
-            await budget.ended(message)
+            wait = await budget.charge([message])
+            await budget.ended([message])
     return wait
 
 

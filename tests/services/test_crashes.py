@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from aioworker.errors import DatabaseError
-from tests.conftest import TASK, execute, make_database, rows
+from aioworker.errors import DatabaseError, TurnLostError
+from tests.conftest import execute, make_database, rows
 from tests.services.test_budget import Fleet, make, row
 
 if TYPE_CHECKING:
@@ -20,20 +20,21 @@ if TYPE_CHECKING:
 __all__ = ["make"]  # a fixture
 
 
-def noted(shop: Connection[Cursor]) -> tuple[str | None, str | None]:
-    """Return what the row notes as running, and the deaths it counted."""
-    [found] = rows(shop, "SELECT running, deaths FROM aioworker_budget")
-    return found[0], found[1]
+def noted(shop: Connection[Cursor]) -> tuple[list[str], dict[str, int]]:
+    """Return what is noted as running, and the deaths of what is not."""
+    found = rows(shop, "SELECT message, worker, deaths FROM aioworker_run ORDER BY message")
+    running = [message for message, worker, _deaths in found if worker is not None]
+    return running, {message: deaths for message, worker, deaths in found if worker is None}
 
 
-async def die(fleet: Fleet, shop: Connection[Cursor], message: str) -> None:
-    """Charge a start for a message and vanish, as a killed process does."""
+async def die(fleet: Fleet, shop: Connection[Cursor], *messages: str) -> None:
+    """Charge a start for messages and vanish, as a killed process does."""
     execute(shop, "UPDATE aioworker_budget SET last_start = '2000-01-01'")
     budget = fleet()
     await budget.check()
     async with budget.turn() as wait:
         assert wait is None
-        assert await budget.charge(message) is None
+        assert await budget.charge(messages) is None
         fleet.databases[-1].close()
         budget._deaths.void()  # a dead process remembers nothing
 
@@ -51,7 +52,7 @@ async def test_what_ran_when_its_worker_died_is_counted_by_the_next(
         counted = {key: survivor.deaths(key) for key in ("killer", "other", "held")}
 
     assert counted == {"killer": 3, "other": 1, "held": 0}
-    assert noted(shop)[0] is None
+    assert noted(shop) == ([], {"killer": 3, "other": 1})
 
 
 async def test_a_message_that_ends_is_forgotten(make: Fleet, shop: Connection[Cursor]) -> None:
@@ -62,9 +63,9 @@ async def test_a_message_that_ends_is_forgotten(make: Fleet, shop: Connection[Cu
     await survivor.check()
 
     async with survivor.turn():
-        await survivor.ended("killer")
+        await survivor.ended(["killer"])
 
-    assert noted(shop) == (None, json.dumps({"other": 1}))
+    assert noted(shop) == ([], {"other": 1})
 
 
 async def test_a_run_that_ends_leaves_no_note(make: Fleet, shop: Connection[Cursor]) -> None:
@@ -72,12 +73,12 @@ async def test_a_run_that_ends_leaves_no_note(make: Fleet, shop: Connection[Curs
     await budget.check()
 
     async with budget.turn():
-        await budget.charge("one")
+        await budget.charge(["one"])
         during = noted(shop)
-        await budget.ended("one")
+        await budget.ended(["one"])
 
-    assert during == (json.dumps(["one"]), None)
-    assert noted(shop) == (None, None)
+    assert during == (["one"], {})
+    assert noted(shop) == ([], {})
 
 
 async def test_a_worker_that_loses_the_database_in_a_run_did_not_die(
@@ -88,12 +89,12 @@ async def test_a_worker_that_loses_the_database_in_a_run_did_not_die(
 
     with pytest.raises(DatabaseError):
         async with budget.turn():
-            await budget.charge("one")
+            await budget.charge(["one"])
             execute(shop, f"KILL {(await row(make.databases[0])).session}")
-            await budget.ended("one")
+            await budget.ended(["one"])
             await budget.check()
 
-    assert noted(shop) == (None, None)
+    assert noted(shop) == ([], {})
 
 
 async def test_a_death_that_was_none_is_taken_back(make: Fleet, shop: Connection[Cursor]) -> None:
@@ -104,17 +105,32 @@ async def test_a_death_that_was_none_is_taken_back(make: Fleet, shop: Connection
 
     with pytest.raises(DatabaseError):
         async with cut_off.turn():
-            await cut_off.charge("one")
+            await cut_off.charge(["one"])
             execute(shop, f"KILL {(await row(make.databases[0])).session}")
             async with other.turn():
                 counted = other.deaths("one")
-            await cut_off.ended("one")
+            await cut_off.ended(["one"])
             await cut_off.check()
-    assert (counted, noted(shop)) == (1, (None, json.dumps({"one": 1})))
+    assert (counted, noted(shop)) == (1, ([], {"one": 1}))
     async with cut_off.turn():
         counted = cut_off.deaths("one")
 
-    assert (counted, noted(shop)) == (0, (None, None))
+    assert (counted, noted(shop)) == (0, ([], {}))
+
+
+async def test_what_ran_in_a_turn_that_was_lost_did_not_kill_its_worker(
+    make: Fleet, shop: Connection[Cursor]
+) -> None:
+    budget = make()
+    await budget.check()
+
+    with pytest.raises(TurnLostError):
+        async with budget.turn():
+            await budget.charge(["one"])
+            await make.databases[0].query("SELECT RELEASE_ALL_LOCKS()")
+            await budget.ended(["one"])
+
+    assert noted(shop) == ([], {})
 
 
 async def test_a_worker_that_comes_back_first_finds_its_own_note(
@@ -124,16 +140,16 @@ async def test_a_worker_that_comes_back_first_finds_its_own_note(
     budget = make()
     await budget.check()
     async with budget.turn():
-        await budget.charge("one")
+        await budget.charge(["one"])
         make.databases[0].close()
-        execute(shop, "RENAME TABLE aioworker_budget TO elsewhere")
-    execute(shop, "RENAME TABLE elsewhere TO aioworker_budget")
-    assert noted(shop) == (json.dumps(["one"]), None)
+        execute(shop, "RENAME TABLE aioworker_run TO elsewhere")
+    execute(shop, "RENAME TABLE elsewhere TO aioworker_run")
+    assert noted(shop) == (["one"], {})
 
     async with budget.turn():
         assert budget.deaths("one") == 0
 
-    assert noted(shop) == (None, None)
+    assert noted(shop) == ([], {})
 
 
 async def test_a_start_that_was_not_charged_notes_nothing(
@@ -145,11 +161,11 @@ async def test_a_start_that_was_not_charged_notes_nothing(
     async with budget.turn() as wait:
         assert wait is None
         execute(shop, "UPDATE aioworker_budget SET paused = TRUE")
-        refusal = await budget.charge("one")
-        await budget.ended("one")
+        refusal = await budget.charge(["one"])
+        await budget.ended(["one"])
 
     assert refusal is not None
-    assert noted(shop) == (None, None)
+    assert noted(shop) == ([], {})
 
 
 async def test_notes_that_somebody_wrote_over_are_no_deaths(
@@ -169,10 +185,12 @@ async def test_notes_that_somebody_wrote_over_are_no_deaths(
         assert budget.deaths("one") == 0
 
 
-async def test_the_row_stays_small(make: Fleet, shop: Connection[Cursor]) -> None:
-    """Messages that never come back, purged ones, leave their counts behind."""
-    old = json.dumps({f"message {number}": 1 for number in range(1000)})
-    execute(shop, f"UPDATE aioworker_budget SET deaths = '{old}' WHERE task = '{TASK}'")
+async def test_notes_of_messages_that_never_come_back_go(
+    make: Fleet, shop: Connection[Cursor]
+) -> None:
+    """Purged ones leave their notes behind."""
+    await die(make, shop, "purged")
+    execute(shop, "UPDATE aioworker_run SET since = since - INTERVAL 8 DAY")
     await die(make, shop, "killer")
     survivor = make()
     await survivor.check()
@@ -180,5 +198,67 @@ async def test_the_row_stays_small(make: Fleet, shop: Connection[Cursor]) -> Non
     async with survivor.turn():
         assert survivor.deaths("killer") == 1
 
-    assert len(json.loads(noted(shop)[1] or "")) == 100
-    assert "killer" in str(noted(shop)[1])
+    assert noted(shop) == ([], {"killer": 1})
+
+
+async def test_of_several_that_ran_none_is_counted_and_half_of_them_may_run_together(
+    make: Fleet, shop: Connection[Cursor]
+) -> None:
+    """It is not known whose death it was."""
+    await die(make, shop, *(str(number) for number in range(9)))
+    survivor = make()
+    await survivor.check()
+
+    async with survivor.turn():
+        told = [(survivor.deaths(str(one)), survivor.together(str(one))) for one in range(9)]
+        assert survivor.together("another") is None
+        await survivor.ended(["0", "1", "2"])
+
+    assert told == [(0, 4)] * 9
+    assert noted(shop) == ([], {str(number): 0 for number in range(3, 9)})
+
+
+async def test_what_killed_its_worker_alone_runs_alone(
+    make: Fleet, shop: Connection[Cursor]
+) -> None:
+    await die(make, shop, "one", "two")
+    await die(make, shop, "one")
+    survivor = make()
+    await survivor.check()
+
+    async with survivor.turn():
+        assert (survivor.deaths("one"), survivor.together("one")) == (1, 1)
+        assert (survivor.deaths("two"), survivor.together("two")) == (0, 1)
+
+
+async def test_a_thousand_messages_are_noted_and_forgotten(
+    make: Fleet, shop: Connection[Cursor]
+) -> None:
+    messages = [f"{number:064d}" for number in range(1000)]
+    budget = make()
+    await budget.check()
+
+    async with budget.turn():
+        await budget.charge(messages)
+        during = noted(shop)
+        await budget.ended(messages)
+
+    assert during == (messages, {})
+    assert noted(shop) == ([], {})
+
+
+async def test_what_an_earlier_version_has_noted_counts_on(
+    make: Fleet, shop: Connection[Cursor]
+) -> None:
+    """In the budget's row: it may work on beside this one."""
+    old = {"running": ["ran"], "deaths": {"ran": 2, "waits": 1}}
+    for column, value in old.items():
+        execute(shop, f"UPDATE aioworker_budget SET {column} = '{json.dumps(value)}'")
+    budget = make()
+    await budget.check()
+
+    async with budget.turn():
+        assert (budget.deaths("ran"), budget.deaths("waits")) == (3, 1)
+
+    assert noted(shop) == ([], {"ran": 3, "waits": 1})
+    assert rows(shop, "SELECT running, deaths FROM aioworker_budget") == [(None, None)]

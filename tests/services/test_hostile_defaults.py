@@ -160,7 +160,7 @@ def ground(pair: servers.Servers) -> Iterator[Connection[Cursor]]:
     simple_addons(connection, STALE_ROWS)
     execute(
         connection,
-        *(schema.BUDGET, schema.WORKER, tables.FIRST_ROW % {"task": f"'{TASK}'"}),
+        *(*schema.STATEMENTS.values(), tables.FIRST_ROW % {"task": f"'{TASK}'"}),
         "CREATE TABLE ratings (id INT PRIMARY KEY, words VARCHAR(100) CHARACTER SET utf8mb4,"
         " n INT NOT NULL, at DATETIME NOT NULL)",
     )

@@ -53,7 +53,7 @@ async def test_reads_and_writes_that_go_to_different_servers_are_a_stall(
     """It took over a row, every two seconds, that it had long had."""
     name = database_name(pair)
     copy = servers.connect(replica.url(name), create=True)
-    execute(copy, schema.BUDGET, tables.FIRST_ROW % {"task": f"'{TASK}'"})
+    execute(copy, *schema.STATEMENTS.values(), tables.FIRST_ROW % {"task": f"'{TASK}'"})
     database = make_database(pair, Splitting)
     assert isinstance(database, Splitting)
     database.replica = make_database(servers.Servers(pair.amqp_url, replica.url(name)))

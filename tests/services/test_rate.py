@@ -390,7 +390,7 @@ async def test_a_last_start_that_somebody_else_wrote_stands_for_charge_and_first
     hourly = SharedBudget(database, TASK, RateLimit.parse("1/h"), "new")
     await hourly.check()
     async with hourly.turn():
-        assert await hourly.charge("one") is None
+        assert await hourly.charge(["one"]) is None
         await database.execute(INSERT)
     value = moment if "SYSDATE" in moment else f"'{moment}'"
     execute(site, f"UPDATE aioworker_budget SET last_start = {value}")
@@ -428,7 +428,7 @@ async def test_an_older_worker_beside_a_new_one_keeps_the_spacing(
         if await budget.check() is not None:
             return False
         async with budget.turn() as wait:
-            if wait is not None or await budget.charge("one") is not None:
+            if wait is not None or await budget.charge(["one"]) is not None:
                 return False
             await new.execute(INSERT)
         return True
@@ -454,7 +454,7 @@ async def test_the_row_is_free_while_a_run_is_in_its_transaction(
     await budget.check()
 
     async with budget.turn():
-        await budget.charge("one")
+        await budget.charge(["one"])
         async with database.transaction() as cursor:
             await cursor.execute(INSERT)
             execute(

@@ -18,7 +18,11 @@ def row(server: str, here: str = OURS, session: int = 7) -> Row:
     at = datetime(2026, 11, 29, tzinfo=UTC)
     return Row(
         *(False, None, 0, at, server == here, server, here, 0, session, 0, None),
-        *(None, None, None, None, None, None, 0, 0, [], {}, at),
+        *(None, None, None, None, None, None, 0, 0),
+        runs=False,
+        running=[],
+        deaths={},
+        now=at,
     )
 
 

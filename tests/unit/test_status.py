@@ -42,6 +42,7 @@ ROW = Row(
     set_why=None,
     charge_age_us=LONG_AGO_US,
     write_age_us=LONG_AGO_US,
+    runs=False,
     running=[],
     deaths={},
     now=NOW,

@@ -18,7 +18,7 @@ async def test_a_start_is_charged_at_the_moment_it_is_due(clock: FakeClock) -> N
 
     async def start() -> None:
         assert await budget.check() is None
-        assert await budget.charge("one") is None
+        assert await budget.charge(["one"]) is None
         charged_at.append(clock.now)
 
     for _ in range(3):

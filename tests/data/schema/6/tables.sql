@@ -1,0 +1,35 @@
+CREATE TABLE IF NOT EXISTS aioworker_budget (
+    task VARCHAR(190) CHARACTER SET ascii COLLATE ascii_bin NOT NULL PRIMARY KEY,
+    last_start DATETIME(6) NOT NULL,
+    last_charge DATETIME(6) NULL,
+    last_write DATETIME(6) NULL,
+    server VARCHAR(100) NOT NULL,
+    starts BIGINT UNSIGNED NOT NULL DEFAULT 0,
+    holder VARCHAR(190) NULL,
+    paused BOOLEAN NOT NULL DEFAULT FALSE,
+    paused_by VARCHAR(190) NULL,
+    paused_at DATETIME(6) NULL,
+    paused_why VARCHAR(500) NULL,
+    gap_us BIGINT UNSIGNED NULL,
+    set_by VARCHAR(190) NULL,
+    set_at DATETIME(6) NULL,
+    set_why VARCHAR(500) NULL,
+    running TEXT NULL,
+    deaths TEXT NULL
+) ENGINE=InnoDB ROW_FORMAT=DYNAMIC DEFAULT CHARACTER SET utf8mb4;
+
+CREATE TABLE IF NOT EXISTS aioworker_worker (
+    id CHAR(12) CHARACTER SET ascii COLLATE ascii_bin NOT NULL
+        DEFAULT (LEFT(SHA2(CONCAT_WS(':', host, pid, task), 256), 12)) PRIMARY KEY,
+    host VARCHAR(100) NOT NULL,
+    pid INT UNSIGNED NOT NULL,
+    task VARCHAR(190) CHARACTER SET ascii COLLATE ascii_bin NOT NULL,
+    version VARCHAR(40) NOT NULL,
+    rate VARCHAR(20) NULL,
+    session BIGINT UNSIGNED NOT NULL,
+    state VARCHAR(20) NOT NULL,
+    reason VARCHAR(500) NOT NULL,
+    since DATETIME(6) NOT NULL,
+    seen DATETIME(6) NOT NULL,
+    kind VARCHAR(40) NULL
+) ENGINE=InnoDB ROW_FORMAT=DYNAMIC DEFAULT CHARACTER SET utf8mb4;
