@@ -58,10 +58,10 @@ def counting(ctx: Context) -> Iterator[repo.Refresh]:
     try:
         yield result
     finally:
-        ctx.counts["changed"] += result.changed
+        ctx.changed(result.changed)
         count_missing(ctx, result.missing)
     if result.refused:
-        raise RowsRefusedError(result.refused, result.changed)
+        raise RowsRefusedError(result.refused, len(result.changed))
 
 
 def count_missing(ctx: Context, missing: list[int]) -> None:

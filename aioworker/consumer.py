@@ -1,8 +1,8 @@
-"""The life of a delivery: recall, refuse, decode, need, charge, run, judge, settle, report.
+"""The life of a start: recall, move, refuse, decode, need, charge, run, judge, settle, report.
 
-`worker/session.py` hands over each delivery in its turn. Every step takes the same value,
-`Start`, and returns it; the first one that knows the outcome ends the way to the run. Whatever
-happens between a delivery and its settling is that delivery's outcome.
+`worker/session.py` hands over the messages of a start in its turn. Each is read as it comes; what
+needs nothing is settled at once. The others run together: one charge, one run, and then each is
+settled by itself. Whatever happens between a delivery and its settling is its outcome.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aioworker.budget.deaths import MOST_DEATHS
 from aioworker.errors import (
@@ -19,10 +20,11 @@ from aioworker.errors import (
     CrashLoopError,
     DatabaseError,
     MessageRefusedError,
+    RowsRefusedError,
     UsageError,
     let_go,
 )
-from aioworker.rabbitmq import copies
+from aioworker.rabbitmq.delivery import SUSPECT_RETURNS
 from aioworker.rabbitmq.message import decode
 from aioworker.reasons import Reason, ReasonKind
 from aioworker.settling.breaker import STREAK, Breaker, Failed
@@ -30,11 +32,15 @@ from aioworker.settling.ended_runs import EndedRuns
 from aioworker.settling.failure import Failure, Fault
 from aioworker.settling.outcome import UNDECIDED, Kind, Outcome
 from aioworker.settling.report import Report
-from aioworker.settling.start import Start
+from aioworker.settling.settler import MOST_RETURNS, Settler
+from aioworker.settling.start import MOST_MESSAGES, Held, Start
+from aioworker.tasks.chunk import CHUNK_LIMIT
 from aioworker.tasks.context import Context
 from aioworker.words import count, duration
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
     from aioworker.limits import Budget
     from aioworker.mysql.database import Database
     from aioworker.rabbitmq.delivery import Delivery
@@ -43,7 +49,6 @@ if TYPE_CHECKING:
     from aioworker.status.presence import Presence
     from aioworker.tasks.task import AnyTask
 
-MOST_RETURNS = 20  # to its lane, before a message goes behind: RabbitMQ sets it aside at a hundred
 LEAST_LOST = 3  # attempts that lose their connection, before a message is set aside for that
 
 
@@ -58,15 +63,13 @@ class Consumer:
         probe: Asks whether the database and the task work.
         max_retries: Attempts after the first, before a message becomes a dead letter.
         task_timeout: Seconds a run may take.
+        chunk_size: Ids that need a write, before a start takes no more messages.
         worker: This worker's name, in dead letters.
 
     Attributes:
         breaker: Whether the task works at all.
-        settled: How many deliveries came to each kind of outcome.
         starts: How many runs were begun.
-        failures: How many deliveries were not done since something went wrong: a burst exits 1
-            for them.
-        under_way: The deliveries that are not settled. One that something else cut short, as
+        under_way: The starts whose messages are not settled. One that something else cut short, as
             no code of ours does but at the end, stays among them.
     """
 
@@ -80,12 +83,11 @@ class Consumer:
         *,
         max_retries: int,
         task_timeout: float,
+        chunk_size: int = CHUNK_LIMIT,
         worker: str,
     ) -> None:
         self.breaker = Breaker()
-        self.settled: Counter[Kind] = Counter()
         self.starts = 0
-        self.failures = 0
         self.under_way: list[Start] = []
         self._task = task
         self._database = database
@@ -94,12 +96,23 @@ class Consumer:
         self._probe = probe
         self._max_retries = max_retries
         self._task_timeout = task_timeout
-        self._worker = worker
-        self._report = Report(max_retries, budget.now)
+        self._chunk_size = chunk_size
         self._ends = EndedRuns()
+        report = Report(max_retries, budget.now, task.name)
+        self._settler = Settler(budget, report, self._ends, worker)
+
+    @property
+    def settled(self) -> Counter[Kind]:
+        """How many deliveries came to each kind of outcome."""
+        return self._settler.settled
+
+    @property
+    def failures(self) -> int:
+        """How many deliveries were not done since something went wrong: a burst exits 1."""
+        return self._settler.failures
 
     async def serve(self, delivery: Delivery, lanes: Lanes) -> Outcome:
-        """Take a delivery as far as it goes, and settle it; return what it came to.
+        """Take a delivery as far as it goes, alone, and settle it; return what it came to.
 
         Args:
             delivery: The delivery.
@@ -108,49 +121,85 @@ class Consumer:
         Raises:
             BrokerError: It could not be settled: RabbitMQ will deliver it again.
         """
-        ctx = Context(self._database, self._task.name, delivery.id, delivery.attempt)
-        start = Start(delivery, ctx)
-        if self._task.takes_chunks:
-            ctx.counts["ids"] = 0
+        with self.starting() as start:
+            outcome = await self.open(start, delivery, lanes)
+            if start.held:
+                outcome = await self.need(start, start.held, lanes)
+            if start.held:
+                outcome = await self.run(start, lanes)
+        return outcome or UNDECIDED
+
+    @contextmanager
+    def starting(self, most: int = 1) -> Iterator[Start]:
+        """Yield a start that holds nothing yet; inside, it is under way.
+
+        Args:
+            most: How many messages it may hold.
+        """
+        start = Start(most, self._chunk_size)
         self.under_way.append(start)
         try:
-            async with start.limit:
-                for step in (
-                    self._recall,
-                    self._refuse,
-                    self._decode,
-                    self._need,
-                    self._charge,
-                    self._run,
-                ):
-                    if start.outcome is UNDECIDED:
-                        start = await step(start)
-        except BaseException as error:
-            if _is_cancelled():
-                raise  # the worker ends: that is no failure of the run
-            start = self._fail(start, error)
-        start = self._finish(start)
-        start = await self._judge(start, lanes)
-        return await self._settle(start, lanes)
+            yield start
+        except Exception:
+            self.under_way.remove(start)
+            raise
+        self.under_way.remove(start)
 
-    # The way to the run.
+    def _context(self, deliveries: Sequence[Delivery]) -> Context:
+        """Return what a run of messages gets; it goes by the one that was published first."""
+        now = self._budget.now()
+        oldest = min(deliveries, key=lambda one: one.published or now)
+        ctx = Context(
+            self._database,
+            self._task.name,
+            oldest.id,
+            oldest.attempt,
+            messages=tuple(one.id for one in deliveries),
+        )
+        if self._task.takes_chunks:
+            ctx.counts["ids"] = 0
+        return ctx
 
-    async def _recall(self, start: Start) -> Start:
+    # 1. Each message, as it comes.
+
+    async def open(self, start: Start, delivery: Delivery, lanes: Lanes) -> Outcome | None:
+        """Read a message; return None if it is held, or what it comes to: then it is settled.
+
+        Raises:
+            BrokerError: It could not be settled.
+        """
+        one = Held(delivery, self._context([delivery]))
+        start.add(one)
+        try:
+            for step in (self._recall, self._move, self._refuse, self._decode):
+                if one.outcome is UNDECIDED:
+                    step(one)
+        except BaseException as error:  # noqa: BLE001 - a user's types are asked, too
+            await self._fail(start, [one], error, lanes)
+        return await self._settler.settle(start, [one], lanes)
+
+    def _recall(self, one: Held) -> None:
         """A run that ended before, and could not be acknowledged then, is not run again."""
-        ended = self._ends.take(start.delivery)
+        ended = self._ends.take(one.delivery)
         if ended is not None:
-            start.outcome, start.again = ended, True
-        return start
+            one.outcome, one.again = ended, True
 
-    async def _refuse(self, start: Start) -> Start:
+    def _move(self, one: Held) -> None:
+        """One that came back again and again goes behind the others: its copy is counted anew.
+
+        Without a limit nobody else counts the workers that it kills.
+        """
+        if self._budget.limited and one.delivery.returns >= MOST_RETURNS:
+            one.outcome = Outcome(Kind.MOVED, f"it came back {one.delivery.returns} times")
+
+    def _refuse(self, one: Held) -> None:
         """A message that kills its worker is set aside before its body is touched."""
-        if self._budget.deaths(start.delivery.key) >= MOST_DEATHS:
+        if self._budget.deaths(one.delivery.key) >= MOST_DEATHS:
             raise CrashLoopError(f"its worker died {MOST_DEATHS} times while it ran")
-        return start
 
-    async def _decode(self, start: Start) -> Start:
+    def _decode(self, one: Held) -> None:
         """Read the message whole, or refuse it whole; one that has expired is done, unrun."""
-        message = start.delivery.message
+        message = one.delivery.message
         call = decode(
             self._task.name,
             message.headers,
@@ -159,121 +208,244 @@ class Consumer:
             message.content_encoding,
         )
         try:
-            start.args, start.kwargs = self._task.checked(call.args, call.kwargs)
+            one.args, one.kwargs = self._task.checked(call.args, call.kwargs)
         except UsageError as error:
             raise MessageRefusedError(str(error)) from error
-        if (late := call.late(self._budget.now())) >= 0:
-            start.ctx.counts["expired"] = 1
-            start.outcome = Outcome(Kind.ACK, f"expired {duration(late)} ago, at {call.expires}")
-        seconds = self._task_timeout
-        if call.time_limit is not None and self._task.signature.coroutine:
-            seconds = min(call.time_limit, seconds)  # a thread cannot be hurried by its publisher
-        start.may_take(seconds)
-        return start
-
-    async def _need(self, start: Start) -> Start:
-        """Keep what of a chunk needs writing; if nothing does, it is done, free of charge."""
         if self._task.takes_chunks:
-            start.ctx.counts["ids"] = len(start.args[0])
-            # Without a rate there is nothing to save: the run finds out itself.
-            if self._budget.limited and start.args[0]:
-                start.args[0] = await self._task.read_needed(start.ctx, start.args[0])
-            if not start.args[0]:
-                start.outcome = Outcome(Kind.ACK)
-        return start
+            one.ctx.counts["ids"] = len(one.args[0])
+            one.constants = repr((call.args[1:], call.kwargs))
+        one.expires = call.expires
+        self._expire(one)
+        if call.time_limit is not None and self._task.signature.coroutine:
+            # A thread cannot be hurried by its publisher.
+            one.seconds = min(call.time_limit, self._task_timeout)
+        together = (one.delivery.together, self._budget.together(one.delivery.key))
+        alone = one.seconds is not None or one.delivery.suspect
+        one.most = 1 if alone else min(filter(None, together), default=MOST_MESSAGES)
 
-    async def _charge(self, start: Start) -> Start:
-        """Begin the start, as the budget has it; if it cannot begin, the message goes back."""
+    def _expire(self, one: Held) -> None:
+        """A message that has expired is done, unrun."""
+        late = (self._budget.now() - one.expires).total_seconds() if one.expires else -1.0
+        if late >= 0:
+            one.ctx.counts["expired"] = 1
+            one.outcome = Outcome(Kind.ACK, f"expired {duration(late)} ago, at {one.expires}")
+
+    # 2. What of several is to be written.
+
+    async def need(self, start: Start, came: Sequence[Held], lanes: Lanes) -> Outcome | None:
+        """Keep what of chunks needs writing; what needs nothing is done, free of charge.
+
+        Args:
+            start: What holds these messages.
+            came: Those that were not asked for yet.
+            lanes: Where they came from.
+
+        Returns:
+            What those come to that do not run; None if all are held.
+
+        Raises:
+            BrokerError: One could not be settled.
+        """
+        if not self._task.takes_chunks:
+            return None
+        clock = asyncio.get_running_loop().time
+        came, began = list(came), clock()
+        first = came[0]
+        ctx = first.ctx if len(came) == 1 else self._context([one.delivery for one in came])
+        try:
+            async with start.may_take(first.seconds or self._task_timeout):
+                needed = asked = start.ask(came)
+                # Without a rate there is nothing to save: the run finds out itself.
+                if self._budget.limited and asked:
+                    needed = await self._read_needed(first, ctx, asked)
+        except BaseException as error:
+            if _is_cancelled():
+                raise  # the worker ends: that is no failure of the messages
+            await self._fail(start, came, error, lanes)
+            return await self._settler.settle(start, came, lanes)
+        start.read += clock() - began
+        self._database.end_run()
+        done = start.need(came, needed)
+        self._decide(done, Outcome(Kind.ACK))
+        return await self._settler.settle(start, done, lanes)
+
+    async def _read_needed(self, first: Held, ctx: Context, asked: list[Any]) -> list[Any]:
+        """Ask the task; what came back again and again may kill its worker by that."""
+        if first.delivery.returns < SUSPECT_RETURNS:
+            return await self._task.read_needed(ctx, asked)
+        async with self._budget.reading(first.delivery.key):
+            return await self._task.read_needed(ctx, asked)
+
+    # 3. The run.
+
+    async def run(self, start: Start, lanes: Lanes) -> Outcome | None:
+        """Charge and run what a start holds, and settle each message; return the last outcome.
+
+        Raises:
+            BrokerError: One could not be settled: RabbitMQ will deliver it again.
+        """
+        outcome = await self._let_expired_go(start, lanes)
+        if not start.held:
+            return outcome
+        start.runs = held = list(start.held)
+        start.ended, first = 0.0, held[0]
+        start.ctx = ctx = first.ctx
+        args, spent = first.args, start.read
+        if len(held) > 1:
+            spent = 0.0  # each read had its own time
+            start.ctx = ctx = self._context([one.delivery for one in held])
+            ctx.counts["ids"] = sum(one.ctx.counts["ids"] for one in held)
+        if self._task.takes_chunks:
+            args = [start.chunk, *first.args[1:]]
+        try:
+            if await self._charge(start, held):
+                # A wait for its first write is no part of its time.
+                async with start.may_take(first.seconds or self._task_timeout, spent):
+                    with self._database.bounded(start.limit, self._reporter(start)):
+                        await self._task.run(ctx, args, first.kwargs)
+                self._decide(held, Outcome(Kind.ACK))
+                self._finish(start)
+                self.breaker.succeed(self._budget.now())
+        except BaseException as error:
+            if _is_cancelled():
+                raise
+            await self._fail(start, held, error, lanes)
+        return await self._settler.settle(start, held, lanes)
+
+    async def _let_expired_go(self, start: Start, lanes: Lanes) -> Outcome | None:
+        """Settle what has expired while it was held."""
+        for one in start.held:
+            self._expire(one)
+        expired = [one for one in start.held if one.outcome is not UNDECIDED]
+        outcome = await self._settler.settle(start, expired, lanes)
+        if expired and self._task.takes_chunks:
+            start.drop(expired)
+        return outcome
+
+    async def _charge(self, start: Start, held: Sequence[Held]) -> bool:
+        """Begin the start, as the budget has it; if it cannot begin, the messages go back."""
         try:
             if self._budget.limited:
                 self._presence.report(self._doing(start))
                 await self._presence.keep()
-            refusal = await self._budget.charge([start.delivery.key])
+            refusal = await self._budget.charge([one.delivery.key for one in held])
         except DatabaseError as error:
-            start.outcome = Outcome(Kind.RELEASED, str(error), away=error)
+            outcome = Outcome(Kind.RELEASED, str(error), away=error)
         else:
-            if refusal is not None:
-                start.outcome = Outcome(Kind.RELEASED, str(refusal.reason))
-        return start
+            if refusal is None:
+                self.starts += 1
+                start.began = time.monotonic()
+                return True
+            outcome = Outcome(Kind.RELEASED, str(refusal.reason))
+        self._decide(held, outcome)
+        return False
 
-    async def _run(self, start: Start) -> Start:
-        """Run the task, until it ends or its time is up.
-
-        A wait for its first write is no part of that time.
-        """
+    def _reporter(self, start: Start) -> Callable[[Reason | None], None]:
+        """Return what reports a wait of a run, and then the run again."""
         doing = self._doing(start)
-
-        def report(wait: Reason | None) -> None:
-            self._presence.report(wait or doing)
-
-        self.starts += 1
-        start.began = time.monotonic()
-        with self._database.bounded(start.limit, report):
-            await self._task.run(start.ctx, start.args, start.kwargs)
-        start.outcome = Outcome(Kind.ACK)
-        return start
+        return lambda wait: self._presence.report(wait or doing)
 
     def _doing(self, start: Start) -> Reason:
-        ids = f", {count(len(start.args[0]), 'id')}" if self._task.takes_chunks else ""
+        ids = f", {count(len(start.chunk), 'id')}" if self._task.takes_chunks else ""
         return Reason(ReasonKind.RUNNING, f"{self._task.name}{ids}")
 
-    # What it came to.
+    # 4. What it came to.
 
-    def _fail(self, start: Start, error: BaseException) -> Start:
-        """Note what went wrong, in plain values."""
+    async def _fail(
+        self, start: Start, held: Sequence[Held], error: BaseException, lanes: Lanes
+    ) -> None:
+        """Note in plain values what went wrong with messages, and decide what they come to."""
         # By its type: what a user's class says of itself may be code that raises.
         if start.limit.expired() and issubclass(type(error), TimeoutError):
             start.cut_off = True
             words = f"the run took longer than {start.seconds:g} s and was cut off"
             error = _caused(TimeoutError(words), error)
-        start.failure = Failure.of(error)
-        if start.failure.error is None:
+        failure = Failure.of(error)
+        if failure.error is None:
             let_go(error)
-        return start
+        lost, no_room = self._finish(start)
+        failure = replace(failure, lost=lost or failure.lost, no_room=no_room)
+        for one in held:
+            one.failure = failure
+        await self._judge(start, held, failure, lanes)
 
-    def _finish(self, start: Start) -> Start:
-        """See what the run left behind."""
+    def _finish(self, start: Start) -> tuple[bool, DatabaseError | None]:
+        """See what a step left behind: whether its connection is lost, and what had no room."""
         start.ended = time.monotonic()
+        lost, no_room = False, None
         if self._task.needs_database:
-            is_lost = not self._database.is_open and not start.cut_off
+            lost = not self._database.is_open and not start.cut_off
             no_room = self._database.take_no_room()
-            if start.failure is not None:
-                lost = is_lost or start.failure.lost
-                start.failure = replace(start.failure, lost=lost, no_room=no_room)
         self._database.end_run()
-        return start
+        return lost, no_room
 
-    async def _judge(self, start: Start, lanes: Lanes) -> Start:
-        """Decide what a failed attempt comes to; one that ended well shows that the task works.
+    async def _judge(
+        self, start: Start, held: Sequence[Held], failure: Failure, lanes: Lanes
+    ) -> None:
+        """Decide what failed messages come to.
 
         A database that takes no write of ours is away, whatever the error was called: nothing
-        counts. If it takes one, the failure is the message's: it counts as an attempt, and
-        after the last one the message is a dead letter; unless it may be the task that fails.
+        counts. If it takes one, the failure is a message's. Of several it is not known whose: they
+        run again with fewer others, uncounted. Of one it counts as an attempt, and after the last
+        one the message is a dead letter; unless it may be the task that fails.
         """
-        if (failure := start.failure) is None:
-            if start.began:
-                self.breaker.succeed(self._budget.now())
-            return start
-        if failure.fault is Fault.MESSAGE:
-            start.outcome = Outcome(Kind.DEAD_LETTER, failure.words, failure)
-            return start
+        if failure.fault is Fault.MESSAGE and len(held) == 1:
+            self._decide(held, Outcome(Kind.DEAD_LETTER, failure.words, failure))
+            return
+        if len(held) > 1 and self._refuse_rows(start, held, failure):
+            self.breaker.succeed(self._budget.now())
+            return
         try:
             await self._probe.check_database()
             if failure.fault is Fault.EVERY_MESSAGE:
                 await self._probe.check_task()
         except DatabaseError as away:
-            start.outcome = Outcome(Kind.RELEASED, f"{failure.words}; {away}", failure, away)
-            return start
-        worked = self.breaker.has_succeeded_since(start.delivery.first_failed)
-        if failure.no_room is not None and not worked:
-            # Of the whole server, or of a table that this message alone fills: others may do.
-            start.outcome = Outcome(Kind.POSTPONED, failure.words, failure, failure.no_room)
-            return start
-        outcome = self._count(start.delivery, failure)
-        if await self._may_be_the_tasks(start, failure, outcome, lanes):
-            outcome = Outcome(Kind.POSTPONED, failure.words, failure)
-        start.outcome = outcome
-        return start
+            words = f"{failure.words}; {away}"
+            self._decide(held, Outcome(Kind.RELEASED, words, failure, away))
+            return
+        worked = any(self.breaker.has_succeeded_since(one.delivery.first_failed) for one in held)
+        # Of the whole server, or of a table that this message alone fills: others may do.
+        no_room = None if worked else failure.no_room
+        if len(held) > 1:
+            if failure.fault is not Fault.CONTENTION and no_room is None:
+                self.breaker.fail_together(failure.words)
+            half = len(held) // 2
+            self._decide(held, Outcome(Kind.MOVED, failure.words, failure, no_room, together=half))
+        elif no_room is not None:
+            self._decide(held, Outcome(Kind.POSTPONED, failure.words, failure, no_room))
+        else:
+            [one] = held
+            outcome = self._count(one.delivery, failure)
+            if await self._may_be_the_tasks(start, one, failure, outcome, lanes):
+                outcome = Outcome(Kind.POSTPONED, failure.words, failure)
+            one.outcome = outcome
+
+    def _decide(self, held: Sequence[Held], outcome: Outcome) -> None:
+        for one in held:
+            one.outcome = outcome
+
+    def _refuse_rows(self, start: Start, held: Sequence[Held], failure: Failure) -> bool:
+        """Set aside those messages that name rows which the data refuses, if others do not.
+
+        The rows of the others are written.
+        """
+        if not failure.refused or not self._task.takes_chunks:
+            return False
+        refused = [
+            {key: failure.refused[key] for key in start.own(one) if key in failure.refused}
+            for one in held
+        ]
+        if all(refused):
+            return False  # of every message: it may be the task
+        for one, reasons in zip(held, refused, strict=True):
+            if reasons:
+                own = Failure.of(RowsRefusedError(reasons, len(one.args[0]) - len(reasons)))
+                one.failure = own
+                one.outcome = Outcome(Kind.DEAD_LETTER, own.words, own)
+            else:
+                one.failure = None
+                one.outcome = Outcome(Kind.ACK)
+        return True
 
     def _count(self, delivery: Delivery, failure: Failure) -> Outcome:
         """Return what a failure comes to that is the message's own."""
@@ -290,35 +462,37 @@ class Consumer:
         return Outcome(Kind.DEAD_LETTER, reason, failure)
 
     async def _may_be_the_tasks(
-        self, start: Start, failure: Failure, outcome: Outcome, lanes: Lanes
+        self, start: Start, one: Held, failure: Failure, outcome: Outcome, lanes: Lanes
     ) -> bool:
         """Whether a failure may be the task's: it is not to cost the message an attempt."""
-        delivery, was_open = start.delivery, bool(self.breaker.reason)
+        delivery, was_open = one.delivery, bool(self.breaker.reason)
         failed = Failed(
             delivery.key,
             delivery.first_failed,
             delivery.attempt,
-            start.taken,
+            one.taken,
             failure.words,
             last=outcome.kind is Kind.DEAD_LETTER,
             of_all=failure.fault is Fault.EVERY_MESSAGE,
         )
         if not self.breaker.fail(failed):
             return False
-        if not await self._is_alone(lanes, everywhere=was_open):
+        if not await self._is_alone(start, lanes, everywhere=was_open):
             return True
         return failed.last and not self.breaker.may_set_aside(failed.message)
 
-    async def _is_alone(self, lanes: Lanes, *, everywhere: bool) -> bool:
+    async def _is_alone(self, start: Start, lanes: Lanes, *, everywhere: bool) -> bool:
         """Whether no other message could show that the task works.
 
         Args:
+            start: What holds the message.
             lanes: Where others may wait.
             everywhere: Whether those count that were put off: it may be the task, and they the
                 rest of a round.
         """
         # One that has failed too shows nothing; of three the breaker opens, and decides.
-        if len(self.under_way) >= STREAK or not all(start.ended for start in self.under_way):
+        others_run = any(not other.ended for other in self.under_way if other is not start)
+        if len(self.under_way) >= STREAK or others_run or len(start.held) > 1:
             return False
         try:
             put_off = await lanes.count_put_off() if everywhere else 0
@@ -326,76 +500,18 @@ class Consumer:
         except BrokerError:
             return False
 
-    # Settle, once, and report.
+    # 5. Settle, each once, and report.
 
-    async def _settle(self, start: Start, lanes: Lanes) -> Outcome:
-        """Acknowledge, put off, set aside or give back; return what it came to.
+    async def give_back(
+        self, start: Start, held: Sequence[Held], reason: str, lanes: Lanes
+    ) -> None:
+        """Let messages go back to their lanes, in their order, as they came.
 
         Raises:
-            BrokerError: The connection is lost; RabbitMQ will deliver the message again.
+            BrokerError: The connection is lost: they are back already.
         """
-        over = False
-        try:
-            start = await self._copy(start, lanes)
-            await self._answer(start)
-            over = start.outcome.kind is not Kind.RELEASED
-        except BrokerError as error:
-            self._report.unsettled(start, error)
-            self.under_way.remove(start)
-            raise
-        finally:
-            # The deaths of one that did not even run are not forgotten before it is settled.
-            if start.began or over:
-                await self._budget.ended([start.delivery.key])
-        self._report.settled(start)
-        let_go(start.outcome.away)  # its frames hold the message
-        self.under_way.remove(start)
-        self.settled[start.outcome.kind] += 1
-        self.failures += start.outcome.failed
-        return start.outcome
-
-    async def _copy(self, start: Start, lanes: Lanes) -> Start:
-        """Publish the copy that an outcome asks for, and wait until it is confirmed.
-
-        If it is not, the original stays where it was.
-        """
-        delivery, outcome = start.delivery, start.outcome
-        if start.again:
-            return start  # it was confirmed then
-        if outcome.kind is Kind.RELEASED and delivery.returns >= MOST_RETURNS:
-            outcome = start.outcome = replace(outcome, kind=Kind.POSTPONED)
-        now, failure = self._budget.now(), outcome.failure
-        try:
-            if outcome.kind is Kind.DEAD_LETTER:
-                name, lines = ("", "") if failure is None else (failure.name, failure.traceback)
-                await lanes.set_aside(
-                    copies.dead_letter(delivery, outcome.reason, name, lines, self._worker, now)
-                )
-            elif outcome.kind in (Kind.RETRY, Kind.POSTPONED):
-                await lanes.put_off(
-                    copies.retry(
-                        delivery,
-                        outcome.reason,
-                        now if outcome.failed else None,
-                        counts=outcome.kind is Kind.RETRY,
-                        lost=failure is not None and failure.lost,
-                    )
-                )
-        except BrokerError as error:
-            reason = f"copy not confirmed: {error}; it is to be copied because of: {outcome.reason}"
-            start.outcome = Outcome(Kind.RELEASED, reason, failure, error)
-        return start
-
-    async def _answer(self, start: Start) -> None:
-        """Give the message back, or acknowledge it; if that fails, its end is remembered."""
-        if start.outcome.kind is Kind.RELEASED:
-            await start.delivery.give_back()
-            return
-        try:
-            await start.delivery.acknowledge()
-        except BrokerError:
-            self._ends.remember(start.delivery, start.outcome)
-            raise
+        self._decide(held, Outcome(Kind.RELEASED, reason))
+        await self._settler.settle(start, list(held), lanes)
 
 
 def _is_cancelled() -> bool:

@@ -353,11 +353,21 @@ class Budget(Protocol):
     def turn(self) -> AbstractAsyncContextManager[Wait | None]:
         """Hold the turn inside an `async with`; its value is why not, None where it is held."""
 
+    @property
+    def due_at(self) -> float:
+        """When the next start is due, by the event loop's clock, as of the last look."""
+
     def deaths(self, message: str) -> int:
         """Return how often a worker died while a message ran, as far as it is counted."""
 
     def together(self, message: str) -> int | None:
         """Return with how many a message may run, since more of them died; None for any number."""
+
+    async def rest(self, *, resting: bool) -> None:
+        """Only wait from now on, in the turn, or no longer: who is lost in a wait loses it soon."""
+
+    def reading(self, message: str) -> AbstractAsyncContextManager[None]:
+        """Inside, in the turn, a message is read that may kill its worker: it is noted so long."""
 
     async def charge(self, messages: Sequence[str]) -> Wait | None:
         """Begin a start, at the moment it is due; return why not, None where it began.
@@ -378,10 +388,12 @@ class WorkerBudget:
 
     Args:
         rate: How often the task may start; None is no limit.
+        gather_seconds: How long before a start is due messages are gathered for it, at most.
     """
 
-    def __init__(self, rate: RateLimit | None) -> None:
+    def __init__(self, rate: RateLimit | None, gather_seconds: float = 0.0) -> None:
         self._rate = rate
+        self._lead = lead_seconds(gather_seconds, math.inf if rate is None else rate.interval)
         self._pause = in_force(rate or NoLimit.NONE).pause
         self._limiter: Limiter | None = None
 
@@ -409,15 +421,21 @@ class WorkerBudget:
             self._limiter = Limiter(self._rate.interval)
             await self._limiter.charge()
         seconds = self._limiter.due_in()
-        if seconds <= LEAD_SECONDS:
+        if seconds <= self._lead:
             return None
         reason = next_start(self.now() + timedelta(seconds=seconds))
-        return Wait(reason, min(seconds - LEAD_SECONDS, POLL_SECONDS))
+        return Wait(reason, min(seconds - self._lead, POLL_SECONDS))
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[Wait | None]:
         """Nobody else is asked: the turn is always ours."""
         yield await self.check()
+
+    @property
+    def due_at(self) -> float:
+        """When the next start is due, by the event loop's clock."""
+        seconds = 0.0 if self._limiter is None else self._limiter.due_in()
+        return asyncio.get_running_loop().time() + seconds
 
     def deaths(self, message: str) -> int:
         """Return 0: who died before is nowhere noted."""
@@ -426,6 +444,14 @@ class WorkerBudget:
     def together(self, message: str) -> int | None:
         """Return None: who died before is nowhere noted."""
         return None
+
+    async def rest(self, *, resting: bool) -> None:
+        """Nobody else waits for this turn."""
+
+    @asynccontextmanager
+    async def reading(self, message: str) -> AsyncIterator[None]:
+        """Nothing is noted."""
+        yield
 
     async def charge(self, messages: Sequence[str]) -> Wait | None:
         """Begin a start, at the moment it is due."""
@@ -437,6 +463,16 @@ class WorkerBudget:
 
     async def ended(self, messages: Sequence[str]) -> None:
         """Nothing was noted."""
+
+
+def lead_seconds(gather_seconds: float, interval: float) -> float:
+    """Return how long before a start is due its turn is taken, and its messages are.
+
+    Args:
+        gather_seconds: How long they are gathered at most.
+        interval: Seconds between two starts; for a third of it the turn is free for others.
+    """
+    return max(LEAD_SECONDS, min(gather_seconds, interval * 2 / 3))
 
 
 def next_start(moment: datetime) -> Reason:

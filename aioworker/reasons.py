@@ -40,6 +40,7 @@ class ReasonKind(StrEnum):
     EMPTY = "empty", INFO, "steady", "ends_burst"
     BUDGET = "budget", INFO, "steady", "routine", "timed"
     FIRST_WRITE = "first_write", DEBUG, "steady", "routine", "timed"
+    GATHERING = "gathering", DEBUG, "steady", "routine", "timed"  # messages for the next start
     TURN = "turn", INFO, "steady", "routine"
     TURN_UNOWNED = "turn_unowned", INFO, "steady", "routine"  # it is no live worker's
     PAUSED = "paused", INFO, "ends_burst", "fails_burst"

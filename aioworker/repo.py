@@ -89,12 +89,13 @@ class Refresh:
     """What a refresh of a chunk came to.
 
     Args:
-        changed: Rows written.
+        changed: The ids of the rows that were written. Of rows that somebody else changed at the
+            same time, only how many were is sure.
         missing: Ids of which there is no add-on.
         refused: The server's words for each id whose row the data refused.
     """
 
-    changed: int = 0
+    changed: list[int] = field(default_factory=list)
     missing: list[int] = field(default_factory=list)
     refused: dict[int, str] = field(default_factory=dict)
 
@@ -169,10 +170,16 @@ async def _settle(database: Database, rows: list[Stale], result: Refresh) -> Non
                 refusal = error
             elif errors.code(error) not in errors.DEADLOCKS:
                 raise
-        result.changed += written
+        ids = [row.addon_id for row in rows]
         if written == len(rows):
+            result.changed += ids
             return
-        again, _missing = await read_stale(database, [row.addon_id for row in rows])
+        again = rows
+        try:
+            again, _missing = await read_stale(database, ids)
+        finally:
+            left = {row.addon_id for row in again}
+            result.changed += sorted(ids, key=left.__contains__)[:written]
         if refusal is not None and len(rows) > 1:
             for row in again:
                 await _settle(database, [row], result)

@@ -147,6 +147,10 @@ class Settings(BaseSettings):
     chunk_size: Annotated[int, _whole(1, CHUNK_LIMIT)] = Field(
         CHUNK_LIMIT, description=f"Ids in one message of a sweep, 1 to {CHUNK_LIMIT}."
     )
+    gather_seconds: Annotated[float, _seconds(0, 120)] = Field(
+        0.0,
+        description="Seconds before a start is due that messages are gathered for it, 0 to 120.",
+    )
     max_retries: Annotated[int, _whole(0, RETRIES_LIMIT)] = Field(
         5, description=f"Attempts after the first before a dead letter, 0 to {RETRIES_LIMIT}."
     )

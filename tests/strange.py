@@ -39,7 +39,7 @@ from aioworker.rabbitmq.delivery import Delivery
 from aioworker.settling.failure import Failure, Fault
 from aioworker.settling.outcome import Kind, Outcome
 from aioworker.settling.report import Report
-from aioworker.settling.start import Start
+from aioworker.settling.start import Held, Start
 from aioworker.tasks.context import Context
 from tests.fakes import delivered
 
@@ -222,7 +222,7 @@ class Judge:
     def __init__(self) -> None:
         self.faults = dict.fromkeys(Fault, 0)
         self._log = logging.getLogger("aioworker.consumer")
-        self._report = Report(5, own_time)
+        self._report = Report(5, own_time, "strange")
         self._delivery = Delivery.of(
             delivered(headers={"id": "strange", "task": "strange"}, message_id="strange")
         )
@@ -244,7 +244,7 @@ class Judge:
                     self._delivery, result.reason, failure.name, failure.traceback, "worker", NOW
                 )
             ContentHeader(body_size=0, properties=copy.properties).marshal()
-        self._report.settled(Start(self._delivery, ctx, outcome=result))
+        self._report.settled(Start(), [Held(self._delivery, ctx, outcome=result)])
 
     def _failure(self, error: BaseException) -> Failure:
         try:

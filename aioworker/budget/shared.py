@@ -28,14 +28,13 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from aioworker.budget import tables
-from aioworker.budget.deaths import NOTE, Deaths
+from aioworker.budget.deaths import CAN_NOTE, NOTE, Deaths
 from aioworker.budget.first_write import SERVER_SECONDS, Due, FirstWrite, Habits, server_waits
 from aioworker.budget.other_server import OtherServer
 from aioworker.budget.tables import Row, holder
 from aioworker.clock import Clock
 from aioworker.errors import DatabaseError, TurnLostError
 from aioworker.limits import (
-    LEAD_SECONDS,
     POLL_SECONDS,
     InForce,
     Limiter,
@@ -43,10 +42,12 @@ from aioworker.limits import (
     RateLimit,
     Wait,
     in_force,
+    lead_seconds,
     next_start,
 )
 from aioworker.logs import Seldom, fields
 from aioworker.mysql.errors import MySQLError
+from aioworker.mysql.session import idle_seconds
 from aioworker.reasons import Reason, ReasonKind
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ SHORTEST_POLL_SECONDS = 0.2
 QUEUE_SECONDS = 1  # how long the server lets a contender wait for the turn
 TURN_SECONDS = 0.05  # until the next try
 LONGEST_JITTER_SECONDS = 1.0
+REST_SECONDS = 10  # of a session that holds the turn and only waits, between two uses
 
 _ADOPT = f"""UPDATE aioworker_budget SET last_start = SYSDATE(6), server = {tables.SERVER}
 WHERE task = %(task)s AND (last_start > SYSDATE(6) OR server <> {tables.SERVER})"""
@@ -88,6 +90,7 @@ class SharedBudget:
         rate: How often it may start where the row says nothing; None is no limit.
         worker: This worker's name.
         clock: Goes by the database's time; None makes one.
+        gather_seconds: How long before a start is due messages are gathered for it, at most.
     """
 
     def __init__(
@@ -97,7 +100,10 @@ class SharedBudget:
         rate: RateLimit | None,
         worker: str,
         clock: Clock | None = None,
+        gather_seconds: float = 0.0,
     ) -> None:
+        self._gather_seconds = gather_seconds
+        self._resting = False
         self._clock = clock or Clock(task)
         self._database = database
         self._own = rate or NoLimit.NONE
@@ -124,6 +130,11 @@ class SharedBudget:
     def interval(self) -> float:
         """Seconds between two starts, as of the last look; 0 without a limit."""
         return (self._gap_us or 0) / 1e6
+
+    @property
+    def due_at(self) -> float:
+        """When the next start is due, by the event loop's clock, as of the last look."""
+        return self._due_at
 
     def now(self) -> datetime:
         """Return the time of day, UTC, by the database's clock as of the last look."""
@@ -169,7 +180,7 @@ class SharedBudget:
         due_in_us = max(self._gap_us - row.charge_age_us, write_in_us - self._usual_us)
         seconds = max(due_in_us / 1e6, self._limiter.due_in())
         self._due_at = now + seconds
-        ahead = seconds - LEAD_SECONDS
+        ahead = seconds - lead_seconds(self._gather_seconds, self.interval)
         if ahead <= 0:
             return None
         reason = next_start(row.now + timedelta(seconds=seconds))
@@ -213,6 +224,7 @@ class SharedBudget:
             with self._database.without_reconnect():
                 with tables.explaining(self._database):
                     await self._deaths.review(row, notes)
+                self._resting = False
                 yield await self._judge(row)
                 await self._give_back()
         except BaseException:
@@ -232,6 +244,36 @@ class SharedBudget:
     def together(self, message: str) -> int | None:
         """Return with how many a message may run, since more of them died; None for any number."""
         return self._deaths.together(message)
+
+    async def rest(self, *, resting: bool) -> None:
+        """Only wait from now on, in the turn, or do so no longer.
+
+        If this host is lost meanwhile, the server ends the session, and the turn with it, after
+        `REST_SECONDS`; it has to be used again before. A run may leave it idle for longer.
+
+        Raises:
+            DatabaseError: The connection is lost.
+        """
+        if resting is self._resting:
+            return
+        seconds = REST_SECONDS if resting else idle_seconds(self._database.timeout)
+        with tables.explaining(self._database):
+            await self._database.execute(f"SET SESSION wait_timeout = {seconds}")
+        self._resting = resting
+
+    @asynccontextmanager
+    async def reading(self, message: str) -> AsyncIterator[None]:
+        """Inside, in the turn, a message is read that may kill its worker: it is noted so long.
+
+        Raises:
+            DatabaseError: It cannot be noted.
+        """
+        with tables.explaining(self._database):
+            await self._deaths.begin_reading(message)
+        try:
+            yield
+        finally:
+            await self._deaths.withdraw()
 
     async def charge(self, messages: Sequence[str]) -> Wait | None:
         """Begin a start at the moment it is due; return why not, None where it began.
@@ -261,7 +303,7 @@ class SharedBudget:
                 *_UNTIL_DUE, _CHARGE, NOTE, args=charging
             )
         if not charged.matched:
-            return await self._refused()
+            return await self._refused(messages)
         began_at = max(sent_at, self._due_at)
         await self._limiter.charge(began_at)
         self._database.expect(
@@ -269,13 +311,13 @@ class SharedBudget:
         )
         return None
 
-    async def _refused(self) -> Wait:
+    async def _refused(self, messages: Sequence[str]) -> Wait:
         """Return why the row let no start begin.
 
         Raises:
             TurnLostError: Somebody else may hold the turn.
         """
-        self._deaths.void()
+        self._deaths.void(messages)
         with tables.explaining(self._database):
             row = await self._read()
         if row.turn != row.session:
@@ -299,10 +341,11 @@ class SharedBudget:
             return
         statements, arguments = self._deaths.owed()
         try:
+            await self.rest(resting=False)
             *_forgotten, released = await self._database.each(
                 *statements, "SELECT RELEASE_LOCK(%(lock)s)", args=arguments
             )
-        except (MySQLError, TimeoutError):
+        except (DatabaseError, MySQLError, TimeoutError):
             self._database.close()  # whoever needs it next says what is wrong
             return
         if released.rows != [(1,)]:
@@ -326,6 +369,7 @@ class SharedBudget:
         if row.session == self._checked_session:
             return
         self._arguments["lock"] = tables.lock_name(await self._database.schema(), self._task)
+        await self._database.each(*CAN_NOTE)
         [[moved]] = await self._database.query(_SYSDATE_MOVES)
         if not moved:
             raise DatabaseError(

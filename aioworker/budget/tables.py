@@ -56,7 +56,8 @@ _FIND = f"""SELECT paused, gap_us, TIMESTAMPDIFF(MICROSECOND, {_STARTED}, SYSDAT
     running, deaths, SYSDATE(6), {_ONLY_READS}
 FROM aioworker_budget WHERE task = %(task)s"""
 
-NOTES = "SELECT message, together, deaths, worker FROM aioworker_run WHERE task = %(task)s"
+NOTES = """SELECT message, together, most, deaths, worker FROM aioworker_run
+WHERE task = %(task)s"""
 
 ALIVE_SECONDS = 90  # a worker not seen for so long counts for nothing
 _HOLDER = f"""SELECT host, pid, seen > SYSDATE(6) - INTERVAL {ALIVE_SECONDS} SECOND

@@ -117,7 +117,7 @@ def _report(done: Done) -> None:
     from aioworker.settling.outcome import Kind
 
     settled = done.settled
-    retried = settled[Kind.RETRY] + settled[Kind.POSTPONED]
+    retried = sum(settled[kind] for kind in (Kind.RETRY, Kind.POSTPONED, Kind.MOVED))
     console.say(
         f"done {count(settled[Kind.ACK], 'message')} in {count(done.starts, 'start')};"
         f" dead letters {settled[Kind.DEAD_LETTER]}, to retry {retried},"

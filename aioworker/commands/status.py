@@ -359,13 +359,13 @@ def _why_workers_wait(task: str, limit: Limit, alive: list[Worker], row: Row | N
     limited = limit.rate != "none"
     for one in alive:
         # A run that began a moment after its worker wrote that it waits is in the budget's row.
-        charged = row is not None and row.runs and row.holder == one.name
+        charged = row is not None and (row.runs or row.running) and row.holder == one.name
         if (one.runs or charged) and (not limited or one.name == limit.turn):
             doing = one.reason if one.runs else task
             words = f"running: {doing}{_until_first_write(limit, row)}"
             return Reason(ReasonKind.RUNNING, words)
     for one in alive:
-        if one.fails:
+        if one.fails or (one.kind is ReasonKind.GATHERING and one.name == limit.turn):
             return one.why
     if limit.next_start_seconds is not None:
         words = f"budget: next start in {duration(limit.next_start_seconds)}"

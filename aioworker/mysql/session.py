@@ -90,7 +90,7 @@ def statement(timeout: float) -> str:
     Args:
         timeout: Seconds that its longest statement may take.
     """
-    seconds = int(timeout) + IDLE_SECONDS
+    seconds = idle_seconds(timeout)
     everywhere = EVERYWHERE | dict.fromkeys(TIMEOUTS_EVERYWHERE, seconds)
     mariadb = MARIADB | dict.fromkeys(TIMEOUTS_MARIADB, seconds)
     return (
@@ -98,6 +98,15 @@ def statement(timeout: float) -> str:
         f" /*M! , system_versioning_asof = DEFAULT, {_assigned(mariadb)} */"
         f" /*!80000 , max_execution_time = {seconds * 1000}, {_assigned(MYSQL)} */"
     )
+
+
+def idle_seconds(timeout: float) -> int:
+    """Return after how many idle seconds the server ends a session.
+
+    Args:
+        timeout: Seconds that its longest statement may take.
+    """
+    return int(timeout) + IDLE_SECONDS
 
 
 async def restore(connection: Any, timeout: float) -> None:

@@ -11,7 +11,15 @@ from aio_pika.abc import AbstractIncomingMessage
 
 from aioworker.rabbitmq.delivery import Delivery, message_id
 from aioworker.rabbitmq.headers import LEFT_OUT, fitting, line, portable
-from aioworker.rabbitmq.message import PROPERTIES, PUBLISHED, SWEEP, UNREADABLE, milliseconds
+from aioworker.rabbitmq.message import (
+    PROPERTIES,
+    PUBLISHED,
+    REASON,
+    SWEEP,
+    TOGETHER,
+    UNREADABLE,
+    milliseconds,
+)
 
 _COUNTS = frozenset({"x-delivery-count", "x-acquired-count"})
 # Whoever publishes these has RabbitMQ send the message to other queues too.
@@ -45,13 +53,23 @@ def retry(
     """
     headers: dict[str, Any] = {
         "retries": delivery.attempt if counts else delivery.attempt - 1,
-        "x-aioworker-reason": line(reason),
+        REASON: line(reason),
     }
     if failed_at is not None:
         headers["x-aioworker-first-failed-at"] = milliseconds(delivery.first_failed or failed_at)
     if lost:
         headers["x-aioworker-lost"] = delivery.losses + 1
     return _copy(delivery.message, headers)
+
+
+def moved(delivery: Delivery, together: int | None = None) -> aio_pika.Message:
+    """Copy a delivery for the end of its own lane, as it came.
+
+    Args:
+        delivery: What goes behind the others.
+        together: With how many it may run from now on; None leaves that as it is.
+    """
+    return _copy(delivery.message, {} if together is None else {TOGETHER: together})
 
 
 def dead_letter(
@@ -70,7 +88,7 @@ def dead_letter(
     return _copy(
         delivery.message,
         {
-            "x-aioworker-reason": line(reason),
+            REASON: line(reason),
             "x-aioworker-error": error,
             "x-aioworker-traceback": traceback,
             "x-aioworker-attempts": delivery.attempt,

@@ -9,10 +9,11 @@ from typing import NamedTuple, TypeAlias
 from aio_pika.abc import AbstractIncomingMessage
 
 from aioworker.rabbitmq.errors import in_time
-from aioworker.rabbitmq.message import PUBLISHED, retries
+from aioworker.rabbitmq.message import PUBLISHED, REASON, TOGETHER, retries
 
 Message: TypeAlias = AbstractIncomingMessage  # for those who import no aio_pika
 KEY_LENGTH = 64
+SUSPECT_RETURNS = 3  # deliveries that were not settled, and a message is served alone
 ID_BYTES = 200  # of what others call their messages: AMQP has room for 255
 
 
@@ -32,6 +33,8 @@ class Delivery(NamedTuple):
             connection.
         losses: How many attempts lost their connection before this one.
         first_failed: When it failed first; None if it has not failed yet.
+        retried: Whether it comes from the retry queue: it failed before.
+        together: With how many it may run at most, since more of them failed; None for any number.
         published: When it was published, by the clock of whoever did; None if that is not known.
         timeout: Seconds for RabbitMQ to take an answer.
     """
@@ -45,6 +48,8 @@ class Delivery(NamedTuple):
     returns: int
     losses: int
     first_failed: datetime | None
+    retried: bool
+    together: int | None
     published: datetime | None
     timeout: float
 
@@ -63,9 +68,20 @@ class Delivery(NamedTuple):
             returns=_number(headers.get("x-delivery-count")),
             losses=_number(headers.get("x-aioworker-lost")),
             first_failed=moment(headers.get("x-aioworker-first-failed-at")),
+            retried=REASON in headers,
+            together=max(_number(headers.get(TOGETHER)), 0) or None,
             published=moment(headers.get(PUBLISHED)) or _aware(message.timestamp),
             timeout=timeout,
         )
+
+    @property
+    def suspect(self) -> bool:
+        """Whether it may harm others, and so is served alone.
+
+        It failed, or it came back again and again: whatever is held when a worker dies is
+        counted by RabbitMQ, as if it had killed it.
+        """
+        return self.retried or self.returns >= SUSPECT_RETURNS
 
     async def acknowledge(self) -> None:
         """Let RabbitMQ forget the message: all that it asked for is done, or a copy is confirmed.

@@ -46,8 +46,8 @@ class Lanes(Protocol):
     async def hold_something(self, *, sure: bool = False) -> bool:
         """Return whether a message waits in either lane; nothing is kept."""
 
-    async def take(self) -> Delivery | None:
-        """Take one message, from the urgent lane first; None when both are empty."""
+    async def take(self, *, bulk_first: bool = False) -> Delivery | None:
+        """Take one message, from the urgent or the bulk lane first; None when both are empty."""
 
     def consume(
         self, at_once: int, arrive: Callable[[Delivery], None], end: Callable[[], None]
@@ -56,6 +56,9 @@ class Lanes(Protocol):
 
     async def count_put_off(self) -> int:
         """Return how many messages wait in the retry queue."""
+
+    async def put_behind(self, lane: str, message: aio_pika.Message) -> None:
+        """Put a copy to the end of a lane, `urgent` or `bulk`, confirmed."""
 
     async def put_off(self, message: aio_pika.Message) -> None:
         """Have a copy wait in the retry queue, confirmed."""
@@ -167,6 +170,15 @@ class OpenLanes:
         """
         return await self._count(self._names.retry)
 
+    async def put_behind(self, lane: str, message: aio_pika.Message) -> None:
+        """Put a copy to the end of a lane, `urgent` or `bulk`; it is confirmed.
+
+        Raises:
+            BrokerError: It is not: then it may be there all the same.
+        """
+        name = self._names.urgent if lane == "urgent" else self._names.bulk
+        await self._publisher.publish(name, message)
+
     async def put_off(self, message: aio_pika.Message) -> None:
         """Have a copy wait in the retry queue; it is confirmed.
 
@@ -192,16 +204,16 @@ class OpenLanes:
             declared = await self._channel.declare_queue(name, passive=True)
         return declared.declaration_result.message_count or 0
 
-    async def take(self) -> Delivery | None:
-        """Take one message, from the urgent lane first; None when both are empty.
+    async def take(self, *, bulk_first: bool = False) -> Delivery | None:
+        """Take one message, from the urgent lane first, or the bulk lane; None if both are empty.
 
         Raises:
             BrokerError: A lane is gone or does not answer, or the connection is lost.
         """
-        return await self._take(self._timeout)
+        return await self._take(self._timeout, bulk_first=bulk_first)
 
-    async def _take(self, seconds: float) -> Delivery | None:
-        for queue in self._queues:
+    async def _take(self, seconds: float, *, bulk_first: bool = False) -> Delivery | None:
+        for queue in reversed(self._queues) if bulk_first else self._queues:
             async with in_time(queue.name, seconds):
                 message = await queue.get(fail=False, timeout=seconds)
             if message is not None:

@@ -7,7 +7,6 @@ written here. The protocol is described in Celery's documentation, "Message Prot
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import reprlib
@@ -25,6 +24,8 @@ from aioworker.errors import MessageRefusedError, UsageError, name_of
 UNREADABLE = "x-aioworker-unreadable"  # in place of properties that cannot be decoded: why
 PROPERTIES = "x-aioworker-properties"  # beside it: these, in hexadecimal digits
 PUBLISHED = "x-aioworker-published-at"  # to the millisecond: AMQP's own timestamp has seconds
+REASON = "x-aioworker-reason"  # why a copy lies where it does
+TOGETHER = "x-aioworker-together"  # with how many it may run: more of them failed
 SWEEP = "x-aioworker-sweep"  # the sweep that a message belongs to
 LONGEST_RUN_SECONDS = 1500  # RabbitMQ takes back what is not settled within half an hour
 RETRIES_LIMIT = 1000
@@ -73,10 +74,6 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
     expires: datetime | None = None
     time_limit: float | None = None
-
-    def late(self, now: datetime) -> float:
-        """Return by how many seconds it is too late to begin; less than 0 if it is not."""
-        return -math.inf if self.expires is None else (now - self.expires).total_seconds()
 
 
 def encode(

@@ -64,6 +64,7 @@ class Breaker:
         # Messages that failed for good, or were set aside, nothing having succeeded since.
         self._streak: set[str] = set()
         self._set_aside: set[str] = set()
+        self._split = 0  # starts of several messages that failed, nothing having succeeded since
         self._size = 1  # messages that the round of tests which is on, or comes next, tries
         self._left = 0  # of them, those that were not tried yet
         self._round_at = 0.0
@@ -74,6 +75,7 @@ class Breaker:
         self._succeeded_at = now
         self._streak.clear()
         self._set_aside.clear()
+        self._split = 0
         self.reason = ""
 
     def fail(self, failed: Failed) -> bool:
@@ -98,6 +100,16 @@ class Breaker:
         # Nothing can succeed since a first failure: that is no sign of anything.
         self._set_aside.add(failed.message)
         return False
+
+    def fail_together(self, words: str) -> None:
+        """Note that a start of several messages failed, whose halves run next.
+
+        If it is one of them that fails, one of its halves succeeds: not more than two such starts
+        come one after the other.
+        """
+        self._split += 1
+        if self._split >= STREAK:
+            self._open(f"{self._split} starts in a row failed for all they held, the last: {words}")
 
     def may_set_aside(self, message: str) -> bool:
         """Return whether a message in doubt may be set aside all the same: the first three."""

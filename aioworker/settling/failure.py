@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from aioworker.errors import (
     CrashLoopError,
     DeadLetter,
     MessageRefusedError,
+    RowsContendedError,
     RowsRefusedError,
     TaskExitError,
     TurnLostError,
@@ -33,7 +34,7 @@ from aioworker.rabbitmq.errors import describe
 from aioworker.rabbitmq.headers import TEXT_BYTES, line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from aioworker.errors import DatabaseError
 
@@ -45,6 +46,7 @@ class Fault(StrEnum):
     """Whose fault a failure is, as far as the error can tell; the gentlest for a message first."""
 
     EVERY_MESSAGE = "every message"  # a wrong table or privilege: no message will do
+    CONTENTION = "contention"  # others hold the rows, or change them: another attempt later may do
     ATTEMPT = "attempt"  # another attempt may do
     DATA = "data"  # the data refuses what this message brings
     MESSAGE = "message"  # no attempt of this message will ever do
@@ -63,6 +65,7 @@ class Failure:
         lost: Whether the run lost its connection, or its turn with it.
         error: The error itself, for a log's `exc_info`; nothing may be asked of it.
         no_room: What the database's server said in the run if it had no room for a write.
+        refused: The server's words for each id whose row the data refused; the others are written.
     """
 
     fault: Fault
@@ -73,6 +76,7 @@ class Failure:
     lost: bool = False
     error: BaseException | None = None
     no_room: DatabaseError | None = None
+    refused: Mapping[int, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
@@ -81,6 +85,7 @@ class Failure:
         try:
             members = _Members(error)
             said = members.say_all()
+            rows = error if type(error) is RowsRefusedError else None
             fingerprint = hashlib.sha256(repr(_lines(error)).encode(errors="replace")).hexdigest()
             return cls(
                 members.fault(),
@@ -90,6 +95,7 @@ class Failure:
                 fingerprint,
                 isinstance(error, TurnLostError),
                 None if said else error,
+                refused={} if rows is None else rows.reasons,
             )
         except BaseException as second:  # noqa: BLE001 - of a user's code, run by looking at it
             return cls(
@@ -157,7 +163,11 @@ def _fault(error: BaseException) -> Fault:
             return Fault.MESSAGE
         case RowsRefusedError():
             return Fault.MESSAGE if error.written else Fault.DATA
+        case RowsContendedError():
+            return Fault.CONTENTION
     match errors.kind(error):
+        case ErrorKind.CONTENTION:
+            return Fault.CONTENTION
         case ErrorKind.DATA:
             return Fault.DATA
         case ErrorKind.EVERY_MESSAGE:

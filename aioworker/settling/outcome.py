@@ -19,6 +19,7 @@ class Kind(StrEnum):
     RETRY = "retry"  # a copy waits in the retry queue, and counts this attempt
     RELEASED = "released"  # given back, as it was: no attempt is counted
     POSTPONED = "postponed"  # goes behind the others by way of the retry queue, uncounted
+    MOVED = "moved"  # a copy goes to the end of its own lane: no attempt is counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Outcome:
         away: What is wrong with a server, which is why it is given back: the database takes no
             writes, or RabbitMQ no copies.
         attempts: How many attempts the message has, if it failed; 0 if that is not known.
+        together: With how many it may run from now on; None leaves that as it is.
     """
 
     kind: Kind
@@ -39,11 +41,12 @@ class Outcome:
     failure: Failure | None = None
     away: BrokerError | DatabaseError | None = None
     attempts: int = 0
+    together: int | None = None
 
     @property
     def uncounted(self) -> bool:
         """Whether the message is to run again as if it had not: somebody is to look why."""
-        return self.kind in (Kind.RELEASED, Kind.POSTPONED)
+        return self.kind in (Kind.RELEASED, Kind.POSTPONED, Kind.MOVED)
 
     @property
     def failed(self) -> bool:

@@ -12,14 +12,14 @@ from aioworker.rabbitmq.headers import line
 from aioworker.rabbitmq.message import brief
 from aioworker.rabbitmq.queues import RETRY_TTL_MS
 from aioworker.settling.outcome import Kind, Outcome
+from aioworker.tasks.chunk import id_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Sequence
     from datetime import datetime
 
     from aioworker.errors import BrokerError
-    from aioworker.settling.failure import Failure
-    from aioworker.settling.start import Start
+    from aioworker.settling.start import Held, Start
     from aioworker.tasks.context import Context
 
 log = logging.getLogger("aioworker.consumer")
@@ -28,6 +28,7 @@ _FIELDS = frozenset(
     {
         *("time", "level", "logger", "event", "traceback"),
         *("task", "message_id", "lane", "attempt", "of", "outcome", "reason", "ran"),
+        *("messages", "urgent", "bulk", "needed"),
         *("wait_seconds", "run_seconds", "age_seconds", "retry_seconds"),
     }
 )
@@ -42,22 +43,82 @@ class Report:
     Args:
         max_retries: Attempts after the first, before a message becomes a dead letter.
         now: Returns the time of day, UTC.
+        task: The task's name.
     """
 
-    def __init__(self, max_retries: int, now: Callable[[], datetime]) -> None:
+    def __init__(self, max_retries: int, now: Callable[[], datetime], task: str) -> None:
+        self._task = task
         self._now = now
         self._attempts = max_retries + 1
         self._idle_since = time.monotonic()
         self._tracebacks = Seldom()
 
-    def settled(self, start: Start) -> None:
-        """Log the one line of a settled delivery.
+    def settled(self, start: Start, held: Sequence[Held]) -> None:
+        """Log what messages came to that were settled together.
+
+        One message has one line. Several have one for all of them, and at the level debug one
+        each; those that became dead letters always have their own.
+        """
+        if not held:
+            return
+        times, shown = self._times(start, held), held
+        if len(held) > 1:
+            self._settled_together(start, held, times)
+            if not log.isEnabledFor(logging.DEBUG):
+                shown = [one for one in held if one.outcome.kind is Kind.DEAD_LETTER]
+        for one in shown:
+            phrase, level = _phrase(one.outcome)
+            if len(held) > 1 and one.outcome.kind is not Kind.DEAD_LETTER:
+                level = logging.DEBUG
+            self._log(start, one, self._values(start, one, times), phrase, level)
+
+    def unsettled(self, start: Start, one: Held, error: BrokerError) -> None:
+        """Log that a delivery could not be settled, and why: RabbitMQ delivers it again."""
+        reason = str(error)
+        if one.outcome.reason:
+            reason += f"; it came to: {one.outcome.reason}"
+        values = self._values(start, one, self._times(start, [one]))
+        log.warning("not settled", extra=fields(**values, reason=line(reason)))
+
+    def _settled_together(
+        self, start: Start, held: Sequence[Held], times: dict[str, float]
+    ) -> None:
+        ran = held[0] in start.runs
+        urgent = sum(one.delivery.lane == "urgent" for one in held)
+        ages = [age for one in held if (age := self._age(one)) is not None]
+        # Of a run some messages may be refused for their rows: the others say how it went.
+        other = next((one for one in held if one.outcome.kind is not Kind.DEAD_LETTER), held[0])
+        values: dict[str, Any] = {
+            "task": self._task,
+            "messages": len(held),
+            "urgent": urgent,
+            "bulk": len(held) - urgent,
+            "ids": sum(one.ctx.counts["ids"] for one in held),
+            "needed": len(start.chunk) if ran else 0,
+        }
+        if ran and start.ctx is not None:
+            values |= _counts(start.ctx, values)
+        values |= times
+        if ages:
+            values["age_seconds"] = max(ages)
+        phrase, level = _phrase_together(other.outcome, ran=ran)
+        self._log(start, other, values, phrase, level)
+
+    def _log(
+        self,
+        start: Start,
+        one: Held,
+        values: dict[str, Any],
+        phrase: str,
+        level: int,
+    ) -> None:
+        """Log a line with what a message came to.
 
         It carries the traceback of what failed in a task's own code: once a minute for each
         kind of failure, and always at the level debug.
         """
-        values, result = self._values(start), start.outcome
-        if start.again:
+        result, failure = one.outcome, one.outcome.failure
+        if one.again:
             values["ran"] = "before"
         if result.reason:
             values["reason"] = line(result.reason)
@@ -65,46 +126,49 @@ class Report:
             values["of"] = result.attempts or self._attempts
             values["retry_seconds"] = RETRY_TTL_MS / 1000
         values["outcome"] = str(result.kind)
-        phrase, level = _phrase(result)
-        failure = result.failure
         error = None if failure is None else failure.error
         try:
             info = None
-            if failure is not None and error is not None and self._is_shown(start, failure, level):
+            if failure is not None and error is not None and self._is_shown(start, one, level):
                 info = (type(error), error, traceback_of(error))
             log.log(level, phrase, exc_info=info, extra=fields(**values))
         finally:
             let_go(error)
 
-    def unsettled(self, start: Start, error: BrokerError) -> None:
-        """Log that a delivery could not be settled, and why: RabbitMQ delivers it again."""
-        reason = str(error)
-        if start.outcome.reason:
-            reason += f"; it came to: {start.outcome.reason}"
-        log.warning("not settled", extra=fields(**self._values(start), reason=line(reason)))
-
-    def _values(self, start: Start) -> dict[str, Any]:
-        began, ended = start.began or start.taken, start.ended or time.monotonic()
-        waited, self._idle_since = max(began - self._idle_since, 0.0), ended
+    def _values(self, start: Start, one: Held, times: dict[str, float]) -> dict[str, Any]:
         values = {
-            "task": start.ctx.task,
-            "message_id": start.ctx.message_id,
-            "lane": start.delivery.lane,
-            "attempt": start.ctx.attempt,
-            **_counts(start.ctx),
-            "wait_seconds": waited,
-            "run_seconds": ended - began,
+            "task": self._task,
+            "message_id": one.delivery.id,
+            "lane": one.delivery.lane,
+            "attempt": one.delivery.attempt,
+            **_counts(one.ctx, ()),
+            **_changed(start, one),
+            **times,
         }
-        if (published := start.delivery.published) is not None:
-            # By two clocks: the publisher's may be ahead.
-            values["age_seconds"] = max((self._now() - published).total_seconds(), 0.0)
+        if (age := self._age(one)) is not None:
+            values["age_seconds"] = age
         return values
 
-    def _is_shown(self, start: Start, failure: Failure, level: int) -> bool:
+    def _times(self, start: Start, held: Sequence[Held]) -> dict[str, float]:
+        began, ended = held[0].taken, time.monotonic()
+        if held[0] in start.runs:
+            began, ended = start.began or began, start.ended or ended
+        waited, self._idle_since = max(began - self._idle_since, 0.0), ended
+        return {"wait_seconds": waited, "run_seconds": ended - began}
+
+    def _age(self, one: Held) -> float | None:
+        """Return how long ago a message was published, in seconds."""
+        if (published := one.delivery.published) is None:
+            return None
+        # By two clocks: the publisher's may be ahead.
+        return max((self._now() - published).total_seconds(), 0.0)
+
+    def _is_shown(self, start: Start, one: Held, level: int) -> bool:
         """Whether the traceback is, of a failure that has one."""
-        if start.outcome.away is not None or not log.isEnabledFor(level):
+        failure = one.outcome.failure
+        if failure is None or one.outcome.away is not None or not log.isEnabledFor(level):
             return False
-        new = self._tracebacks.allows((start.ctx.task, failure.fingerprint))
+        new = self._tracebacks.allows((self._task, failure.fingerprint))
         return new or log.isEnabledFor(logging.DEBUG)
 
 
@@ -118,14 +182,41 @@ def _phrase(result: Outcome) -> tuple[str, int]:
             return "message refused", logging.ERROR
         case Kind.RELEASED if not result.failed:
             return "chunk given back", logging.INFO
-        case Kind.RELEASED | Kind.RETRY | Kind.POSTPONED:  # all: mypy misses a new one here
+        case Kind.MOVED if not result.failed:
+            return "chunk moved", logging.INFO
+        case Kind.RELEASED | Kind.RETRY | Kind.POSTPONED | Kind.MOVED:  # all: mypy misses a new one
             return "chunk failed", logging.WARNING
 
 
-def _counts(ctx: Context) -> dict[str, Any]:
-    """Return what a task counted, as plain values: its keys and numbers may be any objects."""
+def _phrase_together(result: Outcome, *, ran: bool) -> tuple[str, int]:
+    if result.kind is Kind.ACK:
+        return "start done" if ran else "nothing to write", logging.INFO
+    if result.failed:
+        return "start failed", logging.WARNING
+    return "chunks given back", logging.INFO
+
+
+def _changed(start: Start, one: Held) -> dict[str, int]:
+    """Return how many rows of one message of several were changed; its ids may be any objects."""
+    if len(start.runs) < 2 or one not in start.runs or start.ctx is None:
+        return {}
+    changed = start.ctx.changed_ids
     try:
-        return {_counted(name): _plain(value) for name, value in list(ctx.counts.items())}
+        return {"changed": sum(id_of(entry) in changed for entry in one.args[0])} if changed else {}
+    except BaseException:  # noqa: BLE001 - of a user's code, run by looking at it
+        return {}
+
+
+def _counts(ctx: Context, known: Collection[str]) -> dict[str, Any]:
+    """Return what a task counted, as plain values: its keys and numbers may be any objects.
+
+    Args:
+        ctx: The run's context.
+        known: What the line has already.
+    """
+    try:
+        found = {_counted(name): _plain(value) for name, value in list(ctx.counts.items())}
+        return {name: value for name, value in found.items() if name not in known}
     except BaseException as error:  # noqa: BLE001 - of a user's code, run by looking at it
         return {"counts": f"cannot be told: their own code raises {name_of(error)}"}
 

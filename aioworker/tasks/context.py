@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from aioworker.tasks.threads import ThreadTransaction, running_loop
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from contextlib import AbstractAsyncContextManager
 
     from aioworker.mysql.database import Cursor, Database
@@ -27,6 +28,9 @@ class Context:
         message_id: The message's id.
         attempt: This run's number for this message, counted from 1.
         counts: Whatever the task counts; shown in the log line of the run.
+        messages: The ids of all messages that run together; `message_id` and `attempt` are those
+            of the one that was published first.
+        changed_ids: The ids that `changed` has counted.
     """
 
     database: Database
@@ -34,6 +38,8 @@ class Context:
     message_id: str = "none"
     attempt: int = 1
     counts: Counter[str] = field(default_factory=Counter)
+    messages: tuple[str, ...] = ()
+    changed_ids: set[Any] = field(default_factory=set, repr=False, compare=False)
     _loop: asyncio.AbstractEventLoop | None = field(
         default_factory=running_loop, repr=False, compare=False
     )
@@ -42,6 +48,16 @@ class Context:
     def log(self) -> logging.Logger:
         """The logger of this task: `aioworker.task.<name>`."""
         return logging.getLogger(f"aioworker.task.{self.task}")
+
+    def changed(self, ids: Iterable[Any]) -> None:
+        """Count rows that this run has changed, in its log line and in those of its messages.
+
+        Args:
+            ids: The rows' ids, of its chunk; each counts once.
+        """
+        new = set(ids) - self.changed_ids
+        self.changed_ids.update(new)
+        self.counts["changed"] += len(new)
 
     def transaction(self) -> Transaction:
         """Open a transaction: committed at the end, rolled back on an exception.

@@ -35,10 +35,12 @@ def task(
     constants: Sequence[Any] = (),
     max_retries: int | None = None,
     timeout: float | None = None,
+    gather: bool = True,
+    chunk_size: int | None = None,
 ) -> Callable[[Callable[P, R]], Task[P, R]]: ...
 
 
-def task(
+def task(  # noqa: PLR0913 - a task's options, by their names
     function: Callable[P, R] | None = None,
     /,
     *,
@@ -48,6 +50,8 @@ def task(
     constants: Sequence[Any] = (),
     max_retries: int | None = None,
     timeout: float | None = None,
+    gather: bool = True,
+    chunk_size: int | None = None,
 ) -> Task[P, R] | Callable[[Callable[P, R]], Task[P, R]]:
     """Register a function, `async def` or `def`, as a task.
 
@@ -72,6 +76,10 @@ def task(
         max_retries: Attempts after the first before a dead letter, 0 to 1000; None is the
             worker's setting.
         timeout: Seconds a run may take, 1 to 1500; None is the worker's setting.
+        gather: Whether a start may hold several messages of a task that takes chunks. Then a
+            run may get up to twice `chunk_size` ids, less one; they are its messages' together.
+        chunk_size: Ids that need a write, 1 to 1000, before a start takes no more messages;
+            None is the worker's setting.
 
     Raises:
         TaskError: It cannot be registered like that.
@@ -83,6 +91,7 @@ def task(
             raise TaskError(f"expected @task, or @task(name=…, …), got: @task({registered!r})")
         called = name if name is not None else getattr(registered, "__name__", "")
         options = _checked_options(called, rate_limit, max_retries, timeout, constants)
+        options = options._replace(gather=gather, chunk_size=_checked_size(called, chunk_size))
         # Under a second name it is the same function.
         function = registered.function if isinstance(registered, Task) else registered
         made = Task(called, function, options, keys)
@@ -130,6 +139,14 @@ def _checked_options(
         raise RateLimitError(f"task {name!r}: {error}") from None
     rate = None if said is NoLimit.NONE else said
     return Options(rate, max_retries, timeout, tuple(constants))
+
+
+def _checked_size(name: str, size: int | None) -> int | None:
+    if size is not None and not (type(size) is int and 1 <= size <= CHUNK_LIMIT):
+        raise TaskError(
+            f"task {name!r}: expected chunk_size from 1 to {CHUNK_LIMIT} ids, got: {size!r}"
+        )
+    return size
 
 
 def check_name(name: object) -> None:

@@ -53,12 +53,17 @@ class Options(NamedTuple):
         max_retries: Attempts after the first; None is the worker's setting.
         timeout: Seconds a run may take; None is the worker's setting.
         constants: What a sweep passes behind each chunk.
+        gather: Whether several messages may go into one start.
+        chunk_size: Ids that need a write, before a start takes no more messages; None is the
+            worker's setting.
     """
 
     rate_limit: RateLimit | None = None
     max_retries: int | None = None
     timeout: float | None = None
     constants: tuple[Any, ...] = ()
+    gather: bool = True
+    chunk_size: int | None = None
 
 
 @dataclass(eq=False)
@@ -107,6 +112,11 @@ class Task(Generic[P, R]):
     def takes_chunks(self) -> bool:
         """Whether its first argument is a chunk: it has `keys`, or `needed`."""
         return self.keys is not None or self.reader is not None
+
+    @property
+    def gathers(self) -> bool:
+        """Whether several of its messages may go into one start."""
+        return self.takes_chunks and self.options.gather
 
     @property
     def needs_database(self) -> bool:

@@ -107,9 +107,10 @@ class Process:
     def _under_way(self) -> str:
         """Return the tasks and the messages that are not settled, in words."""
         names = [
-            f"{start.ctx.task} {start.delivery.id}"
+            f"{one.ctx.task} {one.delivery.id}"
             for worker in self._workers
             for start in worker.consumer.under_way
+            for one in start.held
         ]
         if not names:
             return ""
@@ -189,7 +190,12 @@ class Process:
             database if shared else None,
             timeout,
         )
-        budget = SharedBudget(database, task.name, rate, name) if shared else WorkerBudget(rate)
+        gather_seconds = settings.gather_seconds if task.gathers else 0.0
+        budget = (
+            SharedBudget(database, task.name, rate, name, gather_seconds=gather_seconds)
+            if shared
+            else WorkerBudget(rate, gather_seconds)
+        )
         log.info(
             "worker started",
             extra=fields(
@@ -211,6 +217,8 @@ class Process:
             stood_still=monitor.recent,
             needs_database=shared or task.needs_database,
             burst=self._burst,
+            gather_seconds=gather_seconds,
+            chunk_size=options.chunk_size or settings.chunk_size,
         )
         queues = Queues.of(task.name, settings.queue_prefix)
         return Supervisor(

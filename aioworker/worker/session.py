@@ -7,16 +7,21 @@ is due and the turn is this worker's. RabbitMQ keeps the rest. Every wait has a 
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from aioworker.budget.first_write import Usual
 from aioworker.consumer import Consumer
 from aioworker.errors import AioworkerError, BrokerError, DatabaseError
-from aioworker.limits import POLL_SECONDS, Wait
+from aioworker.limits import LEAD_SECONDS, POLL_SECONDS, Wait
+from aioworker.rabbitmq.delivery import SUSPECT_RETURNS
 from aioworker.reasons import Reason, ReasonKind
 from aioworker.settling.outcome import Kind, Outcome
 from aioworker.settling.probe import Probe
+from aioworker.settling.start import MOST_MESSAGES, Held, Start
+from aioworker.tasks.chunk import CHUNK_LIMIT
 from aioworker.words import count
 from aioworker.worker.intake import Intake
 from aioworker.worker.recovery import Recovery
@@ -33,7 +38,6 @@ if TYPE_CHECKING:
 
 AT_ONCE = 16  # messages of each lane, for a task without a rate limit that needs no database
 QUIET_SECONDS = 0.2  # without a message, and the lanes are asked again
-SUSPECT_RETURNS = 3  # deliveries that were not settled, and a message is served alone
 ALARM_SECONDS = 30.0  # until the next message, if RabbitMQ confirms no copy
 IDLE_SECONDS = 0.9  # between looks at empty lanes: a message is noticed within a second
 
@@ -53,6 +57,8 @@ class Worker:
         task_timeout: Seconds a run may take.
         needs_database: Whether anything of it does.
         burst: Whether it ends once the lanes are empty, or if no start can be made for now.
+        gather_seconds: How long before a start is due messages are gathered for it, at most; 0
+            for one message a start.
     """
 
     task: AnyTask
@@ -65,6 +71,7 @@ class Worker:
     task_timeout: float = 30.0
     needs_database: bool = True
     burst: bool = False
+    gather_seconds: float = 0.0
 
     @classmethod
     def of(  # noqa: PLR0913 - what a worker consists of, put together here alone
@@ -82,6 +89,8 @@ class Worker:
         stood_still: Callable[[], str] = str,
         needs_database: bool = True,
         burst: bool = False,
+        gather_seconds: float = 0.0,
+        chunk_size: int = CHUNK_LIMIT,
     ) -> Worker:
         """Put a worker together.
 
@@ -98,6 +107,8 @@ class Worker:
             stood_still: Returns what stood still a moment ago, and cost a connection perhaps.
             needs_database: As for `Worker`.
             burst: Likewise.
+            gather_seconds: Likewise.
+            chunk_size: Ids that need a write, before a start takes no more messages.
         """
         probe = Probe(task, database, presence, timeout)
         consumer = Consumer(
@@ -108,6 +119,7 @@ class Worker:
             probe,
             max_retries=max_retries,
             task_timeout=task_timeout,
+            chunk_size=chunk_size,
             worker=name,
         )
         recovery = Recovery(nodes, task_timeout + 2 * timeout, stood_still)
@@ -122,6 +134,7 @@ class Worker:
             task_timeout,
             needs_database=needs_database,
             burst=burst,
+            gather_seconds=gather_seconds,
         )
 
     @property
@@ -155,6 +168,8 @@ class Session:
         self._holds = (self._ask_budget, self._ask_breaker)
         self._busy = False  # whether it served a message just now
         self._took = False  # whether the last look into the lanes found a message
+        self._bulk_next = False  # whether the next start begins with the bulk lane
+        self._reading = Usual()  # what needs writing, of as many messages as one read is for
 
     async def run(self) -> None:
         """Serve until a stop, or in a burst until the lanes are empty.
@@ -292,33 +307,179 @@ class Session:
             await self._worker.presence.keep()
 
     async def _take_in_turn(self) -> tuple[list[Wait], Outcome | None]:
-        """Take one message after the other in a turn, until one has started.
+        """Fill one start after the other in a turn, until one has begun.
 
         Returns:
             Why the turn could not be had, and what the last message came to.
         """
-        worker, outcome = self._worker, None
+        worker, consumer, outcome = self._worker, self._worker.consumer, None
         async with worker.budget.turn() as wait:
-            starts, until = worker.consumer.starts, self._time() + POLL_SECONDS
-            while wait is None and (delivery := await self._take()) is not None:
-                outcome = await worker.consumer.serve(delivery, self._lanes)
-                if self._turn_ends(outcome, starts, until):
+            starts, until = consumer.starts, self._time() + POLL_SECONDS
+            while wait is None:
+                with consumer.starting(self._most) as start:
+                    try:
+                        took, found = await self._gather(start)
+                        await worker.budget.rest(resting=False)
+                    except DatabaseError as error:
+                        await self._let_go(start, str(error))
+                        raise
+                    if start.held:
+                        self._bulk_next = self._gathers and start.held[0].delivery.lane == "urgent"
+                        found = await consumer.run(start, self._lanes)
+                outcome = found or outcome
+                if not took or self._turn_ends(outcome, starts, until):
                     break
                 await worker.presence.keep()
         return [] if wait is None else [wait], outcome
 
-    async def _take(self) -> Delivery | None:
-        """Take a message, from the urgent lane first; None where there is none, or at a stop."""
+    @property
+    def _gathers(self) -> bool:
+        """Whether several messages go into one start."""
+        return self._worker.gather_seconds > 0 and self._worker.task.gathers
+
+    @property
+    def _most(self) -> int:
+        """How many messages a start may hold: one, if it is to show whether the task works."""
+        return MOST_MESSAGES if self._gathers and not self._worker.consumer.breaker.reason else 1
+
+    async def _gather(self, start: Start) -> tuple[bool, Outcome | None]:
+        """Take messages until a start is full or due; if it cannot begin, give them back.
+
+        Those that need nothing are settled on the way.
+
+        Returns:
+            Whether there were any, and what the last one that was settled came to.
+
+        Raises:
+            DatabaseError: The budget cannot be looked at.
+        """
+        took, outcome, began = False, None, self._time()
+        look_at = began + POLL_SECONDS
+        while True:
+            due_at = self._due_at()
+            # If it is due already, what lies in the lanes is taken, but not for long.
+            until = max(due_at, began + self._spare)
+            came, settled = await self._take_some(start, until, look_at)
+            took, outcome = took or came, settled or outcome
+            if settled is not None and settled.uncounted:
+                await self._let_go(start, settled.reason)
+            elif self._gathers and self._stop.is_set():
+                await self._let_go(start, "the worker ends")
+            elif self._gathers and self._time() >= look_at:
+                look_at = self._time() + POLL_SECONDS
+                await self._look(start)
+            seconds = due_at - self._time()
+            if not (start.held and self._gathers):
+                return took, outcome
+            if came and start.has_room():
+                continue
+            if seconds <= 0:
+                return took, outcome
+            await self._wait_for_more(start, seconds)
+
+    async def _wait_for_more(self, start: Start, seconds: float) -> None:
+        """Wait for the next look into the lanes, or until the start is due; say so.
+
+        Raises:
+            BrokerError: The connection is lost.
+        """
+        worker, ids = self._worker, count(len(start.chunk), "id")
+        words = f"gathering: {count(len(start.held), 'message')}, {ids} to write"
+        worker.presence.report(Reason(ReasonKind.GATHERING, words))
+        worker.recovery.progress(seconds)
+        await worker.budget.rest(resting=True)
+        await first_of(min(seconds, IDLE_SECONDS), self._stop, self._lost)
+        self._notice_loss()
+
+    async def _look(self, start: Start) -> None:
+        """See whether the start may still begin; if not, give its messages back.
+
+        Raises:
+            DatabaseError: That cannot be told, or the worker's row cannot be written.
+        """
+        await self._worker.presence.keep()
+        if waits := await self._held():
+            await self._let_go(start, "; ".join(str(wait.reason) for wait in waits))
+
+    async def _let_go(self, start: Start, reason: str) -> None:
+        await self._worker.consumer.give_back(start, start.held, reason, self._lanes)
+
+    @property
+    def _spare(self) -> float:
+        """How much of the wait for a start is left to its charge, in seconds."""
+        budget = self._worker.budget
+        return min(LEAD_SECONDS, budget.interval / 20) if budget.limited else math.inf
+
+    def _due_at(self) -> float:
+        """Return when a start is not waited for any longer, by the event loop's clock."""
+        budget = self._worker.budget
+        return budget.due_at - self._spare if budget.limited else -math.inf
+
+    async def _take_some(
+        self, start: Start, until: float, look_at: float
+    ) -> tuple[bool, Outcome | None]:
+        """Take messages, as many as one read may be for, and ask what of them needs writing.
+
+        Args:
+            start: What holds them.
+            until: When the read has to be over.
+            look_at: When the taking has to be.
+
+        Returns:
+            Whether there were any, and what the last one that was settled came to.
+        """
+        consumer, unread, ids = self._worker.consumer, list[Held](), 0
+        came, settled = False, None
+        while start.has_room(ids) and not (start.held and self._is_late(until)):
+            if unread and self._time() >= look_at:
+                break
+            if (delivery := await self._take(first=not start.held)) is None:
+                break
+            came, settled = True, await consumer.open(start, delivery, self._lanes)
+            if settled is not None:
+                if settled.kind is Kind.MOVED:
+                    settled = None  # nothing has failed
+                elif settled.uncounted:
+                    return came, settled
+                if not start.held:
+                    return came, settled
+                continue
+            one = start.held[-1]
+            if not start.fits(one):
+                # It is the first of the next start.
+                await consumer.give_back(start, [one], "it fits no other", self._lanes)
+                start.closed = True
+                break
+            start.most = min(start.most, one.most)
+            unread.append(one)
+            ids += one.ctx.counts["ids"]
+        if unread:
+            began = self._time()
+            await self._worker.budget.rest(resting=False)
+            settled = await consumer.need(start, unread, self._lanes) or settled
+            self._reading.took(self._time() - began)
+        return came, settled
+
+    def _is_late(self, until: float) -> bool:
+        """Whether a read that begins now would likely end after a moment."""
+        return self._time() + self._reading.seconds > until
+
+    async def _take(self, *, first: bool = True) -> Delivery | None:
+        """Take a message; None where there is none, or at a stop.
+
+        From the urgent lane first; if the last start began with that, the next one begins with
+        the bulk lane, so that single changes never stop a sweep.
+        """
         if self._stop.is_set():
             return None
-        delivery = await self._lanes.take()
+        delivery = await self._lanes.take(bulk_first=first and self._bulk_next)
         self._took = delivery is not None
         if delivery is not None:
             self._worker.recovery.stall.end()
             self._worker.recovery.progress()
         return delivery
 
-    def _turn_ends(self, outcome: Outcome, starts: int, until: float) -> bool:
+    def _turn_ends(self, outcome: Outcome | None, starts: int, until: float) -> bool:
         """Whether no more is to be taken in this turn.
 
         Under a rate it ends with a start; what needs no start goes beside it, free.
@@ -328,7 +489,8 @@ class Session:
         lost = worker.needs_database and not worker.database.is_open
         started = worker.budget.limited and worker.consumer.starts > starts
         # After a while a pause is looked for, though nothing needs a start.
-        return started or outcome.uncounted or lost or self._time() >= until
+        uncounted = outcome is not None and outcome.uncounted
+        return started or uncounted or lost or self._time() >= until
 
     async def _take_several(self) -> tuple[list[Wait], Outcome | None]:
         """Take messages as RabbitMQ sends them, several at once, until none comes any more.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from aioworker.clock import own_time
 from aioworker.errors import DatabaseError
-from aioworker.limits import LEAD_SECONDS, POLL_SECONDS, RateLimit, Wait, next_start
+from aioworker.limits import POLL_SECONDS, RateLimit, Wait, lead_seconds, next_start
 from aioworker.reasons import Reason, ReasonKind
 
 if TYPE_CHECKING:
@@ -26,30 +26,38 @@ class MemoryBudget:
 
     Args:
         rate: How often the task may start, such as `2/m`; None is no limit.
+        gather_seconds: How long before a start is due messages are gathered for it, at most.
 
     Attributes:
         refusal: Why no start begins, if it is one of its own; an error is raised.
         holder: Why the turn cannot be had; None while nobody else has it.
         died: How often a worker died while a message ran, by the message's key.
+        noted: The keys of what was noted while it was read.
         charged: The keys of what was charged, in that order.
+        starts: How many messages each start had.
         moments: When each was, by the event loop's clock.
         forgotten: The keys of what ended, in that order.
         most: With how many a message may run, by its key.
         asked: How often somebody looked.
         turns: How many turns are held now.
+        resting: Whether who has the turn only waits.
     """
 
-    def __init__(self, rate: str | None = None) -> None:
+    def __init__(self, rate: str | None = None, gather_seconds: float = 0.0) -> None:
+        self._gather_seconds = gather_seconds
         self.rate = None if rate is None else RateLimit.parse(rate)
         self.refusal: Wait | DatabaseError | None = None
         self.holder: Wait | None = None
         self.died: dict[str, int] = {}
         self.most: dict[str, int] = {}
+        self.noted: list[str] = []
         self.charged: list[str] = []
+        self.starts: list[int] = []
         self.moments: list[float] = []
         self.forgotten: list[str] = []
         self.asked = 0
         self.turns = 0
+        self.resting = False
 
     @property
     def limited(self) -> bool:
@@ -75,10 +83,16 @@ class MemoryBudget:
         if self.rate is not None and self.rate.paused:
             return Wait(Reason(ReasonKind.PAUSED, f"paused: rate limit {self.rate}"), POLL_SECONDS)
         seconds = self._due_in()
-        if seconds <= LEAD_SECONDS:
+        lead = lead_seconds(self._gather_seconds, self.interval)
+        if seconds <= lead:
             return None
         reason = next_start(self.now() + timedelta(seconds=seconds))
-        return Wait(reason, min(seconds - LEAD_SECONDS, POLL_SECONDS))
+        return Wait(reason, min(seconds - lead, POLL_SECONDS))
+
+    @property
+    def due_at(self) -> float:
+        """When the next start is due, by the event loop's clock."""
+        return asyncio.get_running_loop().time() + max(self._due_in(), 0)
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[Wait | None]:
@@ -100,6 +114,16 @@ class MemoryBudget:
         """Return with how many a message may run."""
         return self.most.get(message)
 
+    async def rest(self, *, resting: bool) -> None:
+        """Only wait from now on."""
+        self.resting = resting
+
+    @asynccontextmanager
+    async def reading(self, message: str) -> AsyncIterator[None]:
+        """Note what is read."""
+        self.noted.append(message)
+        yield
+
     async def charge(self, messages: Sequence[str]) -> Wait | None:
         """Begin a start, at the moment it is due; return why not."""
         if isinstance(self.refusal, DatabaseError):
@@ -109,6 +133,7 @@ class MemoryBudget:
         if (seconds := self._due_in()) > 0:
             await asyncio.sleep(seconds)
         self.charged += messages
+        self.starts.append(len(messages))
         self.moments.append(asyncio.get_running_loop().time())
         return None
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from aioworker.consumer import Consumer
 from aioworker.settling.probe import Probe
 from aioworker.status.presence import Presence
+from aioworker.tasks.chunk import CHUNK_LIMIT
 from aioworker.tasks.task import Task
 from aioworker.worker.recovery import Recovery
 from aioworker.worker.session import Session, Worker
@@ -60,6 +61,8 @@ class Heart:
         burst: Whether a session ends once the lanes are empty.
         max_retries: Attempts after the first.
         task_timeout: Seconds a run may take.
+        gather_seconds: How long before a start is due messages are gathered for it, at most.
+        chunk_size: Ids that need a write, before a start takes no more messages.
 
     Attributes:
         database: What it uses.
@@ -78,8 +81,10 @@ class Heart:
         burst: bool = False,
         max_retries: int = MAX_RETRIES,
         task_timeout: float = 30,
+        gather_seconds: float = 0.0,
+        chunk_size: int = CHUNK_LIMIT,
     ) -> None:
-        self.budget = MemoryBudget(rate)
+        self.budget = MemoryBudget(rate, gather_seconds)
         self.broker = MemoryBroker()
         self.steps: list[str] = []
         self.said: list[str] = []
@@ -97,6 +102,7 @@ class Heart:
             self.probe,
             max_retries=max_retries,
             task_timeout=task_timeout,
+            chunk_size=chunk_size,
             worker="test",
         )
         self.worker = Worker(
@@ -110,6 +116,7 @@ class Heart:
             task_timeout=task_timeout,
             needs_database=self.task.needs_database,
             burst=burst,
+            gather_seconds=gather_seconds,
         )
 
     async def serve(self) -> Outcome:

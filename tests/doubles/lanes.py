@@ -112,10 +112,11 @@ class MemoryLanes:
         self._step("hold_something, surely" if sure else "hold_something")
         return any(self.broker.queues[lane] for lane in (QUEUES.urgent, QUEUES.bulk))
 
-    async def take(self) -> Delivery | None:
-        """Take one message, from the urgent lane first; None when both are empty."""
+    async def take(self, *, bulk_first: bool = False) -> Delivery | None:
+        """Take one message, from the urgent or the bulk lane first; None when both are empty."""
         self._step("take")
-        for lane in (QUEUES.urgent, QUEUES.bulk):
+        lanes = (QUEUES.urgent, QUEUES.bulk)
+        for lane in reversed(lanes) if bulk_first else lanes:
             if self.broker.queues[lane]:
                 return self._deliver(lane)
         return None
@@ -151,6 +152,10 @@ class MemoryLanes:
         """Return how many messages wait in the retry queue."""
         self._step("count_put_off")
         return len(self.broker.queues[QUEUES.retry])
+
+    async def put_behind(self, lane: str, message: aio_pika.Message) -> None:
+        """Put a copy to the end of a lane."""
+        self._copy(QUEUES.urgent if lane == "urgent" else QUEUES.bulk, message)
 
     async def put_off(self, message: aio_pika.Message) -> None:
         """Have a copy wait in the retry queue."""

@@ -7,8 +7,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from aioworker.addresses import DatabaseAddress
+from aioworker.budget.deaths import MOST_DEATHS
+from aioworker.budget.shared import SharedBudget
 from aioworker.errors import DatabaseError, TurnLostError
-from tests.conftest import execute, make_database, rows
+from aioworker.limits import RateLimit
+from aioworker.mysql.database import Database
+from tests.conftest import TASK, database_name, execute, make_database, rows
 from tests.services.test_budget import Fleet, make, row
 
 if TYPE_CHECKING:
@@ -36,7 +41,7 @@ async def die(fleet: Fleet, shop: Connection[Cursor], *messages: str) -> None:
         assert wait is None
         assert await budget.charge(messages) is None
         fleet.databases[-1].close()
-        budget._deaths.void()  # a dead process remembers nothing
+        budget._deaths.void(messages)  # a dead process remembers nothing
 
 
 async def test_what_ran_when_its_worker_died_is_counted_by_the_next(
@@ -262,3 +267,68 @@ async def test_what_an_earlier_version_has_noted_counts_on(
 
     assert noted(shop) == ([], {"ran": 3, "waits": 1})
     assert rows(shop, "SELECT running, deaths FROM aioworker_budget") == [(None, None)]
+
+
+async def test_what_is_read_is_noted_so_long(make: Fleet, shop: Connection[Cursor]) -> None:
+    """A pause, a stop or a lost host behind the read counts as no death."""
+    budget = make()
+    await budget.check()
+
+    async with budget.turn():
+        async with budget.reading("one"):
+            during = noted(shop)
+        behind = noted(shop)
+        execute(shop, "UPDATE aioworker_budget SET paused = TRUE")
+        assert await budget.charge(["one"]) is not None
+
+    assert (during, behind, noted(shop)) == ((["one"], {}), ([], {}), ([], {}))
+
+
+async def test_what_is_taken_back_keeps_the_deaths_before(
+    make: Fleet, shop: Connection[Cursor]
+) -> None:
+    await die(make, shop, "killer")
+    budget = make()
+    await budget.check()
+
+    async with budget.turn():
+        async with budget.reading("killer"):
+            during = noted(shop)
+        assert budget.deaths("killer") == 1
+
+    assert (during, noted(shop)) == ((["killer"], {}), ([], {"killer": 1}))
+
+
+async def test_counts_that_no_version_wrote_are_bounded(
+    make: Fleet, shop: Connection[Cursor]
+) -> None:
+    odd = json.dumps({"many": 70_000, "few": -1, "\u6ce8": 1, "x" * 65: 1})
+    execute(shop, f"UPDATE aioworker_budget SET deaths = '{odd}'")
+    budget = make()
+    await budget.check()
+
+    async with budget.turn():
+        assert (budget.deaths("many"), budget.deaths("few")) == (MOST_DEATHS, 0)
+
+
+@pytest.mark.parametrize("missing", ["INSERT", "UPDATE", "DELETE"])
+async def test_who_may_not_note_what_runs_starts_nothing(
+    make: Fleet, shop: Connection[Cursor], pair: Servers, missing: str
+) -> None:
+    """A charge that could not be noted would be one start after the other, for nothing."""
+    rights = ", ".join({"SELECT", "INSERT", "UPDATE", "DELETE"} - {missing})
+    database = database_name(pair)
+    execute(
+        shop,
+        "CREATE OR REPLACE USER noter@'127.0.0.1'",
+        f"GRANT SELECT, UPDATE ON {database}.aioworker_budget TO noter@'127.0.0.1'",
+        f"GRANT {rights} ON {database}.aioworker_run TO noter@'127.0.0.1'",
+    )
+    url = pair.mysql_url.replace("root@", "noter@")
+    address = DatabaseAddress.parse(url)
+    async with Database(address, connect_timeout=10, timeout=10) as mine:
+        budget = SharedBudget(mine, TASK, RateLimit.parse("2/m"), "here:1")
+        with pytest.raises(DatabaseError, match="denied"):
+            await budget.check()
+
+    assert rows(shop, "SELECT starts FROM aioworker_budget") == [(0,)]

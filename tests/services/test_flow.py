@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aioworker.rabbitmq.delivery import SUSPECT_RETURNS
 from aioworker.settling.outcome import Kind
 from aioworker.tasks.task import Task
-from aioworker.worker.session import AT_ONCE, SUSPECT_RETURNS
+from aioworker.worker.session import AT_ONCE
 from tests.conftest import QUEUES, TASK, InProcess, Lanes, make_worker
 
 if TYPE_CHECKING:

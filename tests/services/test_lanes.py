@@ -158,6 +158,18 @@ async def test_the_urgent_lane_is_taken_from_first(place: Place, lanes: Lanes) -
     assert [(one.id, one.lane) for one in taken] == [("urgent", "urgent"), ("bulk", "bulk")]
 
 
+async def test_the_bulk_lane_is_taken_from_first_if_somebody_asks(
+    place: Place, lanes: Lanes
+) -> None:
+    await place.send(place.queues.bulk, "bulk")
+    await take_until(lanes)
+    await place.send(place.queues.urgent, "urgent")
+
+    first = await lanes.take(bulk_first=True)
+
+    assert [first and first.lane, (await take(lanes)).lane] == ["bulk", "urgent"]
+
+
 async def test_a_message_is_first_of_all_delivered_once(place: Place, lanes: Lanes) -> None:
     await place.send(place.queues.bulk, "one")
 
@@ -236,6 +248,26 @@ async def test_a_copy_waits_in_the_retry_queue_and_carries_its_attempt(
     assert await lanes.count_put_off() == 1
     assert await place.lie(place.queues.retry) == ["one"]
     assert await lanes.take() is None
+
+
+@pytest.mark.parametrize("lane", ["bulk", "urgent"])
+async def test_what_is_moved_lies_at_the_end_of_its_own_lane(
+    place: Place, lanes: Lanes, lane: str
+) -> None:
+    queue = getattr(place.queues, lane)
+    await place.send(queue, "one")
+    await place.send(queue, "two")
+    delivery = await take(lanes)
+
+    await lanes.put_behind(lane, copies.moved(delivery, 4))
+    await delivery.acknowledge()
+
+    taken = [await take(lanes), await take(lanes)]
+    assert [(one.id, one.lane, one.together) for one in taken] == [
+        ("two", lane, None),
+        ("one", lane, 4),
+    ]
+    assert taken[1].returns == 0, "its copy is counted from the beginning"
 
 
 async def test_a_dead_letter_lies_with_the_others(place: Place, lanes: Lanes) -> None:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pymysql.err import DataError, OperationalError
 
-from aioworker.consumer import MOST_RETURNS
 from aioworker.errors import AioworkerError, DatabaseError
 from aioworker.settling.outcome import Kind
+from aioworker.settling.settler import MOST_RETURNS
 from aioworker.tasks.context import Context
 from aioworker.tasks.task import AnyTask, Task
 from aioworker.worker import session
@@ -366,7 +366,7 @@ async def test_a_pause_is_followed_while_chunks_need_nothing(
     assert worker.consumer.settled == {Kind.ACK: 1}
 
 
-async def test_what_is_given_back_too_often_goes_behind_and_is_counted_anew(
+async def test_what_is_given_back_too_often_is_moved_and_counted_from_the_beginning(
     pair: Servers,
     lanes: Lanes,
     database: Database,
@@ -394,8 +394,8 @@ async def test_what_is_given_back_too_often_goes_behind_and_is_counted_anew(
     with pytest.raises(DatabaseError):
         await worker.run(stop)
 
-    assert worker.consumer.settled == {Kind.POSTPONED: 1}
-    assert await lanes.count(QUEUES.bulk) == 0
-    copy = await lanes.take(QUEUES.retry)
-    assert copy.headers["retries"] == 2
+    assert worker.consumer.settled == {Kind.MOVED: 1}
+    assert await lanes.count(QUEUES.retry) == 0
+    copy = await lanes.take(QUEUES.bulk)
+    assert copy.headers["retries"] == 2, "no attempt is counted"
     assert copy.headers.get("x-delivery-count", 0) == 0

@@ -118,7 +118,7 @@ def test_every_site_is_refreshed_as_the_rule_says(
 
     assert current_versions(oracle_site) == expected
     assert result.missing == sorted({n for n in ids if n > len(addons)})
-    assert (result.refused, again.changed) == ({}, 0)
+    assert (result.refused, again.changed) == ({}, [])
 
 
 async def refresh_twice(pair: servers.Servers, ids: list[int]) -> tuple[repo.Refresh, repo.Refresh]:

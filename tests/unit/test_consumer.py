@@ -18,7 +18,7 @@ from pymysql.err import ProgrammingError
 
 from aioworker.budget.deaths import MOST_DEATHS
 from aioworker.clock import own_time
-from aioworker.consumer import LEAST_LOST, MOST_RETURNS
+from aioworker.consumer import LEAST_LOST
 from aioworker.errors import (
     BrokerError,
     DatabaseError,
@@ -33,6 +33,7 @@ from aioworker.reasons import Reason, ReasonKind
 from aioworker.settling.breaker import STREAK
 from aioworker.settling.outcome import Kind
 from aioworker.settling.probe import Probe
+from aioworker.settling.settler import MOST_RETURNS
 from aioworker.tasks.context import Context
 from aioworker.tasks.task import Task
 from tests.doubles.database import NOWHERE
@@ -473,7 +474,7 @@ async def test_a_publisher_hurries_no_thread() -> None:
     assert (await heart.serve()).kind is Kind.ACK
 
 
-async def test_what_comes_back_for_the_twentieth_time_goes_behind_the_others() -> None:
+async def test_what_comes_back_again_and_again_is_moved_behind_the_others() -> None:
     """RabbitMQ would set it aside at a hundred."""
     heart = Heart(nothing)
     heart.budget.refusal = PAUSED
@@ -481,9 +482,9 @@ async def test_what_comes_back_for_the_twentieth_time_goes_behind_the_others() -
 
     kinds = [(await heart.serve()).kind for _ in range(MOST_RETURNS + 1)]
 
-    assert kinds == [Kind.RELEASED] * MOST_RETURNS + [Kind.POSTPONED]
-    [copy] = heart.broker.headers(QUEUES.retry)
-    assert copy["retries"] == 0, "no attempt is counted"
+    assert kinds == [Kind.RELEASED] * MOST_RETURNS + [Kind.MOVED]
+    [copy] = heart.broker.headers(QUEUES.bulk)
+    assert "retries" not in copy, "no attempt is counted"
 
 
 async def test_three_messages_that_fail_for_good_open_the_breaker() -> None:
@@ -662,7 +663,8 @@ async def test_a_worker_that_ends_is_no_failure_of_its_run() -> None:
 
     assert serving.cancelled()
     assert heart.settled == []
-    assert [start.delivery.id for start in heart.consumer.under_way] == ["one"]
+    [start] = heart.consumer.under_way
+    assert [one.delivery.id for one in start.held] == ["one"]
 
 
 async def test_runs_that_fail_at_once_share_one_question_to_a_database_that_is_away() -> None:

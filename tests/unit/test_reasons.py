@@ -38,6 +38,7 @@ MEANINGS = {
     ReasonKind.EMPTY: Meaning(INFO, WAITS, "steady ends_burst"),
     ReasonKind.BUDGET: Meaning(INFO, WAITS, "steady routine timed"),
     ReasonKind.FIRST_WRITE: Meaning(DEBUG, WAITS, "steady routine timed"),
+    ReasonKind.GATHERING: Meaning(DEBUG, WAITS, "steady routine timed"),
     ReasonKind.TURN: Meaning(INFO, WAITS, "steady routine"),
     ReasonKind.TURN_UNOWNED: Meaning(INFO, WAITS, "steady routine"),
     ReasonKind.PAUSED: Meaning(INFO, WAITS, "ends_burst fails_burst"),

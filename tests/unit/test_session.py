@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -11,11 +12,13 @@ import pytest
 
 from aioworker.errors import AioworkerError, BrokerError, DatabaseError
 from aioworker.limits import RateLimit, Wait
+from aioworker.rabbitmq.delivery import SUSPECT_RETURNS
+from aioworker.rabbitmq.message import REASON
 from aioworker.reasons import Reason, ReasonKind
 from aioworker.settling.breaker import STREAK
 from aioworker.settling.outcome import Kind
 from aioworker.tasks.context import Context
-from aioworker.worker.session import ALARM_SECONDS, AT_ONCE, IDLE_SECONDS, SUSPECT_RETURNS
+from aioworker.worker.session import ALARM_SECONDS, AT_ONCE, IDLE_SECONDS
 from tests.doubles.heart import Heart, fails, nothing
 from tests.doubles.lanes import QUEUES, MemoryLanes
 from tests.fakes import TURNS, FakeClock
@@ -698,3 +701,130 @@ async def test_a_run_is_progress_until_its_time_is_up(clock: FakeClock) -> None:
         await clock.advance(1)
 
         assert heart.broker.acknowledged == ["one"]
+
+
+async def test_a_pause_is_seen_while_messages_are_settled_that_need_no_start(
+    clock: FakeClock,
+) -> None:
+    """A deploy that changed the parameters drains no queue once somebody has paused it."""
+    heart = Heart(rate="2/m")
+    for number in range(200):
+        heart.broker.send(b"nonsense", id=str(number))
+    take = heart.lanes.take
+
+    async def slow(*, bulk_first: bool = False) -> Any:
+        await asyncio.sleep(0.1)
+        return await take(bulk_first=bulk_first)
+
+    heart.lanes.take = slow  # type: ignore[method-assign]
+    async with running(heart):
+        await clock.advance(1, step=0.1)
+        heart.budget.refusal = PAUSED
+        await clock.advance(10, step=0.1)
+
+    assert len(heart.broker.queues[QUEUES.bulk]) > 150
+
+
+async def test_urgent_messages_go_first_one_start_after_the_other(clock: FakeClock) -> None:
+    heart = Heart(rate="2/m")
+    for number in range(2):
+        heart.broker.send(id=f"urgent {number}", lane=QUEUES.urgent)
+        heart.broker.send(id=f"bulk {number}")
+
+    async with running(heart):
+        await clock.advance(100)
+
+    assert heart.broker.acknowledged == ["urgent 0", "urgent 1", "bulk 0", "bulk 1"]
+
+
+async def test_what_comes_back_from_the_retry_queue_runs_beside_others(clock: FakeClock) -> None:
+    now = most = 0
+
+    async def work() -> None:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(1)
+        now -= 1
+
+    heart = Heart(work)
+    headers: dict[str, Any] = {REASON: "it failed", "retries": 1}
+    for number in range(AT_ONCE):
+        heart.broker.send(**{**headers, "id": str(number)})
+
+    async with running(heart):
+        await clock.advance(4, step=0.1)
+
+    assert most == AT_ONCE
+
+
+async def test_a_message_in_hand_at_a_stop_is_run(clock: FakeClock) -> None:
+    runs = []
+
+    async def refresh(ids: list[int]) -> None:
+        runs.append(ids)
+
+    async def needed(ids: list[int]) -> list[int]:
+        heart.stop.set()
+        return ids
+
+    heart = Heart(refresh, rate="2/m")
+    heart.task.needed(needed)
+    heart.broker.send(b"[[[1]], {}, null]")
+
+    async with running(heart):
+        await clock.advance(2, step=0.1)
+
+    assert runs == [[1]]
+
+
+async def test_reading_and_running_have_one_time_limit(clock: FakeClock) -> None:
+    runs = []
+
+    async def refresh(ids: list[int]) -> None:
+        await asyncio.sleep(25)
+        runs.append(ids)
+
+    async def needed(ids: list[int]) -> list[int]:
+        await asyncio.sleep(25)
+        return ids
+
+    heart = Heart(refresh, rate="2/m", task_timeout=30)
+    heart.task.needed(needed)
+    heart.broker.send(b"[[[1]], {}, null]")
+
+    async with running(heart):
+        await clock.advance(60)
+
+    assert runs == []
+    [copy] = heart.broker.headers(QUEUES.retry)
+    assert copy[REASON] == "TimeoutError: the run took longer than 30 s and was cut off"
+
+
+async def test_what_is_told_of_a_chunk_is_its_own(
+    clock: FakeClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not that of a message that was refused before it, in the same turn."""
+    caplog.set_level(logging.INFO, "aioworker.consumer")
+    asked = []
+
+    async def refresh(rows: list[list[object]]) -> None:
+        asked.append(rows)
+
+    async def needed(ctx: Context, rows: list[list[object]]) -> list[list[object]]:
+        asked.append([[ctx.message_id]])
+        ctx.counts["missing"] += 7
+        return rows
+
+    heart = Heart(refresh, rate="2/m")
+    heart.task.needed(needed)
+    heart.broker.send(b"nonsense", id="bad")
+    heart.broker.send(b'[[[[1, "a"], [2, "b"], [1, "c"]]], {}, null]', id="good")
+
+    async with running(heart):
+        await clock.advance(2, step=0.1)
+
+    assert asked == [[["good"]], [[1, "a"], [2, "b"], [1, "c"]]], "in their order"
+    fields = vars(caplog.records[-1])["fields"]
+    assert (fields["message_id"], fields["ids"], fields["missing"]) == ("good", 3, 7)
+    assert fields["run_seconds"] >= 0

@@ -127,12 +127,26 @@ def test_what_the_row_tells_of_workers_that_are_well(
     assert asked(worker(ReasonKind.EMPTY), **told) == Reason(kind, words)
 
 
+def test_a_worker_that_gathers_in_its_turn_says_so() -> None:
+    """It has been given the turn before the next start is due."""
+    limit = replace(LIMIT, turn="web1:7", next_start_seconds=17.0)
+
+    assert asked(worker(ReasonKind.GATHERING), limit=limit).kind is ReasonKind.GATHERING
+    assert asked(worker(ReasonKind.EMPTY), limit=limit).kind is ReasonKind.BUDGET
+
+
 @pytest.mark.parametrize("kind", ReasonKind)
 def test_a_worker_that_fails_says_why(kind: ReasonKind) -> None:
     """One that is well, or of another version, is not taken to fail, whatever its words are."""
     well = {
         *(ReasonKind.STARTING, ReasonKind.RUNNING, ReasonKind.EMPTY, ReasonKind.BUDGET),
-        *(ReasonKind.FIRST_WRITE, ReasonKind.TURN, ReasonKind.TURN_UNOWNED, ReasonKind.UNKNOWN),
+        *(
+            ReasonKind.FIRST_WRITE,
+            ReasonKind.GATHERING,
+            ReasonKind.TURN,
+            ReasonKind.TURN_UNOWNED,
+            ReasonKind.UNKNOWN,
+        ),
     }
 
     found = asked(worker(kind))

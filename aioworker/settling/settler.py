@@ -1,0 +1,165 @@
+"""How messages are settled: copied if their outcome asks for it, then acknowledged; or given back.
+
+Each is settled once. A copy is confirmed before its original is acknowledged.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from aioworker.errors import BrokerError, let_go
+from aioworker.rabbitmq import copies
+from aioworker.settling.outcome import UNDECIDED, Kind, Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from aioworker.limits import Budget
+    from aioworker.rabbitmq.delivery import Delivery
+    from aioworker.rabbitmq.lanes import Lanes
+    from aioworker.settling.ended_runs import EndedRuns
+    from aioworker.settling.report import Report
+    from aioworker.settling.start import Held, Start
+
+MOST_RETURNS = 10  # to its lane, before a message is moved: RabbitMQ sets it aside at a hundred
+
+
+class Settler:
+    """Settles the messages of one task's starts.
+
+    Args:
+        budget: Notes what ended.
+        report: Logs each.
+        ends: Remembers what could not be acknowledged.
+        worker: This worker's name, in dead letters.
+
+    Attributes:
+        settled: How many messages came to each kind of outcome.
+        failures: How many were not done since something went wrong.
+    """
+
+    def __init__(self, budget: Budget, report: Report, ends: EndedRuns, worker: str) -> None:
+        self.settled: Counter[Kind] = Counter()
+        self.failures = 0
+        self._budget = budget
+        self._report = report
+        self._ends = ends
+        self._worker = worker
+
+    async def settle(self, start: Start, held: Sequence[Held], lanes: Lanes) -> Outcome | None:
+        """Settle those messages whose outcome is decided.
+
+        Returns:
+            What the last of them came to; one that asks somebody to look why goes before the
+            others. None without any.
+
+        Raises:
+            BrokerError: The connection is lost; RabbitMQ will deliver the message again.
+        """
+        decided = [one for one in held if one.outcome is not UNDECIDED]
+        if not decided:
+            return None
+        try:
+            lost = await self._each(start, decided, lanes)
+        finally:
+            # The deaths of one that did not even run are not forgotten before it is settled.
+            over = [one.delivery.key for one in decided if start.began or one.gone]
+            if over:
+                await self._budget.ended(over)
+        settled = [one for one in decided if one.settled]
+        self._report.settled(start, settled)
+        start.let_go()
+        for one in settled:
+            let_go(one.outcome.away)  # its frames hold the message
+            self.settled[one.outcome.kind] += 1
+            self.failures += one.outcome.failed
+        if lost is not None:
+            raise lost
+        outcomes = [one.outcome for one in reversed(settled)]
+        return next((one for one in outcomes if one.uncounted), outcomes[0])
+
+    async def _each(
+        self, start: Start, decided: Sequence[Held], lanes: Lanes
+    ) -> BrokerError | None:
+        """Settle one after the other; return why one could not be, None if all are."""
+        refusal: BrokerError | None = None
+        lost: BrokerError | None = None
+        for one in decided:
+            if lost is None:
+                refusal = await self._copy(one, lanes, refusal)
+            if one.outcome.kind is not Kind.RELEASED:
+                lost = await self._answer(start, one) or lost
+        # RabbitMQ puts what is given back before all others: the first of them comes last.
+        for one in reversed(decided):
+            if one.outcome.kind is Kind.RELEASED:
+                lost = await self._answer(start, one) or lost
+        return lost
+
+    async def _copy(
+        self, one: Held, lanes: Lanes, refusal: BrokerError | None
+    ) -> BrokerError | None:
+        """Publish the copy that an outcome asks for, and wait until it is confirmed.
+
+        If it is not, the original goes back to where it was, and so do those behind it: no other
+        copy is tried.
+
+        Args:
+            one: The message.
+            lanes: Where its copy goes.
+            refusal: Why a copy was not confirmed before; None if none was refused.
+
+        Returns:
+            That, or why this one was not.
+        """
+        delivery, outcome = one.delivery, one.outcome
+        if outcome.kind is Kind.RELEASED and delivery.returns >= MOST_RETURNS:
+            outcome = one.outcome = replace(outcome, kind=Kind.MOVED)
+        # What ran before was copied then.
+        if one.again or outcome.kind in (Kind.ACK, Kind.RELEASED):
+            return refusal
+        if refusal is None:
+            try:
+                await self._publish_copy(delivery, outcome, lanes)
+            except BrokerError as error:
+                refusal = error
+            else:
+                return None
+        reason = f"copy not confirmed: {refusal}; it is to be copied because of: {outcome.reason}"
+        one.outcome = Outcome(Kind.RELEASED, reason, outcome.failure, refusal)
+        return refusal
+
+    async def _publish_copy(self, delivery: Delivery, outcome: Outcome, lanes: Lanes) -> None:
+        now, failure = self._budget.now(), outcome.failure
+        if outcome.kind is Kind.DEAD_LETTER:
+            name, lines = ("", "") if failure is None else (failure.name, failure.traceback)
+            await lanes.set_aside(
+                copies.dead_letter(delivery, outcome.reason, name, lines, self._worker, now)
+            )
+        elif outcome.kind is Kind.MOVED:
+            await lanes.put_behind(delivery.lane, copies.moved(delivery, outcome.together))
+        else:
+            await lanes.put_off(
+                copies.retry(
+                    delivery,
+                    outcome.reason,
+                    now if outcome.failed else None,
+                    counts=outcome.kind is Kind.RETRY,
+                    lost=failure is not None and failure.lost,
+                )
+            )
+
+    async def _answer(self, start: Start, one: Held) -> BrokerError | None:
+        """Give a message back, or acknowledge it; if that fails, its end is remembered."""
+        try:
+            if one.outcome.kind is Kind.RELEASED:
+                await one.delivery.give_back()
+            else:
+                await one.delivery.acknowledge()
+        except BrokerError as error:
+            self._ends.remember(one.delivery, one.outcome)
+            self._report.unsettled(start, one, error)
+            return error
+        one.settled = True
+        return None

@@ -1,0 +1,915 @@
+"""A start is as full as it may be: several messages, one charge, one run; each settled alone."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import tracemalloc
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from pymysql.constants import ER
+from pymysql.err import OperationalError
+
+from aioworker.clock import own_time
+from aioworker.errors import (
+    BrokerError,
+    DatabaseError,
+    DeadLetter,
+    Retry,
+    RowsRefusedError,
+)
+from aioworker.limits import Wait
+from aioworker.rabbitmq.delivery import SUSPECT_RETURNS, Delivery
+from aioworker.rabbitmq.message import PUBLISHED, REASON, TOGETHER, milliseconds
+from aioworker.reasons import Reason, ReasonKind
+from aioworker.settling.outcome import Kind, Outcome
+from aioworker.settling.settler import MOST_RETURNS
+from aioworker.settling.start import MOST_MESSAGES, Held, Start
+from aioworker.tasks.context import Context
+from tests.doubles.heart import Heart
+from tests.doubles.lanes import QUEUES
+from tests.fakes import FakeClock, delivered
+from tests.unit.test_session import running
+
+PAUSED = Wait(Reason(ReasonKind.PAUSED, "paused by alice"), 2)
+AWAY = DatabaseError("gone", unreachable=True)
+GATHER_SECONDS = 20
+INTERVAL = 30  # seconds, of 2/m
+Ids = list[int]
+
+
+class Gathering:
+    """A heart whose task takes chunks of ids, and gathers.
+
+    Args:
+        fail: Called with the ids of each run; what it raises, the run does.
+        stale: The ids that need a write; None for all.
+        options: Of the heart.
+
+    Attributes:
+        reads: What `needed` was asked, each time.
+        runs: What ran, each time.
+    """
+
+    def __init__(
+        self,
+        fail: Callable[[Ids], Awaitable[None]] | None = None,
+        stale: set[int] | None = None,
+        **options: Any,
+    ) -> None:
+        self.reads: list[Ids] = []
+        self.runs: list[Ids] = []
+        self.contexts: list[Context] = []
+        self.stale = stale
+
+        async def refresh(ctx: Context, ids: list[int]) -> None:
+            self.runs.append(ids)
+            self.contexts.append(ctx)
+            if fail is not None:
+                await fail(ids)
+            ctx.changed(ids)
+            if self.stale is not None:
+                self.stale -= set(ids)
+
+        async def needed(ids: list[int]) -> list[int]:
+            self.reads.append(ids)
+            return [one for one in ids if self.stale is None or one in self.stale]
+
+        self.heart = Heart(refresh, **{"rate": "2/m", "gather_seconds": GATHER_SECONDS, **options})
+        self.heart.task.needed(needed)
+
+    def send(
+        self, ids: Sequence[int], lane: str = QUEUES.bulk, *constants: Any, **headers: Any
+    ) -> None:
+        """Publish a message of some ids, whose own id is the first of them."""
+        body = json.dumps([[list(ids), *constants], {}, None]).encode()
+        self.heart.broker.send(body, lane, **{"id": str(ids[0]), **headers})
+
+    @property
+    def acknowledged(self) -> list[str]:
+        """The ids of what is acknowledged."""
+        return self.heart.broker.acknowledged
+
+    def queued(self, lane: str = QUEUES.bulk) -> list[str]:
+        """Return the ids of what lies in a lane."""
+        return [str(headers["id"]) for headers in self.heart.broker.headers(lane)]
+
+
+async def test_fifty_single_changes_are_one_start(clock: FakeClock) -> None:
+    gathering = Gathering()
+    for one in range(1, 51):
+        gathering.send([one], QUEUES.urgent)
+
+    async with running(gathering.heart):
+        await clock.advance(2, step=0.1)
+
+    assert gathering.runs == [list(range(1, 51))]
+    assert gathering.heart.budget.starts == [50]
+    assert gathering.acknowledged == [str(one) for one in range(1, 51)]
+
+
+async def test_what_several_messages_need_is_asked_in_one_read(clock: FakeClock) -> None:
+    gathering = Gathering(stale={3})
+    for one in range(1, 51):
+        gathering.send([one])
+
+    async with running(gathering.heart):
+        await clock.advance(2, step=0.1)
+
+    assert gathering.reads == [list(range(1, 51))]
+    assert gathering.runs == [[3]]
+    assert gathering.acknowledged[-1] == "3", "those that need nothing are done before"
+
+
+async def test_a_sweep_of_which_little_is_stale_is_one_start(clock: FakeClock) -> None:
+    stale = {1, 1001, 2001, 3001}
+    gathering = Gathering(stale=set(stale))
+    for first in range(1, 5001, 1000):
+        gathering.send(range(first, first + 1000))
+
+    async with running(gathering.heart):
+        await clock.advance(2, step=0.1)
+
+    assert gathering.runs == [sorted(stale)]
+    assert gathering.queued() == []
+
+
+async def test_what_comes_before_the_start_is_due_goes_along(clock: FakeClock) -> None:
+    gathering = Gathering()
+    gathering.send([1])
+    async with running(gathering.heart):
+        await clock.advance(5)
+        assert gathering.runs == [[1]]
+        for one in range(2, 6):
+            gathering.send([one], QUEUES.urgent)
+            await clock.advance(5)
+            assert gathering.runs == [[1]], f"at {clock.now} s"
+        await clock.advance(6, step=0.1)
+
+    assert gathering.runs == [[1], [2, 3, 4, 5]]
+    assert gathering.heart.budget.moments[1] == pytest.approx(INTERVAL, abs=1)
+
+
+async def test_nothing_is_held_before_the_gathering_begins(clock: FakeClock) -> None:
+    gathering = Gathering()
+    gathering.send([1])
+    async with running(gathering.heart):
+        await clock.advance(1, step=0.1)
+        gathering.send([2])
+        while clock.now < INTERVAL - GATHER_SECONDS - 1:
+            assert gathering.heart.lanes.held == {}, f"at {clock.now} s"
+            await clock.advance(1)
+        await clock.advance(3)
+
+        assert len(gathering.heart.lanes.held) == 1
+        assert gathering.heart.said[-1] == "waiting: gathering: 1 message, 1 id to write"
+
+
+async def test_a_start_takes_no_more_once_one_chunk_is_to_be_written(clock: FakeClock) -> None:
+    gathering = Gathering(chunk_size=10)
+    for first in range(1, 41, 4):
+        gathering.send(range(first, first + 4))
+
+    async with running(gathering.heart):
+        await clock.advance(2, step=0.1)
+
+    assert gathering.runs == [list(range(1, 13))], "the last message may be more than has room"
+    assert gathering.queued() == [str(first) for first in range(13, 41, 4)]
+
+
+@pytest.mark.parametrize("reason", ["pause", "stop", "lost", "database"])
+async def test_what_is_held_goes_back_uncharged(clock: FakeClock, reason: str) -> None:
+    gathering = Gathering()
+    heart = gathering.heart
+    gathering.send([1])
+    async with running(heart):
+        await clock.advance(1, step=0.1)
+        for one in range(2, 5):
+            gathering.send([one])
+        await clock.advance(14)
+        assert len(heart.lanes.held) == 3
+
+        if reason == "pause":
+            heart.budget.refusal = PAUSED
+        elif reason == "database":
+            heart.budget.refusal = AWAY
+        elif reason == "stop":
+            heart.stop.set()
+        else:
+            heart.lanes.lose()
+            heart.lost.set()
+        await clock.advance(4)
+
+        assert gathering.queued() == ["2", "3", "4"], "in their order"
+        assert heart.budget.starts == [1]
+        assert heart.lanes.held == {}
+        assert heart.consumer.under_way == []
+
+
+async def test_what_fits_no_other_is_the_first_of_the_next_start(clock: FakeClock) -> None:
+    """Constants that differ are another call of the function."""
+    runs = []
+
+    async def move(ids: list[int], way: object = None) -> None:
+        runs.append((ids, way))
+
+    heart = Heart(move, rate="2/m", gather_seconds=GATHER_SECONDS)
+    heart.task.needed(lambda ids: ids)
+    for one, way in enumerate(("up", "up", 1, True, True), start=1):
+        heart.broker.send(json.dumps([[[one], way], {}, None]).encode(), id=str(one))
+
+    async with running(heart):
+        await clock.advance(3 * INTERVAL, step=0.5)
+
+    assert runs == [([1, 2], "up"), ([3], 1), ([4, 5], True)]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"timelimit": [5, None]},
+        {REASON: "it failed", "retries": 1},
+        {TOGETHER: 1},
+    ],
+    ids=["a time limit of its own", "from the retry queue", "more of them failed"],
+)
+@pytest.mark.parametrize("place", [0, 1])
+async def test_some_messages_run_alone(
+    clock: FakeClock, headers: dict[str, Any], place: int
+) -> None:
+    gathering = Gathering()
+    for one in range(3):
+        gathering.send([one + 1], QUEUES.bulk, **(headers if one == place else {}))
+
+    async with running(gathering.heart):
+        await clock.advance(3 * INTERVAL, step=0.5)
+
+    assert gathering.runs == ([[1], [2, 3]] if place == 0 else [[1], [2], [3]])
+
+
+async def test_what_came_back_again_and_again_runs_alone(clock: FakeClock) -> None:
+    gathering = Gathering()
+    gathering.send([1])
+    gathering.send([2])
+    lanes = gathering.heart.lanes
+    for _ in range(SUSPECT_RETURNS):
+        delivery = await lanes.take()
+        assert delivery is not None
+        await delivery.give_back()
+
+    async with running(gathering.heart):
+        await clock.advance(2 * INTERVAL, step=0.5)
+
+    assert gathering.runs == [[1], [2]]
+
+
+async def test_no_start_is_larger_than_its_messages_may_run_with(clock: FakeClock) -> None:
+    gathering = Gathering()
+    for one in range(1, 6):
+        gathering.send([one], QUEUES.bulk, **({TOGETHER: 2} if one == 2 else {}))
+    gathering.heart.budget.most["4"] = 1
+
+    async with running(gathering.heart):
+        await clock.advance(4 * INTERVAL, step=0.5)
+
+    assert gathering.runs == [[1, 2], [3], [4], [5]]
+
+
+async def test_what_comes_back_for_the_tenth_time_is_moved(clock: FakeClock) -> None:
+    """RabbitMQ would set it aside at a hundred."""
+    gathering = Gathering()
+    gathering.send([1])
+    gathering.send([2])
+    for _ in range(MOST_RETURNS):
+        delivery = await gathering.heart.lanes.take()
+        assert delivery is not None
+        await delivery.give_back()
+
+    async with running(gathering.heart):
+        await clock.advance(2, step=0.1)
+
+    assert gathering.runs == [[2, 1]], "its copy is as good as a new message"
+
+
+async def poisoned(poison: int, ids: Ids) -> None:
+    """Fail for one id."""
+    if poison in ids:
+        raise KeyError(poison)
+
+
+@pytest.mark.parametrize("poison", [1, 7, 26, 50])
+async def test_of_fifty_the_culprit_is_found_and_the_others_are_done(
+    clock: FakeClock, poison: int
+) -> None:
+    """In log2(50) rounds, each of two starts at most; its attempts count from when it is alone."""
+
+    async def fail(ids: Ids) -> None:
+        await poisoned(poison, ids)
+
+    gathering = Gathering(fail, max_retries=0)
+    for one in range(1, 51):
+        gathering.send([one])
+    innocent = [str(one) for one in range(1, 51) if one != poison]
+
+    async with running(gathering.heart):
+        while gathering.queued(QUEUES.dead) == [] and clock.now < 20 * INTERVAL:
+            await clock.advance(INTERVAL, step=0.5)
+
+    assert gathering.queued(QUEUES.dead) == [str(poison)]
+    [letter] = gathering.heart.broker.headers(QUEUES.dead)
+    assert letter["x-aioworker-attempts"] == 1
+    done = {str(one) for run in gathering.runs if poison not in run for one in run}
+    assert done == set(innocent)
+    assert len(gathering.runs) <= 2 * 5.65 + 2 + 1
+
+
+@pytest.mark.parametrize("error", [KeyError("shop"), Retry("later"), DeadLetter("never")], ids=repr)
+async def test_whose_failure_it_is_nobody_knows_of_several(
+    clock: FakeClock, error: Exception
+) -> None:
+    async def fail(ids: Ids) -> None:
+        if len(ids) > 1:
+            raise error
+
+    gathering = Gathering(fail)
+    for one in range(1, 6):
+        gathering.send([one], QUEUES.urgent if one > 3 else QUEUES.bulk)
+
+    async with running(gathering.heart):
+        await clock.advance(2, step=0.1)
+
+    assert gathering.queued() == ["1", "2", "3"]
+    assert gathering.queued(QUEUES.urgent) == ["4", "5"], "each in its own lane"
+    for headers in gathering.heart.broker.headers(QUEUES.bulk):
+        assert headers[TOGETHER] == 2
+        assert headers.get("retries", 0) == 0
+        assert REASON not in headers
+
+
+async def test_if_all_fail_alike_the_breaker_opens_at_the_third_start(clock: FakeClock) -> None:
+    async def fail(_ids: Ids) -> None:
+        raise KeyError("shop")
+
+    gathering = Gathering(fail)
+    for one in range(1, 1001):
+        gathering.send([one])
+
+    async with running(gathering.heart):
+        await clock.advance(2.5 * INTERVAL, step=0.5)
+
+        assert [len(run) for run in gathering.runs] == [1000, 500, 500]
+        why = gathering.heart.consumer.breaker.reason
+        assert why == "3 starts in a row failed for all they held, the last: KeyError: 'shop'"
+        await clock.advance(INTERVAL, step=0.5)
+        assert len(gathering.runs[3]) == 1, "one shows whether it works again"
+
+
+async def test_contention_opens_no_breaker_and_holds_up_nobody_else(clock: FakeClock) -> None:
+    """A row that somebody holds for minutes: the messages of other rows are done meanwhile."""
+
+    async def fail(ids: Ids) -> None:
+        if 7 in ids:
+            raise OperationalError(ER.LOCK_WAIT_TIMEOUT, "locked")
+
+    gathering = Gathering(fail)
+    for one in range(1, 21):
+        gathering.send([one])
+
+    def done() -> Ids:
+        return sorted(one for run in gathering.runs if 7 not in run for one in run)
+
+    async with running(gathering.heart):
+        while len(done()) < 19 and clock.now < 20 * INTERVAL:
+            await clock.advance(INTERVAL, step=0.5)
+            assert gathering.heart.consumer.breaker.reason == ""
+
+    assert done() == [one for one in range(1, 21) if one != 7]
+    assert len(gathering.runs) <= 10
+
+
+async def test_a_read_that_meets_contention_ends(clock: FakeClock) -> None:
+    """It is not charged: nothing else would slow it down."""
+    gathering = Gathering()
+
+    async def locked(ids: list[int]) -> list[int]:
+        gathering.reads.append(ids)
+        raise OperationalError(ER.LOCK_WAIT_TIMEOUT, "locked")
+
+    gathering.heart.task.needed(locked)
+    for one in range(1, 9):
+        gathering.send([one])
+
+    async with running(gathering.heart):
+        await clock.advance(5, step=0.1)
+
+    assert len(gathering.reads) <= 15
+    assert len(gathering.queued(QUEUES.retry)) == 8
+
+
+async def test_a_database_that_is_away_marks_nobody(clock: FakeClock) -> None:
+    async def fail(_ids: Ids) -> None:
+        gathering.heart.probe.away = AWAY
+        raise KeyError("shop")
+
+    gathering = Gathering(fail)
+    for one in range(1, 4):
+        gathering.send([one])
+
+    async with running(gathering.heart):
+        await clock.advance(2, step=0.1)
+
+    assert gathering.queued() == ["1", "2", "3"]
+    assert all(TOGETHER not in one for one in gathering.heart.broker.headers(QUEUES.bulk))
+
+
+async def test_rows_that_the_data_refuses_are_those_of_who_named_them(clock: FakeClock) -> None:
+    async def fail(_ids: Ids) -> None:
+        raise RowsRefusedError({3: "too long", 4: "no parent"}, 5)
+
+    gathering = Gathering(fail)
+    for first in range(1, 7, 2):
+        gathering.send([first, first + 1])
+    gathering.send([4, 9])
+
+    async with running(gathering.heart):
+        await clock.advance(2, step=0.1)
+
+    assert gathering.heart.consumer.settled == {Kind.ACK: 2, Kind.DEAD_LETTER: 2}
+    reasons = {str(one["id"]): one[REASON] for one in gathering.heart.broker.headers(QUEUES.dead)}
+    assert reasons == {
+        "3": "2 rows refused by the database: too long: ids 3, 4",
+        "4": "1 row refused by the database: no parent: ids 4",
+    }
+
+
+async def test_of_two_starts_in_a_row_one_begins_with_the_bulk_lane(clock: FakeClock) -> None:
+    """A steady stream of single changes never stops a sweep."""
+    gathering = Gathering(chunk_size=2)
+    for one in range(1, 9):
+        gathering.send([one], QUEUES.urgent)
+    for first in (11, 21):
+        gathering.send([first, first + 1])
+
+    async with running(gathering.heart):
+        await clock.advance(4 * INTERVAL, step=0.5)
+
+    assert gathering.runs[:4] == [[1, 2], [11, 12], [3, 4], [21, 22]]
+
+
+async def test_a_message_that_expires_while_it_is_held_is_not_run(clock: FakeClock) -> None:
+    gathering = Gathering()
+    heart = gathering.heart
+    gathering.send([1])
+    async with running(heart):
+        await clock.advance(12)
+        expires = own_time() + timedelta(hours=1)
+        gathering.send([2, 3], QUEUES.bulk, expires=expires.isoformat())
+        gathering.send([3, 4])
+        await clock.advance(4)
+        assert len(heart.lanes.held) == 2
+        heart.budget.now = lambda: expires  # type: ignore[method-assign]
+        await clock.advance(INTERVAL, step=0.5)
+
+    assert [sorted(run) for run in gathering.runs] == [[1], [3, 4]]
+    assert gathering.acknowledged == ["1", "2", "3"]
+
+
+PUBLISHED_AT = own_time()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "winner"),
+    [
+        ((0, "bulk"), (1, "bulk"), "second"),
+        ((1, "bulk"), (0, "bulk"), "first"),
+        ((1, "urgent"), (0, "bulk"), "first"),
+        ((0, "urgent"), (1, "bulk"), "second"),
+        ((0, "urgent"), (0, "bulk"), "first"),
+        ((None, "urgent"), (1, "bulk"), "first"),
+        ((None, "bulk"), (0, "bulk"), "second"),
+    ],
+)
+async def test_of_two_rows_of_one_id_the_later_wins(
+    clock: FakeClock,
+    first: tuple[int | None, str],
+    second: tuple[int | None, str],
+    winner: str,
+) -> None:
+    """By the time of publication; without one, or on a tie, urgent over bulk, then their order."""
+    runs: list[list[tuple[int, str]]] = []
+
+    async def price(rows: list[tuple[int, str]]) -> None:
+        runs.append(rows)
+
+    heart = Heart(price, rate="2/m", gather_seconds=GATHER_SECONDS)
+    heart.task.needed(lambda rows: rows)
+    for name, (seconds, lane) in (("first", first), ("second", second)):
+        at = None if seconds is None else milliseconds(PUBLISHED_AT + timedelta(seconds=seconds))
+        headers: dict[str, Any] = {"id": name} | ({} if at is None else {PUBLISHED: at})
+        body = json.dumps([[[[7, name], [8 if name == "first" else 9, "x"]]], {}, None])
+        queue = QUEUES.urgent if lane == "urgent" else QUEUES.bulk
+        heart.broker.send(body.encode(), queue, **headers)
+
+    async with running(heart):
+        await clock.advance(2, step=0.1)
+
+    [run] = runs
+    assert sorted(run) == [(7, winner), (8, "x"), (9, "x")]
+    assert heart.broker.acknowledged == ["first", "second"]
+
+
+async def test_without_a_rate_what_is_there_is_one_start(clock: FakeClock) -> None:
+    gathering = Gathering(rate=None)
+    for one in range(1, 1001):
+        gathering.send([one])
+
+    async with running(gathering.heart):
+        await clock.advance(1, step=0.1)
+
+    assert gathering.runs == [list(range(1, 1001))]
+    assert gathering.reads == [], "the run finds out itself"
+
+
+@pytest.mark.parametrize("off", ["seconds", "task"])
+async def test_gathering_can_be_turned_off(clock: FakeClock, off: str) -> None:
+    gathering = Gathering(gather_seconds=0 if off == "seconds" else GATHER_SECONDS)
+    if off == "task":
+        gathering.heart.task.options = gathering.heart.task.options.__class__(gather=False)
+    gathering.send([1])
+    gathering.send([2])
+
+    async with running(gathering.heart):
+        await clock.advance(2, step=0.1)
+
+    assert gathering.runs == [[1]]
+
+
+async def test_what_a_run_sees_is_of_all_its_messages(clock: FakeClock) -> None:
+    gathering = Gathering()
+    for one, seconds in ((1, 20), (2, 30), (3, 10)):
+        at = milliseconds(own_time() - timedelta(seconds=seconds))
+        gathering.send([one], QUEUES.bulk, **{PUBLISHED: at})
+
+    async with running(gathering.heart):
+        await clock.advance(2, step=0.1)
+
+    [ctx] = gathering.contexts
+    assert ctx.messages == ("1", "2", "3")
+    assert (ctx.message_id, ctx.attempt) == ("2", 1), "the oldest's"
+    assert ctx.counts == {"ids": 3, "changed": 3}
+
+
+async def test_a_start_has_one_line_and_each_of_its_messages_one_for_debugging(
+    clock: FakeClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "aioworker.consumer")
+    gathering = Gathering(stale={1, 2, 7})
+    gathering.send([1, 2, 3])
+    gathering.send([5])
+    gathering.send([7], QUEUES.urgent)
+    gathering.send([8])
+
+    async with running(gathering.heart):
+        await clock.advance(2, step=0.1)
+
+    told = [(one.levelname, one.message, vars(one)["fields"]) for one in caplog.records]
+    lines = [(level, text) for level, text, _fields in told]
+    assert lines == [
+        ("INFO", "nothing to write"),
+        ("DEBUG", "chunk done"),
+        ("DEBUG", "chunk done"),
+        ("INFO", "start done"),
+        ("DEBUG", "chunk done"),
+        ("DEBUG", "chunk done"),
+    ]
+    unneeded, start = told[0][2], told[3][2]
+    assert (unneeded["messages"], unneeded["ids"], unneeded["needed"]) == (2, 2, 0)
+    counted = {"messages": 2, "urgent": 1, "bulk": 1, "ids": 4, "needed": 3, "changed": 3}
+    assert start.items() >= counted.items()
+    each = {fields["message_id"]: fields["changed"] for *_rest, fields in told[4:]}
+    assert each == {"7": 1, "1": 2}
+
+
+async def test_a_single_change_waits_for_nothing_if_its_start_is_due(clock: FakeClock) -> None:
+    gathering = Gathering()
+    gathering.send([1], QUEUES.urgent)
+
+    async with running(gathering.heart):
+        await clock.advance(0, step=0.1)
+
+        assert gathering.acknowledged == ["1"]
+
+
+async def test_what_may_kill_its_worker_is_noted_before_it_is_read(clock: FakeClock) -> None:
+    """It came back again and again: its `needed` may be what ends the process."""
+    gathering = Gathering(stale=set())
+    gathering.send([1])
+    gathering.send([2])
+    lanes = gathering.heart.lanes
+    for _ in range(SUSPECT_RETURNS):
+        delivery = await lanes.take()
+        assert delivery is not None
+        await delivery.give_back()
+
+    async with running(gathering.heart):
+        await clock.advance(2, step=0.1)
+
+    assert gathering.heart.budget.noted == ["1"]
+    assert gathering.reads == [[1], [2]]
+    assert "1" in gathering.heart.budget.forgotten, "it killed nobody"
+
+
+async def test_without_a_rate_a_killer_comes_back_until_rabbitmq_sets_it_aside() -> None:
+    """Nobody else counts its deaths: a copy would begin to be counted from nothing."""
+    gathering = Gathering(rate=None)
+    gathering.send([1])
+    lanes = gathering.heart.lanes
+    for _ in range(MOST_RETURNS):
+        delivery = await lanes.take()
+        assert delivery is not None
+        await delivery.give_back()
+
+    assert (await gathering.heart.serve()).kind is Kind.ACK
+
+
+async def test_a_read_that_would_end_too_late_is_not_begun(clock: FakeClock) -> None:
+    """A thousand chunks that need nothing delay a due start by one read at most."""
+    gathering = Gathering(stale={1, 2})
+    gathering.send([1])
+
+    async def slow(ids: list[int]) -> list[int]:
+        clock.now += 3
+        gathering.reads.append(ids)
+        return [one for one in ids if one in (1, 2)]
+
+    gathering.heart.task.needed(slow)
+    async with running(gathering.heart):
+        await clock.advance(5)
+        gathering.send([2])
+        for first in range(1000, 20_000, 1000):
+            gathering.send(range(first, first + 1000))
+        await clock.advance(INTERVAL, step=0.5)
+
+    assert gathering.runs == [[1], [2]]
+    assert gathering.heart.budget.moments[1] - gathering.heart.budget.moments[0] <= INTERVAL + 3
+    assert gathering.queued() != [], "the rest is for the next start"
+
+
+async def test_messages_of_one_id_are_one_row(clock: FakeClock) -> None:
+    """An id that was published a thousand times costs one write."""
+    gathering = Gathering()
+    for number in range(1000):
+        gathering.send([7], QUEUES.urgent, id=str(number))
+
+    async with running(gathering.heart):
+        await clock.advance(2, step=0.1)
+
+    assert gathering.runs == [[7]]
+    assert len(gathering.acknowledged) == 1000
+
+
+async def test_large_bodies_end_a_gathering(clock: FakeClock) -> None:
+    gathering = Gathering()
+    body = 4 * 1024 * 1024 - 100
+    for one in range(1, 8):
+        text = json.dumps([[[one]], {}, None])
+        gathering.heart.broker.send((text + " " * (body - len(text))).encode(), id=str(one))
+
+    async with running(gathering.heart):
+        await clock.advance(2, step=0.1)
+
+    assert gathering.runs == [[1, 2, 3, 4, 5]]
+
+
+async def test_a_read_of_several_that_fails_is_nobodys_yet(clock: FakeClock) -> None:
+    gathering = Gathering()
+
+    async def fails(ids: list[int]) -> list[int]:
+        if 3 in ids:
+            raise KeyError("shop")
+        return ids
+
+    gathering.heart.task.needed(fails)
+    for one in range(1, 5):
+        gathering.send([one])
+
+    async with running(gathering.heart):
+        await clock.advance(4 * INTERVAL, step=0.5)
+
+    assert gathering.heart.broker.headers(QUEUES.bulk) == []
+    [retried] = gathering.heart.broker.headers(QUEUES.retry)
+    assert (retried["id"], retried["retries"]) == ("3", 1), "its attempt counts when it is alone"
+    assert sorted(one for run in gathering.runs for one in run) == [1, 2, 4]
+
+
+async def test_rows_of_every_message_that_are_refused_may_be_the_tasks(clock: FakeClock) -> None:
+    """Nothing is set aside for them while nobody knows: a wrong schema refuses all."""
+
+    async def fail(ids: Ids) -> None:
+        raise RowsRefusedError(dict.fromkeys(ids, "too long"), 0)
+
+    gathering = Gathering(fail)
+    for one in range(1, 5):
+        gathering.send([one])
+
+    async with running(gathering.heart):
+        await clock.advance(2, step=0.1)
+
+    assert gathering.queued() == ["1", "2", "3", "4"]
+    assert gathering.queued(QUEUES.dead) == []
+
+
+def expired() -> str:
+    """Return a moment that is over."""
+    return (own_time() - timedelta(minutes=1)).isoformat()
+
+
+def slowly(gathering: Gathering, seconds: float) -> None:
+    """Have each look into the lanes take a while."""
+    take = gathering.heart.lanes.take
+
+    async def slow(*, bulk_first: bool = False) -> Any:
+        await asyncio.sleep(seconds)
+        return await take(bulk_first=bulk_first)
+
+    gathering.heart.lanes.take = slow  # type: ignore[method-assign]
+
+
+async def test_a_pause_is_seen_while_messages_keep_coming(clock: FakeClock) -> None:
+    gathering = Gathering(stale={1, 2})
+    heart = gathering.heart
+    gathering.send([1])
+    slowly(gathering, 0.01)
+    async with running(heart):
+        await clock.advance(5, step=0.1)
+        gathering.send([2])
+        for first in range(1000, 2_000_000, 1000):
+            gathering.send([first])
+        await clock.advance(6, step=0.1)
+        assert heart.lanes.held != {}
+        heart.budget.refusal = PAUSED
+        await clock.advance(3, step=0.1)
+
+        assert heart.lanes.held == {}
+        assert gathering.queued() != []
+
+
+async def test_a_read_that_fails_claims_nothing(clock: FakeClock) -> None:
+    """A message that names the same row, and was published before, is asked for all the same."""
+    gathering = Gathering()
+    failures = [DeadLetter("not this one")]
+
+    async def needed(ids: list[int]) -> list[int]:
+        if 5 in ids and failures:
+            raise failures.pop()
+        return ids
+
+    gathering.heart.task.needed(needed)
+    now = own_time()
+    gathering.send([1])
+    async with running(gathering.heart):
+        await clock.advance(5)
+        gathering.send([2])
+        await clock.advance(8)
+        for name, seconds in (("refused", 0), ("older", 5)):
+            at = milliseconds(now - timedelta(seconds=seconds))
+            gathering.send([5], QUEUES.bulk, **{"id": name, PUBLISHED: at})
+            await clock.advance(2)
+        await clock.advance(INTERVAL)
+
+    assert gathering.runs == [[1], [2, 5]]
+    assert gathering.queued(QUEUES.dead) == ["refused"]
+
+
+async def test_if_rabbitmq_takes_one_copy_not_no_other_is_tried(clock: FakeClock) -> None:
+    """Each would wait for its confirm, with the turn and all others in hand."""
+    tried = 0
+
+    async def fail(_ids: Ids) -> None:
+        raise KeyError("shop")
+
+    async def refuse(_lane: str, _message: object) -> None:
+        nonlocal tried
+        tried += 1
+        raise BrokerError("no confirm")
+
+    gathering = Gathering(fail)
+    gathering.heart.lanes.put_behind = refuse  # type: ignore[method-assign, assignment]
+    for one in range(1, 21):
+        gathering.send([one])
+
+    async with running(gathering.heart):
+        await clock.advance(2, step=0.1)
+
+    assert tried == 1
+    assert gathering.queued() == [str(one) for one in range(1, 21)], "in their order"
+
+
+async def test_a_copy_that_is_refused_ends_the_taking(clock: FakeClock) -> None:
+    gathering = Gathering(stale={9})
+    gathering.send([1])
+    gathering.heart.broker.send(b"nonsense", QUEUES.bulk, id="bad")
+    gathering.send([9])
+    gathering.heart.broker.refusal = BrokerError("alarm", unreachable=True)
+
+    async with running(gathering.heart):
+        await clock.advance(10, step=0.5)
+
+    assert gathering.heart.steps.count("copy") == 1, "the next one follows after a while"
+
+
+async def test_the_row_of_a_message_that_expired_is_another_ones(clock: FakeClock) -> None:
+    runs: list[list[tuple[int, str]]] = []
+
+    async def price(rows: list[tuple[int, str]]) -> None:
+        runs.append(rows)
+
+    heart = Heart(price, rate="2/m", gather_seconds=GATHER_SECONDS)
+    heart.task.needed(lambda rows: rows)
+    expires = own_time() + timedelta(hours=1)
+    heart.broker.send(b'[[[[0, "first"]]], {}, null]')
+    async with running(heart):
+        await clock.advance(12)
+        heart.broker.send(b'[[[[7, "older"]]], {}, null]')
+        heart.broker.send(b'[[[[7, "newer"]]], {}, null]', expires=expires.isoformat())
+        await clock.advance(4)
+        heart.budget.now = lambda: expires  # type: ignore[method-assign]
+        await clock.advance(INTERVAL, step=0.5)
+
+    assert runs == [[(0, "first")], [(7, "older")]]
+
+
+async def test_a_full_disk_is_nobodys_failure(clock: FakeClock) -> None:
+    full = [DatabaseError("no room")]
+
+    async def fail(_ids: Ids) -> None:
+        if full:
+            gathering.heart.database.no_room = full.pop()
+            raise KeyError("disk full")
+
+    gathering = Gathering(fail)
+    for one in range(1, 9):
+        gathering.send([one])
+
+    async with running(gathering.heart):
+        await clock.advance(3 * INTERVAL, step=0.5)
+
+    assert gathering.heart.budget.starts == [8, 4, 4]
+    assert gathering.heart.consumer.breaker.reason == ""
+
+
+class Strange:
+    """An id whose own code fails."""
+
+    def __hash__(self) -> int:
+        return hash(1)
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("strange")
+
+
+async def test_strange_ids_of_changed_rows_harm_nobody(clock: FakeClock) -> None:
+    async def refresh(ctx: Context, ids: list[int]) -> None:
+        ctx.changed([Strange()])
+
+    heart = Heart(refresh, rate="2/m", gather_seconds=GATHER_SECONDS)
+    heart.task.needed(lambda ids: ids)
+    for one in range(1, 4):
+        heart.broker.send(json.dumps([[[one]], {}, None]).encode(), id=str(one))
+
+    async with running(heart) as serving:
+        await clock.advance(2, step=0.1)
+        assert not serving.done()
+
+    assert heart.broker.acknowledged == ["1", "2", "3"]
+    assert heart.consumer.under_way == []
+
+
+def test_what_is_done_on_the_way_is_not_kept() -> None:
+    """A sweep of which little is stale goes by; its bodies and ids do not stay in memory."""
+    start = Start(MOST_MESSAGES, 1000)
+    ctx = Context(None, "shop")  # type: ignore[arg-type]  # asked nothing
+
+    def come(ids: Ids, needed: Ids) -> None:
+        one = Held(Delivery.of(delivered(json.dumps([ids]).encode())), ctx, [ids])
+        start.add(one)
+        start.ask([one])
+        for gone in start.need([one], needed):
+            gone.outcome = Outcome(Kind.ACK)
+        start.let_go()
+
+    come([1], [1])
+    tracemalloc.start()
+    try:
+        for first in range(1000, 301_000, 1000):
+            come(list(range(first, first + 1000)), [])
+        kept_mib = tracemalloc.get_traced_memory()[0] / 2**20
+    finally:
+        tracemalloc.stop()
+
+    assert (len(start.held), start.chunk) == (1, [1])
+    assert kept_mib < 60, "an id of each row, and when it was meant: no bodies"
