@@ -1,4 +1,4 @@
-"""The life of a start: recall, move, refuse, decode, need, charge, run, judge, settle, report.
+"""The life of a start: recall, refuse, move, decode, need, charge, run, judge, settle, report.
 
 `worker/session.py` hands over the messages of a start in its turn. Each is read as it comes; what
 needs nothing is settled at once. The others run together: one charge, one run, and then each is
@@ -171,7 +171,7 @@ class Consumer:
         one = Held(delivery, self._context([delivery]))
         start.add(one)
         try:
-            for step in (self._recall, self._move, self._refuse, self._decode):
+            for step in (self._recall, self._refuse, self._move, self._decode):
                 if one.outcome is UNDECIDED:
                     step(one)
         except BaseException as error:  # noqa: BLE001 - a user's types are asked, too
@@ -212,8 +212,8 @@ class Consumer:
         except UsageError as error:
             raise MessageRefusedError(str(error)) from error
         if self._task.takes_chunks:
-            one.ctx.counts["ids"] = len(one.args[0])
-            one.constants = repr((call.args[1:], call.kwargs))
+            one.ids = one.ctx.counts["ids"] = len(one.args[0])
+            one.constants = call.args[1:], call.kwargs
         one.expires = call.expires
         self._expire(one)
         if call.time_limit is not None and self._task.signature.coroutine:
@@ -263,10 +263,12 @@ class Consumer:
                 raise  # the worker ends: that is no failure of the messages
             await self._fail(start, came, error, lanes)
             return await self._settler.settle(start, came, lanes)
-        start.read += clock() - began
-        self._database.end_run()
+        if len(came) == 1:
+            first.read = clock() - began
         done = start.need(came, needed)
         self._decide(done, Outcome(Kind.ACK))
+        if len(done) == len(start.held):  # no run does it
+            self._database.end_run()
         return await self._settler.settle(start, done, lanes)
 
     async def _read_needed(self, first: Held, ctx: Context, asked: list[Any]) -> list[Any]:
@@ -290,11 +292,11 @@ class Consumer:
         start.runs = held = list(start.held)
         start.ended, first = 0.0, held[0]
         start.ctx = ctx = first.ctx
-        args, spent = first.args, start.read
+        args, spent = first.args, first.read
         if len(held) > 1:
             spent = 0.0  # each read had its own time
             start.ctx = ctx = self._context([one.delivery for one in held])
-            ctx.counts["ids"] = sum(one.ctx.counts["ids"] for one in held)
+            ctx.counts["ids"] = sum(one.ids for one in held)
         if self._task.takes_chunks:
             args = [start.chunk, *first.args[1:]]
         try:
@@ -429,14 +431,14 @@ class Consumer:
 
         The rows of the others are written.
         """
-        if not failure.refused or not self._task.takes_chunks:
+        if not (failure.refused and start.began and self._task.takes_chunks):
             return False
         refused = [
             {key: failure.refused[key] for key in start.own(one) if key in failure.refused}
             for one in held
         ]
-        if all(refused):
-            return False  # of every message: it may be the task
+        if all(refused) or not any(refused):
+            return False  # of every message, or of none: it may be the task
         for one, reasons in zip(held, refused, strict=True):
             if reasons:
                 own = Failure.of(RowsRefusedError(reasons, len(one.args[0]) - len(reasons)))

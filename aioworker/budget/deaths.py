@@ -146,8 +146,8 @@ class Deaths:
         noted = {one for one in mine - self._over if self._notes[one].worker}
         counted = mine - self._over - noted
         died = [one for one, note in self._notes.items() if note.worker and one not in mine]
-        self._mine.clear()
         await self._write(noted, counted, died)
+        self._mine.clear()
         for message in died:
             note = self._notes[message]
             deaths = note.deaths + (note.together == 1)

@@ -28,7 +28,6 @@ _FIELDS = frozenset(
     {
         *("time", "level", "logger", "event", "traceback"),
         *("task", "message_id", "lane", "attempt", "of", "outcome", "reason", "ran"),
-        *("messages", "urgent", "bulk", "needed"),
         *("wait_seconds", "run_seconds", "age_seconds", "retry_seconds"),
     }
 )
@@ -93,11 +92,11 @@ class Report:
             "messages": len(held),
             "urgent": urgent,
             "bulk": len(held) - urgent,
-            "ids": sum(one.ctx.counts["ids"] for one in held),
             "needed": len(start.chunk) if ran else 0,
         }
         if ran and start.ctx is not None:
             values |= _counts(start.ctx, values)
+        values["ids"] = sum(one.ids for one in held)
         values |= times
         if ages:
             values["age_seconds"] = max(ages)
@@ -141,7 +140,7 @@ class Report:
             "message_id": one.delivery.id,
             "lane": one.delivery.lane,
             "attempt": one.delivery.attempt,
-            **_counts(one.ctx, ()),
+            **_counts(one.ctx),
             **_changed(start, one),
             **times,
         }
@@ -150,9 +149,10 @@ class Report:
         return values
 
     def _times(self, start: Start, held: Sequence[Held]) -> dict[str, float]:
-        began, ended = held[0].taken, time.monotonic()
+        began = held[0].taken
         if held[0] in start.runs:
-            began, ended = start.began or began, start.ended or ended
+            began = start.began or began
+        ended = start.ended if start.ended >= began else time.monotonic()
         waited, self._idle_since = max(began - self._idle_since, 0.0), ended
         return {"wait_seconds": waited, "run_seconds": ended - began}
 
@@ -207,24 +207,23 @@ def _changed(start: Start, one: Held) -> dict[str, int]:
         return {}
 
 
-def _counts(ctx: Context, known: Collection[str]) -> dict[str, Any]:
+def _counts(ctx: Context, taken: Collection[str] = ()) -> dict[str, Any]:
     """Return what a task counted, as plain values: its keys and numbers may be any objects.
 
     Args:
         ctx: The run's context.
-        known: What the line has already.
+        taken: Names that its line has for something else.
     """
     try:
-        found = {_counted(name): _plain(value) for name, value in list(ctx.counts.items())}
-        return {name: value for name, value in found.items() if name not in known}
+        return {_counted(name, taken): _plain(value) for name, value in list(ctx.counts.items())}
     except BaseException as error:  # noqa: BLE001 - of a user's code, run by looking at it
         return {"counts": f"cannot be told: their own code raises {name_of(error)}"}
 
 
-def _counted(name: object) -> str:
+def _counted(name: object, taken: Collection[str]) -> str:
     """Return what a task's count is called in the log line: it may not take a name of ours."""
     plain = str(_plain(name))
-    return f"counts.{plain}" if plain in _FIELDS else plain
+    return f"counts.{plain}" if plain in _FIELDS or plain in taken else plain
 
 
 def _plain(value: object) -> str | int | float | None:

@@ -83,18 +83,24 @@ class Settler:
     async def _each(
         self, start: Start, decided: Sequence[Held], lanes: Lanes
     ) -> BrokerError | None:
-        """Settle one after the other; return why one could not be, None if all are."""
+        """Settle one after the other; return why one could not be, None if all are.
+
+        Behind one that could not be, nothing is asked of RabbitMQ: it delivers all of them again.
+        """
         refusal: BrokerError | None = None
         lost: BrokerError | None = None
         for one in decided:
-            if lost is None:
-                refusal = await self._copy(one, lanes, refusal)
+            if lost is not None:
+                self._leave(start, one, lost, over=one.outcome.kind is Kind.ACK)
+                continue
+            start.may_take(one.delivery.timeout)  # for each: the watchdog hears of every step
+            refusal = await self._copy(one, lanes, refusal)
             if one.outcome.kind is not Kind.RELEASED:
-                lost = await self._answer(start, one) or lost
+                lost = await self._answer(start, one)
         # RabbitMQ puts what is given back before all others: the first of them comes last.
         for one in reversed(decided):
-            if one.outcome.kind is Kind.RELEASED:
-                lost = await self._answer(start, one) or lost
+            if one.outcome.kind is Kind.RELEASED and lost is None:
+                lost = await self._answer(start, one)
         return lost
 
     async def _copy(
@@ -151,15 +157,20 @@ class Settler:
             )
 
     async def _answer(self, start: Start, one: Held) -> BrokerError | None:
-        """Give a message back, or acknowledge it; if that fails, its end is remembered."""
+        """Give a message back, or acknowledge it; return why that could not be done."""
         try:
             if one.outcome.kind is Kind.RELEASED:
                 await one.delivery.give_back()
             else:
                 await one.delivery.acknowledge()
         except BrokerError as error:
-            self._ends.remember(one.delivery, one.outcome)
-            self._report.unsettled(start, one, error)
+            self._leave(start, one, error, over=True)
             return error
         one.settled = True
         return None
+
+    def _leave(self, start: Start, one: Held, error: BrokerError, *, over: bool) -> None:
+        """Leave a message to RabbitMQ; one that is over but for its answer is remembered."""
+        if over:
+            self._ends.remember(one.delivery, one.outcome)
+        self._report.unsettled(start, one, error)

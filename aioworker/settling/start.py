@@ -54,10 +54,12 @@ class Held:
         ctx: What a run of it alone gets; its log line counts what that counts.
         args: The positional arguments as the task's function gets them, once they are checked.
         kwargs: Its keyword arguments, likewise.
-        constants: What is passed behind a chunk, to be compared with that of other messages.
+        ids: How many ids or rows it names.
+        constants: What is passed behind them, as JSON has it.
         seconds: How long its publisher lets it run; None leaves that to the worker.
         most: With how many it may run at most, itself among them.
         expires: When it is too late to begin; None for never.
+        read: Seconds that were spent in asking what of it, and of nothing else, needs writing.
         taken: When it was taken, by the monotonic clock.
         again: Whether its run had ended before, and could not be settled then.
         failure: What went wrong, if something did.
@@ -69,10 +71,12 @@ class Held:
     ctx: Context
     args: list[Any] = field(default_factory=list)
     kwargs: dict[str, Any] = field(default_factory=dict)
-    constants: str = ""
+    ids: int = 0
+    constants: tuple[list[Any], dict[str, Any]] = field(default_factory=lambda: ([], {}))
     seconds: float | None = None
     most: int = MOST_MESSAGES
     expires: datetime | None = None
+    read: float = 0.0
     taken: float = field(default_factory=time.monotonic)
     again: bool = False
     failure: Failure | None = None
@@ -81,8 +85,8 @@ class Held:
 
     @property
     def gone(self) -> bool:
-        """Whether it is settled, and no more in its lane as it was."""
-        return self.settled and self.outcome.kind is not Kind.RELEASED
+        """Whether it is settled, and does not come again as it was."""
+        return self.settled and self.outcome.kind not in (Kind.RELEASED, Kind.MOVED)
 
     @property
     def rank(self) -> Rank:
@@ -105,7 +109,6 @@ class Start:
         ctx: What their run gets.
         limit: Ends the step that is on when its time is up.
         seconds: How long that may take.
-        read: Seconds that it has spent in asking what is to be written.
         began: When its run began.
         ended: When its last step ended.
         cut_off: Whether that ended because its time was up.
@@ -119,7 +122,6 @@ class Start:
     ctx: Context | None = None
     limit: asyncio.Timeout = field(default_factory=lambda: asyncio.Timeout(None))
     seconds: float = 0.0
-    read: float = 0.0
     began: float = 0.0
     ended: float = 0.0
     cut_off: bool = False
@@ -165,7 +167,9 @@ class Start:
     def fits(self, one: Held) -> bool:
         """Whether a message that it took last may run with the others."""
         first = self.held[0]
-        return one is first or (len(self.held) <= one.most and one.constants == first.constants)
+        # As text: to Python 1, 1.0 and True are equal.
+        alike = repr(one.constants) == repr(first.constants)
+        return one is first or (len(self.held) <= one.most and alike)
 
     # What is to be written: of two rows of one id the later wins.
 
@@ -181,6 +185,9 @@ class Start:
             rank = one.rank
             for entry in one.args[0]:
                 key = id_of(entry)
+                if key is entry:  # what is right for an id alone may have changed since it was read
+                    self._asked.setdefault(key, (rank, one))
+                    continue
                 rank_before, owner = self._asked.get(key, (self._ranks.get(key), None))
                 if owner is not one and (rank_before is None or rank.follows(rank_before)):
                     self._asked[key] = rank, one

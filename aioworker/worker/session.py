@@ -363,6 +363,8 @@ class Session:
             took, outcome = took or came, settled or outcome
             if settled is not None and settled.uncounted:
                 await self._let_go(start, settled.reason)
+            elif came and self._lost_database:
+                await self._let_go(start, "the connection to the database is lost")
             elif self._gathers and self._stop.is_set():
                 await self._let_go(start, "the worker ends")
             elif self._gathers and self._time() >= look_at:
@@ -437,7 +439,7 @@ class Session:
                 break
             came, settled = True, await consumer.open(start, delivery, self._lanes)
             if settled is not None:
-                if settled.kind is Kind.MOVED:
+                if settled.kind is Kind.MOVED and settled.away is None:
                     settled = None  # nothing has failed
                 elif settled.uncounted:
                     return came, settled
@@ -452,7 +454,7 @@ class Session:
                 break
             start.most = min(start.most, one.most)
             unread.append(one)
-            ids += one.ctx.counts["ids"]
+            ids += one.ids
         if unread:
             began = self._time()
             await self._worker.budget.rest(resting=False)
@@ -473,6 +475,8 @@ class Session:
         if self._stop.is_set():
             return None
         delivery = await self._lanes.take(bulk_first=first and self._bulk_next)
+        if first:
+            self._bulk_next = False  # what needs nothing spends no start: an urgent one goes next
         self._took = delivery is not None
         if delivery is not None:
             self._worker.recovery.stall.end()
@@ -485,12 +489,15 @@ class Session:
         Under a rate it ends with a start; what needs no start goes beside it, free.
         """
         worker = self._worker
-        # A connection that was lost held the turn: the next message would fail for nothing.
-        lost = worker.needs_database and not worker.database.is_open
         started = worker.budget.limited and worker.consumer.starts > starts
         # After a while a pause is looked for, though nothing needs a start.
         uncounted = outcome is not None and outcome.uncounted
-        return started or uncounted or lost or self._time() >= until
+        return started or uncounted or self._lost_database or self._time() >= until
+
+    @property
+    def _lost_database(self) -> bool:
+        """Whether the connection is lost that held the turn: a message would fail for nothing."""
+        return self._worker.needs_database and not self._worker.database.is_open
 
     async def _take_several(self) -> tuple[list[Wait], Outcome | None]:
         """Take messages as RabbitMQ sends them, several at once, until none comes any more.

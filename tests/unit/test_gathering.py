@@ -21,6 +21,7 @@ from aioworker.errors import (
     DeadLetter,
     Retry,
     RowsRefusedError,
+    TurnLostError,
 )
 from aioworker.limits import Wait
 from aioworker.rabbitmq.delivery import SUSPECT_RETURNS, Delivery
@@ -913,3 +914,213 @@ def test_what_is_done_on_the_way_is_not_kept() -> None:
 
     assert (len(start.held), start.chunk) == (1, [1])
     assert kept_mib < 60, "an id of each row, and when it was meant: no bodies"
+
+
+async def test_a_change_that_came_behind_a_read_is_read_again(clock: FakeClock) -> None:
+    """Of an id alone nothing is known but that somebody asks: the later change is in the row."""
+    gathering = Gathering(stale={1, 100})
+    stale = gathering.stale
+    assert stale is not None
+    gathering.send([100])
+    async with running(gathering.heart):
+        await clock.advance(12)
+        gathering.send([1])
+        gathering.send([5], QUEUES.urgent, id="before")
+        await clock.advance(3, step=0.5)
+        assert "before" in gathering.acknowledged, "it needs nothing"
+        stale.add(5)
+        gathering.send([5], QUEUES.bulk, id="behind")
+        await clock.advance(INTERVAL, step=0.5)
+
+    assert gathering.runs == [[100], [1, 5]]
+
+
+def failing_at(heart: Heart, step: str, number: int) -> None:
+    """Have one answer to RabbitMQ fail: the step that comes as this number."""
+    seen = 0
+
+    def at(name: str) -> None:
+        nonlocal seen
+        heart.steps.append(name)
+        seen += name == step
+        if name == step and seen == number:
+            raise BrokerError("no answer in time")
+
+    heart.lanes._at = at
+
+
+async def test_behind_an_answer_that_fails_nothing_is_acknowledged(clock: FakeClock) -> None:
+    """Not without its copy; nor is each of a thousand answers waited for."""
+
+    async def fail(_ids: Ids) -> None:
+        raise KeyError("shop")
+
+    gathering = Gathering(fail)
+    failing_at(gathering.heart, "acknowledge", 2)
+    for one in range(1, 5):
+        gathering.send([one])
+
+    async with running(gathering.heart) as serving:
+        await clock.advance(1, step=0.1)
+        assert isinstance(serving.exception(), BrokerError)
+
+    assert gathering.heart.settled == ["copy", "acknowledge", "copy", "acknowledge"]
+    assert gathering.acknowledged == ["1"]
+    assert gathering.heart.consumer.under_way == []
+
+
+@pytest.mark.parametrize("where", ["run", "read"])
+async def test_refused_rows_that_nobody_named_are_nobodys(clock: FakeClock, where: str) -> None:
+    async def fail(_ids: Ids) -> None:
+        raise RowsRefusedError({9999 if where == "run" else 1: "no"}, 0)
+
+    async def needed(ids: list[int]) -> list[int]:
+        if where == "read":
+            await fail(ids)
+        return ids
+
+    gathering = Gathering(fail)
+    gathering.heart.task.needed(needed)
+    gathering.send([1])
+    gathering.send([2])
+
+    async with running(gathering.heart):
+        await clock.advance(0, step=0.1)
+
+    assert Kind.ACK not in gathering.heart.consumer.settled
+    assert gathering.heart.consumer.settled[Kind.MOVED] == 2
+
+
+async def test_what_is_moved_unrun_keeps_its_deaths() -> None:
+    gathering = Gathering()
+    gathering.send([1])
+    for _ in range(MOST_RETURNS):
+        delivery = await gathering.heart.lanes.take()
+        assert delivery is not None
+        await delivery.give_back()
+    gathering.heart.budget.died["1"] = 4
+
+    assert (await gathering.heart.serve()).kind is Kind.MOVED
+
+    assert gathering.heart.budget.died == {"1": 4}
+
+
+async def test_the_time_of_other_messages_reads_is_not_that_of_a_run(clock: FakeClock) -> None:
+    gathering = Gathering(task_timeout=5)
+
+    async def needed(ids: list[int]) -> list[int]:
+        await asyncio.sleep(1)
+        return [one for one in ids if one < 10]
+
+    gathering.heart.task.needed(needed)
+    gathering.send([1])
+    async with running(gathering.heart):
+        await clock.advance(8, step=0.5)
+        gathering.send([2])
+        for one in range(10, 20):
+            await clock.advance(2, step=0.5)
+            gathering.send([one])
+        await clock.advance(10, step=0.5)
+
+    assert gathering.runs == [[1], [2]]
+    assert gathering.queued(QUEUES.retry) == []
+
+
+async def test_a_read_that_loses_the_connection_costs_no_other_message_anything(
+    clock: FakeClock,
+) -> None:
+    gathering = Gathering()
+    heart = gathering.heart
+    check = heart.budget.check
+
+    async def reconnect(contenders: int = 0) -> Wait | None:
+        await heart.database.ready()
+        return await check(contenders)
+
+    async def needed(ids: list[int]) -> list[int]:
+        if 2 in ids:
+            heart.database.close()
+            raise KeyError("it has killed its session")
+        if not heart.database.is_open:
+            raise TurnLostError("the connection was lost in a run")
+        return ids
+
+    heart.budget.check = reconnect  # type: ignore[method-assign]
+    heart.task.needed(needed)
+    gathering.send([100])
+    async with running(heart):
+        await clock.advance(12)
+        gathering.send([1])
+        await clock.advance(2)
+        gathering.send([2])
+        gathering.send([3], QUEUES.bulk, **{REASON: "it failed", "retries": 0})
+        await clock.advance(2 * INTERVAL, step=0.5)
+
+    assert gathering.queued(QUEUES.retry) == ["2"]
+    assert sorted(one for run in gathering.runs for one in run) == [1, 3, 100]
+
+
+async def test_an_urgent_message_waits_behind_no_sweep_that_needs_nothing(
+    clock: FakeClock,
+) -> None:
+    gathering = Gathering(stale={7, 8})
+
+    async def needed(ids: list[int]) -> list[int]:
+        await asyncio.sleep(0.3)
+        return [one for one in ids if one in (7, 8)]
+
+    gathering.heart.task.needed(needed)
+    gathering.send([7], QUEUES.urgent)
+    async with running(gathering.heart):
+        await clock.advance(3, step=0.1)
+        for first in range(10_000, 510_000, 1000):
+            gathering.send(range(first, first + 1000))
+        gathering.send([8], QUEUES.urgent)
+        await clock.advance(INTERVAL, step=0.1)
+
+    assert gathering.runs == [[7], [8]]
+
+
+async def test_a_worker_that_settles_many_messages_is_seen_to_progress(clock: FakeClock) -> None:
+    """Each copy is confirmed, which may take a while."""
+
+    async def fail(_ids: Ids) -> None:
+        raise KeyError("shop")
+
+    gathering = Gathering(fail)
+    lanes = gathering.heart.lanes
+    put_behind = lanes.put_behind
+
+    async def slowly_behind(lane: str, message: Any) -> None:
+        await asyncio.sleep(0.2)
+        await put_behind(lane, message)
+
+    lanes.put_behind = slowly_behind  # type: ignore[method-assign]
+    for one in range(1, 1001):
+        gathering.send([one])
+
+    async with running(gathering.heart):
+        for _ in range(200):
+            await clock.advance(1, step=0.1)
+            assert gathering.heart.worker.progresses, f"at {clock.now} s"
+
+
+async def test_whatever_a_task_counts_harms_no_start(
+    clock: FakeClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "aioworker.consumer")
+
+    async def refresh(ctx: Context, ids: list[int]) -> None:
+        dict.update(ctx.counts, {"ids": "many", "messages": 3})
+
+    heart = Heart(refresh, rate="2/m", gather_seconds=GATHER_SECONDS)
+    heart.task.needed(lambda ids: ids)
+    for one in range(1, 3):
+        heart.broker.send(json.dumps([[[one]], {}, None]).encode(), id=str(one))
+
+    async with running(heart) as serving:
+        await clock.advance(2, step=0.1)
+        assert not serving.done()
+
+    fields = vars(caplog.records[-1])["fields"]
+    assert (fields["messages"], fields["counts.messages"], fields["ids"]) == (2, 3, 2)
