@@ -52,9 +52,11 @@ _FIND = f"""SELECT paused, gap_us, TIMESTAMPDIFF(MICROSECOND, {_STARTED}, SYSDAT
     starts, holder, paused_by, paused_at, paused_why, set_by, set_at, set_why,
     TIMESTAMPDIFF(MICROSECOND, {CHARGED}, SYSDATE(6)),
     TIMESTAMPDIFF(MICROSECOND, {WROTE}, SYSDATE(6)),
-    EXISTS (SELECT 1 FROM aioworker_run WHERE task = %(task)s AND worker IS NOT NULL),
-    running, deaths, SYSDATE(6), {_ONLY_READS}
-FROM aioworker_budget WHERE task = %(task)s"""
+    runs_now IS NOT NULL, running, deaths, SYSDATE(6), {_ONLY_READS}
+FROM aioworker_budget LEFT JOIN (
+    SELECT DISTINCT task AS runs_now FROM aioworker_run WHERE worker IS NOT NULL
+) AS run ON runs_now = task
+WHERE task = %(task)s"""
 
 NOTES = """SELECT message, together, most, deaths, worker FROM aioworker_run
 WHERE task = %(task)s"""
@@ -178,6 +180,8 @@ def explaining(database: Database) -> Iterator[None]:
             words = f"{errors.describe(error).partition(';')[0]} at {database.address.shown}"
             if errors.code(error) == ER.NO_SUCH_TABLE:
                 cure = f"run `{command('init')}`, or set AIOWORKER_BUDGET=worker"
+                if "aioworker_run" in words:  # the newest of them
+                    cure = f"the tables are {older()}"
                 raise DatabaseError(f"{words}: {cure}") from error
             if errors.code(error) == ER.BAD_FIELD_ERROR:
                 raise DatabaseError(f"{words}: the table is {older()}") from error

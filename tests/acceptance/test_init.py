@@ -272,6 +272,8 @@ async def test_with_exactly_the_printed_privileges_everything_works(
                 "GRANT SELECT ON `aioworker`.`files` TO `worker`@`%`",
                 "GRANT SELECT ON `aioworker`.`versions` TO `worker`@`%`",
                 "GRANT SELECT, INSERT, UPDATE ON `aioworker`.`aioworker_budget` TO `worker`@`%`",
+                "GRANT SELECT, INSERT, UPDATE, DELETE ON `aioworker`.`aioworker_run`"
+                " TO `worker`@`%`",
                 "GRANT SELECT, INSERT, UPDATE, DELETE ON `aioworker`.`aioworker_worker`"
                 " TO `worker`@`%`",
                 "GRANT SELECT, UPDATE (`current_version`) ON `aioworker`.`addons` TO `worker`@`%`",

@@ -115,6 +115,7 @@ def test_what_init_would_change_is_printed_and_not_done(
     assert [one.split()[:3] for one in statements if one.strip()] == [
         ["ALTER", "TABLE", "aioworker_budget"],
         ["ALTER", "TABLE", "aioworker_worker"],
+        ["CREATE", "TABLE", "IF"],
     ]
     assert rows(older, "SHOW COLUMNS FROM aioworker_budget LIKE 'deaths'") == []
 
@@ -141,6 +142,7 @@ def test_init_prints_the_grants_that_a_worker_lacks(
     wanted = [
         "GRANT UPDATE ON `aioworker`.`aioworker_budget` TO 'o''neil'@'%';",
         "GRANT DELETE ON `aioworker`.`aioworker_worker` TO 'o''neil'@'%';",
+        "GRANT SELECT, INSERT, UPDATE, DELETE ON `aioworker`.`aioworker_run` TO 'o''neil'@'%';",
     ]
 
     printed = run("init", "--print").stdout
@@ -149,7 +151,7 @@ def test_init_prints_the_grants_that_a_worker_lacks(
     after = run("init").stdout
 
     execute(shop, "DROP USER 'o''neil', reader, whole")
-    assert printed.partition("users lack that work already\n")[2].splitlines()[:3] == [*wanted, ""]
+    assert printed.partition("users lack that work already\n")[2].splitlines()[:4] == [*wanted, ""]
     assert [line for line in done.splitlines() if "lacking" in line] == [
         f"lacking: {grant}" for grant in wanted
     ]
@@ -168,19 +170,22 @@ def test_init_prints_the_grants_that_a_worker_with_rights_on_all_tables_lacks(
         f"GRANT SELECT, INSERT, UPDATE, DELETE ON {on} TO whole",
         f"GRANT SELECT ON {on} TO reader",
     )
-    wanted = "GRANT DELETE ON `aioworker`.`aioworker_worker` TO 'most'@'%';"
+    wanted = [
+        f"GRANT DELETE ON `aioworker`.`aioworker_{table}` TO 'most'@'%';"
+        for table in ("worker", "run")
+    ]
 
     try:
         printed = run("init", "--print").stdout
         done = run("init").stdout
-        execute(shop, wanted)
+        execute(shop, *wanted)
         after = run("init").stdout
     finally:
         execute(shop, "DROP USER most, whole, reader")
 
-    assert printed.partition("users lack that work already\n")[2].splitlines()[:2] == [wanted, ""]
+    assert printed.partition("users lack that work already\n")[2].splitlines()[:3] == [*wanted, ""]
     lacking = [line for line in done.splitlines() if "lacking" in line]
-    assert lacking == [f"lacking: {wanted}"]
+    assert lacking == [f"lacking: {grant}" for grant in wanted]
     assert "lacking" not in after
 
 
