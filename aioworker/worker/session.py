@@ -359,11 +359,12 @@ class Session:
             due_at = self._due_at()
             # If it is due already, what lies in the lanes is taken, but not for long.
             until = max(due_at, began + self._spare)
+            had_turn = self._worker.budget.limited and not self._lost_database
             came, settled = await self._take_some(start, until, look_at)
             took, outcome = took or came, settled or outcome
             if settled is not None and settled.uncounted:
                 await self._let_go(start, settled.reason)
-            elif came and self._lost_database:
+            elif had_turn and self._lost_database:
                 await self._let_go(start, "the connection to the database is lost")
             elif self._gathers and self._stop.is_set():
                 await self._let_go(start, "the worker ends")

@@ -828,3 +828,22 @@ async def test_what_is_told_of_a_chunk_is_its_own(
     fields = vars(caplog.records[-1])["fields"]
     assert (fields["message_id"], fields["ids"], fields["missing"]) == ("good", 3, 7)
     assert fields["run_seconds"] >= 0
+
+
+async def test_a_run_that_spoiled_its_connection_sends_no_other_message_back(
+    clock: FakeClock,
+) -> None:
+    """Without a rate no turn is lost with it: the next run opens another."""
+
+    async def spoil(ctx: Context) -> None:
+        heart.database.close()
+
+    heart = Heart(spoil)
+    for number in range(3):
+        heart.broker.send(id=str(number))
+
+    async with running(heart):
+        await clock.advance(5, step=0.5)
+
+    assert heart.broker.acknowledged == ["0", "1", "2"]
+    assert heart.settled == ["acknowledge"] * 3
