@@ -100,10 +100,8 @@ def assert_each_done_once(place: Place, chunks: int, *, killed_anywhere: bool = 
         killed_anywhere: Whether workers were killed at any moment. One that dies between the
             acknowledgement and the end of its note leaves a death of a message that is gone.
     """
-    notes = "SELECT running, IF(%s, NULL, deaths) FROM aioworker_budget"
+    notes = "SELECT message FROM aioworker_run WHERE worker IS NOT NULL OR NOT %s"
     eventually(lambda: place.done() == chunks, "all is done")
     eventually(lambda: place.queued() == NOTHING, "all is settled")
-    eventually(
-        lambda: rows(place.shop, notes, killed_anywhere) == [(None, None)], "no run is noted"
-    )
+    eventually(lambda: rows(place.shop, notes, killed_anywhere) == [], "no run is noted")
     assert sorted(place.written()) == list(range(1, chunks + 1))

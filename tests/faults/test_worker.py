@@ -48,9 +48,12 @@ TASK_TIMEOUT = 5
 SHORTLY = 10  # seconds, of a busy machine
 QUICKLY = {"AIOWORKER_TASK_TIMEOUT": str(TASK_TIMEOUT), "AIOWORKER_CONNECT_TIMEOUT": "2"}
 NOTED = (
-    "CREATE TABLE noted (charge DECIMAL(18, 6), wrote DECIMAL(18, 6), starts BIGINT, deaths TEXT)",
+    "CREATE TABLE noted (charge DECIMAL(18, 6), wrote DECIMAL(18, 6), starts BIGINT)",
     "CREATE TRIGGER noted AFTER UPDATE ON aioworker_budget FOR EACH ROW INSERT INTO noted VALUES"
-    " (UNIX_TIMESTAMP(NEW.last_charge), UNIX_TIMESTAMP(NEW.last_write), NEW.starts, NEW.deaths)",
+    " (UNIX_TIMESTAMP(NEW.last_charge), UNIX_TIMESTAMP(NEW.last_write), NEW.starts)",
+    "CREATE TABLE counted (deaths INT)",
+    "CREATE TRIGGER counted AFTER UPDATE ON aioworker_run FOR EACH ROW INSERT INTO counted"
+    " SELECT NEW.deaths FROM DUAL WHERE NEW.deaths > OLD.deaths",
 )
 BEFORE_ALL = 1_000_000_000  # when a row that init made says that something was written
 
@@ -63,10 +66,9 @@ def gaps(place: Place, what: str) -> list[float]:
     return [float(later - earlier) for [earlier], [later] in pairwise(rows(place.shop, noted))]
 
 
-def deaths(place: Place) -> list[list[int]]:
-    """Return what was counted, whenever it changed: deaths for each message."""
-    found = rows(place.shop, "SELECT DISTINCT deaths FROM noted WHERE deaths IS NOT NULL")
-    return [list(json.loads(row[0]).values()) for row in found]
+def deaths(place: Place) -> list[int]:
+    """Return what was counted, each time: the deaths of a message."""
+    return [count for [count] in rows(place.shop, "SELECT deaths FROM counted")]
 
 
 # At any moment.
@@ -78,7 +80,7 @@ class Moment(NamedTuple):
     Args:
         reach: Bring the worker there, with a chunk that begins with add-on 1.
         charged: The starts in all, where it dies there.
-        ran: Whether its message was running, as the budget's row notes it.
+        ran: Whether its message was running, as it is noted.
         add_ons: How many there are.
     """
 
@@ -102,8 +104,8 @@ def between_its_transactions(place: Place, network: Proxy) -> None:
 def after_its_commit(place: Place, network: Proxy) -> None:
     """All is done but for the acknowledgement, which is under way."""
     hold(place, network, BASIC_ACK)
-    note = "SELECT running FROM aioworker_budget"
-    eventually(lambda: rows(place.shop, note) == [(None,)], "its end is noted")
+    note = "SELECT message FROM aioworker_run"
+    eventually(lambda: rows(place.shop, note) == [], "its end is noted")
 
 
 MANY = 150
@@ -148,7 +150,7 @@ def die(moment: Moment, private: servers.Servers, make: MakePlace) -> None:
 
         assert_each_done_once(place, moment.add_ons)
         assert place.charged() == moment.charged
-        assert deaths(place) == [[1]] * moment.ran
+        assert deaths(place) == [1] * moment.ran
         charges, writes = gaps(place, "charge"), gaps(place, "wrote")
         assert len(charges) == moment.charged - 1
         assert min(charges) >= LEAST_GAP, charges
