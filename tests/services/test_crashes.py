@@ -320,7 +320,8 @@ async def test_who_may_not_note_what_runs_starts_nothing(
     database = database_name(pair)
     execute(
         shop,
-        "CREATE OR REPLACE USER noter@'127.0.0.1'",
+        "DROP USER IF EXISTS noter@'127.0.0.1'",
+        "CREATE USER noter@'127.0.0.1'",
         f"GRANT SELECT, UPDATE ON {database}.aioworker_budget TO noter@'127.0.0.1'",
         f"GRANT {rights} ON {database}.aioworker_run TO noter@'127.0.0.1'",
     )
