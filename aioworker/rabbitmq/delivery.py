@@ -83,6 +83,15 @@ class Delivery(NamedTuple):
         """
         return self.retried or self.returns >= SUSPECT_RETURNS
 
+    def repeats(self, other: Delivery) -> bool:
+        """Whether RabbitMQ delivers the same again as in another delivery."""
+        message, before = self.message, other.message
+        return (
+            bool(message.redelivered)
+            and (self.key, self.attempt) == (other.key, other.attempt)
+            and message.body == before.body
+        )
+
     async def acknowledge(self) -> None:
         """Let RabbitMQ forget the message: all that it asked for is done, or a copy is confirmed.
 

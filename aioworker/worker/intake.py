@@ -25,7 +25,7 @@ class Intake:
 
     Attributes:
         served: How many were served.
-        running: Those that are being served.
+        running: Those that are being served, by the asyncio tasks that do.
         ended: Set when no more are to be served: one was given back or put off uncounted, or
             could not be settled.
         failure: What the last one that was given back or put off came to.
@@ -35,7 +35,7 @@ class Intake:
         self, serve: Callable[[Delivery], Coroutine[None, None, Outcome]], first: Delivery
     ) -> None:
         self.served = 0
-        self.running: set[asyncio.Task[Outcome]] = set()
+        self.running: dict[asyncio.Task[Outcome | None], Delivery] = {}
         self.ended = asyncio.Event()
         self.failure: Outcome | None = None
         self._serve = serve
@@ -79,20 +79,35 @@ class Intake:
 
     def _begin(self, delivery: Delivery) -> None:
         self._moved_at = self._time()
-        running = asyncio.create_task(self._serve(delivery))
-        self.running.add(running)
+        runs = [run for run, one in self.running.items() if delivery.repeats(one)]
+        running = asyncio.create_task(self._serve_behind(runs, delivery))
+        self.running[running] = delivery
         running.add_done_callback(self._end)
 
-    def _end(self, ended: asyncio.Task[Outcome]) -> None:
+    async def _serve_behind(
+        self, runs: list[asyncio.Task[Outcome | None]], delivery: Delivery
+    ) -> Outcome | None:
+        """Serve a delivery, but not beside earlier runs of the same message.
+
+        RabbitMQ may deliver a message again before it tells that the channel is closed by which
+        its run was to be settled. If the run's end is the end of all, the message goes back.
+        """
+        if runs:
+            await asyncio.wait(runs)
+            if self.ended.is_set():
+                return None
+        return await self._serve(delivery)
+
+    def _end(self, ended: asyncio.Task[Outcome | None]) -> None:
         self._moved_at = self._time()
-        self.running.discard(ended)
+        del self.running[ended]
         if ended.cancelled():
             return
         if (error := ended.exception()) is not None:
             self._error = self._error or error
             self.ended.set()
-            return
-        self.served += 1
-        if (outcome := ended.result()).uncounted:
-            self.failure = outcome
-            self.ended.set()
+        elif (outcome := ended.result()) is not None:
+            self.served += 1
+            if outcome.uncounted:
+                self.failure = outcome
+                self.ended.set()
