@@ -30,8 +30,9 @@ from aioworker.reasons import Reason, ReasonKind
 from aioworker.settling.breaker import STREAK, Breaker, Failed
 from aioworker.settling.ended_runs import EndedRuns
 from aioworker.settling.failure import Failure, Fault
-from aioworker.settling.outcome import UNDECIDED, Kind, Outcome
+from aioworker.settling.outcome import DONE, UNDECIDED, Kind, Outcome
 from aioworker.settling.report import Report
+from aioworker.settling.rows import Ids, Rows
 from aioworker.settling.settler import MOST_RETURNS, Settler
 from aioworker.settling.start import MOST_MESSAGES, Held, Start
 from aioworker.tasks.chunk import CHUNK_LIMIT
@@ -136,7 +137,8 @@ class Consumer:
         Args:
             most: How many messages it may hold.
         """
-        start = Start(most, self._chunk_size)
+        rows = Ids() if self._task.signature.takes_ids else Rows()
+        start = Start(rows, most, self._chunk_size)
         self.under_way.append(start)
         try:
             yield start
@@ -145,19 +147,27 @@ class Consumer:
             raise
         self.under_way.remove(start)
 
-    def _context(self, deliveries: Sequence[Delivery]) -> Context:
-        """Return what a run of messages gets; it goes by the one that was published first."""
-        now = self._budget.now()
-        oldest = min(deliveries, key=lambda one: one.published or now)
-        ctx = Context(
-            self._database,
-            self._task.name,
-            oldest.id,
-            oldest.attempt,
-            messages=tuple(one.id for one in deliveries),
-        )
+    def _context(self, oldest: Delivery, messages: tuple[str, ...]) -> Context:
+        """Return what a run of messages gets.
+
+        Args:
+            oldest: The one that was published first.
+            messages: The ids of all.
+        """
+        ctx = Context(self._database, self._task.name, oldest.id, oldest.attempt, messages=messages)
         if self._task.takes_chunks:
             ctx.counts["ids"] = 0
+        return ctx
+
+    def _context_of(self, held: Sequence[Held]) -> Context:
+        """Return what a run of held messages gets."""
+        if len(held) == 1:
+            return held[0].ctx
+        now = self._budget.now()
+        deliveries = [one.delivery for one in held]
+        oldest = min(deliveries, key=lambda one: one.published or now)
+        ctx = self._context(oldest, tuple(one.id for one in deliveries))
+        ctx.counts["ids"] = sum(one.ids for one in held)
         return ctx
 
     # 1. Each message, as it comes.
@@ -168,7 +178,7 @@ class Consumer:
         Raises:
             BrokerError: It could not be settled.
         """
-        one = Held(delivery, self._context([delivery]))
+        one = Held(delivery, self._context(delivery, (delivery.id,)))
         start.add(one)
         try:
             for step in (self._recall, self._refuse, self._move, self._decode):
@@ -176,6 +186,8 @@ class Consumer:
                     step(one)
         except BaseException as error:  # noqa: BLE001 - a user's types are asked, too
             await self._fail(start, [one], error, lanes)
+        if one.outcome is UNDECIDED:
+            return None
         return await self._settler.settle(start, [one], lanes)
 
     def _recall(self, one: Held) -> None:
@@ -223,12 +235,16 @@ class Consumer:
         alone = one.seconds is not None or one.delivery.suspect
         one.most = 1 if alone else min(filter(None, together), default=MOST_MESSAGES)
 
-    def _expire(self, one: Held) -> None:
-        """A message that has expired is done, unrun."""
-        late = (self._budget.now() - one.expires).total_seconds() if one.expires else -1.0
-        if late >= 0:
-            one.ctx.counts["expired"] = 1
-            one.outcome = Outcome(Kind.ACK, f"expired {duration(late)} ago, at {one.expires}")
+    def _expire(self, one: Held) -> bool:
+        """A message that has expired is done, unrun; return whether it has."""
+        if one.expires is None:
+            return False
+        late = (self._budget.now() - one.expires).total_seconds()
+        if late < 0:
+            return False
+        one.ctx.counts["expired"] = 1
+        one.outcome = Outcome(Kind.ACK, f"expired {duration(late)} ago, at {one.expires}")
+        return True
 
     # 2. What of several is to be written.
 
@@ -250,11 +266,10 @@ class Consumer:
             return None
         clock = asyncio.get_running_loop().time
         came, began = list(came), clock()
-        first = came[0]
-        ctx = first.ctx if len(came) == 1 else self._context([one.delivery for one in came])
+        first, ctx = came[0], self._context_of(came)
         try:
             async with start.may_take(first.seconds or self._task_timeout):
-                needed = asked = start.ask(came)
+                needed = asked = start.rows.ask(came)
                 # Without a rate there is nothing to save: the run finds out itself.
                 if self._budget.limited and asked:
                     needed = await self._read_needed(first, ctx, asked)
@@ -265,10 +280,11 @@ class Consumer:
             return await self._settler.settle(start, came, lanes)
         if len(came) == 1:
             first.read = clock() - began
-        done = start.need(came, needed)
-        self._decide(done, Outcome(Kind.ACK))
+        start.rows.need(needed)
+        done = [one for one in start.held if not start.rows.wants(one)]
         if len(done) == len(start.held):  # no run does it
             self._database.end_run()
+        self._decide(done, DONE)
         return await self._settler.settle(start, done, lanes)
 
     async def _read_needed(self, first: Held, ctx: Context, asked: list[Any]) -> list[Any]:
@@ -286,26 +302,23 @@ class Consumer:
         Raises:
             BrokerError: One could not be settled: RabbitMQ will deliver it again.
         """
-        outcome = await self._let_expired_go(start, lanes)
-        if not start.held:
-            return outcome
+        if expired := [one for one in start.held if self._expire(one)]:
+            outcome = await self._settler.settle(start, expired, lanes)
+            start.rows.drop(expired, start.held)
+            if not start.held:
+                return outcome
         start.runs = held = list(start.held)
-        start.ended, first = 0.0, held[0]
-        start.ctx = ctx = first.ctx
-        args, spent = first.args, first.read
-        if len(held) > 1:
-            spent = 0.0  # each read had its own time
-            start.ctx = ctx = self._context([one.delivery for one in held])
-            ctx.counts["ids"] = sum(one.ids for one in held)
+        start.ctx, start.ended, first = self._context_of(held), 0.0, held[0]
+        args, spent = first.args, first.read if len(held) == 1 else 0.0  # each read has its time
         if self._task.takes_chunks:
-            args = [start.chunk, *first.args[1:]]
+            args = [start.rows.chunk, *first.args[1:]]
         try:
             if await self._charge(start, held):
                 # A wait for its first write is no part of its time.
                 async with start.may_take(first.seconds or self._task_timeout, spent):
                     with self._database.bounded(start.limit, self._reporter(start)):
-                        await self._task.run(ctx, args, first.kwargs)
-                self._decide(held, Outcome(Kind.ACK))
+                        await self._task.run(start.ctx, args, first.kwargs)
+                self._decide(held, DONE)
                 self._finish(start)
                 self.breaker.succeed(self._budget.now())
         except BaseException as error:
@@ -313,16 +326,6 @@ class Consumer:
                 raise
             await self._fail(start, held, error, lanes)
         return await self._settler.settle(start, held, lanes)
-
-    async def _let_expired_go(self, start: Start, lanes: Lanes) -> Outcome | None:
-        """Settle what has expired while it was held."""
-        for one in start.held:
-            self._expire(one)
-        expired = [one for one in start.held if one.outcome is not UNDECIDED]
-        outcome = await self._settler.settle(start, expired, lanes)
-        if expired and self._task.takes_chunks:
-            start.drop(expired)
-        return outcome
 
     async def _charge(self, start: Start, held: Sequence[Held]) -> bool:
         """Begin the start, as the budget has it; if it cannot begin, the messages go back."""
@@ -348,7 +351,7 @@ class Consumer:
         return lambda wait: self._presence.report(wait or doing)
 
     def _doing(self, start: Start) -> Reason:
-        ids = f", {count(len(start.chunk), 'id')}" if self._task.takes_chunks else ""
+        ids = f", {count(len(start.rows), 'id')}" if self._task.takes_chunks else ""
         return Reason(ReasonKind.RUNNING, f"{self._task.name}{ids}")
 
     # 4. What it came to.
@@ -434,7 +437,7 @@ class Consumer:
         if not (failure.refused and start.began and self._task.takes_chunks):
             return False
         refused = [
-            {key: failure.refused[key] for key in start.own(one) if key in failure.refused}
+            {key: failure.refused[key] for key in start.rows.own(one) if key in failure.refused}
             for one in held
         ]
         if all(refused) or not any(refused):
@@ -446,7 +449,7 @@ class Consumer:
                 one.outcome = Outcome(Kind.DEAD_LETTER, own.words, own)
             else:
                 one.failure = None
-                one.outcome = Outcome(Kind.ACK)
+                one.outcome = DONE
         return True
 
     def _count(self, delivery: Delivery, failure: Failure) -> Outcome:

@@ -39,6 +39,7 @@ from aioworker.rabbitmq.delivery import Delivery
 from aioworker.settling.failure import Failure, Fault
 from aioworker.settling.outcome import Kind, Outcome
 from aioworker.settling.report import Report
+from aioworker.settling.rows import Ids
 from aioworker.settling.start import Held, Start
 from aioworker.tasks.context import Context
 from tests.fakes import delivered
@@ -244,7 +245,7 @@ class Judge:
                     self._delivery, result.reason, failure.name, failure.traceback, "worker", NOW
                 )
             ContentHeader(body_size=0, properties=copy.properties).marshal()
-        self._report.settled(Start(), [Held(self._delivery, ctx, outcome=result)])
+        self._report.settled(Start(Ids()), [Held(self._delivery, ctx, outcome=result)])
 
     def _failure(self, error: BaseException) -> Failure:
         try:

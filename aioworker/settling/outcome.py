@@ -54,4 +54,5 @@ class Outcome:
         return self.failure is not None or self.away is not None
 
 
+DONE = Outcome(Kind.ACK)
 UNDECIDED = Outcome(Kind.RELEASED)  # what nobody decides is given back

@@ -92,7 +92,7 @@ class Report:
             "messages": len(held),
             "urgent": urgent,
             "bulk": len(held) - urgent,
-            "needed": len(start.chunk) if ran else 0,
+            "needed": len(start.rows) if ran else 0,
         }
         if ran and start.ctx is not None:
             values |= _counts(start.ctx, values)

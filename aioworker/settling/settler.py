@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from aioworker.errors import BrokerError, let_go
 from aioworker.rabbitmq import copies
-from aioworker.settling.outcome import UNDECIDED, Kind, Outcome
+from aioworker.settling.outcome import Kind, Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,7 +49,7 @@ class Settler:
         self._worker = worker
 
     async def settle(self, start: Start, held: Sequence[Held], lanes: Lanes) -> Outcome | None:
-        """Settle those messages whose outcome is decided.
+        """Settle messages, whose outcomes are decided.
 
         Returns:
             What the last of them came to; one that asks somebody to look why goes before the
@@ -58,17 +58,15 @@ class Settler:
         Raises:
             BrokerError: The connection is lost; RabbitMQ will deliver the message again.
         """
-        decided = [one for one in held if one.outcome is not UNDECIDED]
-        if not decided:
+        if not held:
             return None
         try:
-            lost = await self._each(start, decided, lanes)
+            lost = await self._each(start, held, lanes)
         finally:
             # The deaths of one that did not even run are not forgotten before it is settled.
-            over = [one.delivery.key for one in decided if start.began or one.gone]
-            if over:
+            if over := [one.delivery.key for one in held if start.began or one.gone]:
                 await self._budget.ended(over)
-        settled = [one for one in decided if one.settled]
+        settled = [one for one in held if one.settled]
         self._report.settled(start, settled)
         start.let_go()
         for one in settled:
@@ -80,25 +78,24 @@ class Settler:
         outcomes = [one.outcome for one in reversed(settled)]
         return next((one for one in outcomes if one.uncounted), outcomes[0])
 
-    async def _each(
-        self, start: Start, decided: Sequence[Held], lanes: Lanes
-    ) -> BrokerError | None:
+    async def _each(self, start: Start, held: Sequence[Held], lanes: Lanes) -> BrokerError | None:
         """Settle one after the other; return why one could not be, None if all are.
 
         Behind one that could not be, nothing is asked of RabbitMQ: it delivers all of them again.
         """
         refusal: BrokerError | None = None
         lost: BrokerError | None = None
-        for one in decided:
+        for one in held:
             if lost is not None:
                 self._leave(start, one, lost, over=one.outcome.kind is Kind.ACK)
                 continue
-            start.may_take(one.delivery.timeout)  # for each: the watchdog hears of every step
+            if len(held) > 1:  # the watchdog hears of each; for one of them it has patience
+                start.may_take(one.delivery.timeout)
             refusal = await self._copy(one, lanes, refusal)
             if one.outcome.kind is not Kind.RELEASED:
                 lost = await self._answer(start, one)
         # RabbitMQ puts what is given back before all others: the first of them comes last.
-        for one in reversed(decided):
+        for one in reversed(held):
             if one.outcome.kind is Kind.RELEASED and lost is None:
                 lost = await self._answer(start, one)
         return lost

@@ -5,44 +5,20 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
-from itertools import chain, count
-from operator import itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from aioworker.settling.outcome import UNDECIDED, Kind, Outcome
-from aioworker.tasks.chunk import id_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
     from datetime import datetime
 
     from aioworker.rabbitmq.delivery import Delivery
     from aioworker.settling.failure import Failure
+    from aioworker.settling.rows import Ids, Rows
     from aioworker.tasks.context import Context
 
 MOST_MESSAGES = 1000
 MOST_BODY_BYTES = 16 * 1024 * 1024  # of all messages together
-
-
-_order = itemgetter(0)
-
-
-class Rank(NamedTuple):
-    """When a message's rows were meant: those of the later one replace the others'.
-
-    Args:
-        published: When it was published; None if that is not known.
-        lane: `urgent` or `bulk`.
-    """
-
-    published: datetime | None
-    lane: str
-
-    def follows(self, other: Rank) -> bool:
-        """Whether it is later than another one, which was taken before it."""
-        if self.published and other.published and self.published != other.published:
-            return self.published > other.published
-        return self.lane == other.lane or self.lane == "urgent"
 
 
 @dataclass(slots=True, eq=False)
@@ -88,11 +64,6 @@ class Held:
         """Whether it is settled, and does not come again as it was."""
         return self.settled and self.outcome.kind not in (Kind.RELEASED, Kind.MOVED)
 
-    @property
-    def rank(self) -> Rank:
-        """When its rows were meant."""
-        return Rank(self.delivery.published, self.delivery.lane)
-
 
 @dataclass(slots=True, eq=False)
 class Start:
@@ -101,8 +72,9 @@ class Start:
     Times are the monotonic clock's; 0 is for what has not happened.
 
     Args:
+        rows: What they ask for, and what of that is to be written.
         most: How many messages it may hold, at most.
-        size: How many ids or rows are to be written, before it takes no more messages.
+        size: How many ids are to be written, before it takes no more messages.
         held: Its messages that are not settled.
         closed: Whether it takes no more messages, whatever room it has.
         runs: Those that run together.
@@ -114,6 +86,7 @@ class Start:
         cut_off: Whether that ended because its time was up.
     """
 
+    rows: Ids | Rows
     most: int = 1
     size: int = 1
     held: list[Held] = field(default_factory=list)
@@ -126,13 +99,6 @@ class Start:
     ended: float = 0.0
     cut_off: bool = False
     _body_bytes: int = 0
-    # By their ids: the rows to be written, in the order in which they were asked for; of an id
-    # there may be several in one message. Who names them. And the rank of what was asked last.
-    _rows: dict[Any, list[tuple[int, Any]]] = field(default_factory=dict)
-    _names: dict[Any, list[Held]] = field(default_factory=dict)
-    _ranks: dict[Any, Rank] = field(default_factory=dict)
-    _asked: dict[Any, tuple[Rank, Held]] = field(default_factory=dict)
-    _order: count[int] = field(default_factory=count)
 
     def may_take(self, seconds: float, spent: float = 0.0) -> asyncio.Timeout:
         """Let the next step take so long, less what was spent before."""
@@ -159,8 +125,9 @@ class Start:
         """
         return (
             not self.closed
+            and not self.rows.full
             and len(self.held) < self.most
-            and len(self._rows) + unread < self.size
+            and len(self.rows) + unread < self.size
             and self._body_bytes < MOST_BODY_BYTES
         )
 
@@ -170,77 +137,3 @@ class Start:
         # As text: to Python 1, 1.0 and True are equal.
         alike = repr(one.constants) == repr(first.constants)
         return one is first or (len(self.held) <= one.most and alike)
-
-    # What is to be written: of two rows of one id the later wins.
-
-    @property
-    def chunk(self) -> list[Any]:
-        """What is to be written, of all its messages together."""
-        return [row for _, row in sorted(chain.from_iterable(self._rows.values()), key=_order)]
-
-    def ask(self, came: Sequence[Held]) -> list[Any]:
-        """Return what of these messages may have to be written, and is not known to be yet."""
-        self._asked = {}
-        for one in came:
-            rank = one.rank
-            for entry in one.args[0]:
-                key = id_of(entry)
-                if key is entry:  # what is right for an id alone may have changed since it was read
-                    self._asked.setdefault(key, (rank, one))
-                    continue
-                rank_before, owner = self._asked.get(key, (self._ranks.get(key), None))
-                if owner is not one and (rank_before is None or rank.follows(rank_before)):
-                    self._asked[key] = rank, one
-        return [
-            entry
-            for one in came
-            for entry in one.args[0]
-            if (found := self._asked.get(id_of(entry))) is not None and found[1] is one
-        ]
-
-    def need(self, came: Sequence[Held], needed: Iterable[Any]) -> list[Held]:
-        """Note what of the messages is to be written; return those that need nothing, any more.
-
-        Args:
-            came: The messages, as `ask` had them.
-            needed: The part of what that returned that is to be written.
-        """
-        perhaps = list(came)
-        named: dict[Any, list[Held]] = {}
-        for key, (rank, _one) in self._asked.items():
-            self._ranks[key] = rank
-            if self._rows.pop(key, None) is not None:
-                named[key] = self._names.pop(key)
-                perhaps += named[key]
-        for row in needed:
-            self._rows.setdefault(id_of(row), []).append((next(self._order), row))
-        self._names |= {key: names for key, names in named.items() if key in self._rows}
-        for one in came:
-            for key in map(id_of, one.args[0]):
-                if key in self._rows:
-                    self._names.setdefault(key, []).append(one)
-        return [one for one in dict.fromkeys(perhaps) if not self._wanted(one)]
-
-    def _wanted(self, one: Held) -> bool:
-        return any(id_of(entry) in self._rows for entry in one.args[0])
-
-    def drop(self, gone: Sequence[Held]) -> None:
-        """Forget the rows of messages that it holds no more; another message's take their place."""
-        for key in {id_of(entry) for one in gone for entry in one.args[0]} & self._rows.keys():
-            del self._rows[key]
-            self._names[key] = names = [one for one in self._names[key] if one not in gone]
-            latest: Held | None = None
-            for one in names:
-                if latest is None or one.rank.follows(latest.rank):
-                    latest = one
-            if latest is not None:
-                rows = [entry for entry in latest.args[0] if id_of(entry) == key]
-                self._rows[key] = [(next(self._order), row) for row in rows]
-
-    def own(self, one: Held) -> list[Any]:
-        """Return the ids of which a message's own rows are written."""
-        return [
-            id_of(entry)
-            for entry in one.args[0]
-            if any(row == entry for _, row in self._rows.get(id_of(entry), ()))
-        ]

@@ -386,7 +386,7 @@ class Session:
         Raises:
             BrokerError: The connection is lost.
         """
-        worker, ids = self._worker, count(len(start.chunk), "id")
+        worker, ids = self._worker, count(len(start.rows), "id")
         words = f"gathering: {count(len(start.held), 'message')}, {ids} to write"
         worker.presence.report(Reason(ReasonKind.GATHERING, words))
         worker.recovery.progress(seconds)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import tracemalloc
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -24,16 +23,15 @@ from aioworker.errors import (
     TurnLostError,
 )
 from aioworker.limits import Wait
-from aioworker.rabbitmq.delivery import SUSPECT_RETURNS, Delivery
+from aioworker.rabbitmq.delivery import SUSPECT_RETURNS
 from aioworker.rabbitmq.message import PUBLISHED, REASON, TOGETHER, milliseconds
 from aioworker.reasons import Reason, ReasonKind
-from aioworker.settling.outcome import Kind, Outcome
+from aioworker.settling.outcome import Kind
 from aioworker.settling.settler import MOST_RETURNS
-from aioworker.settling.start import MOST_MESSAGES, Held, Start
 from aioworker.tasks.context import Context
 from tests.doubles.heart import Heart
 from tests.doubles.lanes import QUEUES
-from tests.fakes import FakeClock, delivered
+from tests.fakes import FakeClock
 from tests.unit.test_session import running
 
 PAUSED = Wait(Reason(ReasonKind.PAUSED, "paused by alice"), 2)
@@ -888,32 +886,6 @@ async def test_strange_ids_of_changed_rows_harm_nobody(clock: FakeClock) -> None
 
     assert heart.broker.acknowledged == ["1", "2", "3"]
     assert heart.consumer.under_way == []
-
-
-def test_what_is_done_on_the_way_is_not_kept() -> None:
-    """A sweep of which little is stale goes by; its bodies and ids do not stay in memory."""
-    start = Start(MOST_MESSAGES, 1000)
-    ctx = Context(None, "shop")  # type: ignore[arg-type]  # asked nothing
-
-    def come(ids: Ids, needed: Ids) -> None:
-        one = Held(Delivery.of(delivered(json.dumps([ids]).encode())), ctx, [ids])
-        start.add(one)
-        start.ask([one])
-        for gone in start.need([one], needed):
-            gone.outcome = Outcome(Kind.ACK)
-        start.let_go()
-
-    come([1], [1])
-    tracemalloc.start()
-    try:
-        for first in range(1000, 301_000, 1000):
-            come(list(range(first, first + 1000)), [])
-        kept_mib = tracemalloc.get_traced_memory()[0] / 2**20
-    finally:
-        tracemalloc.stop()
-
-    assert (len(start.held), start.chunk) == (1, [1])
-    assert kept_mib < 60, "an id of each row, and when it was meant: no bodies"
 
 
 async def test_a_change_that_came_behind_a_read_is_read_again(clock: FakeClock) -> None:
