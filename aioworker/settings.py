@@ -122,6 +122,12 @@ class Settings(BaseSettings):
         validate_default=True,
         description="MySQL or MariaDB; TLS by ssl_mode, ssl_ca, ssl_cert, ssl_key in the query.",
     )
+    mysql_read_url: Annotated[DatabaseAddress | None, NoDecode, _parsed(DatabaseAddress.parse)] = (
+        Field(
+            None,
+            description="A replica, where publish-all --only-needed and status --stale read.",
+        )
+    )
     app: Annotated[tuple[str, ...], NoDecode, _parsed(_modules)] = Field(
         (), description="Modules that register tasks, comma-separated; the current folder's too."
     )
@@ -239,6 +245,21 @@ class Settings(BaseSettings):
             timeout=self.task_timeout if timeout is None else timeout,
             # With a budget of its own no worker relies on a lock.
             any_node=not locks or self.galera is not None or self.budget == "worker",
+        )
+
+    def reader(self) -> Database:
+        """Return where a sweep may be read, not yet connected: a replica, if one is named.
+
+        Raises:
+            UsageError: A file that its address names for TLS cannot be used.
+        """
+        from aioworker.mysql.reader import Reader  # help needs no client of a server
+
+        if self.mysql_read_url is None:
+            return self.database(locks=False)
+        _check_files("mysql_read_url", self.mysql_read_url)
+        return Reader(
+            self.mysql_read_url, connect_timeout=self.connect_timeout, timeout=self.task_timeout
         )
 
     @classmethod

@@ -10,16 +10,30 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from aioworker.cli import console
-from aioworker.cli.common import App, TaskName, TaskOption, named, names_to_show, prepare, run
+from aioworker.cli.common import (
+    App,
+    TaskName,
+    TaskOption,
+    app_tasks,
+    named,
+    names_to_show,
+    prepare,
+    run,
+)
 from aioworker.clock import APART_SECONDS
+from aioworker.errors import UsageError
 from aioworker.limits import Source
-from aioworker.words import duration
+from aioworker.words import count, duration
 from aioworker.worker import signals
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from aioworker.commands.status import Limit, Status
     from aioworker.reasons import ReasonKind
+    from aioworker.settings import Settings
     from aioworker.status.read import Worker
+    from aioworker.tasks.task import AnyTask
 
 WATCH_SECONDS = 2.0
 _SOURCES = {
@@ -40,23 +54,31 @@ def status(
     watching: Annotated[
         bool, typer.Option("--watch", help="Show it again every 2 seconds, until Ctrl-C.")
     ] = False,
+    counting: Annotated[
+        bool, typer.Option("--stale", help="Count the rows that need writing: reads all of them.")
+    ] = False,
 ) -> None:
     """Show queues, budget and workers of a task, or of all, and why it waits now.
 
     Without a TASK: all that have a budget in the database. Exits 0, or 1 when RabbitMQ or the
     database could not be asked: what the other one tells is shown all the same. Of the main job,
-    if the database is away and there is neither a TASK nor an app.
+    if the database is away and there is neither a TASK nor an app. --stale imports the app, and
+    tells nothing of tasks without keys and needed.
     """
     from aioworker.commands import status as asking
 
+    if counting and watching:
+        raise UsageError("expected --stale or --watch, got both: --stale reads whole tables")
     settings = prepare(app=app_names)
-    names = names_to_show(settings, named(name, option))
+    meant = named(name, option)
+    names = names_to_show(settings, meant)
+    counted = _tasks_to_count(settings, meant) if counting else []
     complete = True
     before: list[str] = []
 
     async def show() -> str:
         nonlocal before, complete
-        found = await asking.look(settings, names, before)
+        found = await asking.look(settings, names, before, counted)
         before = [one.task for one in found]
         complete = all(one.complete for one in found)
         if as_json:
@@ -74,6 +96,20 @@ def status(
     else:
         console.say_all(run(show()))
     raise typer.Exit(0 if complete else 1)
+
+
+def _tasks_to_count(settings: Settings, names: Sequence[str]) -> list[AnyTask]:
+    """Return the app's tasks that are meant, of which it can be told what needs writing.
+
+    Raises:
+        UsageError: One that is named, or all, cannot tell.
+    """
+    found = app_tasks(settings, names)
+    able = [one for one in found if one.keys is not None and one.reader is not None]
+    if len(able) < len(names) or not able:
+        lacking = "keys" if found[0].keys is None else "needed"
+        raise UsageError(f"task {found[0].name!r} has no {lacking}: it cannot tell what is stale")
+    return able
 
 
 def health(name: TaskName = None, option: TaskOption = None, app_names: App = None) -> None:
@@ -103,6 +139,9 @@ def lines(status: Status) -> list[tuple[str, str]]:
         shown.append(("queued", numbers))
     if status.backlog_seconds:
         shown.append(("done in", f"{duration(status.backlog_seconds)} at this rate"))
+    if status.stale is not None or status.stale_error is not None:
+        number = count(status.stale or 0, "row")
+        shown.append(("stale", status.stale_error or f"{number} of all that it sweeps"))
     if status.budget is not None:
         shown += _budget_lines(status.budget, status.waits_kind)
     for worker in status.workers or []:

@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 from aioworker import repo
-from aioworker.addresses import BrokerAddress
+from aioworker.addresses import BrokerAddress, DatabaseAddress
 from aioworker.budget import grants, schema, tables
 from aioworker.errors import AioworkerError, BrokerError, DatabaseError
 from aioworker.rabbitmq.connection import Connection, connected
@@ -144,11 +144,6 @@ async def plan(settings: Settings, tasks: Sequence[AnyTask]) -> str:
     if settings.budget == "shared":
         needed += grants.PRIVILEGES
         made = [*_creating(tasks), *await _changing(settings)]
-    least = [
-        f"GRANT {privilege} ON {grants.qualified(mysql.database, table)}"
-        f" TO {grants.text(mysql.user)}@'%';"
-        for privilege, table in needed
-    ]
     lines = [
         *made,
         "# RabbitMQ: the queues that init declares, durable, on the default exchange",
@@ -164,8 +159,16 @@ async def plan(settings: Settings, tasks: Sequence[AnyTask]) -> str:
     lines += [
         "",
         "# MySQL: the least that the user of consume and publish-all needs",
-        *least,
+        *_granting(mysql, needed),
     ]
+    if settings.mysql_read_url is not None:
+        reads = [one for one in repo.PRIVILEGES if one[0] == "SELECT"] if main_job else []
+        lines += [
+            "",
+            "# MySQL: the least that the user of AIOWORKER_MYSQL_READ_URL needs",
+            *_granting(settings.mysql_read_url, reads),
+            *([] if main_job else ["# and what the tasks' keys and needed read"]),
+        ]
     if main_job:
         lines += [
             "",
@@ -175,6 +178,15 @@ async def plan(settings: Settings, tasks: Sequence[AnyTask]) -> str:
     else:
         lines += ["# and what the tasks themselves read and write"]
     return "\n".join(lines)
+
+
+def _granting(address: DatabaseAddress, needed: Sequence[tuple[str, str]]) -> list[str]:
+    """Return the statements that give an address's user privileges on tables."""
+    return [
+        f"GRANT {privilege} ON {grants.qualified(address.database, table)}"
+        f" TO {grants.text(address.user)}@'%';"
+        for privilege, table in needed
+    ]
 
 
 def _creating(tasks: Sequence[AnyTask]) -> list[str]:

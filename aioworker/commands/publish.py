@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import AsyncExitStack
 from enum import StrEnum
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from aioworker.budget import tables
@@ -86,6 +88,8 @@ async def publish(settings: Settings, task: AnyTask, ids: list[int], *, urgent: 
 async def count_all(settings: Settings, task: AnyTask, *, after: int, only_needed: bool) -> Sweep:
     """Return what `publish_all` would publish; it needs no RabbitMQ.
 
+    What needs writing is read from a replica, if one is named.
+
     Args:
         settings: The settings.
         task: What is swept.
@@ -98,7 +102,7 @@ async def count_all(settings: Settings, task: AnyTask, *, after: int, only_neede
     """
     _check_sweepable(task, only_needed=only_needed)
     sweep = Sweep()
-    async with settings.database() as database:
+    async with settings.reader() if only_needed else settings.database() as database:
         async for chunk in read_chunks(
             database, task, settings.chunk_size, after=after, only_needed=only_needed
         ):
@@ -140,7 +144,9 @@ async def publish_all(  # noqa: PLR0913 - what the options say, and what shows i
         TaskError: They are none that the task can take; the same note.
     """
     _check_sweepable(task, only_needed=only_needed)
-    async with settings.database() as database, _producer(settings) as producer:
+    async with AsyncExitStack() as stack:
+        database = await stack.enter_async_context(settings.database())
+        producer = await stack.enter_async_context(_producer(settings))
         await _be_alone(database, task)
         waiting, _sure = await _backlog(producer, task, ask=not append)
         if waiting and not append:
@@ -154,9 +160,18 @@ async def publish_all(  # noqa: PLR0913 - what the options say, and what shows i
         total = None
         if count_first and not only_needed:
             total = await count_ids(database, task, after)
+        source, between = database, None
+        if only_needed and settings.mysql_read_url is not None:
+            source = await stack.enter_async_context(settings.reader())
+            between = partial(_stay_alone, database)
         sweep = Sweep()
         chunks = read_chunks(
-            database, task, settings.chunk_size, after=after, only_needed=only_needed
+            source,
+            task,
+            settings.chunk_size,
+            after=after,
+            only_needed=only_needed,
+            between=between,
         )
         try:
             with progress(total) as show:
@@ -192,6 +207,16 @@ async def _be_alone(database: Database, task: AnyTask) -> None:
         [[got]] = await database.query("SELECT GET_LOCK(%s, 0)", (name,))
     if got != 1:
         raise DatabaseError(f"another sweep of {task.name} is being published; nothing was done")
+
+
+async def _stay_alone(database: Database) -> None:
+    """Use the connection that holds the lock: the server ends one that is idle.
+
+    Raises:
+        DatabaseError: It is lost, and the lock with it.
+    """
+    with database.explaining(), database.without_reconnect():
+        await database.query("SELECT 1")
 
 
 async def _backlog(producer: Producer, task: AnyTask, *, ask: bool) -> tuple[int, bool]:

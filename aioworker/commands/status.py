@@ -17,7 +17,8 @@ from aioworker.budget.tables import Row, find_row, holder
 from aioworker.clock import own_time
 from aioworker.commands import which_tasks
 from aioworker.commands.controls import rate_in_force
-from aioworker.errors import BrokerError, DatabaseError, QueueMissingError
+from aioworker.commands.publish import count_all
+from aioworker.errors import BrokerError, DatabaseError, QueueMissingError, TaskError
 from aioworker.limits import InForce
 from aioworker.mysql.database import TOLD_SECONDS, Database
 from aioworker.rabbitmq.connection import Connection, connected
@@ -29,6 +30,7 @@ from aioworker.reasons import Reason, ReasonKind
 from aioworker.settings import Settings
 from aioworker.status.presence import kind_of
 from aioworker.status.read import Worker, workers
+from aioworker.tasks.task import AnyTask
 from aioworker.words import as_json, command, duration
 
 _EMPTY = Reason(ReasonKind.EMPTY, "nothing queued")
@@ -109,8 +111,10 @@ class Status:
         backlog_seconds: How long the lanes take at this rate; None when nobody can tell.
         budget: Its rate limit; None when the database cannot be asked.
         workers: Who works on it; None when the database cannot be asked.
+        stale: How many ids or rows of a sweep need writing; None unless that was asked.
         broker_error: Why RabbitMQ, or one of the task's queues, cannot be asked; None when all can.
         database_error: Why the database cannot be asked; None when it can.
+        stale_error: Why nobody can tell what needs writing; None when it is told, or was not asked.
     """
 
     task: str
@@ -122,13 +126,15 @@ class Status:
     backlog_seconds: float | None
     budget: Limit | None
     workers: list[Worker] | None
+    stale: int | None
     broker_error: str | None
     database_error: str | None
+    stale_error: str | None
 
     @property
     def complete(self) -> bool:
-        """Whether both servers could be asked."""
-        return self.broker_error is None and self.database_error is None
+        """Whether all could be asked."""
+        return self.broker_error is self.database_error is self.stale_error is None
 
     def as_json(self) -> str:
         """Return it as one JSON object in one line; times are ISO 8601."""
@@ -156,7 +162,10 @@ _Broker = tuple[dict[str, Queued | BrokerError], BrokerError | None]
 
 
 async def look(
-    settings: Settings, names: Sequence[str], before: Sequence[str] = ()
+    settings: Settings,
+    names: Sequence[str],
+    before: Sequence[str] = (),
+    counted: Sequence[AnyTask] = (),
 ) -> list[Status]:
     """Ask both servers about the tasks that are meant.
 
@@ -164,6 +173,7 @@ async def look(
         settings: The settings.
         names: The tasks' names; none for all.
         before: Those of the last look, for a database that is away now.
+        counted: The tasks whose stale rows are counted: all that they sweep is read.
 
     Raises:
         UnknownTaskError: A name is unknown.
@@ -175,6 +185,7 @@ async def look(
         tasks, stored, database_error = await asking
     finally:
         asking.cancel()
+    stale = {task.name: await _stale(settings, task) for task in counted if task.name in tasks}
     found = []
     for name in tasks:
         of_task = stored.get(name, Stored())
@@ -186,6 +197,7 @@ async def look(
         broker_error = answer if isinstance(answer, BrokerError) else None
         queued = answer if isinstance(answer, Queued) else None
         waits = why(name, queues, answer, limit, force.pause, of_task)
+        rows, stale_error = stale.get(name, (None, None))
         found.append(
             Status(
                 task=name,
@@ -197,11 +209,21 @@ async def look(
                 backlog_seconds=_backlog_seconds(queued, budget),
                 budget=budget,
                 workers=of_task.workers if broker_error is None else _unsure(of_task.workers),
+                stale=rows,
                 broker_error=None if broker_error is None else str(broker_error),
                 database_error=None if database_error is None else str(database_error),
+                stale_error=stale_error,
             )
         )
     return found
+
+
+async def _stale(settings: Settings, task: AnyTask) -> tuple[int | None, str | None]:
+    """Return how much of a task's sweep needs writing, or why nobody can tell."""
+    try:
+        return (await count_all(settings, task, after=0, only_needed=True)).ids, None
+    except (DatabaseError, TaskError) as error:
+        return None, str(error)
 
 
 def _unsure(workers: list[Worker] | None) -> list[Worker] | None:

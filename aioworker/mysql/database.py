@@ -197,7 +197,14 @@ class Database:
             server 30 s later than that.
         any_node: Whether a node of a Galera cluster will do, whose named locks hold on it
             alone; otherwise it is refused.
+
+    Attributes:
+        setting: What named it, for errors.
+        access: What its transactions may do.
     """
+
+    setting = errors.MYSQL_URL
+    access = session.READS_AND_WRITES
 
     def __init__(
         self,
@@ -471,7 +478,7 @@ class Database:
 
     async def _restore(self, connection: Any) -> None:
         """Have a session as it is to be before a use of it."""
-        await session.restore(connection, self.timeout)
+        await session.restore(connection, self.timeout, self.access)
 
     async def _begin(self, connection: Any) -> None:
         await self._restore(connection)
@@ -518,7 +525,11 @@ class Database:
         with closing_on_error(connection):
             with login.expecting_mysql():
                 server = await session.begin(
-                    connection, self.timeout, self.address.database, any_node=self._any_node
+                    connection,
+                    self.timeout,
+                    self.address.database,
+                    any_node=self._any_node,
+                    access=self.access,
                 )
             if server.unfit is not None:
                 raise DatabaseError(f"cannot use MySQL at {self.address.shown}: {server.unfit}")
@@ -561,9 +572,9 @@ class Database:
         """Say in one line why this database cannot be used, and what to do."""
         away = errors.kind(error) in (None, ErrorKind.NO_ROOM)
         if isinstance(error, TimeoutError):
-            reason = "no answer in time; check AIOWORKER_MYSQL_URL"
+            reason = f"no answer in time; check {self.setting}"
         elif isinstance(error, MySQLError):
-            reason = errors.describe(error) + self._cure_by_tls(error)
+            reason = errors.describe(error, self.setting) + self._cure_by_tls(error)
             if errors.code(error) == ER.LOCK_WAIT_TIMEOUT:
                 reason += "; somebody else holds a lock that this waits for"
         else:

@@ -138,27 +138,28 @@ _KINDS: dict[int, ErrorKind] = {
     **dict.fromkeys(_EVERY_MESSAGE, ErrorKind.EVERY_MESSAGE),
 }
 
+MYSQL_URL = "AIOWORKER_MYSQL_URL"  # the setting that a cure names, unless it was another one
 _GRANT = "`{init}` shows what the user needs"
-_LOGIN = "check user and password in AIOWORKER_MYSQL_URL"
-_DATABASE = "is this the right database? check AIOWORKER_MYSQL_URL"
+_LOGIN = "check user and password in {setting}"
+_DATABASE = "is this the right database? check {setting}"
 _CURES: dict[int, str] = {
-    0: "is it a MySQL server? check AIOWORKER_MYSQL_URL",
+    0: "is it a MySQL server? check {setting}",
     ER.DBACCESS_DENIED_ERROR: _GRANT,
     ER.TABLEACCESS_DENIED_ERROR: _GRANT,
     ER.COLUMNACCESS_DENIED_ERROR: _GRANT,
     ER.ACCESS_DENIED_ERROR: _LOGIN,
     Lacking.ACCESS_DENIED_NO_PASSWORD_ERROR: _LOGIN,
-    ER.BAD_DB_ERROR: "create it, or correct AIOWORKER_MYSQL_URL",
+    ER.BAD_DB_ERROR: "create it, or correct {setting}",
     ER.BAD_FIELD_ERROR: _DATABASE,
     ER.NO_SUCH_TABLE: _DATABASE,
-    CR.CR_CONN_HOST_ERROR: "is it running? check AIOWORKER_MYSQL_URL",
+    CR.CR_CONN_HOST_ERROR: "is it running? check {setting}",
     ER.UPDATE_WITHOUT_KEY_IN_SAFE_MODE: "the task itself set sql_safe_updates: name a key, or"
     " SET sql_safe_updates = 0",
     Lacking.BINLOG_STMT_MODE_AND_ROW_ENGINE: "set binlog_format to MIXED or ROW on the server",
-    CR.CR_SSL_CONNECTION_ERROR: "check AIOWORKER_MYSQL_URL",
-    CR.CR_AUTH_PLUGIN_CANNOT_LOAD: "check the user's plugin, and AIOWORKER_MYSQL_URL",
+    CR.CR_SSL_CONNECTION_ERROR: "check {setting}",
+    CR.CR_AUTH_PLUGIN_CANNOT_LOAD: "check the user's plugin, and {setting}",
 }
-ONLY_READS = "this server only reads: is it a replica? check AIOWORKER_MYSQL_URL"
+ONLY_READS = f"this server only reads: is it a replica? check {MYSQL_URL}"
 
 
 def kind(error: BaseException) -> ErrorKind | None:
@@ -197,9 +198,14 @@ def code(error: MySQLError) -> int:
     return first if isinstance(first, int) else 0
 
 
-def describe(error: MySQLError) -> str:
-    """Return the server's words and number, and the cure where one is known, in one line."""
+def describe(error: MySQLError, setting: str = MYSQL_URL) -> str:
+    """Return the server's words and number, and the cure where one is known, in one line.
+
+    Args:
+        error: What the server, or the driver, says.
+        setting: What named the server.
+    """
     words = " ".join(str(error.args[-1] if error.args else error).split())
     cure = ONLY_READS if only_reads(error) else _CURES.get(code(error))
-    how = f"; {cure.format(init=command('init --print'))}" if cure else ""
+    how = f"; {cure.format(init=command('init --print'), setting=setting)}" if cure else ""
     return f"{words} ({code(error)}){how}"

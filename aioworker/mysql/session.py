@@ -71,7 +71,8 @@ TIMEOUTS_MARIADB = (
 ROLLBACK = "ROLLBACK AND NO CHAIN NO RELEASE"
 
 # The two servers call these variables by different names; this they both understand.
-ISOLATION = "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED, READ WRITE"
+ISOLATION = "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED, {}"
+READS_AND_WRITES, ONLY_READS = "READ WRITE", "READ ONLY"
 
 _FLAGS = SERVER_STATUS.SERVER_STATUS_AUTOCOMMIT | SERVER_STATUS.SERVER_STATUS_IN_TRANS
 
@@ -109,7 +110,7 @@ def idle_seconds(timeout: float) -> int:
     return int(timeout) + IDLE_SECONDS
 
 
-async def restore(connection: Any, timeout: float) -> None:
+async def restore(connection: Any, timeout: float, access: str = READS_AND_WRITES) -> None:
     """Undo what a task's statements did to a session, as far as the server's answers show it.
 
     A transaction that is open is rolled back, and a session without autocommit is set again.
@@ -118,19 +119,20 @@ async def restore(connection: Any, timeout: float) -> None:
     Args:
         connection: aiomysql's, in no transaction of ours.
         timeout: Seconds that its longest statement may take.
+        access: What its transactions may do, `READS_AND_WRITES` or `ONLY_READS`.
 
     Raises:
         MySQLError: The server refuses a setting.
     """
     if connection.server_status & _FLAGS != SERVER_STATUS.SERVER_STATUS_AUTOCOMMIT:
-        await _settle(connection, timeout)
+        await _settle(connection, timeout, access)
 
 
-async def _settle(connection: Any, timeout: float) -> None:
+async def _settle(connection: Any, timeout: float, access: str) -> None:
     """End whatever transaction is open, and set all that a session relies on."""
     await connection.query(ROLLBACK)
     await connection.query(statement(timeout))
-    await connection.query(ISOLATION)
+    await connection.query(ISOLATION.format(access))
 
 
 def _assigned(values: dict[str, str | int]) -> str:
@@ -153,7 +155,14 @@ class Server(NamedTuple):
     unfit: str | None
 
 
-async def begin(connection: Any, timeout: float, database: str, *, any_node: bool) -> Server:
+async def begin(
+    connection: Any,
+    timeout: float,
+    database: str,
+    *,
+    any_node: bool,
+    access: str = READS_AND_WRITES,
+) -> Server:
     """Set what a new session relies on, and read what its server is.
 
     Args:
@@ -161,11 +170,12 @@ async def begin(connection: Any, timeout: float, database: str, *, any_node: boo
         timeout: Seconds that its longest statement may take.
         database: The database's name as the address has it.
         any_node: Whether a node of a Galera cluster will do.
+        access: What its transactions may do, as for `restore`.
 
     Raises:
         MySQLError: The server refuses a setting.
     """
-    await _settle(connection, timeout)
+    await _settle(connection, timeout, access)
     lock = f"aioworker:session:{secrets.token_hex(16)}"
     async with connection.cursor() as cursor:
         try:
@@ -178,7 +188,7 @@ async def begin(connection: Any, timeout: float, database: str, *, any_node: boo
     schema, expected = schema or "", database
     if found.get("lower_case_table_names", "0") != "0":
         schema, expected = schema.lower(), expected.lower()
-    unfit = _unfit(found, any_node=any_node)
+    unfit = _unfit(found, any_node=any_node, writes=access != ONLY_READS)
     if schema != expected:
         unfit = (
             f"expected a session in database {database!r}, got: {schema or 'none'!r};"
@@ -187,7 +197,7 @@ async def begin(connection: Any, timeout: float, database: str, *, any_node: boo
     return Server(schema, lock if held == 1 else None, unfit)
 
 
-def _unfit(found: Mapping[str, str], *, any_node: bool) -> str | None:
+def _unfit(found: Mapping[str, str], *, any_node: bool, writes: bool) -> str | None:
     """Return why a server with these variables will not do; None if it will."""
     galera = found.get("wsrep_on") == "ON" or found.get("wsrep_provider", "") not in _NO_PROVIDER
     if galera and not any_node:
@@ -202,7 +212,7 @@ def _unfit(found: Mapping[str, str], *, any_node: bool) -> str | None:
             f"expected max_allowed_packet of at least {SMALLEST_PACKET_BYTES} bytes, for a"
             f" chunk and its answers, got: {packet_bytes}; raise it on the server"
         )
-    if found.get("log_bin") == "ON" and found.get("binlog_format") == "STATEMENT":
+    if writes and found.get("log_bin") == "ON" and found.get("binlog_format") == "STATEMENT":
         return (
             "expected binlog_format MIXED or ROW, got: STATEMENT, which cannot log READ"
             " COMMITTED transactions; set it on the server"

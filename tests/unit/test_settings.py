@@ -94,6 +94,11 @@ BAD = [
         "expected a URL such as mysql://user:password@host:3306/database,"
         " got one that begins with 'postgres://'",
     ),
+    (
+        "AIOWORKER_MYSQL_READ_URL",
+        "mysql://me:s3cret@db2,db3/site",
+        "expected one host in each URL, and ',' between whole URLs of nodes, got ','",
+    ),
 ]
 
 
@@ -263,6 +268,7 @@ def test_a_file_of_settings_that_is_no_text_is_named(
 
 def test_no_dump_of_the_settings_holds_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AIOWORKER_MYSQL_URL", "mysql://me:s3cret@db/site?ssl_ca=/ca.pem")
+    monkeypatch.setenv("AIOWORKER_MYSQL_READ_URL", "mysql://me:s3cret@db2/site")
     monkeypatch.setenv("AIOWORKER_AMQP_URL", "amqp://me:s3cret@one/,amqps://me:s3cret@two/")
     settings = Settings.load()
     dumps = [
@@ -273,7 +279,7 @@ def test_no_dump_of_the_settings_holds_a_password(monkeypatch: pytest.MonkeyPatc
         settings.model_dump_json(),
         [node._asdict() for node in settings.amqp_url],
         settings.mysql_url._asdict(),
-        f"{settings.amqp_url} {settings.mysql_url}",
+        f"{settings.amqp_url} {settings.mysql_url} {settings.mysql_read_url}",
         dict(settings),
     ]
 
