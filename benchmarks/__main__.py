@@ -27,7 +27,7 @@ from aioworker.budget.shared import SharedBudget
 from aioworker.limits import RateLimit
 from aioworker.mysql.database import Database
 from aioworker.rabbitmq.queues import Queues
-from benchmarks import noop, rate
+from benchmarks import backlog, noop, rate, sweeps
 from benchmarks.great_sweep import read_ends
 from benchmarks.other_writer import felt_beside
 from support import servers, site
@@ -37,7 +37,10 @@ if TYPE_CHECKING:
     from pymysql.cursors import Cursor
 
 ROUNDS = 5
+TIMED = ("s", "min to max", "ratio", "CPU s", "peak MiB")
 TASK = "update_current_version"
+GATHERING = "20"  # seconds: without a rate limit nothing is waited for, however long
+ONE_BY_ONE = "aioworker, one message a start"
 AIOWORKER = str(Path(sys.executable).parent / "aioworker")
 RESULTS = Path(__file__).parent / "results.md"
 IDLE_SECONDS = 60
@@ -45,6 +48,7 @@ STARTS = 300
 # The tables in memory, so that the job is measured and not the disk.
 MARIADB = ("--innodb-buffer-pool-size=2G", "--innodb-log-file-size=1G")
 SIZES = (20_000, 200_000)
+SINGLES = 10_000
 GREAT = 5_000_000
 END = 100_000  # ids at either end of a great sweep
 # A worker runs on another machine than the database: where one machine has both, it takes
@@ -179,6 +183,11 @@ class Bench:
             )
         connection.commit()
 
+    def consume(self, gather_seconds: str) -> Run:
+        """Do the main job, its rate limit off, until the lanes are empty."""
+        variables = {"AIOWORKER_GATHER_SECONDS": gather_seconds}
+        return run(runner("consume"), self.environment | variables)
+
     def sweep(self) -> None:
         """Publish all chunks."""
         run([AIOWORKER, "publish-all", "--append"], self.environment)
@@ -226,6 +235,12 @@ class Bench:
         secret = {"MYSQL_PWD": password} if password else {}
         return run(command, self.environment | secret, statements)
 
+    def jobs(self) -> None:
+        """Measure the whole job on a smaller site and a larger one."""
+        self.report.section("The job, rate limit off, add-ons", "what", "by", *TIMED)
+        for addons in SIZES:
+            self.job(addons)
+
     def job(self, addons: int) -> None:
         """Measure the whole job beside the same statements from a file."""
         connection = self.fill(addons)
@@ -234,25 +249,88 @@ class Bench:
                 self.spoil(connection)
             statements = self.statements(connection, changes=changes)
 
-            def ours(changes: bool = changes) -> Run:
+            def ours(gather_seconds: str, changes: bool = changes) -> Run:
                 if changes:
                     self.spoil(connection)
                 self.sweep()
-                return run(runner("consume"), self.environment)
+                return self.consume(gather_seconds)
 
             def limit(statements: Path = statements, changes: bool = changes) -> Run:
                 if changes:
                     self.spoil(connection)
                 return self.client(statements)
 
-            runs = alternately({"aioworker": ours, "mariadb client": limit})
+            runs = alternately(
+                {
+                    "aioworker": partial(ours, GATHERING),
+                    ONE_BY_ONE: partial(ours, "0"),
+                    "mariadb client": limit,
+                }
+            )
             if site.count_stale(connection):
                 raise SystemExit("stale rows are left: these figures are of a broken job")
             compare(self.report, what, runs, "mariadb client")
         connection.close()
 
+    def singles(self) -> None:
+        """Measure messages of one id each, several a start beside one a start."""
+        self.report.section(
+            f"{SINGLES:,} messages of one id each, rate limit off, all change",
+            "by",
+            "messages a second",
+            "min to max",
+            "ratio",
+            "CPU ms a message",
+        )
+        connection = self.fill(SINGLES)
+        ids = site_ids(connection)
+
+        def work(gather_seconds: str) -> Run:
+            self.spoil(connection)
+            messages = (backlog.message([addon]) for addon in ids)
+            asyncio.run(backlog.publish(self.pair.amqp_url, messages))
+            done = self.consume(gather_seconds)
+            if site.count_stale(connection):
+                raise SystemExit("stale rows are left: these figures are of a broken job")
+            return done
+
+        runs = alternately({ONE_BY_ONE: partial(work, "0"), "aioworker": partial(work, GATHERING)})
+        bound = statistics.median(one.wall for one in runs[ONE_BY_ONE])
+        for name, several in runs.items():
+            walls = sorted(one.wall for one in several)
+            wall = statistics.median(walls)
+            cpu = statistics.median(one.cpu for one in several)
+            self.report.row(
+                name,
+                f"{len(ids) / wall:,.0f}",
+                f"{len(ids) / walls[-1]:,.0f} to {len(ids) / walls[0]:,.0f}",
+                f"{bound / wall:.2f}",
+                f"{cpu / len(ids) * 1000:.2f}",
+            )
+        connection.close()
+
+    def memory(self) -> None:
+        """Measure a worker's peak memory with a backlog, beside that of an idle one."""
+        self.report.section(
+            f"Memory: {backlog.MESSAGES:,} messages of one id, {backlog.SAME:,} of them of the"
+            f" same, {backlog.LARGE} of 4 MiB in a row",
+            "what",
+            "peak MiB",
+            "above idle",
+        )
+        connection = self.fill(backlog.MESSAGES // 5)
+        idle = backlog.peak(self.pair, connection, GATHERING)
+        self.report.row("idle", f"{idle:.1f}", "")
+        asyncio.run(backlog.publish(self.pair.amqp_url, backlog.mixed(site_ids(connection))))
+        busy = backlog.peak(self.pair, connection, GATHERING)
+        if site.count_stale(connection):
+            raise SystemExit("stale rows are left: these figures are of a broken job")
+        self.report.row("the backlog, rate limit off", f"{busy:.1f}", f"{busy - idle:.1f}")
+        connection.close()
+
     def publishing(self) -> None:
         """Measure publishing beside a bare loop."""
+        self.report.section("Publishing, every message confirmed", "what", "by", *TIMED)
         servers.connect(self.pair.mysql_url, create=True).close()
         run([AIOWORKER, "init"], self.environment)
         programs: dict[str, Callable[[], Run]] = {
@@ -261,9 +339,11 @@ class Bench:
         }
         compare(self.report, "200,000 ids", alternately(programs), "publish-bare")
         asyncio.run(self.purge())
+        self.great_sweep()
 
     def great_sweep(self) -> None:
         """Measure reading the ids of a large table, and the whole sweep beside aio-pika alone."""
+        self.report.section(f"A sweep of {GREAT:,} ids", "what", "figure", "ratio")
         connection = servers.connect(self.pair.mysql_url, create=True)
         site.create(connection)
         site.fill_plainly(connection, GREAT)
@@ -294,6 +374,14 @@ class Bench:
 
     def beside_another_writer(self, addons: int) -> None:
         """Measure what another writer feels of the job, and of one statement a chunk."""
+        self.report.section(
+            "Another writer, 200 statements a second beside the job",
+            "job",
+            "p50 ms",
+            "p99 ms",
+            "p99 ratio",
+            "deadlocks",
+        )
         connection = self.fill(addons)
         chunks = [
             UPDATE_JOIN % ", ".join(map(str, range(first, first + 1000))) + ";\n"
@@ -332,6 +420,14 @@ class Bench:
 
     def small_messages(self) -> None:
         """Measure what a message costs that asks for nothing, beside other task queues."""
+        self.report.section(
+            f"{noop.MESSAGES:,} small messages, tasks without a rate limit, one process each",
+            "by",
+            "messages a second",
+            "min to max",
+            "to Celery",
+            "peak MiB",
+        )
         servers.connect(self.pair.mysql_url, create=True).close()
         run(
             [AIOWORKER, "init", "--app", "benchmarks.contenders.beside"],
@@ -354,6 +450,7 @@ class Bench:
 
     def budget(self) -> None:
         """Measure what the shared budget costs a start: time, and connections."""
+        self.report.section("The shared budget, a start", "what", "median", "p99")
         connection = self.fill(20_000)
         for name, several in asyncio.run(self._start_often()).items():
             cuts = statistics.quantiles(several, n=100)
@@ -388,6 +485,14 @@ class Bench:
 
     def rate(self) -> None:
         """Measure how much of a rate is used, and how near first writes come to each other."""
+        self.report.section(
+            "The rate kept, one worker with a backlog",
+            "rate",
+            "of the interval a run spends",
+            "starts, of those allowed",
+            "least distance of first writes, in intervals",
+            "the median one",
+        )
         connection = servers.connect(self.pair.mysql_url, create=True)
         for case, seconds in rate.measure(self.pair, connection):
             found = rate.distances(case, seconds)
@@ -395,8 +500,39 @@ class Bench:
             self.report.row(case.rate, case.spent, *(f"{figure:.3f}" for figure in figures))
         connection.close()
 
+    def little_stale(self, size: sweeps.Size) -> None:
+        """Measure how many starts a sweep takes of which little is stale."""
+        self.report.section(
+            f"A sweep of {sweeps.CHUNKS} chunks of {size.ids:,} ids, 1 % of the rows stale,"
+            f" at {size.rate}",
+            "by",
+            "chunks",
+            "starts",
+            "s",
+            "in intervals",
+            f"{sweeps.CHUNKS} chunks, in intervals",
+        )
+        connection = self.fill(sweeps.CHUNKS * size.ids)
+        again = sweeps.Sweeps(self.pair, connection, size)
+        for case in sweeps.CASES:
+            found = again.measure(case)
+            asyncio.run(self.purge())
+            intervals = found.seconds / size.interval
+            # A start each: between the first and the last of so many.
+            all_of_it = f"{sweeps.CHUNKS - 1}, reckoned" if case.few else f"{intervals:.2f}"
+            self.report.row(
+                case.by,
+                found.chunks,
+                found.starts,
+                f"{found.seconds:.1f}",
+                f"{intervals:.2f}",
+                all_of_it,
+            )
+        connection.close()
+
     def process(self) -> None:
         """Measure the worker as a process: memory, idle CPU, and the help's CPU."""
+        self.report.section("The process", "what", "figure")
         connection = self.fill(20_000)
         self.sweep()
         done = run([AIOWORKER, "consume", "--burst", "--rate-limit", "1000000/s"], self.environment)
@@ -436,6 +572,13 @@ def connections_made(connection: Connection[Cursor]) -> int:
     return int(number)
 
 
+def site_ids(connection: Connection[Cursor]) -> list[int]:
+    """Return the ids that a sweep publishes."""
+    with connection.cursor() as cursor:
+        cursor.execute(f"SELECT id FROM addons a WHERE {site.SWEPT} ORDER BY id")
+        return [addon for [addon] in cursor.fetchall()]
+
+
 def site_changed(connection: Connection[Cursor]) -> bool:
     """Return whether a row differs from how the site was spoiled."""
     with connection.cursor() as cursor:
@@ -450,7 +593,8 @@ def site_changed(connection: Connection[Cursor]) -> bool:
 
 def main() -> None:
     """Run the benchmarks named on the command line, or all."""
-    wanted = sys.argv[1:] or ["job", "publish", "writer", "process", "budget", "rate", "noop"]
+    real = "--real" in sys.argv
+    named = [name for name in sys.argv[1:] if name != "--real"]
     report = Report()
     report.add("# Figures")
     report.add()
@@ -461,53 +605,22 @@ def main() -> None:
     )
     with servers.servers(*MARIADB) as pair, tempfile.TemporaryDirectory() as folder:
         bench = Bench(pair, report, Path(folder))
-        timed = ("s", "min to max", "ratio", "CPU s", "peak MiB")
-        if "process" in wanted:
-            report.section("The process", "what", "figure")
-            bench.process()
-        if "budget" in wanted:
-            report.section("The shared budget, a start", "what", "median", "p99")
-            bench.budget()
-        if "rate" in wanted:
-            report.section(
-                "The rate kept, one worker with a backlog",
-                "rate",
-                "of the interval a run spends",
-                "starts, of those allowed",
-                "least distance of first writes, in intervals",
-                "the median one",
-            )
-            bench.rate()
-        if "publish" in wanted:
-            report.section("Publishing, every message confirmed", "what", "by", *timed)
-            bench.publishing()
-            report.section(f"A sweep of {GREAT:,} ids", "what", "figure", "ratio")
-            bench.great_sweep()
-        if "job" in wanted:
-            report.section("The job, rate limit off, add-ons", "what", "by", *timed)
-            for addons in SIZES:
-                bench.job(addons)
-        if "writer" in wanted:
-            report.section(
-                "Another writer, 200 statements a second beside the job",
-                "job",
-                "p50 ms",
-                "p99 ms",
-                "p99 ratio",
-                "deadlocks",
-            )
-            bench.beside_another_writer(120_000)
-        if "noop" in wanted:
-            report.section(
-                f"{noop.MESSAGES:,} small messages, tasks without a rate limit, one process each",
-                "by",
-                "messages a second",
-                "min to max",
-                "to Celery",
-                "peak MiB",
-            )
-            bench.small_messages()
-    if not sys.argv[1:]:
+        parts: dict[str, Callable[[], None]] = {
+            "process": bench.process,
+            "budget": bench.budget,
+            "rate": bench.rate,
+            "sweep": partial(bench.little_stale, sweeps.REAL if real else sweeps.SCALED),
+            "publish": bench.publishing,
+            "job": bench.jobs,
+            "singles": bench.singles,
+            "memory": bench.memory,
+            "writer": partial(bench.beside_another_writer, 120_000),
+            "noop": bench.small_messages,
+        }
+        for name, part in parts.items():
+            if name in (named or parts):
+                part()
+    if not named:
         RESULTS.write_text("\n".join(report.lines) + "\n")
 
 

@@ -1,7 +1,7 @@
 """Programs that the benchmarks time, each in a process of its own.
 
-`python -m benchmarks.runners NAME [IDS]` runs one on the servers that the environment names and
-prints the seconds its work took, connecting included, starting Python not.
+`python -m benchmarks.runners NAME [IDS]` runs one on the servers that the environment names, with
+its settings, and prints the seconds its work took, connecting included, starting Python not.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ async def consume() -> None:
     settings = Settings.load()
     task = update_current_version
     database = settings.database()
-    budget = SharedBudget(database, task.name, None, "bench")
+    gather_seconds = settings.gather_seconds
+    budget = SharedBudget(database, task.name, None, "bench", gather_seconds=gather_seconds)
     presence = Presence(task.name, "bench", os.getpid(), None, lambda _doing: None, database)
     worker = Worker.of(
         "bench",
@@ -47,6 +48,8 @@ async def consume() -> None:
         task_timeout=30,
         max_retries=5,
         burst=True,
+        gather_seconds=gather_seconds,
+        chunk_size=settings.chunk_size,
     )
     queues = Queues.of(task.name, settings.queue_prefix)
     supervisor = Supervisor(worker, settings.amqp_url, queues, 10, "bench")
