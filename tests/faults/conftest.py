@@ -21,6 +21,7 @@ MakePlace = Callable[..., Place]
 LONGEST_FIRST = (
     "test_broker",
     "test_worker",
+    "test_gathering",
     "test_cluster",
     "test_waiting",
     "test_soak",

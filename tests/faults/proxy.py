@@ -42,6 +42,7 @@ class Proxy:
         self._delay = 0.0
         self._closed = self._holding = False
         self._pattern = b""
+        self._times = 0
         self._held = threading.Event()
         self._links: list[dict[Side, StreamWriter]] = []
         self._server: asyncio.Server | None = None
@@ -84,13 +85,18 @@ class Proxy:
         """Reset each connection on both sides, and refuse new ones until `forward`."""
         self._run(self._reset())
 
-    def hold_at(self, pattern: bytes) -> threading.Event:
-        """Hold the next client that sends *pattern*, once, before the server has it.
+    def hold_at(self, pattern: bytes, times: int = 1) -> threading.Event:
+        """Hold the client that sends *pattern*, once, before the server has it.
 
         What that client sends afterwards waits too; if it goes away meanwhile, the server
         never gets any of it. Returns what is set when that is so; `release` ends it.
+
+        Args:
+            pattern: What is waited for.
+            times: How often it is sent until then.
         """
-        self._held, self._holding, self._pattern = threading.Event(), True, pattern
+        self._held, self._holding, self._times = threading.Event(), True, times
+        self._pattern = pattern
         return self._held
 
     def release(self) -> None:
@@ -162,8 +168,10 @@ class Proxy:
                 piece = await reader.read(PIECE)
                 pattern = self._pattern if watched else b""
                 end = before[max(len(before) - len(pattern) + 1, 0) :]  # it may come in two pieces
-                if pattern and pattern in end + piece:
-                    piece = await self._hold(reader, piece)
+                if pattern:
+                    self._times -= (end + piece).count(pattern)
+                    if self._times <= 0:
+                        piece = await self._hold(reader, piece)
             except OSError:
                 piece = b""
             await under_way.put((self._loop.time() + self._delay, piece))
