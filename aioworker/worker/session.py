@@ -7,22 +7,20 @@ is due and the turn is this worker's. RabbitMQ keeps the rest. Every wait has a 
 from __future__ import annotations
 
 import asyncio
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from aioworker.budget.first_write import Usual
 from aioworker.consumer import Consumer
 from aioworker.errors import AioworkerError, BrokerError, DatabaseError
-from aioworker.limits import LEAD_SECONDS, POLL_SECONDS, Wait
+from aioworker.limits import POLL_SECONDS, Wait
 from aioworker.rabbitmq.delivery import SUSPECT_RETURNS
 from aioworker.reasons import Reason, ReasonKind
 from aioworker.settling.outcome import Kind, Outcome
 from aioworker.settling.probe import Probe
-from aioworker.settling.start import MOST_MESSAGES, Held, Start
 from aioworker.tasks.chunk import CHUNK_LIMIT
 from aioworker.words import count
+from aioworker.worker.gathering import Gathering
 from aioworker.worker.intake import Intake
 from aioworker.worker.recovery import Recovery
 
@@ -138,6 +136,16 @@ class Worker:
         )
 
     @property
+    def gathers(self) -> bool:
+        """Whether several messages go into one start."""
+        return self.gather_seconds > 0 and self.task.gathers
+
+    @property
+    def lost_database(self) -> bool:
+        """Whether it needs a connection to the database, and has none."""
+        return self.needs_database and not self.database.is_open
+
+    @property
     def progresses(self) -> bool:
         """Whether it is in a step whose time is not up."""
         # Until it is settled a run has its own time, and a little more.
@@ -168,8 +176,7 @@ class Session:
         self._holds = (self._ask_budget, self._ask_breaker)
         self._busy = False  # whether it served a message just now
         self._took = False  # whether the last look into the lanes found a message
-        self._bulk_next = False  # whether the next start begins with the bulk lane
-        self._reading = Usual()  # what needs writing, of as many messages as one read is for
+        self._gathering = Gathering(worker, lanes, stop, self._take, self._wait_for_more)
 
     async def run(self) -> None:
         """Serve until a stop, or in a burst until the lanes are empty.
@@ -265,9 +272,26 @@ class Session:
         await worker.presence.keep()
         # A start can begin when the last of them holds it no more.
         seconds = max(wait.seconds for wait in waits)
-        worker.recovery.progress(seconds)
-        await first_of(seconds, self._stop, self._lost)
+        await self._pause(seconds)
         return True
+
+    async def _wait_for_more(self, seconds: float) -> None:
+        """Wait until the lanes are worth another look, so many seconds at most.
+
+        Raises:
+            BrokerError: The connection to RabbitMQ is lost.
+        """
+        await self._pause(min(seconds, IDLE_SECONDS))
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait; a stop ends it early.
+
+        Raises:
+            BrokerError: The connection to RabbitMQ is lost.
+        """
+        self._worker.recovery.progress(seconds)
+        await first_of(seconds, self._stop, self._lost)
+        self._notice_loss()
 
     def _reason(self, reasons: Sequence[Reason]) -> Reason:
         """Return one reason for all that hold: its kind is the first one's.
@@ -307,177 +331,28 @@ class Session:
             await self._worker.presence.keep()
 
     async def _take_in_turn(self) -> tuple[list[Wait], Outcome | None]:
-        """Fill one start after the other in a turn, until one has begun.
+        """Take one message after the other in a turn, until a start has begun.
 
         Returns:
             Why the turn could not be had, and what the last message came to.
         """
-        worker, consumer, outcome = self._worker, self._worker.consumer, None
+        worker, gathering, outcome = self._worker, self._gathering, None
+        alone = partial(worker.consumer.serve, lanes=self._lanes)
+        serve = gathering.serve if worker.gathers else alone
         async with worker.budget.turn() as wait:
-            starts, until = consumer.starts, self._time() + POLL_SECONDS
-            while wait is None:
-                with consumer.starting(self._most) as start:
-                    try:
-                        took, found = await self._gather(start)
-                        await worker.budget.rest(resting=False)
-                    except DatabaseError as error:
-                        await self._let_go(start, str(error))
-                        raise
-                    if start.held:
-                        self._bulk_next = self._gathers and start.held[0].delivery.lane == "urgent"
-                        found = await consumer.run(start, self._lanes)
-                outcome = found or outcome
-                if not took or self._turn_ends(outcome, starts, until):
+            starts, until = worker.consumer.starts, self._time() + POLL_SECONDS
+            while wait is None and (first := await self._take(gathering.bulk_next)) is not None:
+                outcome = await serve(first) or outcome
+                if self._turn_ends(outcome, starts, until):
                     break
                 await worker.presence.keep()
         return [] if wait is None else [wait], outcome
 
-    @property
-    def _gathers(self) -> bool:
-        """Whether several messages go into one start."""
-        return self._worker.gather_seconds > 0 and self._worker.task.gathers
-
-    @property
-    def _most(self) -> int:
-        """How many messages a start may hold: one, if it is to show whether the task works."""
-        return MOST_MESSAGES if self._gathers and not self._worker.consumer.breaker.reason else 1
-
-    async def _gather(self, start: Start) -> tuple[bool, Outcome | None]:
-        """Take messages until a start is full or due; if it cannot begin, give them back.
-
-        Those that need nothing are settled on the way.
-
-        Returns:
-            Whether there were any, and what the last one that was settled came to.
-
-        Raises:
-            DatabaseError: The budget cannot be looked at.
-        """
-        took, outcome, began = False, None, self._time()
-        look_at = began + POLL_SECONDS
-        while True:
-            due_at = self._due_at()
-            # If it is due already, what lies in the lanes is taken, but not for long.
-            until = max(due_at, began + self._spare)
-            had_turn = self._worker.budget.limited and not self._lost_database
-            came, settled = await self._take_some(start, until, look_at)
-            took, outcome = took or came, settled or outcome
-            if settled is not None and settled.uncounted:
-                await self._let_go(start, settled.reason)
-            elif had_turn and self._lost_database:
-                await self._let_go(start, "the connection to the database is lost")
-            elif self._gathers and self._stop.is_set():
-                await self._let_go(start, "the worker ends")
-            elif self._gathers and self._time() >= look_at:
-                look_at = self._time() + POLL_SECONDS
-                await self._look(start)
-            seconds = due_at - self._time()
-            if not (start.held and self._gathers):
-                return took, outcome
-            if came and start.has_room():
-                continue
-            if seconds <= 0:
-                return took, outcome
-            await self._wait_for_more(start, seconds)
-
-    async def _wait_for_more(self, start: Start, seconds: float) -> None:
-        """Wait for the next look into the lanes, or until the start is due; say so.
-
-        Raises:
-            BrokerError: The connection is lost.
-        """
-        worker, ids = self._worker, count(len(start.rows), "id")
-        words = f"gathering: {count(len(start.held), 'message')}, {ids} to write"
-        worker.presence.report(Reason(ReasonKind.GATHERING, words))
-        worker.recovery.progress(seconds)
-        await worker.budget.rest(resting=True)
-        await first_of(min(seconds, IDLE_SECONDS), self._stop, self._lost)
-        self._notice_loss()
-
-    async def _look(self, start: Start) -> None:
-        """See whether the start may still begin; if not, give its messages back.
-
-        Raises:
-            DatabaseError: That cannot be told, or the worker's row cannot be written.
-        """
-        await self._worker.presence.keep()
-        if waits := await self._held():
-            await self._let_go(start, "; ".join(str(wait.reason) for wait in waits))
-
-    async def _let_go(self, start: Start, reason: str) -> None:
-        await self._worker.consumer.give_back(start, start.held, reason, self._lanes)
-
-    @property
-    def _spare(self) -> float:
-        """How much of the wait for a start is left to its charge, in seconds."""
-        budget = self._worker.budget
-        return min(LEAD_SECONDS, budget.interval / 20) if budget.limited else math.inf
-
-    def _due_at(self) -> float:
-        """Return when a start is not waited for any longer, by the event loop's clock."""
-        budget = self._worker.budget
-        return budget.due_at - self._spare if budget.limited else -math.inf
-
-    async def _take_some(
-        self, start: Start, until: float, look_at: float
-    ) -> tuple[bool, Outcome | None]:
-        """Take messages, as many as one read may be for, and ask what of them needs writing.
-
-        Args:
-            start: What holds them.
-            until: When the read has to be over.
-            look_at: When the taking has to be.
-
-        Returns:
-            Whether there were any, and what the last one that was settled came to.
-        """
-        consumer, unread, ids = self._worker.consumer, list[Held](), 0
-        came, settled = False, None
-        while start.has_room(ids) and not (start.held and self._is_late(until)):
-            if unread and self._time() >= look_at:
-                break
-            if (delivery := await self._take(first=not start.held)) is None:
-                break
-            came, settled = True, await consumer.open(start, delivery, self._lanes)
-            if settled is not None:
-                if settled.kind is Kind.MOVED and settled.away is None:
-                    settled = None  # nothing has failed
-                elif settled.uncounted:
-                    return came, settled
-                if not start.held:
-                    return came, settled
-                continue
-            one = start.held[-1]
-            if not start.fits(one):
-                # It is the first of the next start.
-                await consumer.give_back(start, [one], "it fits no other", self._lanes)
-                start.closed = True
-                break
-            start.most = min(start.most, one.most)
-            unread.append(one)
-            ids += one.ids
-        if unread:
-            began = self._time()
-            await self._worker.budget.rest(resting=False)
-            settled = await consumer.need(start, unread, self._lanes) or settled
-            self._reading.took(self._time() - began)
-        return came, settled
-
-    def _is_late(self, until: float) -> bool:
-        """Whether a read that begins now would likely end after a moment."""
-        return self._time() + self._reading.seconds > until
-
-    async def _take(self, *, first: bool = True) -> Delivery | None:
-        """Take a message; None where there is none, or at a stop.
-
-        From the urgent lane first; if the last start began with that, the next one begins with
-        the bulk lane, so that single changes never stop a sweep.
-        """
+    async def _take(self, bulk_first: bool = False) -> Delivery | None:
+        """Take a message, from the urgent lane first; None where there is none, or at a stop."""
         if self._stop.is_set():
             return None
-        delivery = await self._lanes.take(bulk_first=first and self._bulk_next)
-        if first:
-            self._bulk_next = False  # what needs nothing spends no start: an urgent one goes next
+        delivery = await self._lanes.take(bulk_first=bulk_first)
         self._took = delivery is not None
         if delivery is not None:
             self._worker.recovery.stall.end()
@@ -493,12 +368,8 @@ class Session:
         started = worker.budget.limited and worker.consumer.starts > starts
         # After a while a pause is looked for, though nothing needs a start.
         uncounted = outcome is not None and outcome.uncounted
-        return started or uncounted or self._lost_database or self._time() >= until
-
-    @property
-    def _lost_database(self) -> bool:
-        """Whether the connection is lost that held the turn: a message would fail for nothing."""
-        return self._worker.needs_database and not self._worker.database.is_open
+        # If the connection is lost that held the turn, a message would fail for nothing.
+        return started or uncounted or worker.lost_database or self._time() >= until
 
     async def _take_several(self) -> tuple[list[Wait], Outcome | None]:
         """Take messages as RabbitMQ sends them, several at once, until none comes any more.
@@ -641,9 +512,7 @@ class Session:
         worker.presence.report(worker.recovery.stall.judge(reason, worker.budget.interval))
         if writes:
             await worker.presence.keep_if_possible()
-        worker.recovery.progress(seconds)
-        await first_of(seconds, self._stop, self._lost)
-        self._notice_loss()
+        await self._pause(seconds)
 
 
 def _rank(reason: Reason) -> tuple[bool, bool, bool]:

@@ -1,0 +1,187 @@
+"""Several messages in one start: taken one after the other in its turn, until it is full or due.
+
+What of them needs writing is asked in few reads; what needs nothing is settled on the way. A
+start that cannot begin gives all that it holds back to RabbitMQ.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import TYPE_CHECKING
+
+from aioworker.budget.first_write import Usual
+from aioworker.errors import DatabaseError
+from aioworker.limits import LEAD_SECONDS, POLL_SECONDS
+from aioworker.reasons import Reason, ReasonKind
+from aioworker.settling.outcome import Kind, Outcome
+from aioworker.settling.start import MOST_MESSAGES, Held, Start
+from aioworker.words import count
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from aioworker.rabbitmq.delivery import Delivery
+    from aioworker.rabbitmq.lanes import Lanes
+    from aioworker.worker.session import Worker
+
+
+class Gathering:
+    """Fills and serves the starts of one session, one after the other.
+
+    Args:
+        worker: What serves.
+        lanes: Where messages come from.
+        stop: Set when the worker is to end.
+        take: Takes one more message; None where there is none.
+        wait: Waits for more messages, so many seconds at most.
+
+    Attributes:
+        bulk_next: Whether the next start begins with the bulk lane, since the last one began with
+            the urgent lane: single changes never stop a sweep.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        lanes: Lanes,
+        stop: asyncio.Event,
+        take: Callable[[], Awaitable[Delivery | None]],
+        wait: Callable[[float], Awaitable[None]],
+    ) -> None:
+        self.bulk_next = False
+        self._worker = worker
+        self._lanes = lanes
+        self._stop = stop
+        self._take = take
+        self._wait = wait
+        self._time = asyncio.get_running_loop().time
+        self._reading = Usual()  # what needs writing, of as many messages as one read is for
+        self._unread: list[Held] = []  # those held messages that no read was for yet
+        self._ids = 0  # that those name
+
+    async def serve(self, first: Delivery) -> Outcome | None:
+        """Fill a start, run it, and settle each of its messages.
+
+        Args:
+            first: Its first message.
+
+        Returns:
+            What the last message that was settled came to, or why all went back; None if nothing
+            is to be known of it.
+
+        Raises:
+            DatabaseError: The budget cannot be looked at.
+            BrokerError: The connection is lost, or a message could not be settled.
+        """
+        worker, consumer = self._worker, self._worker.consumer
+        self.bulk_next = False  # what needs nothing spends no start: an urgent one goes next
+        # One message shows whether the task works again.
+        with consumer.starting(1 if consumer.breaker.reason else MOST_MESSAGES) as start:
+            try:
+                outcome = await self._fill(start, first)
+                await worker.budget.rest(resting=False)
+            except DatabaseError as error:
+                await self._give_back(start, str(error))
+                raise
+            if start.held:
+                self.bulk_next = start.held[0].delivery.lane == "urgent"
+                outcome = await consumer.run(start, self._lanes)
+        return outcome
+
+    async def _fill(self, start: Start, first: Delivery) -> Outcome | None:
+        """Hold messages until the start is full or due; give them back if it cannot begin.
+
+        Returns:
+            As `serve`, if nothing is held any more.
+        """
+        budget, began = self._worker.budget, self._time()
+        has_turn = budget.limited and not self._worker.lost_database
+        look_at = began + POLL_SECONDS
+        self._unread, self._ids = [], 0
+        settled = await self._open(start, first)
+        while start.held:
+            if (hindrance := self._hindrance(settled, has_turn=has_turn)) is not None:
+                await self._give_back(start, hindrance.reason)
+                return hindrance
+            now, spare = self._time(), self._spare
+            due_at = budget.due_at - spare
+            # If it is due already, what lies in the lanes is taken, but not for long.
+            late = now + self._reading.seconds > max(due_at, began + spare)
+            takes = start.has_room(self._ids) and not late and now < look_at
+            if takes and (delivery := await self._take()) is not None:
+                settled = await self._open(start, delivery)
+            elif self._unread:
+                settled = await self._read(start)
+            elif now >= look_at:
+                settled = await self._look()
+                look_at = self._time() + POLL_SECONDS
+            elif (seconds := due_at - self._time()) > 0:
+                await self._wait_for_more(start, seconds)
+            else:
+                break
+        return settled
+
+    def _hindrance(self, settled: Outcome | None, *, has_turn: bool) -> Outcome | None:
+        """Return why a start cannot begin with what it holds, after its last step.
+
+        Args:
+            settled: What a message came to in that step.
+            has_turn: Whether the connection to the database holds the turn.
+        """
+        if settled is not None and settled.uncounted:
+            return settled
+        if has_turn and self._worker.lost_database:
+            return Outcome(Kind.RELEASED, "the connection to the database is lost")
+        return Outcome(Kind.RELEASED, "the worker ends") if self._stop.is_set() else None
+
+    @property
+    def _spare(self) -> float:
+        """How much of the wait for a start is left to its charge, in seconds."""
+        budget = self._worker.budget
+        return min(LEAD_SECONDS, budget.interval / 20) if budget.limited else math.inf
+
+    async def _open(self, start: Start, delivery: Delivery) -> Outcome | None:
+        """Hold a message, if it goes with the others; return what one came to that is settled."""
+        consumer = self._worker.consumer
+        settled = await consumer.open(start, delivery, self._lanes)
+        if settled is not None:
+            moved = settled.kind is Kind.MOVED and settled.away is None  # nothing has failed
+            return None if moved else settled
+        one = start.held[-1]
+        if start.fits(one):
+            start.most = min(start.most, one.most)
+            self._unread.append(one)
+            self._ids += one.ids
+        else:
+            # It is the first of the next start.
+            await consumer.give_back(start, [one], "it fits no other", self._lanes)
+            start.closed = True
+        return None
+
+    async def _read(self, start: Start) -> Outcome | None:
+        """Ask what of the messages that came needs writing; those that need nothing are settled."""
+        began, unread = self._time(), self._unread
+        self._unread, self._ids = [], 0
+        await self._worker.budget.rest(resting=False)
+        settled = await self._worker.consumer.need(start, unread, self._lanes)
+        self._reading.took(self._time() - began)
+        return settled
+
+    async def _look(self) -> Outcome | None:
+        """Return why no start may begin any more: somebody paused the task, say."""
+        worker = self._worker
+        await worker.presence.keep()
+        wait = await worker.budget.check(worker.presence.others)
+        return None if wait is None else Outcome(Kind.RELEASED, str(wait.reason))
+
+    async def _wait_for_more(self, start: Start, seconds: float) -> None:
+        """Say that it gathers, and wait for more messages, or until the start is due."""
+        ids = count(len(start.rows), "id")
+        words = f"gathering: {count(len(start.held), 'message')}, {ids} to write"
+        self._worker.presence.report(Reason(ReasonKind.GATHERING, words))
+        await self._worker.budget.rest(resting=True)
+        await self._wait(seconds)
+
+    async def _give_back(self, start: Start, reason: str) -> None:
+        await self._worker.consumer.give_back(start, start.held, reason, self._lanes)
