@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from aioworker.consumer import Consumer
@@ -16,10 +17,13 @@ from aioworker.worker.session import Session, Worker
 from tests.doubles.budget import MemoryBudget
 from tests.doubles.database import MemoryDatabase
 from tests.doubles.lanes import MemoryBroker, MemoryLanes
+from tests.fakes import TURNS
 
 if TYPE_CHECKING:
     from aioworker.errors import DatabaseError
+    from aioworker.rabbitmq.delivery import Delivery
     from aioworker.settling.outcome import Outcome
+    from tests.fakes import FakeClock
 
 MAX_RETRIES = 2
 Work = Callable[..., Awaitable[None]]
@@ -129,7 +133,37 @@ class Heart:
         """Return a session over a connection."""
         return Session(self.worker, self.lanes, self.stop, self.lost)
 
+    async def run_for(self, clock: FakeClock, seconds: float, step: float = 0.1) -> None:
+        """Run a session for so long."""
+        async with running(self):
+            await clock.advance(seconds, step)
+
     @property
     def settled(self) -> list[str]:
         """How messages were settled, in that order."""
         return [step for step in self.steps if step in ("acknowledge", "give_back", "copy")]
+
+
+@asynccontextmanager
+async def running(heart: Heart) -> AsyncIterator[asyncio.Task[None]]:
+    """Run a session inside, and stop it at the end."""
+    serving = asyncio.create_task(heart.session().run())
+    try:
+        yield serving
+    finally:
+        heart.stop.set()
+        for _ in range(TURNS):
+            await asyncio.sleep(0)
+        serving.cancel()
+        await asyncio.wait({serving})
+
+
+def slow_down(heart: Heart, seconds: float) -> None:
+    """Have each look into the lanes take a while."""
+    take = heart.lanes.take
+
+    async def slow(*, bulk_first: bool = False) -> Delivery | None:
+        await asyncio.sleep(seconds)
+        return await take(bulk_first=bulk_first)
+
+    heart.lanes.take = slow  # type: ignore[method-assign]

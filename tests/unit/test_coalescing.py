@@ -17,10 +17,9 @@ from aioworker.limits import Wait
 from aioworker.rabbitmq.message import PUBLISHED, milliseconds
 from aioworker.reasons import Reason, ReasonKind
 from aioworker.tasks.context import Context
-from tests.doubles.heart import Heart
+from tests.doubles.heart import Heart, running
 from tests.doubles.lanes import QUEUES
 from tests.fakes import FakeClock
-from tests.unit.test_session import running
 
 SEED = int(os.environ.get("COALESCING_SEED") or random.randrange(2**32))
 DRAWN = 100  # interleavings of each kind

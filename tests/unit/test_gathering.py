@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -29,10 +29,9 @@ from aioworker.reasons import Reason, ReasonKind
 from aioworker.settling.outcome import Kind
 from aioworker.settling.settler import MOST_RETURNS
 from aioworker.tasks.context import Context
-from tests.doubles.heart import Heart
+from tests.doubles.heart import Heart, Work, running, slow_down
 from tests.doubles.lanes import QUEUES
 from tests.fakes import FakeClock
-from tests.unit.test_session import running
 
 PAUSED = Wait(Reason(ReasonKind.PAUSED, "paused by alice"), 2)
 AWAY = DatabaseError("gone", unreachable=True)
@@ -88,6 +87,23 @@ class Gathering:
         body = json.dumps([[list(ids), *constants], {}, None]).encode()
         self.heart.broker.send(body, lane, **{"id": str(ids[0]), **headers})
 
+    def send_each(self, ids: Iterable[int], lane: str = QUEUES.bulk) -> None:
+        """Publish a message for each id."""
+        for one in ids:
+            self.send([one], lane)
+
+    def send_chunks(self, firsts: range) -> None:
+        """Publish ids in messages that begin with these; each has all up to the next."""
+        for first in firsts:
+            self.send(range(first, first + firsts.step))
+
+    async def come_back(self, times: int) -> None:
+        """Have the first message be taken and given back so often."""
+        for _ in range(times):
+            delivery = await self.heart.lanes.take()
+            assert delivery is not None
+            await delivery.give_back()
+
     @property
     def acknowledged(self) -> list[str]:
         """The ids of what is acknowledged."""
@@ -98,13 +114,18 @@ class Gathering:
         return [str(headers["id"]) for headers in self.heart.broker.headers(lane)]
 
 
+def gathering_with(function: Work) -> Heart:
+    """Return a heart that gathers, and runs a function for whatever is published."""
+    heart = Heart(function, rate="2/m", gather_seconds=GATHER_SECONDS)
+    heart.task.needed(lambda entries: entries)
+    return heart
+
+
 async def test_fifty_single_changes_are_one_start(clock: FakeClock) -> None:
     gathering = Gathering()
-    for one in range(1, 51):
-        gathering.send([one], QUEUES.urgent)
+    gathering.send_each(range(1, 51), QUEUES.urgent)
 
-    async with running(gathering.heart):
-        await clock.advance(2, step=0.1)
+    await gathering.heart.run_for(clock, 2)
 
     assert gathering.runs == [list(range(1, 51))]
     assert gathering.heart.budget.starts == [50]
@@ -113,11 +134,9 @@ async def test_fifty_single_changes_are_one_start(clock: FakeClock) -> None:
 
 async def test_what_several_messages_need_is_asked_in_one_read(clock: FakeClock) -> None:
     gathering = Gathering(stale={3})
-    for one in range(1, 51):
-        gathering.send([one])
+    gathering.send_each(range(1, 51))
 
-    async with running(gathering.heart):
-        await clock.advance(2, step=0.1)
+    await gathering.heart.run_for(clock, 2)
 
     assert gathering.reads == [list(range(1, 51))]
     assert gathering.runs == [[3]]
@@ -127,11 +146,9 @@ async def test_what_several_messages_need_is_asked_in_one_read(clock: FakeClock)
 async def test_a_sweep_of_which_little_is_stale_is_one_start(clock: FakeClock) -> None:
     stale = {1, 1001, 2001, 3001}
     gathering = Gathering(stale=set(stale))
-    for first in range(1, 5001, 1000):
-        gathering.send(range(first, first + 1000))
+    gathering.send_chunks(range(1, 5001, 1000))
 
-    async with running(gathering.heart):
-        await clock.advance(2, step=0.1)
+    await gathering.heart.run_for(clock, 2)
 
     assert gathering.runs == [sorted(stale)]
     assert gathering.queued() == []
@@ -170,11 +187,9 @@ async def test_nothing_is_held_before_the_gathering_begins(clock: FakeClock) -> 
 
 async def test_a_start_takes_no_more_once_one_chunk_is_to_be_written(clock: FakeClock) -> None:
     gathering = Gathering(chunk_size=10)
-    for first in range(1, 41, 4):
-        gathering.send(range(first, first + 4))
+    gathering.send_chunks(range(1, 41, 4))
 
-    async with running(gathering.heart):
-        await clock.advance(2, step=0.1)
+    await gathering.heart.run_for(clock, 2)
 
     assert gathering.runs == [list(range(1, 13))], "the last message may be more than has room"
     assert gathering.queued() == [str(first) for first in range(13, 41, 4)]
@@ -187,8 +202,7 @@ async def test_what_is_held_goes_back_uncharged(clock: FakeClock, reason: str) -
     gathering.send([1])
     async with running(heart):
         await clock.advance(1, step=0.1)
-        for one in range(2, 5):
-            gathering.send([one])
+        gathering.send_each(range(2, 5))
         await clock.advance(14)
         assert len(heart.lanes.held) == 3
 
@@ -216,13 +230,11 @@ async def test_what_fits_no_other_is_the_first_of_the_next_start(clock: FakeCloc
     async def move(ids: list[int], way: object = None) -> None:
         runs.append((ids, way))
 
-    heart = Heart(move, rate="2/m", gather_seconds=GATHER_SECONDS)
-    heart.task.needed(lambda ids: ids)
+    heart = gathering_with(move)
     for one, way in enumerate(("up", "up", 1, True, True), start=1):
         heart.broker.send(json.dumps([[[one], way], {}, None]).encode(), id=str(one))
 
-    async with running(heart):
-        await clock.advance(3 * INTERVAL, step=0.5)
+    await heart.run_for(clock, 3 * INTERVAL, step=0.5)
 
     assert runs == [([1, 2], "up"), ([3], 1), ([4, 5], True)]
 
@@ -244,8 +256,7 @@ async def test_some_messages_run_alone(
     for one in range(3):
         gathering.send([one + 1], QUEUES.bulk, **(headers if one == place else {}))
 
-    async with running(gathering.heart):
-        await clock.advance(3 * INTERVAL, step=0.5)
+    await gathering.heart.run_for(clock, 3 * INTERVAL, step=0.5)
 
     assert gathering.runs == ([[1], [2, 3]] if place == 0 else [[1], [2], [3]])
 
@@ -254,14 +265,9 @@ async def test_what_came_back_again_and_again_runs_alone(clock: FakeClock) -> No
     gathering = Gathering()
     gathering.send([1])
     gathering.send([2])
-    lanes = gathering.heart.lanes
-    for _ in range(SUSPECT_RETURNS):
-        delivery = await lanes.take()
-        assert delivery is not None
-        await delivery.give_back()
+    await gathering.come_back(SUSPECT_RETURNS)
 
-    async with running(gathering.heart):
-        await clock.advance(2 * INTERVAL, step=0.5)
+    await gathering.heart.run_for(clock, 2 * INTERVAL, step=0.5)
 
     assert gathering.runs == [[1], [2]]
 
@@ -272,8 +278,7 @@ async def test_no_start_is_larger_than_its_messages_may_run_with(clock: FakeCloc
         gathering.send([one], QUEUES.bulk, **({TOGETHER: 2} if one == 2 else {}))
     gathering.heart.budget.most["4"] = 1
 
-    async with running(gathering.heart):
-        await clock.advance(4 * INTERVAL, step=0.5)
+    await gathering.heart.run_for(clock, 4 * INTERVAL, step=0.5)
 
     assert gathering.runs == [[1, 2], [3], [4], [5]]
 
@@ -283,15 +288,16 @@ async def test_what_comes_back_for_the_tenth_time_is_moved(clock: FakeClock) -> 
     gathering = Gathering()
     gathering.send([1])
     gathering.send([2])
-    for _ in range(MOST_RETURNS):
-        delivery = await gathering.heart.lanes.take()
-        assert delivery is not None
-        await delivery.give_back()
+    await gathering.come_back(MOST_RETURNS)
 
-    async with running(gathering.heart):
-        await clock.advance(2, step=0.1)
+    await gathering.heart.run_for(clock, 2)
 
     assert gathering.runs == [[2, 1]], "its copy is as good as a new message"
+
+
+async def fails(_ids: Ids) -> None:
+    """Fail for whatever ids."""
+    raise KeyError("shop")
 
 
 async def poisoned(poison: int, ids: Ids) -> None:
@@ -310,8 +316,7 @@ async def test_of_fifty_the_culprit_is_found_and_the_others_are_done(
         await poisoned(poison, ids)
 
     gathering = Gathering(fail, max_retries=0)
-    for one in range(1, 51):
-        gathering.send([one])
+    gathering.send_each(range(1, 51))
     innocent = [str(one) for one in range(1, 51) if one != poison]
 
     async with running(gathering.heart):
@@ -338,8 +343,7 @@ async def test_whose_failure_it_is_nobody_knows_of_several(
     for one in range(1, 6):
         gathering.send([one], QUEUES.urgent if one > 3 else QUEUES.bulk)
 
-    async with running(gathering.heart):
-        await clock.advance(2, step=0.1)
+    await gathering.heart.run_for(clock, 2)
 
     assert gathering.queued() == ["1", "2", "3"]
     assert gathering.queued(QUEUES.urgent) == ["4", "5"], "each in its own lane"
@@ -350,12 +354,8 @@ async def test_whose_failure_it_is_nobody_knows_of_several(
 
 
 async def test_if_all_fail_alike_the_breaker_opens_at_the_third_start(clock: FakeClock) -> None:
-    async def fail(_ids: Ids) -> None:
-        raise KeyError("shop")
-
-    gathering = Gathering(fail)
-    for one in range(1, 1001):
-        gathering.send([one])
+    gathering = Gathering(fails)
+    gathering.send_each(range(1, 1001))
 
     async with running(gathering.heart):
         await clock.advance(2.5 * INTERVAL, step=0.5)
@@ -375,8 +375,7 @@ async def test_contention_opens_no_breaker_and_holds_up_nobody_else(clock: FakeC
             raise OperationalError(ER.LOCK_WAIT_TIMEOUT, "locked")
 
     gathering = Gathering(fail)
-    for one in range(1, 21):
-        gathering.send([one])
+    gathering.send_each(range(1, 21))
 
     def done() -> Ids:
         return sorted(one for run in gathering.runs if 7 not in run for one in run)
@@ -399,11 +398,9 @@ async def test_a_read_that_meets_contention_ends(clock: FakeClock) -> None:
         raise OperationalError(ER.LOCK_WAIT_TIMEOUT, "locked")
 
     gathering.heart.task.needed(locked)
-    for one in range(1, 9):
-        gathering.send([one])
+    gathering.send_each(range(1, 9))
 
-    async with running(gathering.heart):
-        await clock.advance(5, step=0.1)
+    await gathering.heart.run_for(clock, 5)
 
     assert len(gathering.reads) <= 15
     assert len(gathering.queued(QUEUES.retry)) == 8
@@ -415,11 +412,9 @@ async def test_a_database_that_is_away_marks_nobody(clock: FakeClock) -> None:
         raise KeyError("shop")
 
     gathering = Gathering(fail)
-    for one in range(1, 4):
-        gathering.send([one])
+    gathering.send_each(range(1, 4))
 
-    async with running(gathering.heart):
-        await clock.advance(2, step=0.1)
+    await gathering.heart.run_for(clock, 2)
 
     assert gathering.queued() == ["1", "2", "3"]
     assert all(TOGETHER not in one for one in gathering.heart.broker.headers(QUEUES.bulk))
@@ -434,8 +429,7 @@ async def test_rows_that_the_data_refuses_are_those_of_who_named_them(clock: Fak
         gathering.send([first, first + 1])
     gathering.send([4, 9])
 
-    async with running(gathering.heart):
-        await clock.advance(2, step=0.1)
+    await gathering.heart.run_for(clock, 2)
 
     assert gathering.heart.consumer.settled == {Kind.ACK: 2, Kind.DEAD_LETTER: 2}
     reasons = {str(one["id"]): one[REASON] for one in gathering.heart.broker.headers(QUEUES.dead)}
@@ -448,13 +442,11 @@ async def test_rows_that_the_data_refuses_are_those_of_who_named_them(clock: Fak
 async def test_of_two_starts_in_a_row_one_begins_with_the_bulk_lane(clock: FakeClock) -> None:
     """A steady stream of single changes never stops a sweep."""
     gathering = Gathering(chunk_size=2)
-    for one in range(1, 9):
-        gathering.send([one], QUEUES.urgent)
+    gathering.send_each(range(1, 9), QUEUES.urgent)
     for first in (11, 21):
         gathering.send([first, first + 1])
 
-    async with running(gathering.heart):
-        await clock.advance(4 * INTERVAL, step=0.5)
+    await gathering.heart.run_for(clock, 4 * INTERVAL, step=0.5)
 
     assert gathering.runs[:4] == [[1, 2], [11, 12], [3, 4], [21, 22]]
 
@@ -504,8 +496,7 @@ async def test_of_two_rows_of_one_id_the_later_wins(
     async def price(rows: list[tuple[int, str]]) -> None:
         runs.append(rows)
 
-    heart = Heart(price, rate="2/m", gather_seconds=GATHER_SECONDS)
-    heart.task.needed(lambda rows: rows)
+    heart = gathering_with(price)
     for name, (seconds, lane) in (("first", first), ("second", second)):
         at = None if seconds is None else milliseconds(PUBLISHED_AT + timedelta(seconds=seconds))
         headers: dict[str, Any] = {"id": name} | ({} if at is None else {PUBLISHED: at})
@@ -513,8 +504,7 @@ async def test_of_two_rows_of_one_id_the_later_wins(
         queue = QUEUES.urgent if lane == "urgent" else QUEUES.bulk
         heart.broker.send(body.encode(), queue, **headers)
 
-    async with running(heart):
-        await clock.advance(2, step=0.1)
+    await heart.run_for(clock, 2)
 
     [run] = runs
     assert sorted(run) == [(7, winner), (8, "x"), (9, "x")]
@@ -523,11 +513,9 @@ async def test_of_two_rows_of_one_id_the_later_wins(
 
 async def test_without_a_rate_what_is_there_is_one_start(clock: FakeClock) -> None:
     gathering = Gathering(rate=None)
-    for one in range(1, 1001):
-        gathering.send([one])
+    gathering.send_each(range(1, 1001))
 
-    async with running(gathering.heart):
-        await clock.advance(1, step=0.1)
+    await gathering.heart.run_for(clock, 1)
 
     assert gathering.runs == [list(range(1, 1001))]
     assert gathering.reads == [], "the run finds out itself"
@@ -541,8 +529,7 @@ async def test_gathering_can_be_turned_off(clock: FakeClock, off: str) -> None:
     gathering.send([1])
     gathering.send([2])
 
-    async with running(gathering.heart):
-        await clock.advance(2, step=0.1)
+    await gathering.heart.run_for(clock, 2)
 
     assert gathering.runs == [[1]]
 
@@ -553,8 +540,7 @@ async def test_what_a_run_sees_is_of_all_its_messages(clock: FakeClock) -> None:
         at = milliseconds(own_time() - timedelta(seconds=seconds))
         gathering.send([one], QUEUES.bulk, **{PUBLISHED: at})
 
-    async with running(gathering.heart):
-        await clock.advance(2, step=0.1)
+    await gathering.heart.run_for(clock, 2)
 
     [ctx] = gathering.contexts
     assert ctx.messages == ("1", "2", "3")
@@ -572,8 +558,7 @@ async def test_a_start_has_one_line_and_each_of_its_messages_one_for_debugging(
     gathering.send([7], QUEUES.urgent)
     gathering.send([8])
 
-    async with running(gathering.heart):
-        await clock.advance(2, step=0.1)
+    await gathering.heart.run_for(clock, 2)
 
     told = [(one.levelname, one.message, vars(one)["fields"]) for one in caplog.records]
     lines = [(level, text) for level, text, _fields in told]
@@ -608,14 +593,9 @@ async def test_what_may_kill_its_worker_is_noted_before_it_is_read(clock: FakeCl
     gathering = Gathering(stale=set())
     gathering.send([1])
     gathering.send([2])
-    lanes = gathering.heart.lanes
-    for _ in range(SUSPECT_RETURNS):
-        delivery = await lanes.take()
-        assert delivery is not None
-        await delivery.give_back()
+    await gathering.come_back(SUSPECT_RETURNS)
 
-    async with running(gathering.heart):
-        await clock.advance(2, step=0.1)
+    await gathering.heart.run_for(clock, 2)
 
     assert gathering.heart.budget.noted == ["1"]
     assert gathering.reads == [[1], [2]]
@@ -626,11 +606,7 @@ async def test_without_a_rate_a_killer_comes_back_until_rabbitmq_sets_it_aside()
     """Nobody else counts its deaths: a copy would begin to be counted from nothing."""
     gathering = Gathering(rate=None)
     gathering.send([1])
-    lanes = gathering.heart.lanes
-    for _ in range(MOST_RETURNS):
-        delivery = await lanes.take()
-        assert delivery is not None
-        await delivery.give_back()
+    await gathering.come_back(MOST_RETURNS)
 
     assert (await gathering.heart.serve()).kind is Kind.ACK
 
@@ -649,8 +625,7 @@ async def test_a_read_that_would_end_too_late_is_not_begun(clock: FakeClock) -> 
     async with running(gathering.heart):
         await clock.advance(5)
         gathering.send([2])
-        for first in range(1000, 20_000, 1000):
-            gathering.send(range(first, first + 1000))
+        gathering.send_chunks(range(1000, 20_000, 1000))
         await clock.advance(INTERVAL, step=0.5)
 
     assert gathering.runs == [[1], [2]]
@@ -664,8 +639,7 @@ async def test_messages_of_one_id_are_one_row(clock: FakeClock) -> None:
     for number in range(1000):
         gathering.send([7], QUEUES.urgent, id=str(number))
 
-    async with running(gathering.heart):
-        await clock.advance(2, step=0.1)
+    await gathering.heart.run_for(clock, 2)
 
     assert gathering.runs == [[7]]
     assert len(gathering.acknowledged) == 1000
@@ -678,8 +652,7 @@ async def test_large_bodies_end_a_gathering(clock: FakeClock) -> None:
         text = json.dumps([[[one]], {}, None])
         gathering.heart.broker.send((text + " " * (body - len(text))).encode(), id=str(one))
 
-    async with running(gathering.heart):
-        await clock.advance(2, step=0.1)
+    await gathering.heart.run_for(clock, 2)
 
     assert gathering.runs == [[1, 2, 3, 4, 5]]
 
@@ -693,11 +666,9 @@ async def test_a_read_of_several_that_fails_is_nobodys_yet(clock: FakeClock) -> 
         return ids
 
     gathering.heart.task.needed(fails)
-    for one in range(1, 5):
-        gathering.send([one])
+    gathering.send_each(range(1, 5))
 
-    async with running(gathering.heart):
-        await clock.advance(4 * INTERVAL, step=0.5)
+    await gathering.heart.run_for(clock, 4 * INTERVAL, step=0.5)
 
     assert gathering.heart.broker.headers(QUEUES.bulk) == []
     [retried] = gathering.heart.broker.headers(QUEUES.retry)
@@ -712,11 +683,9 @@ async def test_rows_of_every_message_that_are_refused_may_be_the_tasks(clock: Fa
         raise RowsRefusedError(dict.fromkeys(ids, "too long"), 0)
 
     gathering = Gathering(fail)
-    for one in range(1, 5):
-        gathering.send([one])
+    gathering.send_each(range(1, 5))
 
-    async with running(gathering.heart):
-        await clock.advance(2, step=0.1)
+    await gathering.heart.run_for(clock, 2)
 
     assert gathering.queued() == ["1", "2", "3", "4"]
     assert gathering.queued(QUEUES.dead) == []
@@ -727,22 +696,11 @@ def expired() -> str:
     return (own_time() - timedelta(minutes=1)).isoformat()
 
 
-def slowly(gathering: Gathering, seconds: float) -> None:
-    """Have each look into the lanes take a while."""
-    take = gathering.heart.lanes.take
-
-    async def slow(*, bulk_first: bool = False) -> Any:
-        await asyncio.sleep(seconds)
-        return await take(bulk_first=bulk_first)
-
-    gathering.heart.lanes.take = slow  # type: ignore[method-assign]
-
-
 async def test_a_pause_is_seen_while_messages_keep_coming(clock: FakeClock) -> None:
     gathering = Gathering(stale={1, 2})
     heart = gathering.heart
     gathering.send([1])
-    slowly(gathering, 0.01)
+    slow_down(gathering.heart, 0.01)
     async with running(heart):
         await clock.advance(5, step=0.1)
         gathering.send([2])
@@ -798,11 +756,9 @@ async def test_if_rabbitmq_takes_one_copy_not_no_other_is_tried(clock: FakeClock
 
     gathering = Gathering(fail)
     gathering.heart.lanes.put_behind = refuse  # type: ignore[method-assign, assignment]
-    for one in range(1, 21):
-        gathering.send([one])
+    gathering.send_each(range(1, 21))
 
-    async with running(gathering.heart):
-        await clock.advance(2, step=0.1)
+    await gathering.heart.run_for(clock, 2)
 
     assert tried == 1
     assert gathering.queued() == [str(one) for one in range(1, 21)], "in their order"
@@ -815,8 +771,7 @@ async def test_a_copy_that_is_refused_ends_the_taking(clock: FakeClock) -> None:
     gathering.send([9])
     gathering.heart.broker.refusal = BrokerError("alarm", unreachable=True)
 
-    async with running(gathering.heart):
-        await clock.advance(10, step=0.5)
+    await gathering.heart.run_for(clock, 10, step=0.5)
 
     assert gathering.heart.steps.count("copy") == 1, "the next one follows after a while"
 
@@ -827,8 +782,7 @@ async def test_the_row_of_a_message_that_expired_is_another_ones(clock: FakeCloc
     async def price(rows: list[tuple[int, str]]) -> None:
         runs.append(rows)
 
-    heart = Heart(price, rate="2/m", gather_seconds=GATHER_SECONDS)
-    heart.task.needed(lambda rows: rows)
+    heart = gathering_with(price)
     expires = own_time() + timedelta(hours=1)
     heart.broker.send(b'[[[[0, "first"]]], {}, null]')
     async with running(heart):
@@ -851,11 +805,9 @@ async def test_a_full_disk_is_nobodys_failure(clock: FakeClock) -> None:
             raise KeyError("disk full")
 
     gathering = Gathering(fail)
-    for one in range(1, 9):
-        gathering.send([one])
+    gathering.send_each(range(1, 9))
 
-    async with running(gathering.heart):
-        await clock.advance(3 * INTERVAL, step=0.5)
+    await gathering.heart.run_for(clock, 3 * INTERVAL, step=0.5)
 
     assert gathering.heart.budget.starts == [8, 4, 4]
     assert gathering.heart.consumer.breaker.reason == ""
@@ -875,8 +827,7 @@ async def test_strange_ids_of_changed_rows_harm_nobody(clock: FakeClock) -> None
     async def refresh(ctx: Context, ids: list[int]) -> None:
         ctx.changed([Strange()])
 
-    heart = Heart(refresh, rate="2/m", gather_seconds=GATHER_SECONDS)
-    heart.task.needed(lambda ids: ids)
+    heart = gathering_with(refresh)
     for one in range(1, 4):
         heart.broker.send(json.dumps([[[one]], {}, None]).encode(), id=str(one))
 
@@ -923,14 +874,9 @@ def failing_at(heart: Heart, step: str, number: int) -> None:
 
 async def test_behind_an_answer_that_fails_nothing_is_acknowledged(clock: FakeClock) -> None:
     """Not without its copy; nor is each of a thousand answers waited for."""
-
-    async def fail(_ids: Ids) -> None:
-        raise KeyError("shop")
-
-    gathering = Gathering(fail)
+    gathering = Gathering(fails)
     failing_at(gathering.heart, "acknowledge", 2)
-    for one in range(1, 5):
-        gathering.send([one])
+    gathering.send_each(range(1, 5))
 
     async with running(gathering.heart) as serving:
         await clock.advance(1, step=0.1)
@@ -956,8 +902,7 @@ async def test_refused_rows_that_nobody_named_are_nobodys(clock: FakeClock, wher
     gathering.send([1])
     gathering.send([2])
 
-    async with running(gathering.heart):
-        await clock.advance(0, step=0.1)
+    await gathering.heart.run_for(clock, 0)
 
     assert Kind.ACK not in gathering.heart.consumer.settled
     assert gathering.heart.consumer.settled[Kind.MOVED] == 2
@@ -966,10 +911,7 @@ async def test_refused_rows_that_nobody_named_are_nobodys(clock: FakeClock, wher
 async def test_what_is_moved_unrun_keeps_its_deaths() -> None:
     gathering = Gathering()
     gathering.send([1])
-    for _ in range(MOST_RETURNS):
-        delivery = await gathering.heart.lanes.take()
-        assert delivery is not None
-        await delivery.give_back()
+    await gathering.come_back(MOST_RETURNS)
     gathering.heart.budget.died["1"] = 4
 
     assert (await gathering.heart.serve()).kind is Kind.MOVED
@@ -1045,8 +987,7 @@ async def test_an_urgent_message_waits_behind_no_sweep_that_needs_nothing(
     gathering.send([7], QUEUES.urgent)
     async with running(gathering.heart):
         await clock.advance(3, step=0.1)
-        for first in range(10_000, 510_000, 1000):
-            gathering.send(range(first, first + 1000))
+        gathering.send_chunks(range(10_000, 510_000, 1000))
         gathering.send([8], QUEUES.urgent)
         await clock.advance(INTERVAL, step=0.1)
 
@@ -1055,11 +996,7 @@ async def test_an_urgent_message_waits_behind_no_sweep_that_needs_nothing(
 
 async def test_a_worker_that_settles_many_messages_is_seen_to_progress(clock: FakeClock) -> None:
     """Each copy is confirmed, which may take a while."""
-
-    async def fail(_ids: Ids) -> None:
-        raise KeyError("shop")
-
-    gathering = Gathering(fail)
+    gathering = Gathering(fails)
     lanes = gathering.heart.lanes
     put_behind = lanes.put_behind
 
@@ -1068,8 +1005,7 @@ async def test_a_worker_that_settles_many_messages_is_seen_to_progress(clock: Fa
         await put_behind(lane, message)
 
     lanes.put_behind = slowly_behind  # type: ignore[method-assign]
-    for one in range(1, 1001):
-        gathering.send([one])
+    gathering.send_each(range(1, 1001))
 
     async with running(gathering.heart):
         for _ in range(200):
@@ -1085,8 +1021,7 @@ async def test_whatever_a_task_counts_harms_no_start(
     async def refresh(ctx: Context, ids: list[int]) -> None:
         dict.update(ctx.counts, {"ids": "many", "messages": 3})
 
-    heart = Heart(refresh, rate="2/m", gather_seconds=GATHER_SECONDS)
-    heart.task.needed(lambda ids: ids)
+    heart = gathering_with(refresh)
     for one in range(1, 3):
         heart.broker.send(json.dumps([[[one]], {}, None]).encode(), id=str(one))
 

@@ -19,9 +19,9 @@ from aioworker.settling.breaker import STREAK
 from aioworker.settling.outcome import Kind
 from aioworker.tasks.context import Context
 from aioworker.worker.session import ALARM_SECONDS, AT_ONCE, IDLE_SECONDS
-from tests.doubles.heart import Heart, fails, nothing
+from tests.doubles.heart import Heart, fails, nothing, running, slow_down
 from tests.doubles.lanes import QUEUES, MemoryLanes
-from tests.fakes import TURNS, FakeClock
+from tests.fakes import FakeClock
 
 PAUSED = Wait(Reason(ReasonKind.PAUSED, "paused by alice"), 2)
 HELD = Wait(Reason(ReasonKind.TURN, "turn: held by host:2"), 0.05)
@@ -29,20 +29,6 @@ UNOWNED = Wait(Reason(ReasonKind.TURN_UNOWNED, "turn: held by session 5"), 0.05)
 AWAY = DatabaseError("gone", unreachable=True)
 OPEN = "breaker open: KeyError: 'shop'"
 TRIED = f"{OPEN}; a few messages a minute are tried"
-
-
-@asynccontextmanager
-async def running(heart: Heart) -> AsyncIterator[asyncio.Task[None]]:
-    """Run a session inside, and stop it at the end."""
-    serving = asyncio.create_task(heart.session().run())
-    try:
-        yield serving
-    finally:
-        heart.stop.set()
-        for _ in range(TURNS):
-            await asyncio.sleep(0)
-        serving.cancel()
-        await asyncio.wait({serving})
 
 
 def open_breaker(heart: Heart, seconds: float = 60) -> None:
@@ -710,13 +696,7 @@ async def test_a_pause_is_seen_while_messages_are_settled_that_need_no_start(
     heart = Heart(rate="2/m")
     for number in range(200):
         heart.broker.send(b"nonsense", id=str(number))
-    take = heart.lanes.take
-
-    async def slow(*, bulk_first: bool = False) -> Any:
-        await asyncio.sleep(0.1)
-        return await take(bulk_first=bulk_first)
-
-    heart.lanes.take = slow  # type: ignore[method-assign]
+    slow_down(heart, 0.1)
     async with running(heart):
         await clock.advance(1, step=0.1)
         heart.budget.refusal = PAUSED
