@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,7 @@ from aioworker.tasks.context import Context
 from aioworker.words import count, duration
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from aioworker.limits import Budget
     from aioworker.mysql.database import Database
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from aioworker.status.presence import Presence
     from aioworker.tasks.task import AnyTask
 
+_UNBOUNDED = nullcontext[None]()
 LEAST_LOST = 3  # attempts that lose their connection, before a message is set aside for that
 
 
@@ -314,9 +315,8 @@ class Consumer:
             args = [start.rows.chunk, *first.args[1:]]
         try:
             if await self._charge(start, held):
-                # A wait for its first write is no part of its time.
                 async with start.may_take(first.seconds or self._task_timeout, spent):
-                    with self._database.bounded(start.limit, self._reporter(start)):
+                    with self._bounded(start):
                         await self._task.run(start.ctx, args, first.kwargs)
                 self._decide(held, DONE)
                 self._finish(start)
@@ -345,10 +345,14 @@ class Consumer:
         self._decide(held, outcome)
         return False
 
-    def _reporter(self, start: Start) -> Callable[[Reason | None], None]:
-        """Return what reports a wait of a run, and then the run again."""
+    def _bounded(self, start: Start) -> AbstractContextManager[object]:
+        """Inside, a wait for its first write is no part of a run's time; that wait is reported."""
+        if not self._task.needs_database:
+            return _UNBOUNDED
         doing = self._doing(start)
-        return lambda wait: self._presence.report(wait or doing)
+        return self._database.bounded(
+            start.limit, lambda wait: self._presence.report(wait or doing)
+        )
 
     def _doing(self, start: Start) -> Reason:
         ids = f", {count(len(start.rows), 'id')}" if self._task.takes_chunks else ""

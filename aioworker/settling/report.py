@@ -60,16 +60,17 @@ class Report:
         """
         if not held:
             return
-        times, shown = self._times(start, held), held
+        times = self._times(start, held)
         if len(held) > 1:
             self._settled_together(start, held, times)
-            if not log.isEnabledFor(logging.DEBUG):
-                shown = [one for one in held if one.outcome.kind is Kind.DEAD_LETTER]
-        for one in shown:
+        for one in held:
             phrase, level = _phrase(one.outcome)
             if len(held) > 1 and one.outcome.kind is not Kind.DEAD_LETTER:
                 level = logging.DEBUG
-            self._log(start, one, self._values(start, one, times), phrase, level)
+            if log.isEnabledFor(level):
+                self._log(start, one, self._values(start, one, times), phrase, level)
+            elif one.outcome.failure is not None:
+                let_go(one.outcome.failure.error)
 
     def unsettled(self, start: Start, one: Held, error: BrokerError) -> None:
         """Log that a delivery could not be settled, and why: RabbitMQ delivers it again."""
