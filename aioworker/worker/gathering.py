@@ -37,8 +37,8 @@ class Gathering:
         wait: Waits for more messages, so many seconds at most.
 
     Attributes:
-        bulk_next: Whether the next start begins with the bulk lane, since the last one began with
-            the urgent lane: single changes never stop a sweep.
+        bulk_next: Whether the next start begins with the bulk lane, since the last one had no room
+            for it: single changes never stop a sweep.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Gathering:
                 await self._give_back(start, str(error))
                 raise
             if start.held:
-                self.bulk_next = start.held[0].delivery.lane == "urgent"
+                self.bulk_next = all(one.delivery.lane == "urgent" for one in start.held)
                 outcome = await consumer.run(start, self._lanes)
         return outcome
 

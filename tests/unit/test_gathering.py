@@ -451,6 +451,22 @@ async def test_of_two_starts_in_a_row_one_begins_with_the_bulk_lane(clock: FakeC
     assert gathering.runs[:4] == [[1, 2], [11, 12], [3, 4], [21, 22]]
 
 
+async def test_a_start_of_both_lanes_is_followed_by_one_that_begins_with_the_urgent_lane(
+    clock: FakeClock,
+) -> None:
+    """The sweep has advanced: a change that came too late for it waits for no second start."""
+    gathering = Gathering(chunk_size=3)
+    gathering.send([1], QUEUES.urgent)
+    for first in (11, 21, 31):
+        gathering.send([first, first + 1, first + 2])
+    async with running(gathering.heart):
+        await clock.advance(1, step=0.1)
+        gathering.send([2], QUEUES.urgent)
+        await clock.advance(INTERVAL, step=0.5)
+
+    assert gathering.runs == [[1, 11, 12, 13], [2, 21, 22, 23]]
+
+
 async def test_a_message_that_expires_while_it_is_held_is_not_run(clock: FakeClock) -> None:
     gathering = Gathering()
     heart = gathering.heart
