@@ -35,6 +35,7 @@ from aioworker.settling.report import Report
 from aioworker.settling.rows import Ids, Rows
 from aioworker.settling.settler import MOST_RETURNS, Settler
 from aioworker.settling.start import MOST_MESSAGES, Held, Start
+from aioworker.settling.taken import Taken
 from aioworker.tasks.chunk import CHUNK_LIMIT
 from aioworker.tasks.context import Context
 from aioworker.words import count, duration
@@ -73,6 +74,7 @@ class Consumer:
         starts: How many runs were begun.
         under_way: The starts whose messages are not settled. One that something else cut short, as
             no code of ours does but at the end, stays among them.
+        taken: How far the lanes are emptied.
     """
 
     def __init__(  # noqa: PLR0913 - built at one place
@@ -101,7 +103,9 @@ class Consumer:
         self._chunk_size = chunk_size
         self._ends = EndedRuns()
         report = Report(max_retries, budget.now, task.name)
-        self._settler = Settler(budget, report, self._ends, worker)
+        self.taken = Taken(self.under_way)
+        presence.waiting = self.taken.tell
+        self._settler = Settler(budget, report, self._ends, worker, self.taken)
 
     @property
     def settled(self) -> Counter[Kind]:

@@ -61,7 +61,8 @@ WORKER = """CREATE TABLE IF NOT EXISTS aioworker_worker (
     reason VARCHAR(500) NOT NULL,
     since DATETIME(6) NOT NULL,
     seen DATETIME(6) NOT NULL,
-    kind VARCHAR(40) NULL
+    kind VARCHAR(40) NULL,
+    lanes TEXT NULL
 ) ENGINE=InnoDB ROW_FORMAT=DYNAMIC DEFAULT CHARACTER SET utf8mb4"""
 
 RUN = """CREATE TABLE IF NOT EXISTS aioworker_run (

@@ -29,7 +29,7 @@ from aioworker.worker import signals
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from aioworker.commands.status import Limit, Status
+    from aioworker.commands.status import Limit, Oldest, Status
     from aioworker.reasons import ReasonKind
     from aioworker.settings import Settings
     from aioworker.status.read import Worker
@@ -136,7 +136,10 @@ def lines(status: Status) -> list[tuple[str, str]]:
     shown = [("task", status.task), ("waits", status.waits)]
     if status.queued is not None:
         numbers = ", ".join(f"{name} {_number(n)}" for name, n in asdict(status.queued).items())
-        shown.append(("queued", numbers))
+        held = f"; {status.held} held by workers" if status.held else ""
+        shown.append(("queued", f"{numbers}{held}"))
+    if status.oldest is not None and (ages := _ages(status.oldest)):
+        shown.append(("oldest", ages))
     if status.backlog_seconds:
         shown.append(("done in", f"{duration(status.backlog_seconds)} at this rate"))
     if status.stale is not None or status.stale_error is not None:
@@ -158,6 +161,17 @@ def lines(status: Status) -> list[tuple[str, str]]:
     if status.budget is None or status.budget.scope == "shared":
         shown.append(("database", status.database_error or "reachable"))
     return shown
+
+
+def _ages(oldest: Oldest) -> str:
+    """Return how old the oldest messages are at most, where that is known."""
+    named = {
+        "urgent": oldest.urgent_seconds,
+        "bulk": oldest.bulk_seconds,
+        "came back": oldest.came_back_seconds,
+    }
+    known = [f"{name} {duration(age)}" for name, age in named.items() if age is not None]
+    return f"at most: {', '.join(known)}" if known else ""
 
 
 def _budget_lines(limit: Limit, waits: ReasonKind) -> list[tuple[str, str]]:

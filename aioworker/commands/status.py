@@ -30,6 +30,7 @@ from aioworker.reasons import Reason, ReasonKind
 from aioworker.settings import Settings
 from aioworker.status.presence import kind_of
 from aioworker.status.read import Worker, workers
+from aioworker.status.waiting import Lane, Waiting
 from aioworker.tasks.task import AnyTask
 from aioworker.words import as_json, command, duration
 
@@ -46,6 +47,23 @@ class Queued:
     bulk: int | None
     retry: int | None
     dead: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Oldest:
+    """How old the oldest message is at most, by the last one that a worker took; in seconds.
+
+    None where a lane is empty, or no worker that is alive has taken anything from it.
+
+    Args:
+        urgent_seconds: In the urgent lane, but for messages that came back.
+        bulk_seconds: In the bulk lane, likewise.
+        came_back_seconds: Of the messages that workers have put back, in the retry queue too.
+    """
+
+    urgent_seconds: float | None = None
+    bulk_seconds: float | None = None
+    came_back_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +126,9 @@ class Status:
         waits: Why it waits now, or that it runs.
         waits_kind: The same in a word, for programs.
         queued: What is in its queues; None when RabbitMQ cannot be asked.
+        held: Messages in workers' hands besides, by their own last word; None when one of them
+            does not tell, or the database cannot be asked.
+        oldest: How old the oldest that is queued is at most; None when that cannot be asked.
         backlog_seconds: How long the lanes take at this rate; None when nobody can tell.
         budget: Its rate limit; None when the database cannot be asked.
         workers: Who works on it; None when the database cannot be asked.
@@ -123,6 +144,8 @@ class Status:
     waits: str
     waits_kind: ReasonKind
     queued: Queued | None
+    held: int | None
+    oldest: Oldest | None
     backlog_seconds: float | None
     budget: Limit | None
     workers: list[Worker] | None
@@ -152,7 +175,24 @@ class Stored(NamedTuple):
     @property
     def rates(self) -> set[str]:
         """The rates that its workers have of their own."""
-        return {one.rate or "none" for one in self.workers or [] if one.alive}
+        return {one.rate or "none" for one in self.alive}
+
+    @property
+    def told(self) -> list[Waiting]:
+        """What those tell of the messages that wait."""
+        return [one.waiting for one in self.alive if one.waiting is not None]
+
+    def age(self, since: datetime | None) -> float | None:
+        """Return how long ago a moment was, in seconds; None for none."""
+        if since is None or self.row is None:
+            return None
+        # By two clocks: the publisher's may be ahead.
+        return max((self.row.now - since).total_seconds(), 0.0)
+
+    @property
+    def alive(self) -> list[Worker]:
+        """Its workers that were seen lately."""
+        return [one for one in self.workers or [] if one.alive]
 
 
 # The tasks that are meant, what the database has of each, and why nothing is known of it.
@@ -206,6 +246,8 @@ async def look(
                 waits=waits.words,
                 waits_kind=waits.kind,
                 queued=queued,
+                held=_held(of_task),
+                oldest=None if queued is None or of_task.row is None else oldest(queued, of_task),
                 backlog_seconds=_backlog_seconds(queued, budget),
                 budget=budget,
                 workers=of_task.workers if broker_error is None else _unsure(of_task.workers),
@@ -234,6 +276,42 @@ def _unsure(workers: list[Worker] | None) -> list[Worker] | None:
         else one
         for one in workers
     ]
+
+
+def _held(stored: Stored) -> int | None:
+    """Return how many messages workers hold; None where one of them does not tell."""
+    told = [one.waiting for one in stored.alive]
+    if stored.workers is None or None in told:
+        return None
+    return sum(one.held for one in told if one is not None)
+
+
+def oldest(queued: Queued, stored: Stored) -> Oldest:
+    """Return how old the oldest messages are at most, by what the workers tell that are alive."""
+    urgent, urgent_back = _since([one.urgent for one in stored.told], queued.urgent)
+    bulk, bulk_back = _since([one.bulk for one in stored.told], queued.bulk, queued.retry)
+    back = [one for one in (urgent_back, bulk_back) if one is not None]
+    return Oldest(*(stored.age(one) for one in (urgent, bulk, min(back, default=None))))
+
+
+def _since(
+    lanes: Sequence[Lane], messages: int | None, retries: int | None = 0
+) -> tuple[datetime | None, datetime | None]:
+    """Return since when messages of a lane wait at most, and those of them that came back.
+
+    Args:
+        lanes: What each worker tells of it.
+        messages: How many wait there.
+        retries: How many wait to come back to it.
+    """
+    # Each has seen all before its own last one taken, whoever took it.
+    since = max((one.since for one in lanes if one.since is not None), default=None)
+    back = [
+        one.back
+        for one in lanes
+        if one.back and one.until and not (since is not None and since >= one.until)
+    ]
+    return since if messages else None, min(back, default=None) if messages or retries else None
 
 
 def _backlog_seconds(queued: Queued | None, limit: Limit | None) -> float | None:
@@ -359,7 +437,8 @@ def why(
     if pause:
         return Reason(ReasonKind.PAUSED, pause)
     if not queued.urgent and not queued.bulk:
-        return next((one.why for one in alive if one.stalled), _EMPTY)
+        held = (one.why for one in alive if one.stalled or _gathers(one, limit))
+        return next(held, _EMPTY)
     return _why_workers_wait(task, limit, alive, row)
 
 
@@ -387,7 +466,7 @@ def _why_workers_wait(task: str, limit: Limit, alive: list[Worker], row: Row | N
             words = f"running: {doing}{_until_first_write(limit, row)}"
             return Reason(ReasonKind.RUNNING, words)
     for one in alive:
-        if one.fails or (one.kind is ReasonKind.GATHERING and one.name == limit.turn):
+        if one.fails or _gathers(one, limit):
             return one.why
     if limit.next_start_seconds is not None:
         words = f"budget: next start in {duration(limit.next_start_seconds)}"
@@ -401,6 +480,11 @@ def _why_workers_wait(task: str, limit: Limit, alive: list[Worker], row: Row | N
     seen = duration(max(last.seen_seconds, 0))
     words = f"a start is due and not begun; {last.name} was last seen {seen} ago"
     return Reason(ReasonKind.DUE, words)
+
+
+def _gathers(worker: Worker, limit: Limit) -> bool:
+    """Whether a worker holds messages for the next start."""
+    return worker.kind is ReasonKind.GATHERING and worker.name == limit.turn
 
 
 def _may_wait_for_first_write(limit: Limit, row: Row | None) -> bool:

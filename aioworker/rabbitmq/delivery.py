@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import NamedTuple, TypeAlias
 
 from aio_pika.abc import AbstractIncomingMessage
 
 from aioworker.rabbitmq.errors import in_time
-from aioworker.rabbitmq.message import PUBLISHED, REASON, TOGETHER, retries
+from aioworker.rabbitmq.message import PUBLISHED, REASON, TOGETHER, aware, moment, retries
 
 Message: TypeAlias = AbstractIncomingMessage  # for those who import no aio_pika
 KEY_LENGTH = 64
@@ -70,9 +70,14 @@ class Delivery(NamedTuple):
             first_failed=moment(headers.get("x-aioworker-first-failed-at")),
             retried=REASON in headers,
             together=max(_number(headers.get(TOGETHER)), 0) or None,
-            published=moment(headers.get(PUBLISHED)) or _aware(message.timestamp),
+            published=moment(headers.get(PUBLISHED)) or aware(message.timestamp),
             timeout=timeout,
         )
+
+    @property
+    def copied(self) -> bool:
+        """Whether a worker has put it back: it lies behind messages that were published later."""
+        return self.retried or self.together is not None
 
     @property
     def suspect(self) -> bool:
@@ -117,18 +122,6 @@ def message_id(message: Message) -> str:
     if not known:
         return f"unknown-{hashlib.sha256(message.body).hexdigest()[:16]}"
     return str(known).encode(errors="replace")[:ID_BYTES].decode(errors="ignore")
-
-
-def moment(header: object) -> datetime | None:
-    """Return a time in ISO 8601, UTC unless it says otherwise; None for what is none."""
-    try:
-        return _aware(datetime.fromisoformat(header if isinstance(header, str) else ""))
-    except ValueError:
-        return None
-
-
-def _aware(time: datetime | None) -> datetime | None:
-    return time if time is None or time.tzinfo else time.replace(tzinfo=UTC)
 
 
 def _key(known: str, body: bytes) -> str:

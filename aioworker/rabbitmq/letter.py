@@ -13,7 +13,7 @@ from typing import Any
 from aio_pika.abc import AbstractIncomingMessage
 
 from aioworker.rabbitmq import message
-from aioworker.rabbitmq.delivery import message_id, moment
+from aioworker.rabbitmq.delivery import message_id
 from aioworker.words import printable
 
 NO_REASON = "no reason is noted"
@@ -113,7 +113,7 @@ class Filter:
             return False
         if self.older_than is None:
             return True
-        failed = moment(letter.failed_at)
+        failed = message.moment(letter.failed_at)
         return failed is not None and datetime.now(UTC) - failed > self.older_than
 
 
@@ -130,5 +130,5 @@ def _number(value: Any) -> int | None:
 
 def _time(value: Any) -> str | None:
     """Return a time in ISO 8601; None for what is no time, though anybody may send it as one."""
-    found = moment(text(value))
+    found = message.moment(text(value))
     return None if found is None else found.isoformat()

@@ -311,6 +311,19 @@ def milliseconds(moment: datetime) -> str:
     return moment.isoformat(timespec="milliseconds")
 
 
+def moment(header: object) -> datetime | None:
+    """Return a time in ISO 8601, UTC unless it says otherwise; None for what is none."""
+    try:
+        return aware(datetime.fromisoformat(header if isinstance(header, str) else ""))
+    except ValueError:
+        return None
+
+
+def aware(time: datetime | None) -> datetime | None:
+    """Return a time with its zone, UTC unless it has one."""
+    return time if time is None or time.tzinfo else time.replace(tzinfo=UTC)
+
+
 def brief(value: object) -> str:
     """Show a value from outside in one line, however large or odd it is."""
     try:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from aioworker.settling.ended_runs import EndedRuns
     from aioworker.settling.report import Report
     from aioworker.settling.start import Held, Start
+    from aioworker.settling.taken import Taken
 
 MOST_RETURNS = 10  # to its lane, before a message is moved: RabbitMQ sets it aside at a hundred
 
@@ -34,19 +35,23 @@ class Settler:
         report: Logs each.
         ends: Remembers what could not be acknowledged.
         worker: This worker's name, in dead letters.
+        taken: Knows how far the lanes are emptied.
 
     Attributes:
         settled: How many messages came to each kind of outcome.
         failures: How many were not done since something went wrong.
     """
 
-    def __init__(self, budget: Budget, report: Report, ends: EndedRuns, worker: str) -> None:
+    def __init__(
+        self, budget: Budget, report: Report, ends: EndedRuns, worker: str, taken: Taken
+    ) -> None:
         self.settled: Counter[Kind] = Counter()
         self.failures = 0
         self._budget = budget
         self._report = report
         self._ends = ends
         self._worker = worker
+        self._taken = taken
 
     async def settle(self, start: Start, held: Sequence[Held], lanes: Lanes) -> Outcome | None:
         """Settle messages, whose outcomes are decided.
@@ -69,6 +74,7 @@ class Settler:
         settled = [one for one in held if one.settled]
         self._report.settled(start, settled)
         start.let_go()
+        self._taken.settled(start, held, self._budget.now())
         for one in settled:
             let_go(one.outcome.away)  # its frames hold the message
             self.settled[one.outcome.kind] += 1

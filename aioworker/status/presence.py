@@ -22,6 +22,7 @@ from aioworker.mysql import errors
 from aioworker.mysql.database import OWN_SECONDS, Database
 from aioworker.mysql.errors import ErrorKind, MySQLError
 from aioworker.reasons import Reason, ReasonKind, State
+from aioworker.status.waiting import Waiting
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +36,12 @@ HOST_LENGTH = 100
 _UPDATE = """UPDATE aioworker_worker
 SET since = IF(state = %(state)s AND reason = %(reason)s, since, SYSDATE(6)), state = %(state)s,
     kind = %(kind)s, reason = %(reason)s, seen = SYSDATE(6) + INTERVAL %(ahead)s SECOND,
-    session = CONNECTION_ID()
+    session = CONNECTION_ID(), lanes = %(lanes)s
 WHERE id = %(id)s"""
 _INSERT = """INSERT INTO aioworker_worker
-(id, host, pid, task, version, rate, session, state, kind, reason, since, seen)
+(id, host, pid, task, version, rate, session, state, kind, reason, since, seen, lanes)
 VALUES (%(id)s, %(host)s, %(pid)s, %(task)s, %(version)s, %(rate)s, CONNECTION_ID(), %(state)s,
-    %(kind)s, %(reason)s, SYSDATE(6), SYSDATE(6))"""
+    %(kind)s, %(reason)s, SYSDATE(6), SYSDATE(6), %(lanes)s)"""
 _OTHERS = f"""SELECT rate FROM aioworker_worker WHERE task = %(task)s AND id <> %(id)s
 AND seen > SYSDATE(6) - INTERVAL {ALIVE_SECONDS} SECOND"""
 _SWEEP = f"DELETE FROM aioworker_worker WHERE seen < SYSDATE(6) - INTERVAL {KEPT_SECONDS} SECOND"
@@ -61,6 +62,7 @@ class Presence:
 
     Attributes:
         others: How many other workers of the task were alive at the last heartbeat.
+        waiting: Returns what is known of the messages that wait, for the row.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Presence:
         run_seconds: float = 0.0,
     ) -> None:
         self.others = 0
+        self.waiting: Callable[[], Waiting] = Waiting
         self._task = task
         self._notify = notify
         self._database = database
@@ -201,6 +204,7 @@ class Presence:
             "state": reason.kind.state,
             "kind": reason.kind,
             "reason": reason.words[:REASON_LENGTH],
+            "lanes": str(self.waiting()),
             # A run may outlast what counts as alive, and nothing is written meanwhile.
             "ahead": self._run_seconds if reason.kind is ReasonKind.RUNNING else 0,
         }

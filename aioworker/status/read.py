@@ -10,14 +10,20 @@ from aioworker.budget.tables import ALIVE_SECONDS
 from aioworker.mysql import errors
 from aioworker.mysql.errors import ER, MySQLError
 from aioworker.reasons import Reason, ReasonKind, State
+from aioworker.status.waiting import Waiting
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from aioworker.mysql.database import Database
 
 _WORKERS = """SELECT host, pid, version, rate, session, state, {kind}, reason, since, seen,
-    TIMESTAMPDIFF(MICROSECOND, seen, SYSDATE(6)) / 1e6
+    TIMESTAMPDIFF(MICROSECOND, seen, SYSDATE(6)) / 1e6, {lanes}
 FROM aioworker_worker WHERE task = %s ORDER BY host, pid"""
-_KIND = 6  # where it stands in an answer
+_KIND, _LANES = 6, -1  # where they stand in an answer
+# What later versions added: while the table waits for `init`, those of earlier ones write into it.
+_KNOWN = ({"kind": "kind", "lanes": "lanes"}, {"kind": "kind", "lanes": "NULL"})
+_FIRST = {"kind": "NULL", "lanes": "NULL"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +43,7 @@ class Worker:
         since: Since when.
         seen: When it last said so.
         seen_seconds: How long ago that was.
+        waiting: What it knows of the messages that wait; None of a worker of an earlier version.
     """
 
     host: str
@@ -50,6 +57,7 @@ class Worker:
     since: datetime
     seen: datetime
     seen_seconds: float
+    waiting: Waiting | None = None
 
     @property
     def name(self) -> str:
@@ -88,16 +96,21 @@ async def workers(database: Database, task: str) -> list[Worker]:
     Raises:
         MySQLError: The rows cannot be read.
     """
-    try:
-        rows = await database.query(_WORKERS.format(kind="kind"), (task,))
-    except MySQLError as error:
-        if errors.code(error) != ER.BAD_FIELD_ERROR:
-            raise
-        # The table waits for `init`: who writes into it is of an earlier version, without kinds.
-        rows = await database.query(_WORKERS.format(kind="NULL"), (task,))
+    for columns in _KNOWN:
+        try:
+            return await _read(database, task, columns)
+        except MySQLError as error:
+            if errors.code(error) != ER.BAD_FIELD_ERROR:
+                raise
+    return await _read(database, task, _FIRST)
+
+
+async def _read(database: Database, task: str, columns: Mapping[str, str]) -> list[Worker]:
+    rows = await database.query(_WORKERS.format(**columns), (task,))
     return [_worker(list(row)) for row in rows]
 
 
 def _worker(values: list[Any]) -> Worker:
     values[_KIND] = ReasonKind.of(values[_KIND])
+    values[_LANES] = Waiting.read(values[_LANES])
     return Worker(*values)

@@ -222,6 +222,7 @@ class Session:
         waits = await self._held()
         # If a start waits for its moment alone, it is worth asking whether there is one to make.
         if all(wait.reason.kind.timed for wait in waits) and await self._is_idle(held=bool(waits)):
+            self._worker.consumer.taken.found_nothing(self._worker.budget.now())
             return [Wait(Reason(ReasonKind.EMPTY, "nothing queued"), IDLE_SECONDS)]
         return waits
 

@@ -18,9 +18,11 @@ from aioworker.budget import tables
 from aioworker.cli.status import lines
 from aioworker.commands.status import Status, look
 from aioworker.mysql.database import Database
+from aioworker.rabbitmq.message import PUBLISHED, milliseconds
 from aioworker.settings import Settings
 from support import servers
 from tests.conftest import (
+    QUEUES,
     TASK,
     Lanes,
     Run,
@@ -152,7 +154,7 @@ def test_no_worker_tells_that_nothing_is_queued_while_the_broker_is_down(
     execute(
         shop,
         "INSERT INTO aioworker_worker SELECT 'id', 'here', 9, task, '1', NULL, 0, 'waiting',"
-        f" '{reason}', SYSDATE(6), SYSDATE(6), '{kind}' FROM aioworker_budget",
+        f" '{reason}', SYSDATE(6), SYSDATE(6), '{kind}', NULL FROM aioworker_budget",
     )
     unsure = "RabbitMQ cannot be asked whether messages wait"
     shown, shown_kind = (unsure, "unknown") if kind == "empty" else (reason, kind)
@@ -260,6 +262,52 @@ async def test_a_worker_that_waits_for_somebody_s_lock_says_so(
     assert "attempt=1" in worker.log
 
 
+async def test_the_oldest_message_is_told_by_the_last_one_that_was_taken(
+    start: Start, run: Run, status: Any, lanes: Lanes, shop: Connection[Cursor]
+) -> None:
+    """What waits is not touched for that."""
+    simple_addons(shop, 3)
+    published = datetime.now(UTC).replace(microsecond=0) - timedelta(hours=3)
+    for n in range(3):
+        at = published + timedelta(hours=n)
+        headers = {"task": TASK, "id": str(n), PUBLISHED: milliseconds(at)}
+        await lanes.send(f"[[[{n + 1}]], {{}}, null]".encode(), headers=headers)
+    nobody = {"urgent_seconds": None, "bulk_seconds": None, "came_back_seconds": None}
+    assert status()["oldest"] == nobody
+
+    start("consume", "--rate-limit", "1/h")
+    eventually(lambda: rows(shop, "SELECT 1 FROM addons WHERE current_version > 0"), "one start")
+    found = eventually(lambda: (told := status())["oldest"]["bulk_seconds"] and told, "its row")
+
+    oldest = datetime.fromisoformat(found["at"]) - timedelta(
+        seconds=found["oldest"]["bulk_seconds"]
+    )
+    assert oldest == published
+    assert (found["queued"]["bulk"], found["held"]) == (2, 0)
+    assert found["oldest"] == nobody | {"bulk_seconds": found["oldest"]["bulk_seconds"]}
+    assert re.search(r"\noldest     at most: bulk 3 h( 1 min)?\n", run("status").stdout)
+    assert not (await lanes.take(QUEUES.bulk)).redelivered
+
+
+async def test_what_a_worker_holds_is_counted_besides_what_is_queued(
+    start: Start, run: Run, status: Any, lanes: Lanes, shop: Connection[Cursor]
+) -> None:
+    """RabbitMQ calls it no more ready: it looked as if nothing were queued."""
+    simple_addons(shop, 3)
+    run("publish", "1")
+    start("consume", "--rate-limit", "2/m", AIOWORKER_GATHER_SECONDS="20")
+    eventually(lambda: rows(shop, "SELECT 1 FROM addons WHERE current_version > 0"), "one start")
+    run("publish", "2")
+    run("publish", "3")
+
+    found = eventually(lambda: (told := status())["held"] == 2 and told, "it gathers")
+
+    assert found["queued"]["urgent"] == 0
+    assert found["waits_kind"] == "gathering"
+    assert found["workers"][0]["waiting"]["held"] == 2
+    assert "dead 0; 2 held by workers\n" in run("status").stdout
+
+
 @pytest.mark.parametrize(("since_write", "due"), [(20, False), (31, True)])
 def test_a_worker_that_waits_for_its_first_write_is_believed(
     run: Run,
@@ -275,7 +323,7 @@ def test_a_worker_that_waits_for_its_first_write_is_believed(
     execute(
         shop,
         "INSERT INTO aioworker_worker SELECT 'id', 'web1', 77, task, '1', '2/m', 0, 'waiting',"
-        f" '{waits}', SYSDATE(6), SYSDATE(6), 'budget' FROM aioworker_budget",
+        f" '{waits}', SYSDATE(6), SYSDATE(6), 'budget', NULL FROM aioworker_budget",
         "UPDATE aioworker_budget SET starts = 2, holder = 'web1:76',"
         " last_charge = SYSDATE(6) - INTERVAL 40 SECOND,"
         f" last_write = SYSDATE(6) - INTERVAL {since_write} SECOND, last_start = last_write",
@@ -299,7 +347,7 @@ def test_a_turn_names_its_holder(
         shop,
         f"DO GET_LOCK('{lock}', 0)",
         "INSERT INTO aioworker_worker SELECT 'id', 'frozen', 9, task, '1', NULL, CONNECTION_ID(),"
-        " 'waiting', 'budget', SYSDATE(6), SYSDATE(6), 'budget' FROM aioworker_budget",
+        " 'waiting', 'budget', SYSDATE(6), SYSDATE(6), 'budget', NULL FROM aioworker_budget",
     )
 
     found = status()
@@ -316,7 +364,7 @@ def test_a_worker_that_has_not_seen_the_queue_yet_tells_nothing_of_it(
     execute(
         shop,
         "INSERT INTO aioworker_worker SELECT 'id', 'here', 9, task, '1', NULL, 0, 'waiting',"
-        " 'nothing queued', SYSDATE(6), SYSDATE(6) - INTERVAL 20 SECOND, 'empty'"
+        " 'nothing queued', SYSDATE(6), SYSDATE(6) - INTERVAL 20 SECOND, 'empty', NULL"
         " FROM aioworker_budget",
     )
 

@@ -9,6 +9,7 @@ import pytest
 from aioworker.reasons import Reason, ReasonKind
 from aioworker.status.presence import Presence
 from aioworker.status.read import workers
+from aioworker.status.waiting import Waiting
 from tests.conftest import EARLIER, TASK, execute, make_tables, rows
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def made(database: Database, run_seconds: float = 30) -> Presence:
     return Presence(TASK, "here", 1, None, lambda _doing: None, database, run_seconds)
 
 
-async def told(presence: Presence, reason: Reason) -> None:
+async def tell(presence: Presence, reason: Reason) -> None:
     """Tell, and let the row be written."""
     presence.report(reason)
     await presence.keep()
@@ -47,9 +48,9 @@ async def test_runs_and_waits_that_take_turns_within_a_second_are_not_written(
 ) -> None:
     """At 100/s each start wrote the row twice, and waited for the disk each time."""
     presence = made(database)
-    await told(presence, BUDGET)
+    await tell(presence, BUDGET)
 
-    await told(presence, RUNNING)
+    await tell(presence, RUNNING)
 
     assert row(shop) == ("waiting", "budget", BUDGET.words)
 
@@ -59,9 +60,9 @@ async def test_the_end_of_the_work_is_written_at_once(
 ) -> None:
     """It comes once, not with each start: whoever asks then reads no run that is over."""
     presence = made(database)
-    await told(presence, RUNNING)
+    await tell(presence, RUNNING)
 
-    await told(presence, EMPTY)
+    await tell(presence, EMPTY)
 
     assert row(shop) == ("waiting", "empty", "nothing queued")
 
@@ -70,12 +71,12 @@ async def test_a_failure_is_written_at_once_whatever_was_before(
     database: Database, shop: Connection[Cursor]
 ) -> None:
     presence = made(database)
-    await told(presence, RUNNING)
+    await tell(presence, RUNNING)
 
-    await told(presence, CONTENTION)
+    await tell(presence, CONTENTION)
     assert row(shop) == ("waiting", "contention", CONTENTION.words)
 
-    await told(presence, RUNNING)
+    await tell(presence, RUNNING)
     assert row(shop) == ("running", "running", TASK)
 
 
@@ -84,11 +85,30 @@ async def test_a_run_that_may_outlast_what_counts_as_alive_is_written_at_once(
 ) -> None:
     """Nothing is written in it: `health` would take its worker for dead."""
     presence = made(database, run_seconds=600)
-    await told(presence, BUDGET)
+    await tell(presence, BUDGET)
 
-    await told(presence, RUNNING)
+    await tell(presence, RUNNING)
 
     assert row(shop) == ("running", "running", TASK)
+
+
+async def test_what_is_known_of_the_lanes_goes_with_the_row(
+    database: Database, shop: Connection[Cursor]
+) -> None:
+    """It is written with the row, and makes no write of its own."""
+    presence = made(database)
+    told = Waiting(held=1)
+    presence.waiting = lambda: told
+    await tell(presence, RUNNING)
+    told = Waiting(held=2)
+    await presence.keep()
+
+    [found] = await workers(database, TASK)
+    assert found.waiting == Waiting(held=1)
+
+    await tell(presence, EMPTY)
+    [found] = await workers(database, TASK)
+    assert found.waiting == Waiting(held=2)
 
 
 @pytest.mark.parametrize("written", ["NULL", "'throttle'"], ids=["earlier", "later"])
@@ -96,7 +116,7 @@ async def test_a_worker_of_another_version_is_read(
     database: Database, shop: Connection[Cursor], written: str
 ) -> None:
     """One writes no kind, the other one that this version does not know."""
-    await told(made(database), BUDGET)
+    await tell(made(database), BUDGET)
     execute(shop, f"UPDATE aioworker_worker SET kind = {written}")
 
     [found] = await workers(database, TASK)
@@ -123,4 +143,5 @@ async def test_workers_are_read_from_a_table_that_waits_for_init(
     [found] = await workers(database, TASK)
 
     assert (found.name, found.why) == ("web1:7", Reason(ReasonKind.UNKNOWN, "breaker open"))
+    assert found.waiting is None
     assert found.stalled

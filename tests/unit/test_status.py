@@ -132,6 +132,8 @@ def test_a_worker_that_gathers_in_its_turn_says_so() -> None:
     limit = replace(LIMIT, turn="web1:7", next_start_seconds=17.0)
 
     assert asked(worker(ReasonKind.GATHERING), limit=limit).kind is ReasonKind.GATHERING
+    held = asked(worker(ReasonKind.GATHERING), limit=limit, queued=NONE)
+    assert held.kind is ReasonKind.GATHERING, "RabbitMQ calls none of them ready"
     assert asked(worker(ReasonKind.EMPTY), limit=limit).kind is ReasonKind.BUDGET
 
 
