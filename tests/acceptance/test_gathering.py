@@ -166,6 +166,31 @@ async def test_a_row_that_the_data_refuses_is_a_dead_letter_and_the_others_are_d
     assert starts <= 2
 
 
+async def test_if_the_data_refuses_all_of_them_the_breaker_allows_few_starts(
+    start: Start, shop: Connection[Cursor], lanes: Lanes
+) -> None:
+    """Three of many messages and one of a single message; then nothing for a minute."""
+    simple_addons(shop, 300)
+    execute(
+        shop,
+        "CREATE TRIGGER refuse BEFORE UPDATE ON addons FOR EACH ROW"
+        " SIGNAL SQLSTATE '45000' SET MESSAGE_TEXT = 'none'",
+    )
+    for addon in range(1, 301):
+        await send(lanes, addon)
+
+    worker = start("consume", "--rate-limit", "60/m", **GATHERING)
+    kind = "SELECT kind FROM aioworker_worker"
+    eventually(lambda: rows(shop, kind) == [("breaker",)] and rows(shop, STARTS) >= [(4,)], "open")
+    worker.process.send_signal(signal.SIGTERM)
+    worker.process.wait(30)
+
+    assert rows(shop, STARTS) == [(4,)]
+    dead = await lanes.count(QUEUES.dead)
+    assert dead <= 1
+    assert dead + await lanes.count(QUEUES.bulk) + await lanes.count(QUEUES.retry) == 300
+
+
 def live(pair: Servers) -> int:
     """Run a deadly worker until it dies, or the lanes are empty; return its exit status."""
     return subprocess.run(
