@@ -237,8 +237,18 @@ class Consumer:
             # A thread cannot be hurried by its publisher.
             one.seconds = min(call.time_limit, self._task_timeout)
         together = (one.delivery.together, self._budget.together(one.delivery.key))
-        alone = one.seconds is not None or one.delivery.suspect
+        alone = one.seconds is not None or self._is_suspect(one.delivery)
         one.most = 1 if alone else min(filter(None, together), default=MOST_MESSAGES)
+
+    def _is_suspect(self, delivery: Delivery) -> bool:
+        """Whether a message may harm others: it failed, or came back again and again.
+
+        If it came back from runs whose worker died, their note tells with how many it may run,
+        and that does as long as it is not about to be counted anew.
+        """
+        known = self._budget.together(delivery.key) is not None
+        returns = MOST_RETURNS - 1 if known else SUSPECT_RETURNS
+        return delivery.retried or delivery.returns >= returns
 
     def _expire(self, one: Held) -> bool:
         """A message that has expired is done, unrun; return whether it has."""
@@ -277,7 +287,7 @@ class Consumer:
                 needed = asked = start.rows.ask(came)
                 # Without a rate there is nothing to save: the run finds out itself.
                 if self._budget.limited and asked:
-                    needed = await self._read_needed(first, ctx, asked)
+                    needed = await self._read_needed(came, ctx, asked)
         except BaseException as error:
             if _is_cancelled():
                 raise  # the worker ends: that is no failure of the messages
@@ -292,11 +302,12 @@ class Consumer:
         self._decide(done, DONE)
         return await self._settler.settle(start, done, lanes)
 
-    async def _read_needed(self, first: Held, ctx: Context, asked: list[Any]) -> list[Any]:
+    async def _read_needed(self, came: Sequence[Held], ctx: Context, asked: list[Any]) -> list[Any]:
         """Ask the task; what came back again and again may kill its worker by that."""
-        if first.delivery.returns < SUSPECT_RETURNS:
+        delivery = came[0].delivery
+        if len(came) > 1 or delivery.returns < SUSPECT_RETURNS:
             return await self._task.read_needed(ctx, asked)
-        async with self._budget.reading(first.delivery.key):
+        async with self._budget.reading(delivery.key):
             return await self._task.read_needed(ctx, asked)
 
     # 3. The run.

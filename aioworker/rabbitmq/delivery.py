@@ -79,15 +79,6 @@ class Delivery(NamedTuple):
         """Whether a worker has put it back: it lies behind messages that were published later."""
         return self.retried or self.together is not None
 
-    @property
-    def suspect(self) -> bool:
-        """Whether it may harm others, and so is served alone.
-
-        It failed, or it came back again and again: whatever is held when a worker dies is
-        counted by RabbitMQ, as if it had killed it.
-        """
-        return self.retried or self.returns >= SUSPECT_RETURNS
-
     def repeats(self, other: Delivery) -> bool:
         """Whether RabbitMQ delivers the same again as in another delivery."""
         message, before = self.message, other.message

@@ -272,6 +272,26 @@ async def test_what_came_back_again_and_again_runs_alone(clock: FakeClock) -> No
     assert gathering.runs == [[1], [2]]
 
 
+@pytest.mark.parametrize(
+    ("returns", "runs"),
+    [(SUSPECT_RETURNS, [[1, 2], [3, 4]]), (MOST_RETURNS - 1, [[1], [2, 3], [4]])],
+)
+async def test_what_came_back_from_runs_that_killed_their_worker_runs_with_half_as_many(
+    clock: FakeClock, returns: int, runs: list[Ids]
+) -> None:
+    """Alone, as whatever else came back so often, it would cost a start of its own for nothing."""
+    gathering = Gathering()
+    for one in range(1, 5):
+        gathering.send([one])
+        gathering.heart.budget.most[str(one)] = 2
+    await gathering.come_back(returns)
+
+    await gathering.heart.run_for(clock, 3 * INTERVAL, step=0.5)
+
+    assert gathering.runs == runs
+    assert gathering.heart.budget.noted == ["1"] * (runs[0] == [1])
+
+
 async def test_no_start_is_larger_than_its_messages_may_run_with(clock: FakeClock) -> None:
     gathering = Gathering()
     for one in range(1, 6):
@@ -437,6 +457,25 @@ async def test_rows_that_the_data_refuses_are_those_of_who_named_them(clock: Fak
         "3": "2 rows refused by the database: too long: ids 3, 4",
         "4": "1 row refused by the database: no parent: ids 4",
     }
+
+
+async def test_of_fifty_one_that_the_data_refuses_costs_no_further_start(clock: FakeClock) -> None:
+    async def fail(ids: Ids) -> None:
+        raise RowsRefusedError({13: "too long"}, len(ids) - 1)
+
+    gathering = Gathering(fail)
+    for one in range(1, 51):
+        gathering.send([one])
+
+    await gathering.heart.run_for(clock, 2 * INTERVAL, step=0.5)
+
+    assert gathering.heart.budget.starts == [50]
+    assert gathering.heart.consumer.settled == {Kind.ACK: 49, Kind.DEAD_LETTER: 1}
+    [letter] = gathering.heart.broker.headers(QUEUES.dead)
+    assert (letter["id"], letter[REASON]) == (
+        "13",
+        "1 row refused by the database: too long: ids 13",
+    )
 
 
 async def test_of_two_starts_in_a_row_one_begins_with_the_bulk_lane(clock: FakeClock) -> None:
