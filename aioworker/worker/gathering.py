@@ -68,7 +68,7 @@ class Gathering:
 
         Returns:
             What the last message that was settled came to, or why all went back; None if nothing
-            is to be known of it.
+            is to be done about it.
 
         Raises:
             DatabaseError: The budget cannot be looked at.
@@ -101,9 +101,9 @@ class Gathering:
         self._unread, self._ids = [], 0
         settled = await self._open(start, first)
         while start.held:
-            if (hindrance := self._hindrance(settled, has_turn=has_turn)) is not None:
-                await self._give_back(start, hindrance.reason)
-                return hindrance
+            if (reason := self._hindrance(settled, has_turn=has_turn)) is not None:
+                await self._give_back(start, reason)
+                break
             now, spare = self._time(), self._spare
             due_at = budget.due_at - spare
             # If it is due already, what lies in the lanes is taken, but not for long.
@@ -122,18 +122,18 @@ class Gathering:
                 break
         return settled
 
-    def _hindrance(self, settled: Outcome | None, *, has_turn: bool) -> Outcome | None:
+    def _hindrance(self, settled: Outcome | None, *, has_turn: bool) -> str | None:
         """Return why a start cannot begin with what it holds, after its last step.
 
         Args:
-            settled: What a message came to in that step.
+            settled: What that came to.
             has_turn: Whether the connection to the database holds the turn.
         """
         if settled is not None and settled.uncounted:
-            return settled
+            return settled.reason
         if has_turn and self._worker.lost_database:
-            return Outcome(Kind.RELEASED, "the connection to the database is lost")
-        return Outcome(Kind.RELEASED, "the worker ends") if self._stop.is_set() else None
+            return "the connection to the database is lost"
+        return "the worker ends" if self._stop.is_set() else None
 
     @property
     def _spare(self) -> float:
@@ -146,8 +146,7 @@ class Gathering:
         consumer = self._worker.consumer
         settled = await consumer.open(start, delivery, self._lanes)
         if settled is not None:
-            moved = settled.kind is Kind.MOVED and settled.away is None  # nothing has failed
-            return None if moved else settled
+            return None if settled.kind is Kind.MOVED and not settled.failed else settled
         one = start.held[-1]
         if start.fits(one):
             start.most = min(start.most, one.most)
@@ -172,7 +171,7 @@ class Gathering:
         """Return why no start may begin any more: somebody paused the task, say."""
         worker = self._worker
         await worker.presence.keep()
-        wait = await worker.budget.check(worker.presence.others)
+        wait = await worker.budget.check()
         return None if wait is None else Outcome(Kind.RELEASED, str(wait.reason))
 
     async def _wait_for_more(self, start: Start, seconds: float) -> None:

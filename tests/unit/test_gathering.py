@@ -7,9 +7,11 @@ import json
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import timedelta
-from typing import Any
+from itertools import pairwise
+from typing import Annotated, Any
 
 import pytest
+from pydantic import AfterValidator
 from pymysql.constants import ER
 from pymysql.err import OperationalError
 
@@ -97,13 +99,6 @@ class Gathering:
         for first in firsts:
             self.send(range(first, first + firsts.step))
 
-    async def come_back(self, times: int) -> None:
-        """Have the first message be taken and given back so often."""
-        for _ in range(times):
-            delivery = await self.heart.lanes.take()
-            assert delivery is not None
-            await delivery.give_back()
-
     @property
     def acknowledged(self) -> list[str]:
         """The ids of what is acknowledged."""
@@ -119,6 +114,14 @@ def gathering_with(function: Work) -> Heart:
     heart = Heart(function, rate="2/m", gather_seconds=GATHER_SECONDS)
     heart.task.needed(lambda entries: entries)
     return heart
+
+
+async def come_back(heart: Heart, times: int) -> None:
+    """Have the first message be taken and given back so often."""
+    for _ in range(times):
+        delivery = await heart.lanes.take()
+        assert delivery is not None
+        await delivery.give_back()
 
 
 async def test_fifty_single_changes_are_one_start(clock: FakeClock) -> None:
@@ -265,7 +268,7 @@ async def test_what_came_back_again_and_again_runs_alone(clock: FakeClock) -> No
     gathering = Gathering()
     gathering.send([1])
     gathering.send([2])
-    await gathering.come_back(SUSPECT_RETURNS)
+    await come_back(gathering.heart, SUSPECT_RETURNS)
 
     await gathering.heart.run_for(clock, 2 * INTERVAL, step=0.5)
 
@@ -284,7 +287,7 @@ async def test_what_came_back_from_runs_that_killed_their_worker_runs_with_half_
     for one in range(1, 5):
         gathering.send([one])
         gathering.heart.budget.most[str(one)] = 2
-    await gathering.come_back(returns)
+    await come_back(gathering.heart, returns)
 
     await gathering.heart.run_for(clock, 3 * INTERVAL, step=0.5)
 
@@ -308,7 +311,7 @@ async def test_what_comes_back_for_the_tenth_time_is_moved(clock: FakeClock) -> 
     gathering = Gathering()
     gathering.send([1])
     gathering.send([2])
-    await gathering.come_back(MOST_RETURNS)
+    await come_back(gathering.heart, MOST_RETURNS)
 
     await gathering.heart.run_for(clock, 2)
 
@@ -438,6 +441,7 @@ async def test_a_database_that_is_away_marks_nobody(clock: FakeClock) -> None:
 
     assert gathering.queued() == ["1", "2", "3"]
     assert all(TOGETHER not in one for one in gathering.heart.broker.headers(QUEUES.bulk))
+    assert gathering.heart.said[-1].startswith("waiting: database unreachable since ")
 
 
 async def test_rows_that_the_data_refuses_are_those_of_who_named_them(clock: FakeClock) -> None:
@@ -648,7 +652,7 @@ async def test_what_may_kill_its_worker_is_noted_before_it_is_read(clock: FakeCl
     gathering = Gathering(stale=set())
     gathering.send([1])
     gathering.send([2])
-    await gathering.come_back(SUSPECT_RETURNS)
+    await come_back(gathering.heart, SUSPECT_RETURNS)
 
     await gathering.heart.run_for(clock, 2)
 
@@ -661,18 +665,18 @@ async def test_without_a_rate_a_killer_comes_back_until_rabbitmq_sets_it_aside()
     """Nobody else counts its deaths: a copy would begin to be counted from nothing."""
     gathering = Gathering(rate=None)
     gathering.send([1])
-    await gathering.come_back(MOST_RETURNS)
+    await come_back(gathering.heart, MOST_RETURNS)
 
     assert (await gathering.heart.serve()).kind is Kind.ACK
 
 
 async def test_a_read_that_would_end_too_late_is_not_begun(clock: FakeClock) -> None:
-    """A thousand chunks that need nothing delay a due start by one read at most."""
+    """A thousand chunks that need nothing delay no start once a read's length is known."""
     gathering = Gathering(stale={1, 2})
     gathering.send([1])
 
     async def slow(ids: list[int]) -> list[int]:
-        clock.now += 3
+        clock.now += 8
         gathering.reads.append(ids)
         return [one for one in ids if one in (1, 2)]
 
@@ -684,7 +688,7 @@ async def test_a_read_that_would_end_too_late_is_not_begun(clock: FakeClock) -> 
         await clock.advance(INTERVAL, step=0.5)
 
     assert gathering.runs == [[1], [2]]
-    assert gathering.heart.budget.moments[1] - gathering.heart.budget.moments[0] <= INTERVAL + 3
+    assert gathering.heart.budget.moments[1] - gathering.heart.budget.moments[0] <= INTERVAL + 1
     assert gathering.queued() != [], "the rest is for the next start"
 
 
@@ -826,9 +830,15 @@ async def test_a_copy_that_is_refused_ends_the_taking(clock: FakeClock) -> None:
     gathering.send([9])
     gathering.heart.broker.refusal = BrokerError("alarm", unreachable=True)
 
-    await gathering.heart.run_for(clock, 10, step=0.5)
+    async with running(gathering.heart):
+        await clock.advance(10, step=0.5)
+        assert gathering.heart.steps.count("copy") == 1, "the next one follows after a while"
+        gathering.heart.broker.refusal = None
+        gathering.heart.broker.queues[QUEUES.bulk].popleft()  # another worker takes it
+        await clock.advance(30, step=0.5)
 
-    assert gathering.heart.steps.count("copy") == 1, "the next one follows after a while"
+    assert gathering.acknowledged == ["bad", "9"]
+    assert gathering.reads == [[9]], "what went back is forgotten"
 
 
 async def test_the_row_of_a_message_that_expired_is_another_ones(clock: FakeClock) -> None:
@@ -913,8 +923,8 @@ async def test_a_change_that_came_behind_a_read_is_read_again(clock: FakeClock) 
     assert gathering.runs == [[100], [1, 5]]
 
 
-def failing_at(heart: Heart, step: str, number: int) -> None:
-    """Have one answer to RabbitMQ fail: the step that comes as this number."""
+def at_step(heart: Heart, step: str, number: int, do: Callable[[], None]) -> None:
+    """Have something happen at a step that comes as this number from now on."""
     seen = 0
 
     def at(name: str) -> None:
@@ -922,15 +932,20 @@ def failing_at(heart: Heart, step: str, number: int) -> None:
         heart.steps.append(name)
         seen += name == step
         if name == step and seen == number:
-            raise BrokerError("no answer in time")
+            do()
 
     heart.lanes._at = at
+
+
+def no_answer() -> None:
+    """Fail as a step with RabbitMQ does."""
+    raise BrokerError("no answer in time")
 
 
 async def test_behind_an_answer_that_fails_nothing_is_acknowledged(clock: FakeClock) -> None:
     """Not without its copy; nor is each of a thousand answers waited for."""
     gathering = Gathering(fails)
-    failing_at(gathering.heart, "acknowledge", 2)
+    at_step(gathering.heart, "acknowledge", 2, no_answer)
     gathering.send_each(range(1, 5))
 
     async with running(gathering.heart) as serving:
@@ -966,7 +981,7 @@ async def test_refused_rows_that_nobody_named_are_nobodys(clock: FakeClock, wher
 async def test_what_is_moved_unrun_keeps_its_deaths() -> None:
     gathering = Gathering()
     gathering.send([1])
-    await gathering.come_back(MOST_RETURNS)
+    await come_back(gathering.heart, MOST_RETURNS)
     gathering.heart.budget.died["1"] = 4
 
     assert (await gathering.heart.serve()).kind is Kind.MOVED
@@ -1086,3 +1101,146 @@ async def test_whatever_a_task_counts_harms_no_start(
 
     fields = vars(caplog.records[-1])["fields"]
     assert (fields["messages"], fields["counts.messages"], fields["ids"]) == (2, 3, 2)
+
+
+async def test_a_connection_that_is_lost_in_the_turn_sends_all_back_uncharged(
+    clock: FakeClock,
+) -> None:
+    """The turn is lost with it, though no read has failed."""
+    gathering = Gathering()
+    lose = [gathering.heart.database.close]
+
+    async def needed(ids: list[int]) -> list[int]:
+        while lose:
+            lose.pop()()
+        return ids
+
+    gathering.heart.task.needed(needed)
+    gathering.send_each([1, 2])
+
+    await gathering.heart.run_for(clock, 2)
+
+    assert gathering.heart.settled == ["give_back"] * 2 + ["acknowledge"] * 2
+    assert gathering.heart.budget.starts == [2]
+
+
+async def test_without_a_rate_no_turn_is_lost_with_a_connection(clock: FakeClock) -> None:
+    gathering = Gathering(rate=None)
+    heart = gathering.heart
+    at_step(heart, "take", 2, heart.database.close)
+    gathering.send_each([1, 2])
+
+    await heart.run_for(clock, 1)
+
+    assert gathering.runs == [[1, 2]]
+    assert heart.settled == ["acknowledge"] * 2
+
+
+async def test_what_is_moved_on_the_way_sends_no_other_message_back(clock: FakeClock) -> None:
+    gathering = Gathering()
+    gathering.send([2])
+    await come_back(gathering.heart, MOST_RETURNS)
+    gathering.send([1], QUEUES.urgent)
+    gathering.heart.steps.clear()
+
+    await gathering.heart.run_for(clock, 2)
+
+    assert gathering.runs == [[1, 2]]
+    assert "give_back" not in gathering.heart.steps
+
+
+def strange(_value: object) -> object:
+    """Fail in place of a check of an argument."""
+    raise KeyError("shop")
+
+
+async def test_what_is_moved_for_a_database_that_is_away_ends_the_taking(clock: FakeClock) -> None:
+    """Without a rate what came back again and again is read, which may fail."""
+
+    async def refresh(ids: list[int], way: Annotated[int, AfterValidator(strange)]) -> None:
+        """Take chunks."""
+
+    heart = Heart(refresh, gather_seconds=GATHER_SECONDS)
+    heart.task.needed(lambda ids: ids)
+    for one in (1, 2):
+        heart.broker.send(f"[[[{one}], 5], {{}}, null]".encode(), id=str(one))
+    await come_back(heart, MOST_RETURNS)
+    at_step(heart, "take", 1, lambda: setattr(heart.probe, "away", AWAY))
+
+    await heart.run_for(clock, 0)
+
+    assert heart.steps[-3:] == ["take", "copy", "acknowledge"]
+    assert [one["id"] for one in heart.broker.headers(QUEUES.bulk)] == ["2", "1"]
+
+
+async def test_who_waits_with_the_turn_rests_and_who_reads_or_runs_does_not(
+    clock: FakeClock,
+) -> None:
+    """A host that is lost while it only waits loses its turn soon; a run may be long."""
+
+    async def run(_ids: Ids) -> None:
+        seen.append(f"run: {gathering.heart.budget.resting}")
+
+    gathering = Gathering(run)
+    seen: list[str] = []
+
+    async def needed(ids: list[int]) -> list[int]:
+        seen.append(f"read: {gathering.heart.budget.resting}")
+        return ids
+
+    gathering.heart.task.needed(needed)
+    gathering.send([1])
+    async with running(gathering.heart):
+        await clock.advance(5)
+        for one in (2, 3):
+            gathering.send([one])
+            await clock.advance(10)
+            seen.append(f"wait: {gathering.heart.budget.resting}")
+        await clock.advance(INTERVAL)
+
+    read, wait, run_ = "read: False", "wait: True", "run: False"
+    assert seen == [read, run_, read, wait, read, wait, run_]
+
+
+@pytest.mark.parametrize(("rate", "spare"), [("2/m", 0.25), ("1/s", 0.05)])
+async def test_a_moment_of_the_wait_is_left_to_the_charge(
+    clock: FakeClock, rate: str, spare: float
+) -> None:
+    """What is gathered is charged as soon as the start is due, not when somebody looks next."""
+    gathering = Gathering(rate=rate)
+    budget = gathering.heart.budget
+    charge, early = budget.charge, list[float]()
+
+    async def noting(messages: Sequence[str]) -> Wait | None:
+        early.append(budget.due_at - clock.now)
+        return await charge(messages)
+
+    budget.charge = noting  # type: ignore[method-assign]
+    gathering.send([1])
+    async with running(gathering.heart):
+        await clock.advance(0)
+        gathering.send([2])
+        await clock.advance(1.1 * budget.interval, step=0.01)
+
+    assert early[0] == 0
+    assert spare - 0.02 < early[1] <= spare
+
+
+async def test_a_worker_that_gathers_keeps_its_row(clock: FakeClock) -> None:
+    gathering = Gathering()
+    keep, kept = gathering.heart.worker.presence.keep, list[float]()
+
+    async def noting() -> None:
+        kept.append(clock.now)
+        await keep()
+
+    gathering.heart.worker.presence.keep = noting  # type: ignore[method-assign]
+    gathering.send([1])
+    async with running(gathering.heart):
+        await clock.advance(1, step=0.1)
+        gathering.send([2])
+        await clock.advance(INTERVAL - 2, step=0.1)
+        assert gathering.runs == [[1]]
+        kept.append(clock.now)
+
+    assert max(later - earlier for earlier, later in pairwise(kept)) < 3
