@@ -31,7 +31,7 @@ from aioworker.settling.breaker import STREAK, Breaker, Failed
 from aioworker.settling.ended_runs import EndedRuns
 from aioworker.settling.failure import Failure, Fault
 from aioworker.settling.outcome import DONE, UNDECIDED, Kind, Outcome
-from aioworker.settling.report import Report
+from aioworker.settling.report import Report, counted
 from aioworker.settling.rows import Ids, Rows
 from aioworker.settling.settler import MOST_RETURNS, Settler
 from aioworker.settling.start import MOST_MESSAGES, Held, Start
@@ -280,7 +280,7 @@ class Consumer:
         if not self._task.takes_chunks:
             return None
         clock = asyncio.get_running_loop().time
-        came, began = list(came), clock()
+        came, began, start.ended = list(came), clock(), 0.0
         first, ctx = came[0], self._context_of(came)
         try:
             async with start.may_take(first.seconds or self._task_timeout):
@@ -296,11 +296,19 @@ class Consumer:
         if len(came) == 1:
             first.read = clock() - began
         start.rows.need(needed)
+        for one in came:
+            one.args[0] = start.rows.part_of(one)
         done = [one for one in start.held if not start.rows.wants(one)]
         if len(done) == len(start.held):  # no run does it
             self._database.end_run()
         self._decide(done, DONE)
-        return await self._settler.settle(start, done, lanes)
+        if any(one.outcome is UNDECIDED for one in came):
+            start.counts.update(counted(ctx))
+        else:
+            start.ctx = ctx
+        outcome = await self._settler.settle(start, done, lanes)
+        start.ctx = None
+        return outcome
 
     async def _read_needed(self, came: Sequence[Held], ctx: Context, asked: list[Any]) -> list[Any]:
         """Ask the task; what came back again and again may kill its worker by that."""
@@ -325,7 +333,10 @@ class Consumer:
                 return outcome
         start.runs = held = list(start.held)
         start.ctx, start.ended, first = self._context_of(held), 0.0, held[0]
-        args, spent = first.args, first.read if len(held) == 1 else 0.0  # each read has its time
+        args, spent = first.args, first.read
+        if len(held) > 1:
+            spent = 0.0  # each read had its own time
+            start.ctx.counts.update(start.counts)
         if self._task.takes_chunks:
             args = [start.rows.chunk, *first.args[1:]]
         try:
@@ -431,7 +442,7 @@ class Consumer:
         # Of the whole server, or of a table that this message alone fills: others may do.
         no_room = None if worked else failure.no_room
         if len(held) > 1:
-            if failure.fault is not Fault.CONTENTION and no_room is None:
+            if start.began and failure.fault is not Fault.CONTENTION and no_room is None:
                 self.breaker.fail_together(failure.words)
             half = len(held) // 2
             self._decide(held, Outcome(Kind.MOVED, failure.words, failure, no_room, together=half))
@@ -453,19 +464,20 @@ class Consumer:
 
         The rows of the others are written.
         """
-        if not (failure.refused and start.began and self._task.takes_chunks):
+        if not (failure.refused and failure.fault is Fault.MESSAGE and self._task.takes_chunks):
             return False
-        refused = [
-            {key: failure.refused[key] for key in start.rows.own(one) if key in failure.refused}
-            for one in held
-        ]
-        if all(refused) or not any(refused):
+        own = {one: start.rows.own(one) for one in held}
+        refused = {
+            one: {key: failure.refused[key] for key in keys if key in failure.refused}
+            for one, keys in own.items()
+        }
+        if all(refused[one] for one, keys in own.items() if keys) or not any(refused.values()):
             return False  # of every message, or of none: it may be the task
-        for one, reasons in zip(held, refused, strict=True):
+        for one, reasons in refused.items():
             if reasons:
-                own = Failure.of(RowsRefusedError(reasons, len(one.args[0]) - len(reasons)))
-                one.failure = own
-                one.outcome = Outcome(Kind.DEAD_LETTER, own.words, own)
+                refusal = RowsRefusedError(reasons, len(one.args[0]) - len(reasons))
+                one.failure = failure = Failure.of(refusal)
+                one.outcome = Outcome(Kind.DEAD_LETTER, failure.words, failure)
             else:
                 one.failure = None
                 one.outcome = DONE

@@ -100,7 +100,8 @@ class Deaths:
         self._database = database
         self._arguments = arguments
         self._notes: dict[str, Note] = {}
-        self._mine: set[str] = set()  # what this worker noted and has not taken back
+        # What this worker noted and has not taken back, and how many deaths it had then.
+        self._mine: dict[str, int] = {}
         self._over: set[str] = set()  # what has ended, and is noted still
 
     def of(self, message: str) -> int:
@@ -113,12 +114,13 @@ class Deaths:
 
     def note(self, messages: Sequence[str]) -> dict[str, object]:
         """Return the arguments of `NOTE` for a charge that lets messages run."""
-        self._mine |= set(messages)
+        self._mine |= {message: self.of(message) for message in messages}
         return {"messages": json.dumps(list(messages)), "together": len(messages)}
 
     def void(self, messages: Sequence[str]) -> None:
         """Forget notes that were not written: their start was not charged."""
-        self._mine -= set(messages)
+        for message in messages:
+            self._mine.pop(message, None)
 
     async def begin_reading(self, message: str) -> None:
         """Note a message that is read before it runs, until `withdraw`; only in one's turn."""
@@ -144,7 +146,10 @@ class Deaths:
         mine = {one for one in mine if self._notes[one].worker in (None, worker)}
         self._over &= mine
         noted = {one for one in mine - self._over if self._notes[one].worker}
-        counted = mine - self._over - noted
+        # A note that never arrived was counted by nobody.
+        counted = {
+            one for one in mine - self._over - noted if self._notes[one].deaths > self._mine[one]
+        }
         died = [one for one, note in self._notes.items() if note.worker and one not in mine]
         await self._write(noted, counted, died)
         self._mine.clear()
@@ -184,7 +189,7 @@ class Deaths:
 
         On a lost connection the notes stay: see `withdraw`.
         """
-        self._over |= set(messages) & (self._mine | set(self._notes))
+        self._over |= set(messages) & (self._mine.keys() | self._notes.keys())
 
     def owed(self) -> tuple[list[str], dict[str, object]]:
         """Return what is to be run before the turn is given back, if anything; its arguments."""
@@ -193,8 +198,8 @@ class Deaths:
 
     def paid(self) -> None:
         """Note that those statements were run."""
-        self._mine -= self._over
         for message in self._over:
+            self._mine.pop(message, None)
             self._notes.pop(message, None)
         self._over.clear()
 

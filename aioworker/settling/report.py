@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from aioworker.errors import let_go, name_of, traceback_of
@@ -95,7 +96,7 @@ class Report:
             "bulk": len(held) - urgent,
             "needed": len(start.rows) if ran else 0,
         }
-        if ran and start.ctx is not None:
+        if start.ctx is not None:
             values |= _counts(start.ctx, values)
         values["ids"] = sum(one.ids for one in held)
         values |= times
@@ -190,6 +191,8 @@ def _phrase(result: Outcome) -> tuple[str, int]:
 
 
 def _phrase_together(result: Outcome, *, ran: bool) -> tuple[str, int]:
+    if result.kind is Kind.ACK and result.reason:
+        return "chunks expired", logging.WARNING
     if result.kind is Kind.ACK:
         return "start done" if ran else "nothing to write", logging.INFO
     if result.failed:
@@ -206,6 +209,20 @@ def _changed(start: Start, one: Held) -> dict[str, int]:
         return {"changed": sum(id_of(entry) in changed for entry in one.args[0])} if changed else {}
     except BaseException:  # noqa: BLE001 - of a user's code, run by looking at it
         return {}
+
+
+def counted(ctx: Context) -> Counter[str]:
+    """Return what a task counted beside its ids, as far as it is whole numbers."""
+    try:
+        return Counter(
+            {
+                name: value
+                for name, value in list(ctx.counts.items())
+                if type(name) is str and type(value) is int and name != "ids"
+            }
+        )
+    except BaseException:  # noqa: BLE001 - of a user's code, run by looking at it
+        return Counter()
 
 
 def _counts(ctx: Context, taken: Collection[str] = ()) -> dict[str, Any]:

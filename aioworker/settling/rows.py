@@ -56,13 +56,17 @@ class Ids:
             del self._needed[known]
         self._needed.update(dict.fromkeys(needed))
 
+    def part_of(self, one: Held) -> list[Any]:
+        """Return what of a message is to be written: nothing else of it is asked any more."""
+        return [known for known in one.args[0] if known in self._needed]
+
     def wants(self, one: Held) -> bool:
         """Whether an id is to be written that a message names."""
         return not self._needed.keys().isdisjoint(one.args[0])
 
     def own(self, one: Held) -> list[Any]:
         """Return the ids of which a message's own rows are written."""
-        return [known for known in one.args[0] if known in self._needed]
+        return self.part_of(one)
 
     def drop(self, gone: Sequence[Held], left: Sequence[Held]) -> None:
         """Forget what messages asked for, but for what those that are left ask for, too."""
@@ -137,6 +141,10 @@ class Rows:
             self._needed.pop(known, None)
         for row in needed:
             self._needed.setdefault(row[0], []).append((next(self._place), row))
+
+    def part_of(self, one: Held) -> list[Any]:
+        """Return the rows of a message whose ids are to be written, by it or by a later one."""
+        return [row for row in one.args[0] if row[0] in self._needed]
 
     def wants(self, one: Held) -> bool:
         """Whether an id is to be written that a message names."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,8 @@ class Held:
     Args:
         delivery: The delivery.
         ctx: What a run of it alone gets; its log line counts what that counts.
-        args: The positional arguments as the task's function gets them, once they are checked.
+        args: The positional arguments as the task's function gets them, once they are checked; of
+            a chunk only what is to be written, once that is known.
         kwargs: Its keyword arguments, likewise.
         ids: How many ids or rows it names.
         constants: What is passed behind them, as JSON has it.
@@ -75,10 +77,12 @@ class Start:
         rows: What they ask for, and what of that is to be written.
         most: How many messages it may hold, at most.
         size: How many ids are to be written, before it takes no more messages.
+        together: How many those allow that it holds.
         held: Its messages that are not settled.
         closed: Whether it takes no more messages, whatever room it has.
         runs: Those that run together.
-        ctx: What their run gets.
+        ctx: What their run gets, or the read of what needs nothing.
+        counts: What reads of several messages have counted, that some of them needed.
         limit: Ends the step that is on when its time is up.
         seconds: How long that may take.
         began: When its run began.
@@ -89,10 +93,12 @@ class Start:
     rows: Ids | Rows
     most: int = 1
     size: int = 1
+    together: int = MOST_MESSAGES
     held: list[Held] = field(default_factory=list)
     closed: bool = False
     runs: list[Held] = field(default_factory=list)
     ctx: Context | None = None
+    counts: Counter[str] = field(default_factory=Counter)
     limit: asyncio.Timeout = field(default_factory=lambda: asyncio.Timeout(None))
     seconds: float = 0.0
     began: float = 0.0
@@ -114,6 +120,7 @@ class Start:
         """Hold those messages no longer whose outcome is decided."""
         self.held = [one for one in self.held if one.outcome is UNDECIDED]
         self._body_bytes = sum(len(one.delivery.message.body) for one in self.held)
+        self.together = min((one.most for one in self.held), default=MOST_MESSAGES)
 
     # Which messages go together.
 
@@ -126,7 +133,7 @@ class Start:
         return (
             not self.closed
             and not self.rows.full
-            and len(self.held) < self.most
+            and len(self.held) < min(self.most, self.together)
             and len(self.rows) + unread < self.size
             and self._body_bytes < MOST_BODY_BYTES
         )

@@ -75,7 +75,6 @@ class Gathering:
             BrokerError: The connection is lost, or a message could not be settled.
         """
         worker, consumer = self._worker, self._worker.consumer
-        self.bulk_next = False  # what needs nothing spends no start: an urgent one goes next
         # One message shows whether the task works again.
         with consumer.starting(1 if consumer.breaker.reason else MOST_MESSAGES) as start:
             try:
@@ -87,6 +86,8 @@ class Gathering:
             if start.held:
                 self.bulk_next = all(one.delivery.lane == "urgent" for one in start.held)
                 outcome = await consumer.run(start, self._lanes)
+            elif outcome is None or not outcome.uncounted:
+                self.bulk_next = False  # what needs nothing spends no start: an urgent one is next
         return outcome
 
     async def _fill(self, start: Start, first: Delivery) -> Outcome | None:
@@ -107,7 +108,9 @@ class Gathering:
             now, spare = self._time(), self._spare
             due_at = budget.due_at - spare
             # If it is due already, what lies in the lanes is taken, but not for long.
-            late = now + self._reading.seconds > max(due_at, began + spare)
+            until, read = began + spare, self._reading.seconds
+            # Behind a read, one more message means one more read.
+            late = now > max(due_at - read, until if self._unread else until - read)
             takes = start.has_room(self._ids) and not late and now < look_at
             if takes and (delivery := await self._take()) is not None:
                 settled = await self._open(start, delivery)
@@ -149,7 +152,7 @@ class Gathering:
             return None if settled.kind is Kind.MOVED and not settled.failed else settled
         one = start.held[-1]
         if start.fits(one):
-            start.most = min(start.most, one.most)
+            start.together = min(start.together, one.most)
             self._unread.append(one)
             self._ids += one.ids
         else:
