@@ -184,7 +184,7 @@ class Consumer:
             BrokerError: It could not be settled.
         """
         one = Held(delivery, self._context(delivery, (delivery.id,)))
-        start.add(one)
+        start.held.append(one)
         try:
             for step in (self._recall, self._refuse, self._move, self._decode):
                 if one.outcome is UNDECIDED:
@@ -192,6 +192,7 @@ class Consumer:
         except BaseException as error:  # noqa: BLE001 - a user's types are asked, too
             await self._fail(start, [one], error, lanes)
         if one.outcome is UNDECIDED:
+            start.weigh(one)
             return None
         return await self._settler.settle(start, [one], lanes)
 
@@ -231,6 +232,9 @@ class Consumer:
         if self._task.takes_chunks:
             one.ids = one.ctx.counts["ids"] = len(one.args[0])
             one.constants = call.args[1:], call.kwargs
+        one.bytes = len(message.body)
+        if any(one.constants) or not self._task.signature.takes_ids:
+            one.bytes += call.size  # ids are let go once it is known which are to be written
         one.expires = call.expires
         self._expire(one)
         if call.time_limit is not None and self._task.signature.coroutine:

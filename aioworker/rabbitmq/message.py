@@ -68,12 +68,14 @@ class Call(NamedTuple):
         kwargs: Its keyword arguments.
         expires: When it is too late to begin; None for never.
         time_limit: Seconds that the publisher grants a run; None leaves it to the worker.
+        size: Bytes of the text that it was read from, unpacked.
     """
 
     args: list[Any]
     kwargs: dict[str, Any]
     expires: datetime | None = None
     time_limit: float | None = None
+    size: int = 0
 
 
 def encode(
@@ -162,8 +164,9 @@ def decode(
         raise MessageRefusedError(
             "expected no eta or countdown: aioworker keeps no message for later"
         )
-    args, kwargs = _read_body(_unpacked(headers.get("compression"), body))
-    return Call(args, kwargs, _expires(headers), _time_limit(headers))
+    unpacked = _unpacked(headers.get("compression"), body)
+    args, kwargs = _read_body(unpacked)
+    return Call(args, kwargs, _expires(headers), _time_limit(headers), len(unpacked))
 
 
 def _unexpected(expected: str, found: object) -> MessageRefusedError:

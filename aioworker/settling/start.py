@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from aioworker.tasks.context import Context
 
 MOST_MESSAGES = 1000
-MOST_BODY_BYTES = 16 * 1024 * 1024  # of all messages together
+MOST_BYTES = 12 * 1024 * 1024  # of all messages together; the last one may be larger
 
 
 @dataclass(slots=True, eq=False)
@@ -37,6 +37,7 @@ class Held:
         seconds: How long its publisher lets it run; None leaves that to the worker.
         most: With how many it may run at most, itself among them.
         expires: When it is too late to begin; None for never.
+        bytes: What it keeps in memory: its body, and of rows the text that they were read from.
         read: Seconds that were spent in asking what of it, and of nothing else, needs writing.
         taken: When it was taken, by the monotonic clock.
         again: Whether its run had ended before, and could not be settled then.
@@ -54,6 +55,7 @@ class Held:
     seconds: float | None = None
     most: int = MOST_MESSAGES
     expires: datetime | None = None
+    bytes: int = 0
     read: float = 0.0
     taken: float = field(default_factory=time.monotonic)
     again: bool = False
@@ -104,22 +106,21 @@ class Start:
     began: float = 0.0
     ended: float = 0.0
     cut_off: bool = False
-    _body_bytes: int = 0
+    _bytes: int = 0
 
     def may_take(self, seconds: float, spent: float = 0.0) -> asyncio.Timeout:
         """Let the next step take so long, less what was spent before."""
         self.seconds, self.limit, self.cut_off = seconds, asyncio.timeout(seconds - spent), False
         return self.limit
 
-    def add(self, one: Held) -> None:
-        """Hold a message."""
-        self.held.append(one)
-        self._body_bytes += len(one.delivery.message.body)
+    def weigh(self, one: Held) -> None:
+        """Count what a message keeps in memory that was taken last."""
+        self._bytes += one.bytes
 
     def let_go(self) -> None:
         """Hold those messages no longer whose outcome is decided."""
         self.held = [one for one in self.held if one.outcome is UNDECIDED]
-        self._body_bytes = sum(len(one.delivery.message.body) for one in self.held)
+        self._bytes = sum(one.bytes for one in self.held)
         self.together = min((one.most for one in self.held), default=MOST_MESSAGES)
 
     # Which messages go together.
@@ -135,7 +136,7 @@ class Start:
             and not self.rows.full
             and len(self.held) < min(self.most, self.together)
             and len(self.rows) + unread < self.size
-            and self._body_bytes < MOST_BODY_BYTES
+            and self._bytes < MOST_BYTES
         )
 
     def fits(self, one: Held) -> bool:

@@ -713,7 +713,7 @@ async def test_large_bodies_end_a_gathering(clock: FakeClock) -> None:
 
     await gathering.heart.run_for(clock, 2)
 
-    assert gathering.runs == [[1, 2, 3, 4, 5]]
+    assert gathering.runs == [[1, 2, 3, 4]]
 
 
 async def test_a_read_of_several_that_fails_is_nobodys_yet(clock: FakeClock) -> None:

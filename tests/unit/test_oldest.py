@@ -56,7 +56,7 @@ class Taking:
         """Take messages for one start."""
         start = Start(Ids(), most=len(messages))
         for one in messages:
-            start.add(one)
+            start.held.append(one)
         self._under_way.append(start)
         return start
 

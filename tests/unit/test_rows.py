@@ -101,7 +101,7 @@ def test_what_is_done_on_the_way_is_not_kept(
 
     def come(chunk: list[Any], needed: list[Any]) -> None:
         one = held(chunk)
-        start.add(one)
+        start.held.append(one)
         start.rows.ask([one])
         start.rows.need(needed)
         if not start.rows.wants(one):

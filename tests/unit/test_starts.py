@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import time
+import zlib
 from datetime import timedelta
 from itertools import pairwise
 from types import SimpleNamespace
@@ -140,6 +141,26 @@ async def test_of_a_chunk_only_what_is_to_be_written_is_kept(clock: FakeClock) -
 
     assert kept == [[first] for first in range(1000, 51_000, 1000)]
     assert gathering.runs == [[1], list(range(1000, 51_000, 1000))]
+
+
+@pytest.mark.parametrize("most", [12, 3])
+async def test_what_messages_keep_in_memory_bounds_a_start(clock: FakeClock, most: int) -> None:
+    """Bodies; and of rows their text, however small it was packed."""
+
+    async def price(rows: list[tuple[int, str]]) -> None:
+        pass
+
+    heart = gathering_with(price)
+    packs = most == 3
+    for number in range(20):
+        text = "x" * (4 * 2**20 - 2**10 if packs else 2**19)
+        body = json.dumps([[[[number, text]]], {}, None]).encode()
+        headers = {"compression": "application/x-gzip"} if packs else {}
+        heart.broker.send(zlib.compress(body) if packs else body, id=str(number), **headers)
+
+    await heart.run_for(clock, 2)
+
+    assert heart.budget.starts == [most]
 
 
 async def test_a_start_that_is_called_off_keeps_the_turn_of_the_bulk_lane(
