@@ -20,6 +20,7 @@ import aio_pika
 import pytest
 
 from aioworker.budget.deaths import MOST_DEATHS
+from aioworker.rabbitmq.queues import DELIVERY_LIMIT
 from support import servers
 from tests.conftest import (
     DEADLINE_SECONDS,
@@ -268,6 +269,33 @@ def test_a_worker_that_gathers_is_struck_again_and_again(
 ) -> None:
     """Each row is written once, nothing is lost, no innocent is set aside, the rate holds."""
     struck[step].result()
+
+
+async def come_back(place: Place, messages: int, times: int) -> None:
+    """Have RabbitMQ take back messages so many times from who holds them, as from a dead worker."""
+    async with await aio_pika.connect(place.servers.amqp_url) as connection:
+        for _ in range(times):
+            async with await connection.channel() as channel:
+                lane = await channel.get_queue(QUEUES.bulk, ensure=False)
+                for _ in range(messages):
+                    await lane.get()
+
+
+def test_what_came_back_a_hundred_times_is_set_aside_by_nobody(place: Place) -> None:
+    """RabbitMQ would do so when a worker dies once more that holds it."""
+    simple_addons(place.shop, 20)
+    place.publish(*(chunk(addon) for addon in range(1, 21)))
+    asyncio.run(come_back(place, 20, DELIVERY_LIMIT))
+    execute(place.shop, "UPDATE aioworker_budget SET last_start = SYSDATE(6)")
+    worker = place.worker("--rate-limit", "4/m", **TERMS)
+    eventually(lambda: says(place, "gathering: 20 messages, 20 ids"), "it holds all")
+
+    worker.end()
+    execute(place.shop, "DELETE FROM aioworker_worker")
+    place.worker("--rate-limit", "4/m", **TERMS)
+
+    assert_each_done_once(place, 20)
+    assert place.charged() <= 5
 
 
 # One of them ends its process, or fails.
