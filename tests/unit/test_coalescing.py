@@ -10,6 +10,7 @@ import json
 import os
 import random
 from datetime import datetime, timedelta
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from aioworker.clock import own_time
@@ -20,6 +21,7 @@ from aioworker.tasks.context import Context
 from tests.doubles.heart import Heart, running
 from tests.doubles.lanes import QUEUES
 from tests.fakes import FakeClock
+from tests.unit.test_gathering import INTERVAL, Gathering
 
 SEED = int(os.environ.get("COALESCING_SEED") or random.randrange(2**32))
 DRAWN = 100  # interleavings of each kind
@@ -27,6 +29,7 @@ MESSAGES = 25
 IDS = range(1, 7)
 LONGEST_SECONDS = 600
 STEP_SECONDS = 0.5
+SINGLE, CHUNKS, SIZE = 500, 6, 500
 PAUSED = Wait(Reason(ReasonKind.PAUSED, "paused by alice"), 2)
 PUBLISHED_AT = own_time()
 
@@ -191,3 +194,27 @@ async def test_of_the_rows_of_one_id_the_last_that_was_published_wins(clock: Fak
             assert all(last[key] == value for key, value in run), (number, messages)
             assert len(dict(run)) == len(run), number
         assert sorted(prices.heart.broker.acknowledged) == sorted(prices.sent), number
+
+
+async def test_single_changes_wait_for_two_starts_at_most_and_do_not_stop_a_sweep(
+    clock: FakeClock,
+) -> None:
+    """Five hundred within two intervals, one id each, in the middle of a sweep."""
+    gathering = Gathering(chunk_size=SIZE)
+    single = range(CHUNKS * SIZE + 1, CHUNKS * SIZE + 1 + SINGLE)
+    for first in range(1, CHUNKS * SIZE, SIZE):
+        gathering.send(range(first, first + SIZE))
+    published: dict[int, int] = {}
+    async with running(gathering.heart):
+        await clock.advance(INTERVAL / 3, step=0.5)
+        for one in single:
+            gathering.send([one], QUEUES.urgent)
+            published[one] = len(gathering.runs)
+            await clock.advance(2 * INTERVAL / SINGLE, step=0.5)
+        await clock.advance((CHUNKS + 1) * INTERVAL, step=0.5)
+
+    starts = {one: number for number, run in enumerate(gathering.runs, 1) for one in run}
+    assert {*starts} == set(range(1, single.stop))
+    assert [one for one, at in published.items() if starts[one] > at + 2] == []
+    advances = sorted({starts[one] for one in range(1, single.start)})
+    assert all(later - earlier <= 2 for earlier, later in pairwise(advances))
