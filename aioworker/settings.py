@@ -154,7 +154,7 @@ class Settings(BaseSettings):
         CHUNK_LIMIT, description=f"Ids in one message of a sweep, 1 to {CHUNK_LIMIT}."
     )
     gather_seconds: Annotated[float, _seconds(0, 120)] = Field(
-        0.0,
+        20.0,
         description="Seconds before a start is due that messages are gathered for it, 0 to 120.",
     )
     max_retries: Annotated[int, _whole(0, RETRIES_LIMIT)] = Field(

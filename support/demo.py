@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from aioworker.limits import RateLimit
+from aioworker.words import count
 from support import servers, site, versions
 
 ADDONS = 12_000
 RATE = "60/m"
 AIOWORKER = Path(sys.executable).parent / "aioworker"
+# Of one message, of several that ran together, and of several that needed no run.
+DONE = ("chunk done", "start done", "nothing to write")
 
 
 def main() -> int:
@@ -50,7 +53,7 @@ def main() -> int:
 
 
 def _run(environment: dict[str, str], *arguments: str) -> list[dict[str, Any]]:
-    """Run a command, showing each chunk as it is done; return its log's events."""
+    """Run a command, showing what is done as it is; return its log's events."""
     print(f"\n$ aioworker {' '.join(arguments)}", flush=True)
     events = []
     with subprocess.Popen(
@@ -60,11 +63,13 @@ def _run(environment: dict[str, str], *arguments: str) -> list[dict[str, Any]]:
             if not line.startswith("{"):
                 print(line, end="", flush=True)
                 continue
-            events.append(event := json.loads(line))
-            if event["event"] == "chunk done":
+            events.append(event := {"messages": 1, "changed": 0} | json.loads(line))
+            if event["event"] in DONE:
                 print(
-                    "chunk done: {ids} ids, {changed} changed, waited {wait_seconds:.1f} s,"
-                    " ran {run_seconds:.2f} s".format(**event),
+                    "{event}: {messages} of {ids} ids, {changed} changed,"
+                    " waited {wait_seconds:.1f} s, ran {run_seconds:.2f} s".format(
+                        **event | {"messages": count(event["messages"], "chunk")}
+                    ),
                     flush=True,
                 )
     if process.returncode:
@@ -74,7 +79,7 @@ def _run(environment: dict[str, str], *arguments: str) -> list[dict[str, Any]]:
 
 def _show(events: list[dict[str, Any]], stale: int, left: int, took: float) -> None:
     """Print what a person wants to see of a sweep."""
-    done = [event for event in events if event["event"] == "chunk done"]
+    done = [event for event in events if event["event"] in DONE]
     changed = sum(event["changed"] for event in done)
     starts = [
         datetime.fromisoformat(event["time"]).timestamp() - event["run_seconds"]
@@ -88,6 +93,7 @@ def _show(events: list[dict[str, Any]], stale: int, left: int, took: float) -> N
     print(f"stale rows after           {left:>8,}   (counted by a query of its own)")
     print(f"rows changed               {changed:>8,}")
     print(f"rows right, left alone     {sum(event['ids'] for event in done) - changed:>8,}")
+    print(f"chunks                     {sum(event['messages'] for event in done):>8,}")
     print(f"starts                     {len(starts):>8,}   in {took:.1f} s")
     print(f"rate limit                 {RATE:>8}   a start every {interval:g} s")
     if gaps:

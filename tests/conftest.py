@@ -46,6 +46,8 @@ QUEUES = Queues.of(TASK, PREFIX)
 COMMAND_SECONDS = 60
 COMMANDS = "must command"  # why a test is not run on a server that runs already
 DEADLINE_SECONDS = 45
+# Each message fills a start: one id to write is enough for that.
+ONE_A_START = {"AIOWORKER_CHUNK_SIZE": "1"}
 T = TypeVar("T")
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -90,6 +90,8 @@ class Place:
         retry_ms: How long a message waits for its retry, by a policy; None leaves it at 60 s.
         amqp_port: Where workers find RabbitMQ, such as a proxy's; None is RabbitMQ's own.
         mysql_port: The same for the database.
+        gather_seconds: How long its workers gather for a start; None leaves it at the default.
+        chunk_size: How many ids fill a start; with 1 each message is one. None is the default, too.
 
     Attributes:
         name: The virtual host's and the database's.
@@ -106,6 +108,8 @@ class Place:
         retry_ms: int | None = RETRY_MS,
         amqp_port: int | None = None,
         mysql_port: int | None = None,
+        gather_seconds: int | None = None,
+        chunk_size: int | None = None,
     ) -> None:
         assert private.broker is not None
         assert private.maria is not None
@@ -118,6 +122,10 @@ class Place:
         )
         self._folder = folder / self.name
         self._folder.mkdir(parents=True)
+        given = {"GATHER_SECONDS": gather_seconds, "CHUNK_SIZE": chunk_size}
+        self._settings = {
+            f"AIOWORKER_{name}": str(value) for name, value in given.items() if value is not None
+        }
         self._size = 1
         self._workers: list[Worker] = []
         self._commands: list[subprocess.Popen[str]] = []
@@ -256,7 +264,8 @@ class Place:
         """Start a worker."""
         folder = self._folder / str(len(self._workers))
         folder.mkdir()
-        self._workers.append(Worker(self.through, folder, "consume", *arguments, **variables))
+        settings = self._settings | variables
+        self._workers.append(Worker(self.through, folder, "consume", *arguments, **settings))
         return self._workers[-1]
 
     def end(self) -> None:

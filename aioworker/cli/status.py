@@ -141,7 +141,7 @@ def lines(status: Status) -> list[tuple[str, str]]:
     if status.oldest is not None and (ages := _ages(status.oldest)):
         shown.append(("oldest", ages))
     if status.backlog_seconds:
-        shown.append(("done in", f"{duration(status.backlog_seconds)} at this rate"))
+        shown.append(("done in", f"{duration(status.backlog_seconds)} at most, at this rate"))
     if status.stale is not None or status.stale_error is not None:
         number = count(status.stale or 0, "row")
         shown.append(("stale", status.stale_error or f"{number} of all that it sweeps"))

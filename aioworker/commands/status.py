@@ -129,7 +129,8 @@ class Status:
         held: Messages in workers' hands besides, by their own last word; None when one of them
             does not tell, or the database cannot be asked.
         oldest: How old the oldest that is queued is at most; None when that cannot be asked.
-        backlog_seconds: How long the lanes take at this rate; None when nobody can tell.
+        backlog_seconds: How long the lanes take at this rate, with a start for each message; None
+            when nobody can tell.
         budget: Its rate limit; None when the database cannot be asked.
         workers: Who works on it; None when the database cannot be asked.
         stale: How many ids or rows of a sweep need writing; None unless that was asked.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aioworker import Producer
-from tests.conftest import Run, Worker, eventually, execute, importable, rows, summary
+from tests.conftest import ONE_A_START, Run, Worker, eventually, execute, importable, rows, summary
 
 if TYPE_CHECKING:
     from pymysql.connections import Connection
@@ -73,7 +73,8 @@ def test_a_sweep_of_a_users_task(run: Run, app: str, shop: Connection[Cursor]) -
     execute(shop, "INSERT INTO ratings VALUES (2, 0)")
 
     swept = run("publish-all", "shop.rate", "--app", app, "--chunk-size", "3", "--after", "1")
-    served = run("consume", "shop.rate", "--app", app, "--burst", "--rate-limit", "100/s")
+    burst = ("--app", app, "--burst", "--rate-limit", "100/s")
+    served = run("consume", "shop.rate", *burst, **ONE_A_START)
 
     assert swept.stdout == "published 2 chunks, 6 ids, last confirmed id 7\n"
     assert (served.returncode, served.stdout) == (0, summary(2)), served.stderr

@@ -12,6 +12,7 @@ from aioworker.budget.deaths import MOST_DEATHS
 from support.servers import ROOT
 from tests.conftest import (
     COMMAND_SECONDS,
+    ONE_A_START,
     QUEUES,
     Lanes,
     Run,
@@ -36,7 +37,7 @@ def live(pair: Servers) -> int:
     """Run a worker until it dies, or the lanes are empty; return its exit status."""
     return subprocess.run(
         [sys.executable, "-m", "tests.deadly", "consume", "--burst", "--rate-limit", "20/s"],
-        env=pair.environment,
+        env=pair.environment | ONE_A_START,
         cwd=ROOT,
         capture_output=True,
         timeout=COMMAND_SECONDS,

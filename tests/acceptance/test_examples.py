@@ -20,7 +20,16 @@ import pytest
 
 from aioworker.rabbitmq.queues import Queues
 from support import servers
-from tests.conftest import AIOWORKER, COMMAND_SECONDS, PREFIX, eventually, execute, rows, summary
+from tests.conftest import (
+    AIOWORKER,
+    COMMAND_SECONDS,
+    ONE_A_START,
+    PREFIX,
+    eventually,
+    execute,
+    rows,
+    summary,
+)
 
 if TYPE_CHECKING:
     from pymysql.connections import Connection
@@ -208,7 +217,7 @@ def test_more_shops_than_one_chunk_and_one_transaction_hold(
     )
 
     swept = shell("aioworker publish-all update_rating --app shop")
-    done = shell(f"aioworker consume --app shop {FAST}")
+    done = shell(f"aioworker consume --app shop {FAST}", **ONE_A_START)
 
     assert swept.stdout == "published 2 chunks, 1003 ids, last confirmed id 1100\n"
     assert done.stdout == summary(2)

@@ -17,6 +17,7 @@ from aioworker.rabbitmq import queues
 from aioworker.settings import Settings
 from support import servers
 from tests.conftest import (
+    ONE_A_START,
     QUEUES,
     Lanes,
     Run,
@@ -258,7 +259,8 @@ async def test_with_exactly_the_printed_privileges_everything_works(
         lanes = await aio_pika.connect(vhost)
         channel = await lanes.channel()
         await channel.default_exchange.publish(aio_pika.Message(b"bad"), QUEUES.bulk)
-        done = run("consume", "--burst", "--rate-limit", "100/s", **variables)
+        burst = ("--burst", "--rate-limit", "100/s")
+        done = run("consume", *burst, **variables, **ONE_A_START)
 
         assert done.stdout == summary(3, dead_letters=1)
         assert current_versions(shop) == {n: n + 10_000 for n in range(1, 2001)}

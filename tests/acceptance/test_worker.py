@@ -25,6 +25,7 @@ from support import servers
 from tests.conftest import (
     AIOWORKER,
     COMMAND_SECONDS,
+    ONE_A_START,
     QUEUES,
     Lanes,
     Run,
@@ -71,7 +72,7 @@ async def test_a_signal_lets_the_running_chunk_finish(
 ) -> None:
     """No new one is begun, nothing is left unsettled, and the exit status is 0."""
     await slow_chunk(shop, lanes, 1500)
-    worker = start("consume", "--rate-limit", "100/s")
+    worker = start("consume", "--rate-limit", "100/s", **ONE_A_START)
     eventually(lambda: running_writes(shop), "the write runs")
 
     worker.process.send_signal(number)
@@ -86,7 +87,7 @@ async def test_a_second_signal_ends_it_at_once_and_loses_nothing(
     start: Start, run: Run, shop: Connection[Cursor], lanes: Lanes
 ) -> None:
     await slow_chunk(shop, lanes, 60_000)
-    worker = start("consume", "--rate-limit", "100/s")
+    worker = start("consume", "--rate-limit", "100/s", **ONE_A_START)
     eventually(lambda: running_writes(shop), "the write runs")
 
     worker.process.send_signal(signal.SIGTERM)
@@ -105,7 +106,8 @@ async def test_a_chunk_that_outlasts_the_shutdown_timeout_is_given_back(
 ) -> None:
     """Its statement is ended on the server too, and the exit status says that not all is well."""
     await slow_chunk(shop, lanes, 30_000)
-    worker = start("consume", "--rate-limit", "100/s", AIOWORKER_SHUTDOWN_TIMEOUT="1")
+    hurried = {"AIOWORKER_SHUTDOWN_TIMEOUT": "1"} | ONE_A_START
+    worker = start("consume", "--rate-limit", "100/s", **hurried)
     eventually(lambda: running_writes(shop), "the write runs")
 
     worker.process.send_signal(signal.SIGTERM)
@@ -121,7 +123,8 @@ async def test_a_run_that_takes_too_long_is_cut_off_and_put_off(
 ) -> None:
     """It waits a minute in the retry queue, and its next attempt is counted."""
     await slow_chunk(shop, lanes, 3000)
-    worker = start("consume", "--rate-limit", "100/s", AIOWORKER_TASK_TIMEOUT="1")
+    hurried = {"AIOWORKER_TASK_TIMEOUT": "1"} | ONE_A_START
+    worker = start("consume", "--rate-limit", "100/s", **hurried)
 
     eventually(lambda: worker.log.count('was cut off" of=6') == 2, "both runs are cut off")
 
@@ -267,13 +270,15 @@ def manager() -> Iterator[Manager]:
 async def test_a_service_manager_is_told_ready_status_and_stopping(
     start: Start, manager: Manager, shop: Connection[Cursor], lanes: Lanes
 ) -> None:
-    """What `systemctl status` shows while it works and waits."""
+    """What `systemctl status` shows while it works, waits and gathers."""
     simple_addons(shop, 2)
-    for addon in (1, 2):
-        await lanes.send(json.dumps([[[addon]], {}, None]).encode())
+    await lanes.send(json.dumps([[[1]], {}, None]).encode())
 
     worker = start("consume", NOTIFY_SOCKET=manager.name)
+    manager.until("STATUS=waiting: nothing queued")
+    await lanes.send(json.dumps([[[2]], {}, None]).encode())
     manager.until("STATUS=waiting: budget: next start at ")
+    manager.until("STATUS=waiting: gathering: ")
     worker.process.send_signal(signal.SIGTERM)
     manager.until("STOPPING=1")
 
@@ -283,7 +288,9 @@ async def test_a_service_manager_is_told_ready_status_and_stopping(
         "READY=1",
         "STATUS=starting",
         "STATUS=running: update_current_version, 1 id",
+        "STATUS=waiting: nothing queued",
         "STATUS=waiting: budget: next start",
+        "STATUS=waiting: gathering: 1 message, 1 id to write",
         "STOPPING=1",
         "STATUS=finishing the running chunk",
     ]
@@ -463,10 +470,12 @@ async def test_waiting_for_the_budget_it_holds_nothing(
 ) -> None:
     """RabbitMQ keeps what waits: no delivery is unacknowledged, no row locked."""
     simple_addons(shop, 3)
-    for addon in (1, 2, 3):
-        await lanes.send(json.dumps([[[addon]], {}, None]).encode())
-
     worker = start("consume", "--rate-limit", "1/h")
+    await lanes.send(json.dumps([[[1]], {}, None]).encode())
+    eventually(lambda: current_versions(shop)[1], "its start is over")
+
+    for addon in (2, 3):
+        await lanes.send(json.dumps([[[addon]], {}, None]).encode())
     eventually(lambda: "budget: next start at" in worker.log, "it waits for its budget")
 
     # The broker's own counts lag some seconds behind; one that is held would stay so for an hour.

@@ -113,7 +113,7 @@ class Soak:
             tuple(self._stack.enter_context(Proxy(port)) for port in self._ports)
             for _ in range(LASTING)
         ]
-        self.place = Place(private, folder)
+        self.place = Place(private, folder, chunk_size=1)  # each message fills a start
         self._stack.callback(self.place.end)
         self._fill()
         self.lasting = [self._start_behind(*networks) for networks in self._networks]

@@ -71,7 +71,7 @@ def aftermath(
 ) -> Iterator[Aftermath]:
     """Let one worker meet them all."""
     print(f"JUNK_SEED={SEED}")  # noqa: T201 - who wants the same messages again needs it
-    place = Place(private, tmp_path_factory.mktemp("bad"))
+    place = Place(private, tmp_path_factory.mktemp("bad"), chunk_size=1)  # a good one fills a start
     try:
         simple_addons(place.shop, junk.ADDONS[-1])
         yield asyncio.run(meet_all(place, place.worker("--rate-limit", "100/s")))

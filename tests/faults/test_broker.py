@@ -37,6 +37,12 @@ SWEEP = {f"[[[{addon}".encode() for addon in range(1, SWEPT + 1)}
 
 
 @pytest.fixture
+def make_place(make_place: MakePlace) -> MakePlace:
+    """Places in which each message fills a start: what a fault costs is counted in starts."""
+    return partial(make_place, chunk_size=1)
+
+
+@pytest.fixture
 def proxy(broker: servers.Broker) -> Iterator[Proxy]:
     """A network between a worker and the broker."""
     with Proxy(broker.port) as made:
@@ -192,7 +198,7 @@ def broken(
 
     def play(what: Callable[[Proxy], None]) -> None:
         with Proxy(port) as proxy:
-            place = Place(private, folder, amqp_port=proxy.port)
+            place = Place(private, folder, amqp_port=proxy.port, chunk_size=1)
             try:
                 break_and_mend(what, place, proxy)
             finally:
@@ -317,7 +323,7 @@ def go_on(place: Place, cut: CompletedProcess[str]) -> int:
 
 def test_a_queue_that_is_deleted(make_place: MakePlace) -> None:
     """It is said, and the queue made anew by nobody but `init`; then the work goes on."""
-    idle, waiting = places = make_place(), make_place()
+    idle, waiting = places = make_place(), make_place(gather_seconds=0)
     idle.worker(*FAST)
     waiting.worker("--rate-limit", "20/m")
     for place in places:

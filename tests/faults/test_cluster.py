@@ -62,7 +62,8 @@ class Trio(Place):
 
     def __init__(self, private: servers.Servers, cluster: servers.Cluster, folder: Path) -> None:
         self.struck, self.other, self.witness = cluster.nodes
-        super().__init__(replace(private, broker=self.witness), folder)
+        # Each message fills a start.
+        super().__init__(replace(private, broker=self.witness), folder, chunk_size=1)
         self.through = servers.Servers(
             ",".join(self.node_urls(*cluster.nodes)), self.servers.mysql_url
         )

@@ -85,7 +85,7 @@ def test_a_database_that_is_killed(
     charged: int,
 ) -> None:
     """Each row is written once, and no attempt is counted: a retry would wait for a minute."""
-    place = make_place(retry_ms=None, mysql_port=network.port)
+    place = make_place(retry_ms=None, mysql_port=network.port, chunk_size=1)
     simple_addons(place.shop, 2)
     place.worker(*FAST)
     moment(place, network)
@@ -193,8 +193,9 @@ def lock(connection: Connection[Cursor], addon: int) -> None:
         cursor.execute("SELECT id FROM addons WHERE id = %s FOR UPDATE", (addon,))
 
 
-def test_rows_that_somebody_locks(place: Place) -> None:
+def test_rows_that_somebody_locks(make_place: MakePlace) -> None:
     """They are put off and the others done meanwhile; a lock without end is a dead letter."""
+    place = make_place(chunk_size=1)
     with other_writer(place) as patient, other_writer(place) as stubborn:
         place.backlog(10)
         lock(patient, 1)
@@ -472,7 +473,7 @@ def stepped(
 
 
 def step_once(step: str, workers: int, early: int, make: MakePlace) -> None:
-    place = make(retry_ms=None)
+    place = make(retry_ms=None, chunk_size=1)
     place.backlog(4)
     for _ in range(workers):
         place.worker("--rate-limit", "20/m")

@@ -111,7 +111,7 @@ def test_a_worker_goes_on_at_the_server_that_took_over(
 ) -> None:
     """Whatever the old one does, and nobody else's statement is ended on the new one."""
     with Proxy(maria.port) as network, ThreadPoolExecutor() as pool:
-        place = make_place(retry_ms=None, mysql_port=network.port)
+        place = make_place(retry_ms=None, mysql_port=network.port, chunk_size=1)
         new = copy(place, standby)
         place.backlog(CHUNKS)
         user = {} if root else {"AIOWORKER_MYSQL_URL": ordinary(place)}

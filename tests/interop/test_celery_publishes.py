@@ -17,6 +17,7 @@ from kombu import Queue
 from aioworker.settling.outcome import Kind
 from aioworker.tasks.task import Task
 from tests.conftest import (
+    ONE_A_START,
     QUEUES,
     TASK,
     Lanes,
@@ -80,7 +81,8 @@ async def test_the_old_producer_goes_on(
     note.apply_async(args=[[[1], [2]]])
     celery.send_task(TASK, [[3]])
     note.apply_async(args=[[[4]]], queue=URGENT)
-    done = run("consume", "--burst", "--rate-limit", "100/s", AIOWORKER_AMQP_URL=plain.amqp_url)
+    variables = {"AIOWORKER_AMQP_URL": plain.amqp_url} | ONE_A_START
+    done = run("consume", "--burst", "--rate-limit", "100/s", **variables)
 
     assert (done.returncode, done.stderr.count("lane=urgent")) == (0, 1), done.stderr
     assert done.stdout == summary(3)

@@ -19,7 +19,15 @@ from celery import Celery
 from celery.utils.time import rate
 from kombu import pools
 
-from tests.conftest import AIOWORKER, COMMAND_SECONDS, eventually, execute, rows, summary
+from tests.conftest import (
+    AIOWORKER,
+    COMMAND_SECONDS,
+    ONE_A_START,
+    eventually,
+    execute,
+    rows,
+    summary,
+)
 from tests.interop.test_celery_publishes import REFUSED
 
 if TYPE_CHECKING:
@@ -111,8 +119,8 @@ class Reader:
         return self.run(sys.executable, "-c", code, PYTHONDONTWRITEBYTECODE="1")
 
     def serve(self) -> str:
-        """Run what waits; return what the worker prints."""
-        return self.run("aioworker", "consume", "--burst")
+        """Run what waits, a start for each message; return what the worker prints."""
+        return self.run("aioworker", "consume", "--burst", **ONE_A_START)
 
 
 @pytest.fixture
