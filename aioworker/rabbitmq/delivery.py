@@ -80,13 +80,9 @@ class Delivery(NamedTuple):
         return self.retried or self.together is not None
 
     def repeats(self, other: Delivery) -> bool:
-        """Whether RabbitMQ delivers the same again as in another delivery."""
-        message, before = self.message, other.message
-        return (
-            bool(message.redelivered)
-            and (self.key, self.attempt) == (other.key, other.attempt)
-            and message.body == before.body
-        )
+        """Whether this delivery, by RabbitMQ a second one, is of the message of another one."""
+        known = (self.key, self.attempt) == (other.key, other.attempt)
+        return known and self.message.body == other.message.body
 
     async def acknowledge(self) -> None:
         """Let RabbitMQ forget the message: all that it asked for is done, or a copy is confirmed.

@@ -79,8 +79,11 @@ class Intake:
 
     def _begin(self, delivery: Delivery) -> None:
         self._moved_at = self._time()
-        runs = [run for run, one in self.running.items() if delivery.repeats(one)]
-        running = asyncio.create_task(self._serve_behind(runs, delivery))
+        runs = []
+        if delivery.message.redelivered:
+            runs = [run for run, one in self.running.items() if delivery.repeats(one)]
+        serving = self._serve_behind(runs, delivery) if runs else self._serve(delivery)
+        running: asyncio.Task[Outcome | None] = asyncio.create_task(serving)
         self.running[running] = delivery
         running.add_done_callback(self._end)
 
@@ -92,11 +95,8 @@ class Intake:
         RabbitMQ may deliver a message again before it tells that the channel is closed by which
         its run was to be settled. If the run's end is the end of all, the message goes back.
         """
-        if runs:
-            await asyncio.wait(runs)
-            if self.ended.is_set():
-                return None
-        return await self._serve(delivery)
+        await asyncio.wait(runs)
+        return None if self.ended.is_set() else await self._serve(delivery)
 
     def _end(self, ended: asyncio.Task[Outcome | None]) -> None:
         self._moved_at = self._time()
