@@ -202,6 +202,7 @@ class Broker:
             return subprocess.run(
                 [self._scripts / "rabbitmqctl", "--quiet", *arguments],
                 env=self._environment,
+                cwd=self._folder,  # where one that crashes leaves its core
                 check=True,
                 capture_output=True,
                 text=True,
