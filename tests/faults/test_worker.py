@@ -314,8 +314,9 @@ LEAST_GAP_OF_MANY = 0.49  # seconds
 
 
 @pytest.mark.timeout(2 * VIOLENT_SECONDS + 120)
-def test_healthy_chunks_through_three_minutes_of_kills(place: Place) -> None:
+def test_healthy_chunks_through_three_minutes_of_kills(make_place: MakePlace) -> None:
     """No dead letter, however often their workers die; every row is right, the budget kept."""
+    place = make_place(chunk_size=100)  # each is a start: they last as long as the kills
     place.backlog(300, 100)
     execute(place.shop, *NOTED)
     until = time.monotonic() + VIOLENT_SECONDS
