@@ -56,6 +56,12 @@ UNREACHABLE = "STATUS=waiting: database unreachable since"
 
 
 @pytest.fixture
+def make_place(make_place: MakePlace) -> MakePlace:
+    """Places in which each message fills a start: work is left when a fault comes."""
+    return partial(make_place, chunk_size=1)
+
+
+@pytest.fixture
 def network(maria: servers.Maria) -> Iterator[Proxy]:
     """What lies between a worker and the database."""
     with Proxy(maria.port) as made:
@@ -85,7 +91,7 @@ def test_a_database_that_is_killed(
     charged: int,
 ) -> None:
     """Each row is written once, and no attempt is counted: a retry would wait for a minute."""
-    place = make_place(retry_ms=None, mysql_port=network.port, chunk_size=1)
+    place = make_place(retry_ms=None, mysql_port=network.port)
     simple_addons(place.shop, 2)
     place.worker(*FAST)
     moment(place, network)
@@ -195,7 +201,7 @@ def lock(connection: Connection[Cursor], addon: int) -> None:
 
 def test_rows_that_somebody_locks(make_place: MakePlace) -> None:
     """They are put off and the others done meanwhile; a lock without end is a dead letter."""
-    place = make_place(chunk_size=1)
+    place = make_place()
     with other_writer(place) as patient, other_writer(place) as stubborn:
         place.backlog(10)
         lock(patient, 1)
@@ -321,7 +327,7 @@ def refused(
 
 
 def refuse_and_mend(fault: str, cure: str, reason: str, make: MakePlace) -> None:
-    place = make(retry_ms=None)
+    place = make(retry_ms=None, chunk_size=1)
     execute(place.shop, "SET GLOBAL userstat = 1")
     place.backlog(CHUNKS)
     place.worker(*STEADY, AIOWORKER_MYSQL_URL=ordinary(place))
