@@ -468,7 +468,7 @@ class Consumer:
 
         The rows of the others are written.
         """
-        if not (failure.refused and failure.fault is Fault.MESSAGE and self._task.takes_chunks):
+        if not (failure.refused and start.began and self._task.takes_chunks):
             return False
         own = {one: start.rows.own(one) for one in held}
         refused = {

@@ -114,7 +114,7 @@ class Start:
         return self.limit
 
     def weigh(self, one: Held) -> None:
-        """Count what a message keeps in memory that was taken last."""
+        """Count what the message that was taken last keeps in memory."""
         self._bytes += one.bytes
 
     def let_go(self) -> None:

@@ -54,6 +54,25 @@ async def test_rows_that_are_refused_one_and_all_set_nothing_aside(
     assert heart.broker.queues[QUEUES.bulk]
 
 
+async def test_a_row_that_is_refused_is_its_messages_though_no_other_was_to_be_written(
+    clock: FakeClock,
+) -> None:
+    """Somebody else wrote the others meanwhile: no row of the run is written."""
+
+    async def price(_rows: list[tuple[int, str]]) -> None:
+        raise RowsRefusedError({7: "too long"}, 0)
+
+    heart = gathering_with(price)
+    for one in (6, 7, 8):
+        body = json.dumps([[[[one, "text"]]], {}, None]).encode()
+        heart.broker.send(body, QUEUES.bulk, id=str(one))
+
+    await heart.run_for(clock, 2)
+
+    assert [headers["id"] for headers in heart.broker.headers(QUEUES.dead)] == ["7"]
+    assert sorted(heart.broker.acknowledged) == ["6", "7", "8"]
+
+
 async def test_one_that_cannot_be_read_among_what_needs_nothing_opens_no_breaker(
     clock: FakeClock,
 ) -> None:
