@@ -7,6 +7,7 @@ minutes of that.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -49,6 +50,12 @@ class Lanes(Protocol):
     async def take(self, *, bulk_first: bool = False) -> Delivery | None:
         """Take one message, from the urgent or the bulk lane first; None when both are empty."""
 
+    async def take_more(self, most: int) -> list[Delivery]:
+        """Take up to so many messages at once, from the lane that the last one came from.
+
+        The urgent lane is always among those asked.
+        """
+
     def consume(
         self, at_once: int, arrive: Callable[[Delivery], None], end: Callable[[], None]
     ) -> AbstractAsyncContextManager[None]:
@@ -71,11 +78,12 @@ class Lanes(Protocol):
 
 
 class OpenLanes:
-    """The lanes of one connection, by one channel; copies of messages go by another connection.
+    """The lanes of one connection; copies of messages go by another connection.
 
     Args:
         connection: For a channel of its own, where messages flow.
-        channel: What both lanes are used over.
+        channel: What both lanes are used over, and others beside it only where messages are taken
+            at once: a channel's answers come one after the other.
         publisher: Publishes the copies.
         queues: The task's.
         lanes: The two to take from, the one that is taken from first before the other.
@@ -98,6 +106,8 @@ class OpenLanes:
         self._queues = lanes
         self._timeout = timeout
         self._refusal: ChannelPreconditionFailed | None = None
+        self._sides = [lanes]  # both lanes as each channel has them, this one's first
+        self._flowing = lanes[0].name  # where the last message came from
         self._empty_at = -math.inf  # when RabbitMQ last answered that both are, by a clock
         channel.close_callbacks.add(self._closed)
 
@@ -113,11 +123,8 @@ class OpenLanes:
         """
         names = (queues.urgent, queues.bulk, queues.retry, queues.dead)
         await check(connection, names, timeout)
-        async with in_time(queues.bulk, timeout):
-            channel = await connection.channel()
-            urgent = await channel.get_queue(queues.urgent, ensure=False)
-            bulk = await channel.get_queue(queues.bulk, ensure=False)
-        return cls(connection, channel, publisher, queues, (urgent, bulk), timeout)
+        channel, lanes = await _open(connection, queues, timeout)
+        return cls(connection, channel, publisher, queues, lanes, timeout)
 
     def _closed(self, _channel: object, error: BaseException | None) -> None:
         if isinstance(error, ChannelPreconditionFailed):
@@ -214,12 +221,38 @@ class OpenLanes:
 
     async def _take(self, seconds: float, *, bulk_first: bool = False) -> Delivery | None:
         for queue in reversed(self._queues) if bulk_first else self._queues:
-            async with in_time(queue.name, seconds):
-                message = await queue.get(fail=False, timeout=seconds)
-            if message is not None:
-                return Delivery.of(message, self._timeout)
+            if (delivery := await self._get(queue, seconds)) is not None:
+                return delivery
         self._empty_at = time.monotonic()
         return None
+
+    async def _get(self, queue: AbstractQueue, seconds: float) -> Delivery | None:
+        async with in_time(queue.name, seconds):
+            message = await queue.get(fail=False, timeout=None)
+        if message is None:
+            return None
+        self._flowing = queue.name
+        return Delivery.of(message, self._timeout)
+
+    async def take_more(self, most: int) -> list[Delivery]:
+        """Take up to so many messages at once, from the lane that the last one came from.
+
+        The urgent lane is always among those asked. Nearly all of a `get` is a wait for its answer.
+
+        Raises:
+            BrokerError: A lane is gone or does not answer, or the connection is lost.
+        """
+        while len(self._sides) < most:
+            channel, lanes = await _open(self._connection, self._names, self._timeout)
+            channel.close_callbacks.add(self._closed)
+            self._sides.append(lanes)
+        asked = [urgent if self._flowing == urgent.name else bulk for urgent, bulk in self._sides]
+        asked[0] = self._queues[0]
+        gets = (self._get(queue, self._timeout) for queue in asked[:most])
+        came = [one for one in await asyncio.gather(*gets) if one is not None]
+        if not came and (one := await self.take()) is not None:
+            came.append(one)
+        return came
 
     @asynccontextmanager
     async def consume(
@@ -264,3 +297,14 @@ class OpenLanes:
         finally:
             self._channel.close_callbacks.discard(ended)
             await close(channel, self._timeout)
+
+
+async def _open(
+    connection: AbstractConnection, queues: Queues, timeout: float
+) -> tuple[AbstractChannel, tuple[AbstractQueue, AbstractQueue]]:
+    """Return a new channel, and both lanes over it, the urgent one first."""
+    async with in_time(queues.bulk, timeout):
+        channel = await connection.channel()
+        urgent = await channel.get_queue(queues.urgent, ensure=False)
+        bulk = await channel.get_queue(queues.bulk, ensure=False)
+    return channel, (urgent, bulk)

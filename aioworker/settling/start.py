@@ -9,17 +9,20 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from aioworker.settling.outcome import UNDECIDED, Kind, Outcome
+from aioworker.settling.rows import Ids
 
 if TYPE_CHECKING:
     from datetime import datetime
 
     from aioworker.rabbitmq.delivery import Delivery
     from aioworker.settling.failure import Failure
-    from aioworker.settling.rows import Ids, Rows
+    from aioworker.settling.rows import Rows
     from aioworker.tasks.context import Context
 
 MOST_MESSAGES = 1000
 MOST_BYTES = 12 * 1024 * 1024  # of all messages together; the last one may be larger
+AT_ONCE = 4  # messages taken at once: with four the wait for RabbitMQ is no more the most of it
+FEW_BYTES = MOST_BYTES // 16  # are held, if several are taken at once: each may be a large one
 
 
 @dataclass(slots=True, eq=False)
@@ -107,6 +110,7 @@ class Start:
     ended: float = 0.0
     cut_off: bool = False
     _bytes: int = 0
+    _largest: int = 1
 
     def may_take(self, seconds: float, spent: float = 0.0) -> asyncio.Timeout:
         """Let the next step take so long, less what was spent before."""
@@ -116,6 +120,7 @@ class Start:
     def weigh(self, one: Held) -> None:
         """Count what the message that was taken last keeps in memory."""
         self._bytes += one.bytes
+        self._largest = max(self._largest, one.ids)
 
     def let_go(self) -> None:
         """Hold those messages no longer whose outcome is decided."""
@@ -138,6 +143,21 @@ class Start:
             and len(self.rows) + unread < self.size
             and self._bytes < MOST_BYTES
         )
+
+    def room(self, unread: int = 0) -> int:
+        """Return how many more it may take at once: few of them go back for want of room.
+
+        Args:
+            unread: As for `has_room`.
+        """
+        if not self.has_room(unread):
+            return 0
+        # Of two rows of one id the order of taking may decide, and several at once have none.
+        if self._bytes > FEW_BYTES or not isinstance(self.rows, Ids):
+            return 1
+        messages = min(self.most, self.together) - len(self.held)
+        ids = (self.size - len(self.rows) - unread) // self._largest
+        return max(1, min(AT_ONCE, messages, ids))
 
     def fits(self, one: Held) -> bool:
         """Whether a message that it took last may run with the others."""

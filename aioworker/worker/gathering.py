@@ -33,7 +33,7 @@ class Gathering:
         worker: What serves.
         lanes: Where messages come from.
         stop: Set when the worker is to end.
-        take: Takes one more message; None where there is none.
+        take: Takes up to so many more messages at once; none where there is none.
         wait: Waits for more messages, so many seconds at most.
 
     Attributes:
@@ -46,7 +46,7 @@ class Gathering:
         worker: Worker,
         lanes: Lanes,
         stop: asyncio.Event,
-        take: Callable[[], Awaitable[Delivery | None]],
+        take: Callable[[int], Awaitable[list[Delivery]]],
         wait: Callable[[float], Awaitable[None]],
     ) -> None:
         self.bulk_next = False
@@ -100,7 +100,7 @@ class Gathering:
         has_turn = budget.limited and not self._worker.lost_database
         look_at = began + POLL_SECONDS
         self._unread, self._ids = [], 0
-        settled = await self._open(start, first)
+        settled = await self._open(start, first, [])
         while start.held:
             if (reason := self._hindrance(settled, has_turn=has_turn)) is not None:
                 await self._give_back(start, reason)
@@ -111,9 +111,9 @@ class Gathering:
             until, read = began + spare, self._reading.seconds
             # Behind a read, one more message means one more read.
             late = now > max(due_at - read, until if self._unread else until - read)
-            takes = start.has_room(self._ids) and not late and now < look_at
-            if takes and (delivery := await self._take()) is not None:
-                settled = await self._open(start, delivery)
+            room = 0 if late or now >= look_at else start.room(self._ids)
+            if room and (came := await self._take(room)):
+                settled = await self._open_each(start, came)
             elif self._unread:
                 settled = await self._read(start)
             elif now >= look_at:
@@ -144,8 +144,27 @@ class Gathering:
         budget = self._worker.budget
         return min(LEAD_SECONDS, budget.interval / 20) if budget.limited else math.inf
 
-    async def _open(self, start: Start, delivery: Delivery) -> Outcome | None:
-        """Hold a message, if it goes with the others; return what one came to that is settled."""
+    async def _open_each(self, start: Start, came: list[Delivery]) -> Outcome | None:
+        """Hold messages that came at once, as `_open` does; those without room go back."""
+        settled = None
+        while came and start.has_room(self._ids) and (settled is None or not settled.uncounted):
+            settled = await self._open(start, came.pop(0), came)
+        await self._return(came)
+        return settled
+
+    async def _open(
+        self, start: Start, delivery: Delivery, behind: list[Delivery]
+    ) -> Outcome | None:
+        """Hold a message, if it goes with the others.
+
+        Args:
+            start: What holds them.
+            delivery: The message.
+            behind: What came with it, and was not looked at yet.
+
+        Returns:
+            What it came to, if it is settled.
+        """
         consumer = self._worker.consumer
         settled = await consumer.open(start, delivery, self._lanes)
         if settled is not None:
@@ -157,6 +176,7 @@ class Gathering:
             self._ids += one.ids
         else:
             # It is the first of the next start.
+            await self._return(behind)
             await consumer.give_back(start, [one], "it fits no other", self._lanes)
             start.closed = True
         return None
@@ -184,6 +204,11 @@ class Gathering:
         self._worker.presence.report(Reason(ReasonKind.GATHERING, words))
         await self._worker.budget.rest(resting=True)
         await self._wait(seconds)
+
+    async def _return(self, came: list[Delivery]) -> None:
+        """Give back what was not looked at yet, and forget it: the first of them comes last."""
+        while came:
+            await came.pop().give_back()
 
     async def _give_back(self, start: Start, reason: str) -> None:
         await self._worker.consumer.give_back(start, start.held, reason, self._lanes)

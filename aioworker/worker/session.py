@@ -176,7 +176,7 @@ class Session:
         self._holds = (self._ask_budget, self._ask_breaker)
         self._busy = False  # whether it served a message just now
         self._took = False  # whether the last look into the lanes found a message
-        self._gathering = Gathering(worker, lanes, stop, self._take, self._wait_for_more)
+        self._gathering = Gathering(worker, lanes, stop, self._take_more, self._wait_for_more)
 
     async def run(self) -> None:
         """Serve until a stop, or in a burst until the lanes are empty.
@@ -354,11 +354,22 @@ class Session:
         if self._stop.is_set():
             return None
         delivery = await self._lanes.take(bulk_first=bulk_first)
-        self._took = delivery is not None
-        if delivery is not None:
+        self._note_taken(took=delivery is not None)
+        return delivery
+
+    async def _take_more(self, most: int) -> list[Delivery]:
+        """Take up to so many more messages at once; none where there is none, or at a stop."""
+        if self._stop.is_set():
+            return []
+        came = await self._lanes.take_more(most)
+        self._note_taken(took=bool(came))
+        return came
+
+    def _note_taken(self, *, took: bool) -> None:
+        self._took = took
+        if took:
             self._worker.recovery.stall.end()
             self._worker.recovery.progress()
-        return delivery
 
     def _turn_ends(self, outcome: Outcome | None, starts: int, until: float) -> bool:
         """Whether no more is to be taken in this turn.

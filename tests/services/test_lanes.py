@@ -170,6 +170,57 @@ async def test_the_bulk_lane_is_taken_from_first_if_somebody_asks(
     assert [first and first.lane, (await take(lanes)).lane] == ["bulk", "urgent"]
 
 
+async def test_several_are_taken_at_once(place: Place, lanes: Lanes) -> None:
+    for number in range(6):
+        await place.send(place.queues.urgent, str(number))
+    await take_until(lanes)
+    first = await take(lanes)
+
+    came = [await lanes.take_more(3), await lanes.take_more(3), await lanes.take_more(3)]
+
+    assert [len(some) for some in came] == [3, 2, 0]
+    taken = [first, *came[0], *came[1]]
+    assert sorted(one.id for one in taken) == list("012345")
+    for one in taken:
+        await one.acknowledge()
+    await place.lose()
+    assert await place.lie(place.queues.urgent) == []
+
+
+async def test_several_come_from_the_lane_of_the_last_one_and_the_urgent_one(
+    place: Place, lanes: Lanes
+) -> None:
+    for number in range(6):
+        await place.send(place.queues.bulk, str(number))
+    await take(lanes)
+
+    first = await lanes.take_more(3)
+    await place.send(place.queues.urgent, "urgent")
+    await take_until(lanes)
+    second = await lanes.take_more(3)
+
+    assert [one.lane for one in first] == ["bulk", "bulk"]
+    assert [one.lane for one in second] == ["urgent", "bulk", "bulk"]
+
+
+async def test_of_several_none_is_kept_when_the_connection_is_lost(
+    place: Place, lanes: Lanes
+) -> None:
+    for number in range(3):
+        await place.send(place.queues.urgent, str(number))
+    await take_until(lanes)
+    held = await lanes.take_more(3)
+
+    await place.lose()
+
+    for one in held:
+        with pytest.raises(BrokerError):
+            await one.acknowledge()
+    with pytest.raises(BrokerError):
+        await lanes.take_more(3)
+    assert len(await (await place.again()).take_more(3)) == 3
+
+
 async def test_a_message_is_first_of_all_delivered_once(place: Place, lanes: Lanes) -> None:
     await place.send(place.queues.bulk, "one")
 
