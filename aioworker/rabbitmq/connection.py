@@ -124,8 +124,9 @@ async def _certificate(address: BrokerAddress, asked: tls.Tls) -> tls.Certificat
     """Shake hands with a node, and say no more."""
     at = urlsplit(address.url.get_secret_value())
     _reader, writer = await asyncio.open_connection(at.hostname, at.port, ssl=asked.context())
-    writer.close()
     found: tls.Certificate = writer.get_extra_info("peercert")
+    writer.transport.abort()  # no goodbye that a peer could leave without an answer
+    await writer.wait_closed()
     return found
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+import psutil
 import pytest
 
 from aioworker.addresses import BrokerAddress, DatabaseAddress, Nodes
@@ -207,6 +208,18 @@ async def test_a_failure_of_tls_is_one_line_with_its_reason_for_both_servers(
         f"cannot connect to RabbitMQ at amqps://me@{host}:{encrypted.tls_port}/: {reason};"
         " check AIOWORKER_AMQP_URL"
     )
+
+
+async def test_a_look_at_a_certificate_leaves_no_connection_behind(encrypted: Encrypted) -> None:
+    query = f"?ssl_ca={encrypted.folder}/authority/ca.pem"
+    before = psutil.Process().num_fds()
+
+    with pytest.raises(DatabaseError, match="use a host that its certificate names"):
+        await cipher_of_database(encrypted.mysql(query, host="localhost"))
+    with pytest.raises(BrokerError, match="use a host that its certificate names"):
+        await log_in_to_broker(encrypted.amqps(query, host="localhost"))
+
+    assert psutil.Process().num_fds() == before
 
 
 async def test_a_client_certificate_that_is_refused_is_named(encrypted: Encrypted) -> None:
