@@ -182,7 +182,7 @@ async def publish_all(  # noqa: PLR0913 - what the options say, and what shows i
                 await publish_sweep(producer, task, chunks, sweep, confirmed)
         except (AioworkerError, asyncio.CancelledError) as error:
             if sweep.chunks or not isinstance(error, DatabaseError | UsageError):
-                error.add_note(_how_to_go_on(settings, task, sweep, after))
+                error.add_note(_how_to_go_on(settings, task, sweep, after, only_needed=only_needed))
             raise
     return sweep
 
@@ -263,8 +263,11 @@ async def _watch(
     return Pace.STANDS_STILL if sure else Pace.PERHAPS_ADVANCES
 
 
-def _how_to_go_on(settings: Settings, task: AnyTask, sweep: Sweep, after: int) -> str:
+def _how_to_go_on(
+    settings: Settings, task: AnyTask, sweep: Sweep, after: int, *, only_needed: bool
+) -> str:
     size = "" if settings.chunk_size == CHUNK_LIMIT else f" --chunk-size {settings.chunk_size}"
+    rest = " --only-needed" if only_needed else ""
     last = after if sweep.last_id is None else sweep.last_id
-    again = command(f"publish-all {task.name}{size} --after {last}")
+    again = command(f"publish-all {task.name}{size}{rest} --after {last}")
     return f"confirmed {sweep}; go on with: {again}"

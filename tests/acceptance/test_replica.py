@@ -268,4 +268,5 @@ async def test_a_sweep_ends_with_the_lock_that_keeps_others_out(
     execute(shop, f"KILL {holder}")
 
     assert sweep.process.wait(30) == 1
-    assert "go on with: aioworker publish-all update_current_version" in sweep.log
+    again = f"go on with: aioworker publish-all {TASK} --chunk-size 1 --only-needed --after "
+    assert again in sweep.log
