@@ -139,6 +139,7 @@ async def plan(settings: Settings, tasks: Sequence[AnyTask]) -> str:
     queues = _arguments(settings, tasks)
     ours = rf"^{settings.queue_prefix}\."
     main_job = any(task.name == repo.TASK for task in tasks)
+    others = any(task.name != repo.TASK for task in tasks)
     needed = [*repo.PRIVILEGES] if main_job else []
     made: list[str] = []
     if settings.budget == "shared":
@@ -160,6 +161,7 @@ async def plan(settings: Settings, tasks: Sequence[AnyTask]) -> str:
         "",
         "# MySQL: the least that the user of consume and publish-all needs",
         *_granting(mysql, needed),
+        *(["# and what the tasks themselves read and write"] if others else []),
     ]
     if settings.mysql_read_url is not None:
         reads = [one for one in repo.PRIVILEGES if one[0] == "SELECT"] if main_job else []
@@ -167,7 +169,7 @@ async def plan(settings: Settings, tasks: Sequence[AnyTask]) -> str:
             "",
             "# MySQL: the least that the user of AIOWORKER_MYSQL_READ_URL needs",
             *_granting(settings.mysql_read_url, reads),
-            *([] if main_job else ["# and what the tasks' keys and needed read"]),
+            *(["# and what the tasks' keys and needed read"] if others else []),
         ]
     if main_job:
         lines += [
@@ -175,8 +177,6 @@ async def plan(settings: Settings, tasks: Sequence[AnyTask]) -> str:
             "# MySQL: the statements of publish-all and consume; %s are ids and page sizes",
             *(f"{statement};" for statement in (repo.PAGE, repo.STALE, repo.WRITE)),
         ]
-    else:
-        lines += ["# and what the tasks themselves read and write"]
     return "\n".join(lines)
 
 

@@ -26,6 +26,7 @@ from tests.conftest import (
     declare,
     eventually,
     execute,
+    importable,
     rows,
     simple_addons,
     summary,
@@ -33,6 +34,7 @@ from tests.conftest import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from pymysql.connections import Connection
     from pymysql.cursors import Cursor
@@ -400,3 +402,27 @@ def test_printing_needs_no_server(run: Run) -> None:
 
     assert (done.returncode, done.stderr) == (0, "")
     assert [line.split()[1] for line in printed(done.stdout, "queue ")] == list(ALL)
+
+
+def test_a_replica_is_only_read_by_tasks_of_ones_own_too(run: Run, tmp_path: Path) -> None:
+    """What they need is theirs to know: whose right each line is about is printed above it."""
+    (tmp_path / "sale.py").write_text(
+        "from aioworker import task\n\n@task(name='shop.sale')\ndef sale() -> None: ...\n"
+    )
+    replica = "AIOWORKER_MYSQL_READ_URL"
+
+    done = run(
+        *("init", "--print", "--app", "sale"),
+        PYTHONPATH=importable(tmp_path),
+        AIOWORKER_AMQP_URL="amqp://h:1/",
+        AIOWORKER_MYSQL_URL="mysql://h:1/d",
+        **{replica: "mysql://reader@h:1/d"},
+    )
+
+    comments = [line for line in printed(done.stdout, "#") if " read" in line or "least" in line]
+    assert comments[-4:] == [
+        "# MySQL: the least that the user of consume and publish-all needs",
+        "# and what the tasks themselves read and write",
+        f"# MySQL: the least that the user of {replica} needs",
+        "# and what the tasks' keys and needed read",
+    ]
