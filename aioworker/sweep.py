@@ -20,7 +20,7 @@ from aioworker.tasks.context import Context
 from aioworker.words import count
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from aioworker.mysql.database import Database
     from aioworker.producer import Producer
@@ -64,7 +64,6 @@ def read_chunks(
     *,
     after: int,
     only_needed: bool,
-    between: Callable[[], Awaitable[None]] | None = None,
 ) -> AsyncIterator[list[Any]]:
     """Read what a task sweeps, cut into chunks that it can take.
 
@@ -74,7 +73,6 @@ def read_chunks(
         size: Ids in a chunk.
         after: Begin behind this id.
         only_needed: Leave out what needs no writing, by the task's `needed`.
-        between: Awaited before each use of that; None for nothing.
 
     Raises:
         UsageError: The task has no `keys`.
@@ -85,7 +83,7 @@ def read_chunks(
     if not only_needed:
         return _checked(task, chunked(pages, size))
     checked = _checked(task, chunked(pages, CHUNK_LIMIT))
-    return chunked(_needed(database, task, checked, between), size)
+    return chunked(_needed(database, task, checked), size)
 
 
 async def count_ids(database: Database, task: AnyTask, after: int) -> int | None:
@@ -173,17 +171,12 @@ async def _checked(task: AnyTask, chunks: AsyncIterator[list[Any]]) -> AsyncIter
 
 
 async def _needed(
-    database: Database,
-    task: AnyTask,
-    chunks: AsyncIterator[list[Any]],
-    between: Callable[[], Awaitable[None]] | None,
+    database: Database, task: AnyTask, chunks: AsyncIterator[list[Any]]
 ) -> AsyncIterator[list[Any]]:
     """Leave out what needs no writing."""
     ctx = Context(database, task.name)
     with database.explaining():
         async for chunk in chunks:
-            if between is not None:
-                await between()
             with keys.naming(task, "needed"):
                 found = await task.read_needed(ctx, chunk)
             yield found

@@ -6,8 +6,7 @@ import asyncio
 import time
 from contextlib import AsyncExitStack
 from enum import StrEnum
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aioworker.budget import tables
 from aioworker.commands.controls import rate_in_force
@@ -19,7 +18,7 @@ from aioworker.tasks.chunk import CHUNK_LIMIT
 from aioworker.words import command, count
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
     from contextlib import AbstractContextManager
 
     from aioworker.limits import InForce
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from aioworker.tasks.task import AnyTask
 
 POLL_SECONDS = 0.5  # between two looks at an earlier sweep's lane
+KEEP_SECONDS = 1.0  # between two uses of the connection that keeps other sweeps out
 LONGEST_WATCH_SECONDS = 300.0
 
 
@@ -102,7 +102,7 @@ async def count_all(settings: Settings, task: AnyTask, *, after: int, only_neede
     """
     _check_sweepable(task, only_needed=only_needed)
     sweep = Sweep()
-    async with settings.reader() if only_needed else settings.database() as database:
+    async with _source(settings, only_needed=only_needed) as database:
         async for chunk in read_chunks(
             database, task, settings.chunk_size, after=after, only_needed=only_needed
         ):
@@ -145,33 +145,25 @@ async def publish_all(  # noqa: PLR0913 - what the options say, and what shows i
     """
     _check_sweepable(task, only_needed=only_needed)
     async with AsyncExitStack() as stack:
-        database = await stack.enter_async_context(settings.database())
+        lock = await stack.enter_async_context(settings.database())
         producer = await stack.enter_async_context(_producer(settings))
-        await _be_alone(database, task)
+        await _be_alone(lock, task)
         waiting, _sure = await _backlog(producer, task, ask=not append)
         if waiting and not append:
             row = None
             if settings.budget == "shared":
-                with tables.explaining(database):
-                    row = await tables.find_row(database, task.name)
+                with tables.explaining(lock):
+                    row = await tables.find_row(lock, task.name)
             force = rate_in_force(settings, task.name, row, set())
-            database.close()  # others need not wait for what is only watched
+            lock.close()  # others need not wait for what is only watched
             return EarlierSweep(waiting, await _watch(producer, task, waiting, force, note))
+        source = await stack.enter_async_context(_source(settings, only_needed=only_needed))
         total = None
         if count_first and not only_needed:
-            total = await count_ids(database, task, after)
-        source, between = database, None
-        if only_needed and settings.mysql_read_url is not None:
-            source = await stack.enter_async_context(settings.reader())
-            between = partial(_stay_alone, database)
+            total = await count_ids(source, task, after)
         sweep = Sweep()
         chunks = read_chunks(
-            source,
-            task,
-            settings.chunk_size,
-            after=after,
-            only_needed=only_needed,
-            between=between,
+            source, task, settings.chunk_size, after=after, only_needed=only_needed
         )
         try:
             with progress(total) as show:
@@ -179,7 +171,7 @@ async def publish_all(  # noqa: PLR0913 - what the options say, and what shows i
                 def confirmed(sweep: Sweep) -> None:
                     show(sweep.ids, f"published {sweep}")
 
-                await publish_sweep(producer, task, chunks, sweep, confirmed)
+                await _while_alone(lock, publish_sweep(producer, task, chunks, sweep, confirmed))
         except (AioworkerError, asyncio.CancelledError) as error:
             if sweep.chunks or not isinstance(error, DatabaseError | UsageError):
                 error.add_note(_how_to_go_on(settings, task, sweep, after, only_needed=only_needed))
@@ -190,6 +182,10 @@ async def publish_all(  # noqa: PLR0913 - what the options say, and what shows i
 def _check_sweepable(task: AnyTask, *, only_needed: bool) -> None:
     if only_needed and task.reader is None:
         raise UsageError(f"task {task.name!r} has no needed: it cannot tell what needs writing")
+
+
+def _source(settings: Settings, *, only_needed: bool) -> Database:
+    return settings.reader() if only_needed else settings.database(locks=False)
 
 
 def _producer(settings: Settings) -> Producer:
@@ -209,14 +205,28 @@ async def _be_alone(database: Database, task: AnyTask) -> None:
         raise DatabaseError(f"another sweep of {task.name} is being published; nothing was done")
 
 
-async def _stay_alone(database: Database) -> None:
-    """Use the connection that holds the lock: the server ends one that is idle.
+async def _while_alone(lock: Database, work: Coroutine[Any, Any, None]) -> None:
+    """Do some work for as long as a connection stands that holds the lock.
 
     Raises:
-        DatabaseError: It is lost, and the lock with it.
+        DatabaseError: It is lost, and the lock with it: the work was cut short.
     """
-    with database.explaining(), database.without_reconnect():
-        await database.query("SELECT 1")
+    working, keeping = asyncio.create_task(work), asyncio.create_task(_keep(lock))
+    try:
+        await asyncio.wait({working, keeping}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        working.cancel()
+        keeping.cancel()
+        await asyncio.gather(working, keeping, return_exceptions=True)
+    await (keeping if working.cancelled() else working)
+
+
+async def _keep(lock: Database) -> None:
+    """Use a connection again and again: the server ends one that is idle."""
+    with lock.explaining(), lock.without_reconnect():
+        while True:
+            await asyncio.sleep(KEEP_SECONDS)
+            await lock.query("SELECT 1")
 
 
 async def _backlog(producer: Producer, task: AnyTask, *, ask: bool) -> tuple[int, bool]:

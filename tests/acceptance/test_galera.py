@@ -23,6 +23,7 @@ WITHOUT_LOCKS = (
     ("rate-limit", "3/m"),
     ("status",),
     ("dead", "list"),
+    ("publish-all", "--dry-run"),
 )
 WORDS = "is a Galera node, whose named locks hold on one node only: set AIOWORKER_GALERA="
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import aio_pika
 import pytest
 
+from aioworker.budget import tables
 from aioworker.rabbitmq import queues
 from support import servers, site
 from tests.conftest import (
@@ -22,13 +23,18 @@ from tests.conftest import (
     Run,
     Worker,
     current_versions,
+    database_name,
     eventually,
     execute,
+    importable,
+    rows,
     simple_addons,
     summary,
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pymysql.connections import Connection
     from pymysql.cursors import Cursor
 
@@ -170,6 +176,50 @@ async def test_one_sweep_at_a_time_over_all_hosts(
     assert second.stderr.endswith(
         "another sweep of update_current_version is being published; nothing was done\n"
     )
+
+
+ELSEWHERE = """
+import itertools
+import time
+from aioworker import task
+
+def every():
+    for number in itertools.count(1):
+        time.sleep(0.02)
+        yield [number]
+
+@task(keys=every)
+def elsewhere(ids: list[int]) -> None: ...
+
+@elsewhere.needed
+def needed(ids: list[int]) -> list[int]:
+    return ids
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("--only-needed",)], ids=["all", "only needed"])
+async def test_a_sweep_of_what_is_no_table_ends_with_the_lock_that_keeps_others_out(
+    run: Run,
+    pair: servers.Servers,
+    shop: Connection[Cursor],
+    start: Callable[..., Worker],
+    tmp_path: Path,
+    options: tuple[str, ...],
+) -> None:
+    """Nothing else uses a connection then that would miss it."""
+    (tmp_path / "far.py").write_text(ELSEWHERE)
+    variables = {"PYTHONPATH": importable(tmp_path), "AIOWORKER_APP": "far"}
+    assert run("init", **variables).returncode == 0
+    sweep = start("publish-all", "--append", "--chunk-size", "1", *options, **variables)
+    eventually(lambda: "published" in sweep.log, "the sweep is under way")
+    lock = tables.lock_name(database_name(pair), "elsewhere", "aioworker:sweep")
+    [[holder]] = rows(shop, "SELECT IS_USED_LOCK(%s)", lock)
+
+    execute(shop, f"KILL {holder}")
+
+    assert sweep.process.wait(30) == 1
+    again = f"publish-all elsewhere {' '.join(['--chunk-size', '1', *options])} --after "
+    assert f"; go on with: aioworker {again}" in sweep.log
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
