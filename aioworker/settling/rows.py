@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 
     from aioworker.settling.start import Held
 
-
 MOST_RANKS = 50_000  # some 7 MB
-
 
 _first = itemgetter(0)
 
@@ -141,6 +139,7 @@ class Rows:
             self._needed.pop(known, None)
         for row in needed:
             self._needed.setdefault(row[0], []).append((next(self._place), row))
+        self._asked = {}  # it holds the messages, with their text
 
     def part_of(self, one: Held) -> list[Any]:
         """Return the rows of a message whose ids are to be written, by it or by a later one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+import weakref
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
@@ -16,7 +17,7 @@ from aioworker.settling.outcome import DONE
 from aioworker.settling.rows import Ids, Rows
 from aioworker.settling.start import MOST_MESSAGES, Held, Start
 from aioworker.tasks.context import Context
-from tests.fakes import delivered
+from tests.fakes import settleable
 
 
 def held(chunk: list[Any], second: int | None = None) -> Held:
@@ -24,7 +25,7 @@ def held(chunk: list[Any], second: int | None = None) -> Held:
     headers = {}
     if second is not None:
         headers[PUBLISHED] = milliseconds(datetime(2026, 1, 1, 0, 0, second, tzinfo=UTC))
-    delivery = Delivery.of(delivered(json.dumps([chunk]).encode(), headers=headers))
+    delivery = Delivery.of(settleable(json.dumps([chunk]).encode(), headers=headers))
     return Held(delivery, Context(None, "shop"), [chunk])  # type: ignore[arg-type]  # asked nothing
 
 
@@ -86,6 +87,18 @@ def test_the_latest_row_that_is_left_takes_the_place_of_one_that_has_gone() -> N
     assert rows.chunk == [[1, 2]]
     rows.drop([middle, early], [])
     assert len(rows) == 0
+
+
+def test_a_message_that_needs_nothing_is_let_go_before_the_next_ones_are_asked_for() -> None:
+    """It may have megabytes of text, and more come meanwhile."""
+    rows, one = Rows(), held([[1, "a"]])
+    rows.ask([one])
+    kept = weakref.ref(one.delivery.message)
+
+    rows.need([])
+    del one
+
+    assert kept() is None
 
 
 @pytest.mark.parametrize(("rows", "most_messages", "most_mib"), [(Ids, 301, 1), (Rows, 51, 12)])
