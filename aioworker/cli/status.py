@@ -62,8 +62,8 @@ def status(
 
     Without a TASK: all that have a budget in the database. Exits 0, or 1 when RabbitMQ or the
     database could not be asked: what the other one tells is shown all the same. Of the main job,
-    if the database is away and there is neither a TASK nor an app. --stale imports the app, and
-    tells nothing of tasks without keys and needed.
+    if the database is away and there is neither a TASK nor an app. --stale imports the app, tells
+    nothing of tasks without keys and needed, and exits 1 when rows cannot be counted.
     """
     from aioworker.commands import status as asking
 

@@ -220,13 +220,14 @@ async def look(
         UnknownTaskError: A name is unknown.
         AioworkerError: No task is there, or nobody can tell which are.
     """
+    # First: it may take minutes, and the rest is to tell of one moment.
+    stale = {task.name: await _stale(settings, task) for task in counted}
     asking = asyncio.create_task(_ask_database(settings, names, before))
     try:
         answers, unreachable = await _ask_broker(settings, asking)
         tasks, stored, database_error = await asking
     finally:
         asking.cancel()
-    stale = {task.name: await _stale(settings, task) for task in counted if task.name in tasks}
     found = []
     for name in tasks:
         of_task = stored.get(name, Stored())

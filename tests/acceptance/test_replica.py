@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 import pytest
@@ -239,6 +240,36 @@ def test_only_what_tells_what_it_needs_is_counted(
         "aioworker: task 'other' has no keys: it cannot tell what is stale\n",
     )
     assert watched.returncode == 2
+
+
+COUNTED = """
+import time
+from pathlib import Path
+from aioworker import task
+
+@task(keys=lambda: [[1]])
+def counted(ids: list[int]) -> None: ...
+
+@counted.needed
+def needed(ids: list[int]) -> list[int]:
+    Path("counted-at").write_text(str(time.time()))
+    return ids
+"""
+
+
+def test_what_is_told_beside_what_is_stale_is_no_older(
+    run: Run, tmp_path: Path, shop: Connection[Cursor]
+) -> None:
+    """To count may take minutes, in which starts begin."""
+    (tmp_path / "stock.py").write_text(COUNTED)
+    variables = {"PYTHONPATH": importable(tmp_path), "AIOWORKER_APP": "stock"}
+    assert run("init", **variables).returncode == 0
+
+    found = json.loads(run("status", "counted", "--stale", "--json", **variables).stdout)
+
+    assert found["stale"] == 1
+    told = datetime.fromisoformat(found["at"]).timestamp()
+    assert told > float((tmp_path / "counted-at").read_text())
 
 
 async def test_a_sweep_ends_with_the_lock_that_keeps_others_out(
