@@ -129,8 +129,8 @@ class Status:
         held: Messages in workers' hands besides, by their own last word; None when one of them
             does not tell, or the database cannot be asked.
         oldest: How old the oldest that is queued is at most; None when that cannot be asked.
-        backlog_seconds: How long the lanes take at this rate, with a start for each message; None
-            when nobody can tell.
+        backlog_seconds: How long it takes at this rate, with a start for each message in the lanes
+            and one for what workers hold; None when nobody can tell.
         budget: Its rate limit; None when the database cannot be asked.
         workers: Who works on it; None when the database cannot be asked.
         stale: How many ids or rows of a sweep need writing; None unless that was asked.
@@ -238,6 +238,7 @@ async def look(
         answer = unreachable or answers[name]
         broker_error = answer if isinstance(answer, BrokerError) else None
         queued = answer if isinstance(answer, Queued) else None
+        held = _held(of_task)
         waits = why(name, queues, answer, limit, force.pause, of_task)
         rows, stale_error = stale.get(name, (None, None))
         found.append(
@@ -248,9 +249,9 @@ async def look(
                 waits=waits.words,
                 waits_kind=waits.kind,
                 queued=queued,
-                held=_held(of_task),
+                held=held,
                 oldest=None if queued is None or of_task.row is None else oldest(queued, of_task),
-                backlog_seconds=_backlog_seconds(queued, budget),
+                backlog_seconds=_backlog_seconds(queued, held, budget),
                 budget=budget,
                 workers=of_task.workers if broker_error is None else _unsure(of_task.workers),
                 stale=rows,
@@ -316,11 +317,11 @@ def _since(
     return since if messages else None, min(back, default=None) if messages or retries else None
 
 
-def _backlog_seconds(queued: Queued | None, limit: Limit | None) -> float | None:
+def _backlog_seconds(queued: Queued | None, held: int | None, limit: Limit | None) -> float | None:
     interval = limit.interval_seconds if limit and not limit.paused else None
     if queued is None or interval is None:
         return None
-    return ((queued.urgent or 0) + (queued.bulk or 0)) * interval
+    return ((queued.urgent or 0) + (queued.bulk or 0) + bool(held)) * interval
 
 
 async def _ask_broker(settings: Settings, database: Awaitable[_Database]) -> _Broker:

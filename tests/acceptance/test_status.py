@@ -304,6 +304,7 @@ async def test_what_a_worker_holds_is_counted_besides_what_is_queued(
     found = eventually(lambda: (told := status())["held"] == 2 and told, "it gathers")
 
     assert found["queued"]["urgent"] == 0
+    assert found["backlog_seconds"] == 30, "they are one start"
     assert found["waits_kind"] == "gathering"
     assert found["workers"][0]["waiting"]["held"] == 2
     assert "dead 0; 2 held by workers\n" in run("status").stdout
