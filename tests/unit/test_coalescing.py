@@ -18,10 +18,10 @@ from aioworker.limits import Wait
 from aioworker.rabbitmq.message import PUBLISHED, milliseconds
 from aioworker.reasons import Reason, ReasonKind
 from aioworker.tasks.context import Context
+from tests.doubles.gathering import INTERVAL, Gathering
 from tests.doubles.heart import Heart, running
 from tests.doubles.lanes import QUEUES
 from tests.fakes import FakeClock
-from tests.unit.test_gathering import INTERVAL, Gathering
 
 SEED = int(os.environ.get("COALESCING_SEED") or random.randrange(2**32))
 DRAWN = 100  # interleavings of each kind

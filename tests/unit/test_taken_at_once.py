@@ -10,9 +10,9 @@ from aioworker.rabbitmq.delivery import Delivery
 from aioworker.settling.rows import Ids, Rows
 from aioworker.settling.start import AT_ONCE, FEW_BYTES, Held, Start
 from aioworker.tasks.context import Context
+from tests.doubles.gathering import Gathering
 from tests.doubles.lanes import QUEUES
 from tests.fakes import FakeClock, delivered
-from tests.unit.test_gathering import Gathering
 
 
 def asked(gathering: Gathering) -> list[str]:

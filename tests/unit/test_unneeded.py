@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.doubles.gathering import INTERVAL, Gathering, Ids
 from tests.doubles.heart import running
 from tests.doubles.lanes import QUEUES
 from tests.fakes import FakeClock
-from tests.unit.test_gathering import INTERVAL, Gathering, Ids
 
 CHUNKS, SIZE = 1000, 10
 
