@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import platform
 import shutil
@@ -27,7 +28,7 @@ from aioworker.budget.shared import SharedBudget
 from aioworker.limits import RateLimit
 from aioworker.mysql.database import Database
 from aioworker.rabbitmq.queues import Queues
-from benchmarks import backlog, noop, rate, sweeps
+from benchmarks import backlog, noop, rate, sweeps, wake
 from benchmarks.great_sweep import read_ends
 from benchmarks.other_writer import felt_beside
 from support import servers, site
@@ -308,6 +309,42 @@ class Bench:
                 f"{cpu / len(ids) * 1000:.2f}",
             )
         connection.close()
+
+    def wake(self) -> None:
+        """Measure how soon an idle worker does what is published, and what its looking costs."""
+        self.report.section(
+            "Published to an idle worker, a start due", "what", "median ms", "p99 ms", "most ms"
+        )
+        connection = self.fill(2 * wake.TRIES)
+        ids = site_ids(connection)[: wake.TRIES]
+        with wake.worker(self.pair) as worker:
+            found = asyncio.run(
+                wake.seconds_to_rows(self.pair, connection, ids, wake.PAUSE_SECONDS)
+            )
+            self.wakes("the main job's row is right", found)
+            self.spoil(connection)
+            silence = 2 * (wake.SILENCE_SECONDS,)
+            found = asyncio.run(wake.seconds_to_rows(self.pair, connection, ids[:3], silence))
+            self.wakes("after a minute of silence, 3 tries", found)
+            time.sleep(wake.SILENCE_SECONDS)
+            before = sum(worker.cpu_times()[:2])
+            time.sleep(IDLE_SECONDS)
+            used = sum(worker.cpu_times()[:2]) - before
+        app = ("--app", "benchmarks.wake")
+        run([AIOWORKER, "init", *app], self.environment)
+        with wake.worker(self.pair, *app):
+            path = self.folder / "runs"
+            found = wake.seconds_to_runs(self.pair, path, wake.TRIES)
+            self.wakes("a task that does nothing runs", found)
+        self.report.add()
+        self.report.add(f"CPU in {IDLE_SECONDS} s after a minute of silence: {used:.2f} s.")
+        connection.close()
+
+    def wakes(self, what: str, seconds: Sequence[float]) -> None:
+        """Add how long something took, over several tries."""
+        each = sorted(1000 * one for one in seconds)
+        p99 = each[math.ceil(0.99 * len(each)) - 1]
+        self.report.row(what, f"{statistics.median(each):.1f}", f"{p99:.1f}", f"{each[-1]:.1f}")
 
     def memory(self) -> None:
         """Measure a worker's peak memory with a backlog, beside that of an idle one."""
@@ -614,6 +651,7 @@ def main() -> None:
             "job": bench.jobs,
             "singles": bench.singles,
             "memory": bench.memory,
+            "wake": bench.wake,
             "writer": partial(bench.beside_another_writer, 120_000),
             "noop": bench.small_messages,
         }

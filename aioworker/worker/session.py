@@ -37,7 +37,12 @@ if TYPE_CHECKING:
 AT_ONCE = 16  # messages of each lane, for a task without a rate limit that needs no database
 QUIET_SECONDS = 0.2  # without a message, and the lanes are asked again
 ALARM_SECONDS = 30.0  # until the next message, if RabbitMQ confirms no copy
-IDLE_SECONDS = 0.9  # between looks at empty lanes: a message is noticed within a second
+# Between looks at empty lanes: at first short ones, where another message is likely; later a share
+# of the silence, up to a second all in all.
+LOOK_SECONDS = 0.02
+LIVELY_SECONDS = 5.0
+SILENCE_SHARE = 1 / 60
+IDLE_SECONDS = 0.9  # between looks at all that may hold a start, the protected database among it
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +181,7 @@ class Session:
         self._holds = (self._ask_budget, self._ask_breaker)
         self._busy = False  # whether it served a message just now
         self._took = False  # whether the last look into the lanes found a message
+        self._took_at = self._time()  # when one was taken last; at first, when this began
         self._gathering = Gathering(worker, lanes, stop, self._take_more, self._wait_for_more)
 
     async def run(self) -> None:
@@ -273,8 +279,24 @@ class Session:
         await worker.presence.keep()
         # A start can begin when the last of them holds it no more.
         seconds = max(wait.seconds for wait in waits)
-        await self._pause(seconds)
+        await (self._watch(seconds) if reason.kind is ReasonKind.EMPTY else self._pause(seconds))
         return True
+
+    async def _watch(self, seconds: float) -> None:
+        """Wait for a message, so many seconds at most, and ask RabbitMQ alone meanwhile.
+
+        Raises:
+            BrokerError: The connection to RabbitMQ is lost.
+        """
+        until = self._time() + seconds
+        while not (self._took or self._stop.is_set()):
+            now = self._time()
+            silence, left = now - self._took_at, until - now
+            look = LOOK_SECONDS if silence < LIVELY_SECONDS else silence * SILENCE_SHARE
+            await self._pause(min(look, left))
+            if look >= left:
+                break
+            self._took = await self._lanes.hold_something()
 
     async def _wait_for_more(self, seconds: float) -> None:
         """Wait until the lanes are worth another look, so many seconds at most.
@@ -368,6 +390,7 @@ class Session:
     def _note_taken(self, *, took: bool) -> None:
         self._took = took
         if took:
+            self._took_at = self._time()
             self._worker.recovery.stall.end()
             self._worker.recovery.progress()
 
