@@ -163,6 +163,15 @@ class Lanes:
         """Return how many messages wait in a queue."""
         return await count_messages(self.connection, name, 10) or 0
 
+    async def holds(self, name: str, messages: int) -> bool:
+        """Return whether so many messages wait in a queue: RabbitMQ counts them a moment later."""
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while await self.count(name) != messages:
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(0.02)
+        return True
+
     async def send(self, body: bytes, lane: str = QUEUES.bulk, **properties: Any) -> None:
         """Publish bytes as they are, by default with the headers of a task's message."""
         properties.setdefault("headers", {"task": TASK, "id": "test"})

@@ -274,7 +274,7 @@ async def test_a_worker_without_a_row_waits_until_init_has_made_it(
     await chunk(lanes, 1)
     worker = start("consume", "--rate-limit", "100/s")
     eventually(lambda: "has no row in aioworker_budget: run `aioworker init`" in worker.log, "said")
-    assert await lanes.count("aioworker.update_current_version") == 1
+    assert await lanes.holds("aioworker.update_current_version", 1)
 
     assert run("init").returncode == 0
 
@@ -344,7 +344,7 @@ async def test_a_budget_of_its_own_begins_with_one_interval_of_waiting(
 
     eventually(lambda: "budget: next start at " in worker.log, "it waits")
     assert "counts this process's starts alone: AIOWORKER_BUDGET=worker" in worker.log
-    assert await lanes.count("aioworker.update_current_version") == 1
+    assert await lanes.holds("aioworker.update_current_version", 1)
 
 
 def test_nothing_is_set_on_a_server_that_only_reads(

@@ -399,7 +399,7 @@ async def test_a_disk_that_is_full_is_said_in_one_line(
 
     line = "aioworker: cannot write to standard output: No space left on device\n"
     assert (done.returncode, done.stderr) == (1, line)
-    assert await lanes.count(QUEUES.dead) == 1
+    assert await lanes.holds(QUEUES.dead, 1)
 
 
 def test_what_the_terminal_cannot_show_is_escaped(run: Run, shop: object) -> None:

@@ -96,7 +96,7 @@ async def test_a_worker_that_finds_an_older_table_takes_nothing_and_goes_on_afte
     run("publish", "1")
     worker = start("consume", "--rate-limit", "100/s")
     eventually(lambda: CURE in worker.log, "it names the command")
-    assert await lanes.count(QUEUES.urgent) == 1
+    assert await lanes.holds(QUEUES.urgent, 1)
 
     assert run("init").returncode == 0
     eventually(lambda: "paused" in worker.log, "it sees the pause of before")

@@ -79,7 +79,7 @@ async def test_a_signal_lets_the_running_chunk_finish(
 
     assert worker.process.wait(30) == 0
     assert current_versions(shop) == {1: 10_001, 2: None}
-    assert await lanes.count(QUEUES.bulk) == 1
+    assert await lanes.holds(QUEUES.bulk, 1)
     assert "Traceback" not in worker.log
 
 
@@ -114,7 +114,7 @@ async def test_a_chunk_that_outlasts_the_shutdown_timeout_is_given_back(
 
     assert worker.process.wait(30) == 1
     assert running_writes(shop) == 0
-    assert await lanes.count(QUEUES.bulk) == 2
+    assert await lanes.holds(QUEUES.bulk, 2)
     assert current_versions(shop) == {1: None, 2: None}
 
 
@@ -165,7 +165,7 @@ async def test_a_rate_of_nothing_pauses_it_and_a_signal_still_ends_it(
     assert worker.process.wait(30) == 0
     assert (burst.returncode, burst.stdout) == (1, "")
     assert burst.stderr.endswith("aioworker: paused: rate limit 0/m\n")
-    assert await lanes.count(QUEUES.bulk) == 1
+    assert await lanes.holds(QUEUES.bulk, 1)
     assert current_versions(shop) == {1: None}
 
 

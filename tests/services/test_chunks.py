@@ -222,7 +222,7 @@ async def test_a_bad_id_refuses_the_message_and_stops_nobody(
 
     assert current_versions(shop) == {1: None, 2: 10_002}
     assert worker.consumer.settled == {Kind.DEAD_LETTER: 1, Kind.ACK: 1}
-    assert await lanes.count(QUEUES.dead) == 1
+    assert await lanes.holds(QUEUES.dead, 1)
     letter = await lanes.take(QUEUES.dead)
     assert letter.body == chunk([1, value])
     assert letter.headers["id"] == "bad"

@@ -256,7 +256,7 @@ async def refused(pair: servers.Servers, lanes: Lanes) -> str:
     await lanes.send(b"[[[1]], {}, null]")
     with pytest.raises(DatabaseError) as error:
         await burst(pair, update_current_version)
-    assert await lanes.count(QUEUES.bulk) == 1
+    assert await lanes.holds(QUEUES.bulk, 1)
     return str(error.value)
 
 

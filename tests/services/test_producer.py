@@ -31,7 +31,7 @@ async def test_a_producer_serves_one_event_loop(pair: servers.Servers, lanes: La
 
     await producer.publish(TASK, [3])
     await producer.__aexit__()
-    assert await lanes.count(QUEUES.bulk) == 2
+    assert await lanes.holds(QUEUES.bulk, 2)
 
 
 async def test_a_producer_that_was_left_serves_another_event_loop(
@@ -46,4 +46,4 @@ async def test_a_producer_that_was_left_serves_another_event_loop(
     for _ in range(2):
         await asyncio.to_thread(asyncio.run, publish())
 
-    assert await lanes.count(QUEUES.bulk) == 2
+    assert await lanes.holds(QUEUES.bulk, 2)

@@ -203,7 +203,7 @@ async def test_a_fork_in_the_middle_of_a_publish_leaves_no_lock_behind(
     )
 
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{[0] * 10}\n", "")
-    assert await lanes.count(QUEUES.bulk) == 10
+    assert await lanes.holds(QUEUES.bulk, 10)
 
 
 @pytest.mark.parametrize(("end", "status"), [("pass", 0), ("sys.exit(3)", 3), ("os._exit(4)", 4)])
@@ -216,7 +216,7 @@ async def test_a_process_that_has_published_ends_at_once_and_says_nothing(
 
     assert time.monotonic() - began < PROMPTLY_SECONDS
     assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
-    assert await lanes.count(QUEUES.bulk) == 1
+    assert await lanes.holds(QUEUES.bulk, 1)
 
 
 def test_a_process_that_never_published_opens_nothing(program: Program) -> None:
@@ -410,4 +410,4 @@ async def test_what_cannot_be_published_is_refused_and_changes_nothing(lanes: La
         publish_sync("nobodys", [1])
 
     assert publish_sync(TASK, [1])
-    assert await lanes.count(QUEUES.bulk) == 1
+    assert await lanes.holds(QUEUES.bulk, 1)
