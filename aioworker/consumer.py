@@ -363,7 +363,9 @@ class Consumer:
             if self._budget.limited:
                 self._presence.report(self._doing(start))
                 await self._presence.keep()
-            refusal = await self._budget.charge([one.delivery.key for one in held])
+            keys = [one.delivery.key for one in held]
+            urgent = all(one.delivery.lane == "urgent" for one in held)
+            refusal = await self._budget.charge(keys, bulk_next=urgent)
         except DatabaseError as error:
             outcome = Outcome(Kind.RELEASED, str(error), away=error)
         else:

@@ -357,6 +357,10 @@ class Budget(Protocol):
     def due_at(self) -> float:
         """When the next start is due, by the event loop's clock, as of the last look."""
 
+    @property
+    def bulk_next(self) -> bool:
+        """Whether the next start begins with the bulk lane, as of the last look."""
+
     def deaths(self, message: str) -> int:
         """Return how often a worker died while a message ran, as far as it is counted."""
 
@@ -369,11 +373,13 @@ class Budget(Protocol):
     def reading(self, message: str) -> AbstractAsyncContextManager[None]:
         """Inside, in the turn, a message is read that may kill its worker: it is noted so long."""
 
-    async def charge(self, messages: Sequence[str]) -> Wait | None:
+    async def charge(self, messages: Sequence[str], *, bulk_next: bool = False) -> Wait | None:
         """Begin a start, at the moment it is due; return why not, None where it began.
 
         Args:
             messages: What runs, by their keys.
+            bulk_next: Whether the next start begins with the bulk lane, since this one has nothing
+                of it; where no start begins, that stays as it was.
         """
 
     async def ended(self, messages: Sequence[str]) -> None:
@@ -389,6 +395,9 @@ class WorkerBudget:
     Args:
         rate: How often the task may start; None is no limit.
         gather_seconds: How long before a start is due messages are gathered for it, at most.
+
+    Attributes:
+        bulk_next: As for `Budget`.
     """
 
     def __init__(self, rate: RateLimit | None, gather_seconds: float = 0.0) -> None:
@@ -396,6 +405,7 @@ class WorkerBudget:
         self._lead = lead_seconds(gather_seconds, math.inf if rate is None else rate.interval)
         self._pause = in_force(rate or NoLimit.NONE).pause
         self._limiter: Limiter | None = None
+        self.bulk_next = False
 
     @property
     def limited(self) -> bool:
@@ -453,13 +463,15 @@ class WorkerBudget:
         """Nothing is noted."""
         yield
 
-    async def charge(self, messages: Sequence[str]) -> Wait | None:
+    async def charge(self, messages: Sequence[str], *, bulk_next: bool = False) -> Wait | None:
         """Begin a start, at the moment it is due."""
-        wait = await self.check()
-        if wait is None and self._limiter is not None:
+        if (wait := await self.check()) is not None:
+            return wait
+        if self._limiter is not None:
             await self._limiter.due()
             await self._limiter.charge()
-        return wait
+        self.bulk_next = bulk_next
+        return None
 
     async def ended(self, messages: Sequence[str]) -> None:
         """Nothing was noted."""

@@ -34,6 +34,7 @@ BUDGET = """CREATE TABLE IF NOT EXISTS aioworker_budget (
     server VARCHAR(100) NOT NULL,
     starts BIGINT UNSIGNED NOT NULL DEFAULT 0,
     holder VARCHAR(190) NULL,
+    bulk_next BOOLEAN NOT NULL DEFAULT FALSE,
     paused BOOLEAN NOT NULL DEFAULT FALSE,
     paused_by VARCHAR(190) NULL,
     paused_at DATETIME(6) NULL,

@@ -73,7 +73,7 @@ _UNTIL_DUE = server_waits(f"(SELECT {_DUE} FROM aioworker_budget WHERE task = %(
 # Assigned from left to right, each by what stands to its left.
 _CHARGE = f"""UPDATE aioworker_budget
 SET last_write = {tables.WROTE}, last_charge = SYSDATE(6), last_start = last_charge,
-    starts = starts + 1, holder = %(worker)s
+    starts = starts + 1, holder = %(worker)s, bulk_next = %(bulk_next)s
 WHERE task = %(task)s AND NOT paused AND server = {tables.SERVER}
 AND IS_USED_LOCK(%(lock)s) = CONNECTION_ID()
 AND last_start <= SYSDATE(6) AND {_DUE} <= SYSDATE(6)"""
@@ -91,6 +91,9 @@ class SharedBudget:
         worker: This worker's name.
         clock: Goes by the database's time; None makes one.
         gather_seconds: How long before a start is due messages are gathered for it, at most.
+
+    Attributes:
+        bulk_next: As for `Budget`.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class SharedBudget:
         clock: Clock | None = None,
         gather_seconds: float = 0.0,
     ) -> None:
+        self.bulk_next = False
         self._gather_seconds = gather_seconds
         self._resting = False
         self._clock = clock or Clock(task)
@@ -275,18 +279,20 @@ class SharedBudget:
         finally:
             await self._deaths.withdraw()
 
-    async def charge(self, messages: Sequence[str]) -> Wait | None:
+    async def charge(self, messages: Sequence[str], *, bulk_next: bool = False) -> Wait | None:
         """Begin a start at the moment it is due; return why not, None where it began.
 
         Only inside the turn. One that is cut off may have been charged: it counts as spent.
 
         Args:
             messages: What runs, by their keys: noted until `ended`.
+            bulk_next: As for `Budget`.
 
         Raises:
             DatabaseError: The row cannot be written.
         """
         if self._limiter is None or self._gap_us is None:
+            self.bulk_next = bulk_next
             return None
         now = asyncio.get_running_loop().time
         seconds = self._due_at - SERVER_SECONDS - now()
@@ -298,6 +304,7 @@ class SharedBudget:
                 **self._arguments,
                 **self._deaths.note(messages),
                 "usual_us": self._usual_us,
+                "bulk_next": bulk_next,
             }
             *_waits, charged, _noted = await self._database.each(
                 *_UNTIL_DUE, _CHARGE, NOTE, args=charging
@@ -382,7 +389,8 @@ class SharedBudget:
         """Take over the row's rate, and return what is in force; log what is new."""
         force = in_force(self._own, row=row)
         self._gap_us = force.gap_us
-        if self._gap_us is not None:
+        if self._gap_us is not None:  # else no charge writes into the row
+            self.bulk_next = row.bulk_next
             interval = self._gap_us / 1e6
             if self._limiter is None:
                 self._limiter = Limiter(interval)

@@ -52,7 +52,7 @@ _FIND = f"""SELECT paused, gap_us, TIMESTAMPDIFF(MICROSECOND, {_STARTED}, SYSDAT
     starts, holder, paused_by, paused_at, paused_why, set_by, set_at, set_why,
     TIMESTAMPDIFF(MICROSECOND, {CHARGED}, SYSDATE(6)),
     TIMESTAMPDIFF(MICROSECOND, {WROTE}, SYSDATE(6)),
-    runs_now IS NOT NULL, running, deaths, SYSDATE(6), {_ONLY_READS}
+    bulk_next, runs_now IS NOT NULL, running, deaths, SYSDATE(6), {_ONLY_READS}
 FROM aioworker_budget LEFT JOIN (
     SELECT DISTINCT task AS runs_now FROM aioworker_run WHERE worker IS NOT NULL
 ) AS run ON runs_now = task
@@ -98,6 +98,8 @@ class Row(NamedTuple):
         set_why: Why.
         charge_age_us: Microseconds since the last charge.
         write_age_us: Microseconds since a run's last first write.
+        bulk_next: Whether the next start begins with the bulk lane: the last one held messages
+            of the urgent lane alone.
         runs: Whether a run is on, or its worker died in it and nobody has had the turn since.
         running: The message of such a run, as a worker of an earlier version noted it.
         deaths: How often a message's worker died while it ran, by its key; likewise.
@@ -123,6 +125,7 @@ class Row(NamedTuple):
     set_why: str | None
     charge_age_us: int
     write_age_us: int
+    bulk_next: bool
     runs: bool
     running: list[str]
     deaths: dict[str, int]
@@ -289,7 +292,7 @@ def _row(database: Database, found: list[tuple[Any, ...]]) -> Row | None:
     for moment in (_PAUSED_AT, _SET_AT):
         if not isinstance(values[moment], datetime):
             values[moment] = None  # such as 0: text, as it is in no calendar
-    values[-4] = bool(values[-4])
+    values[-5:-3] = map(bool, values[-5:-3])
     values[-3:] = _messages(values[-3]), _deaths(values[-2]), values[-1].replace(tzinfo=UTC)
     return Row(*values)
 

@@ -35,10 +35,6 @@ class Gathering:
         stop: Set when the worker is to end.
         take: Takes up to so many more messages at once; none where there is none.
         wait: Waits for more messages, so many seconds at most.
-
-    Attributes:
-        bulk_next: Whether the next start begins with the bulk lane, since the last one had no room
-            for it: single changes never stop a sweep.
     """
 
     def __init__(
@@ -49,7 +45,6 @@ class Gathering:
         take: Callable[[int], Awaitable[list[Delivery]]],
         wait: Callable[[float], Awaitable[None]],
     ) -> None:
-        self.bulk_next = False
         self._worker = worker
         self._lanes = lanes
         self._stop = stop
@@ -84,10 +79,7 @@ class Gathering:
                 await self._give_back(start, str(error))
                 raise
             if start.held:
-                self.bulk_next = all(one.delivery.lane == "urgent" for one in start.held)
                 outcome = await consumer.run(start, self._lanes)
-            elif outcome is None or not outcome.uncounted:
-                self.bulk_next = False  # what needs nothing spends no start: an urgent one is next
         return outcome
 
     async def _fill(self, start: Start, first: Delivery) -> Outcome | None:

@@ -146,6 +146,11 @@ class Worker:
         return self.gather_seconds > 0 and self.task.gathers
 
     @property
+    def bulk_next(self) -> bool:
+        """Whether the next start begins with the bulk lane: single changes never stop a sweep."""
+        return self.gathers and self.budget.bulk_next
+
+    @property
     def lost_database(self) -> bool:
         """Whether it needs a connection to the database, and has none."""
         return self.needs_database and not self.database.is_open
@@ -359,15 +364,19 @@ class Session:
         Returns:
             Why the turn could not be had, and what the last message came to.
         """
-        worker, gathering, outcome = self._worker, self._gathering, None
+        worker, outcome = self._worker, None
         alone = partial(worker.consumer.serve, lanes=self._lanes)
-        serve = gathering.serve if worker.gathers else alone
+        serve = self._gathering.serve if worker.gathers else alone
         async with worker.budget.turn() as wait:
             starts, until = worker.consumer.starts, self._time() + POLL_SECONDS
-            while wait is None and (first := await self._take(gathering.bulk_next)) is not None:
+            bulk_next = worker.bulk_next
+            while wait is None and (first := await self._take(bulk_next)) is not None:
+                before = worker.consumer.starts
                 outcome = await serve(first) or outcome
                 if self._turn_ends(outcome, starts, until):
                     break
+                # What needs nothing spends no start: an urgent one is next.
+                bulk_next = worker.bulk_next and worker.consumer.starts > before
                 await worker.presence.keep()
         return [] if wait is None else [wait], outcome
 

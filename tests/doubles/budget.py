@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
     from datetime import datetime
 
+TAKEN = Wait(Reason(ReasonKind.TURN, "turn: held by another worker"), 0.05)
+
 
 class MemoryBudget:
     """What all workers of a task may start together, as far as one process can tell.
@@ -41,6 +43,7 @@ class MemoryBudget:
         asked: How often somebody looked.
         turns: How many turns are held now.
         resting: Whether who has the turn only waits.
+        bulk_next: As for `Budget`.
     """
 
     def __init__(self, rate: str | None = None, gather_seconds: float = 0.0) -> None:
@@ -58,6 +61,7 @@ class MemoryBudget:
         self.asked = 0
         self.turns = 0
         self.resting = False
+        self.bulk_next = False
 
     @property
     def limited(self) -> bool:
@@ -100,6 +104,9 @@ class MemoryBudget:
         if self.holder is not None:
             yield self.holder
             return
+        if self.limited and self.turns:
+            yield TAKEN
+            return
         self.turns += 1
         try:
             yield await self.check()
@@ -124,7 +131,7 @@ class MemoryBudget:
         self.noted.append(message)
         yield
 
-    async def charge(self, messages: Sequence[str]) -> Wait | None:
+    async def charge(self, messages: Sequence[str], *, bulk_next: bool = False) -> Wait | None:
         """Begin a start, at the moment it is due; return why not."""
         if isinstance(self.refusal, DatabaseError):
             raise self.refusal
@@ -132,6 +139,7 @@ class MemoryBudget:
             return self.refusal
         if (seconds := self._due_in()) > 0:
             await asyncio.sleep(seconds)
+        self.bulk_next = bulk_next
         self.charged += messages
         self.starts.append(len(messages))
         self.moments.append(asyncio.get_running_loop().time())

@@ -67,6 +67,7 @@ class Heart:
         task_timeout: Seconds a run may take.
         gather_seconds: How long before a start is due messages are gathered for it, at most.
         chunk_size: Ids that need a write, before a start takes no more messages.
+        beside: Another worker of the task, whose budget and broker are its own, too.
 
     Attributes:
         database: What it uses.
@@ -77,7 +78,7 @@ class Heart:
         lost: Set when the connection is lost.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a test may choose of a worker
         self,
         work: Work = nothing,
         *,
@@ -87,9 +88,10 @@ class Heart:
         task_timeout: float = 30,
         gather_seconds: float = 0.0,
         chunk_size: int = CHUNK_LIMIT,
+        beside: Heart | None = None,
     ) -> None:
-        self.budget = MemoryBudget(rate, gather_seconds)
-        self.broker = MemoryBroker()
+        self.budget: MemoryBudget = beside.budget if beside else MemoryBudget(rate, gather_seconds)
+        self.broker: MemoryBroker = beside.broker if beside else MemoryBroker()
         self.steps: list[str] = []
         self.said: list[str] = []
         self.lanes = MemoryLanes(self.broker, self.steps.append)

@@ -192,6 +192,21 @@ async def test_a_rate_taken_back_in_a_turn_is_not_charged_any_more(
     assert (await row(database)).starts == 1
 
 
+async def test_a_start_that_is_called_off_leaves_the_bulk_lane_its_turn(
+    make: Fleet, shop: Connection[Cursor], database: Database
+) -> None:
+    budget = make("100/s")
+    await budget.check()
+    async with budget.turn():
+        assert await budget.charge(["one"], bulk_next=True) is None
+
+    async with budget.turn():
+        execute(shop, "UPDATE aioworker_budget SET paused = 1")
+        assert await budget.charge(["two"]) is not None
+
+    assert (await row(database)).bulk_next is True
+
+
 @pytest.mark.parametrize("gap_us", [3 * 10**18, 2**64 - 1])
 async def test_an_interval_beyond_any_calendar_is_a_long_one(
     make: Fleet, shop: Connection[Cursor], gap_us: int

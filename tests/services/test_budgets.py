@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
+from functools import cache
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,7 +14,7 @@ from aioworker.budget.shared import SharedBudget
 from aioworker.clock import own_time
 from aioworker.limits import POLL_SECONDS, Budget, RateLimit, Wait, WorkerBudget
 from aioworker.reasons import ReasonKind
-from tests.conftest import TASK
+from tests.conftest import TASK, make_database
 from tests.doubles.budget import MemoryBudget
 
 if TYPE_CHECKING:
@@ -29,32 +30,40 @@ def parsed(rate: str | None) -> RateLimit | None:
 
 
 @pytest.fixture(params=["shared", "worker", "memory"])
-def make(request: pytest.FixtureRequest) -> Make:
-    """Make a budget of a rate."""
+async def make(request: pytest.FixtureRequest) -> AsyncIterator[Make]:
+    """Make a worker's budget of a rate."""
+    databases: list[Database] = []
+
+    def shared(rate: str | None) -> Budget:
+        databases.append(make_database(request.getfixturevalue("pair")))
+        return SharedBudget(databases[-1], TASK, parsed(rate), "test")
+
     if request.param == "memory":
-        return MemoryBudget
-    if request.param == "worker":
-        return lambda rate: WorkerBudget(parsed(rate))
-    request.getfixturevalue("shop")
-    database: Database = request.getfixturevalue("database")
-    return lambda rate: SharedBudget(database, TASK, parsed(rate), "test")
+        yield cache(MemoryBudget)  # one is all workers'
+    elif request.param == "worker":
+        yield lambda rate: WorkerBudget(parsed(rate))
+    else:
+        request.getfixturevalue("shop")
+        yield shared
+    for database in databases:
+        database.close()
 
 
-async def start(budget: Budget, message: str = "one") -> Wait | None:
+async def start(budget: Budget, message: str = "one", *, bulk_next: bool = False) -> Wait | None:
     """Begin a start as a session does: look, have the turn, charge; return why not."""
     if (wait := await budget.check()) is not None:
         return wait
     async with budget.turn() as wait:
         if wait is None:
-            wait = await budget.charge([message])
+            wait = await budget.charge([message], bulk_next=bulk_next)
             await budget.ended([message])
     return wait
 
 
-async def start_when_due(budget: Budget) -> float:
+async def start_when_due(budget: Budget, *, bulk_next: bool = False) -> float:
     """Begin a start once it is due; return when that was, by the event loop's clock."""
     async with asyncio.timeout(SECONDS):
-        while (wait := await start(budget)) is not None:  # noqa: ASYNC110 - it says how long
+        while (wait := await start(budget, bulk_next=bulk_next)) is not None:  # noqa: ASYNC110
             await asyncio.sleep(wait.seconds)
     return asyncio.get_running_loop().time()
 
@@ -119,6 +128,48 @@ async def test_starts_are_an_interval_apart(make: Make) -> None:
 
     # The first charge comes behind the one moment, the last one before the other.
     assert after - before >= 5 * 0.05 * 0.98, "two clocks may differ a little"
+
+
+SHARED = pytest.mark.parametrize("make", ["shared", "memory"], indirect=True)
+
+
+@SHARED
+async def test_a_turn_that_another_worker_has_is_not_had(make: Make) -> None:
+    budget, other = make("100/s"), make("100/s")
+    await start_when_due(other)
+    await start_when_due(budget)
+
+    async with budget.turn(), other.turn() as wait:
+        assert wait is not None
+        assert wait.reason.words.startswith("turn: held by ")
+        assert wait.seconds < 1
+
+
+@pytest.mark.parametrize("rate", [None, "100/s"])
+async def test_a_start_tells_whether_the_bulk_lane_is_next(make: Make, rate: str | None) -> None:
+    budget = make(rate)
+    told = [budget.bulk_next]
+
+    for bulk_next in (True, False):
+        await start_when_due(budget, bulk_next=bulk_next)
+        await budget.check()
+        told.append(budget.bulk_next)
+
+    assert told == [False, True, False]
+
+
+@SHARED
+async def test_which_lane_is_next_is_known_to_all_workers(make: Make) -> None:
+    """Else several workers begin one start after the other with the urgent lane."""
+    budget, other = make("100/s"), make("100/s")
+    told = []
+
+    for bulk_next in (True, False):
+        await start_when_due(budget, bulk_next=bulk_next)
+        await other.check()
+        told.append(other.bulk_next)
+
+    assert told == [True, False]
 
 
 async def test_of_a_message_that_never_ran_no_death_is_known(make: Make) -> None:

@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from aioworker.mysql.database import Database
 
 ONE_START = EARLIER[3]  # the last version whose budget had one moment for charge and first write
+ADDED = "added last_charge, last_write, bulk_next"  # to that
 NO_KIND = EARLIER[4]  # the last version whose workers gave no kind of their reason
 NO_LANES = EARLIER[6]  # the last version whose workers told nothing of their lanes
+NO_TURNS = EARLIER[7]  # the last version whose starts did not tell which lane is next
 VERSIONS = pytest.mark.parametrize("version", EARLIER, ids=lambda path: path.name)
 # What a DBA, and the workers, have written into it.
 KEPT = {
@@ -58,6 +60,7 @@ GIVEN = {
     **{"task": TASK, "gap": 30_000_000, "worker": "web1:42", "usual_us": 0, "passed_us": 0},
     **{"id": "0123456789ab", "host": "web1", "pid": 42, "version": "0.1.0", "rate": "2/m"},
     **{"session": 7, "state": "waiting", "kind": "budget", "reason": "budget", "ahead": 0},
+    **{"lanes": None},
     **{"messages": '["a"]', "together": 1, "over": ("a",), "noted": ("a",), "counted": ("a",)},
     **{"running": '["a"]', "deaths": '{"a": 1}', "value": 0, "who": "dba", "why": "window"},
 }
@@ -108,7 +111,7 @@ async def test_an_upgrade_keeps_all_that_an_earlier_version_knew(
 
     told = await upgrade(database)
 
-    assert told[1].endswith("lanes")
+    assert "bulk_next" in told[0]
     assert [columns(shop, name) for name in schema.NAMES] == wanted
     assert rows(shop, kept) == before
     assert await upgrade(database) == ["was there"] * len(schema.NAMES)
@@ -179,7 +182,8 @@ async def test_an_upgrade_tells_workers_of_the_first_version_apart(
     execute(shop, *map(WORKER.format, (1, 2)))
 
     assert await upgrade(database) == [
-        "added last_charge, last_write, paused_by, paused_at, paused_why, running, deaths",
+        "added last_charge, last_write, bulk_next, paused_by, paused_at, paused_why, running,"
+        " deaths",
         "added id, kind, lanes",
         "made",
     ]
@@ -196,8 +200,9 @@ async def test_an_upgrade_tells_workers_of_the_first_version_apart(
         (ONE_START, "aioworker_budget"),
         (NO_KIND, "aioworker_worker"),
         (NO_LANES, "aioworker_worker"),
+        (NO_TURNS, "aioworker_budget"),
     ],
-    ids=["budget", "kind", "lanes"],
+    ids=["budget", "kind", "lanes", "bulk_next"],
 )
 async def test_the_newest_columns_are_added_without_copying_a_row(
     shop: Connection[Cursor], database: Database, version: Path, table: str
@@ -237,7 +242,7 @@ async def test_an_upgrade_behind_a_long_transaction_lets_others_through_and_name
         )
         [holders] = told
         assert f"session {session} of" in holders
-    assert await schema.settle(database, "aioworker_budget") == "added last_charge, last_write"
+    assert await schema.settle(database, "aioworker_budget") == ADDED
 
 
 @pytest.mark.parametrize("version", [ONE_START, None], ids=["earlier", "this"])
@@ -262,6 +267,6 @@ async def test_a_table_that_the_server_hides_for_a_moment_is_not_said_to_be_made
 
     told = await schema.settle(database, "aioworker_budget")
 
-    assert told == ("was there" if version is None else "added last_charge, last_write")
+    assert told == ("was there" if version is None else ADDED)
     monkeypatch.undo()
     assert "aioworker_budget" not in await schema.changes(database)

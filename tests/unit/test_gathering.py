@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from itertools import pairwise
 
 import pytest
 
 from aioworker.limits import Wait
 from tests.doubles.gathering import GATHER_SECONDS, INTERVAL, PAUSED, Gathering, Ids
-from tests.doubles.heart import running
+from tests.doubles.heart import Heart, running
 from tests.doubles.lanes import QUEUES
 from tests.fakes import FakeClock
 
@@ -89,6 +91,40 @@ async def test_of_two_starts_in_a_row_one_begins_with_the_bulk_lane(clock: FakeC
     await gathering.heart.run_for(clock, 4 * INTERVAL, step=0.5)
 
     assert gathering.runs[:4] == [[1, 2], [11, 12], [3, 4], [21, 22]]
+
+
+async def test_of_two_starts_of_four_workers_one_begins_with_the_bulk_lane(
+    clock: FakeClock,
+) -> None:
+    """Each of them knew its own last start alone, and the urgent lane had several in a row."""
+    starts: list[tuple[int, str]] = []
+    chance = random.Random(0)
+
+    def make(number: int, beside: Heart | None = None) -> Gathering:
+        async def note(ids: Ids) -> None:
+            starts.append((number, "urgent" if ids[0] < 1000 else "bulk"))
+
+        return Gathering(note, chunk_size=2, beside=beside)
+
+    first = make(0)
+    fleet = [first, *(make(number, first.heart) for number in range(1, 4))]
+    budget = first.heart.budget
+    check = budget.check
+
+    async def soon(contenders: int = 0) -> Wait | None:
+        await asyncio.sleep(chance.random())  # so that any of them may be next
+        return await check(contenders)
+
+    budget.check = soon  # type: ignore[method-assign]
+    first.send_each(range(1, 1000), QUEUES.urgent)
+    first.send_chunks(range(1001, 1201, 2))
+    async with AsyncExitStack() as stack:
+        for one in fleet:
+            await stack.enter_async_context(running(one.heart))
+        await clock.advance(20 * INTERVAL, step=0.5)
+
+    assert {number for number, _lane in starts} == {0, 1, 2, 3}
+    assert [lane for _number, lane in starts] == ["urgent", "bulk"] * 10
 
 
 async def test_a_start_of_both_lanes_is_followed_by_one_that_begins_with_the_urgent_lane(
@@ -258,9 +294,9 @@ async def test_a_moment_of_the_wait_is_left_to_the_charge(
     budget = gathering.heart.budget
     charge, early = budget.charge, list[float]()
 
-    async def noting(messages: Sequence[str]) -> Wait | None:
+    async def noting(messages: Sequence[str], *, bulk_next: bool = False) -> Wait | None:
         early.append(budget.due_at - clock.now)
-        return await charge(messages)
+        return await charge(messages, bulk_next=bulk_next)
 
     budget.charge = noting  # type: ignore[method-assign]
     gathering.send([1])

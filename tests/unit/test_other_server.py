@@ -19,6 +19,7 @@ def row(server: str, here: str = OURS, session: int = 7) -> Row:
     return Row(
         *(False, None, 0, at, server == here, server, here, 0, session, 0, None),
         *(None, None, None, None, None, None, 0, 0),
+        bulk_next=False,
         runs=False,
         running=[],
         deaths={},

@@ -42,6 +42,7 @@ ROW = Row(
     set_why=None,
     charge_age_us=LONG_AGO_US,
     write_age_us=LONG_AGO_US,
+    bulk_next=False,
     runs=False,
     running=[],
     deaths={},
