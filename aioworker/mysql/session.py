@@ -18,8 +18,8 @@ from pymysql.err import MySQLError
 IDLE_SECONDS = 30  # after its longest statement the server may end a session
 LOCK_WAIT_SECONDS = 5
 AGGREGATE_BYTES = 1_048_576  # MariaDB cuts JSON_ARRAYAGG at this length, without an error
-# A thousand ids with their answers take 50,000 bytes, the notes of a budget's row 65,535.
-SMALLEST_PACKET_BYTES = 131_072
+# What is to be taken back of a start of a thousand messages names each twice: 134,000 bytes.
+SMALLEST_PACKET_BYTES = 262_144
 _MOST = 2**64 - 1  # what the servers call no limit
 
 # The site's tables hold zero dates, so those are allowed; nothing changes the grammar.
@@ -209,8 +209,8 @@ def _unfit(found: Mapping[str, str], *, any_node: bool, writes: bool) -> str | N
     packet_bytes = int(found.get("max_allowed_packet", SMALLEST_PACKET_BYTES))
     if packet_bytes < SMALLEST_PACKET_BYTES:
         return (
-            f"expected max_allowed_packet of at least {SMALLEST_PACKET_BYTES} bytes, for a"
-            f" chunk and its answers, got: {packet_bytes}; raise it on the server"
+            f"expected max_allowed_packet of at least {SMALLEST_PACKET_BYTES} bytes, for the"
+            f" notes of a full start, got: {packet_bytes}; raise it on the server"
         )
     if writes and found.get("log_bin") == "ON" and found.get("binlog_format") == "STATEMENT":
         return (

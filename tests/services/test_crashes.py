@@ -13,6 +13,9 @@ from aioworker.budget.shared import SharedBudget
 from aioworker.errors import DatabaseError, TurnLostError
 from aioworker.limits import RateLimit
 from aioworker.mysql.database import Database
+from aioworker.mysql.session import SMALLEST_PACKET_BYTES
+from aioworker.rabbitmq.delivery import KEY_LENGTH
+from aioworker.settling.start import MOST_MESSAGES
 from tests.conftest import TASK, database_name, execute, make_database, rows
 from tests.services.test_budget import Fleet, make, row
 
@@ -98,6 +101,27 @@ async def test_a_worker_that_loses_the_database_in_a_run_did_not_die(
             execute(shop, f"KILL {(await row(make.databases[0])).session}")
             await budget.ended(["one"])
             await budget.check()
+
+    assert noted(shop) == ([], {})
+
+
+async def test_the_smallest_packet_has_room_for_what_ran_in_the_fullest_start(
+    make: Fleet, shop: Connection[Cursor]
+) -> None:
+    """Else the notes of a run that lost the database would stay, and hold each further start."""
+    messages = [f"{number:0{KEY_LENGTH}}" for number in range(MOST_MESSAGES)]
+    [[before]] = rows(shop, "SELECT @@GLOBAL.max_allowed_packet")
+    execute(shop, f"SET GLOBAL max_allowed_packet = {SMALLEST_PACKET_BYTES}")
+    try:
+        budget = make()
+        await budget.check()
+        with pytest.raises(DatabaseError):
+            async with budget.turn():
+                await budget.charge(messages)
+                execute(shop, f"KILL {(await row(make.databases[0])).session}")
+                await budget.check()
+    finally:
+        execute(shop, f"SET GLOBAL max_allowed_packet = {before}")
 
     assert noted(shop) == ([], {})
 

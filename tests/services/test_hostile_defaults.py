@@ -264,7 +264,7 @@ async def test_a_server_that_takes_no_chunk_is_refused_first(
     site_of_stale_rows: Connection[Cursor], pair: servers.Servers, lanes: Lanes
 ) -> None:
     with hostile(site_of_stale_rows, "max_allowed_packet", 1024):
-        assert "max_allowed_packet of at least 131072 bytes" in await refused(pair, lanes)
+        assert "max_allowed_packet of at least 262144 bytes" in await refused(pair, lanes)
 
 
 @pytest.fixture
