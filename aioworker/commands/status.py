@@ -88,7 +88,7 @@ class Limit:
         starts: Starts charged ever.
         last_start: When the last one was charged; None before the first.
         last_worker: By whom.
-        next_start: Before when none may begin, by the last charge; None when that has passed, or
+        next_start: When the next one may begin, by the last charge; None when that has passed, or
             none may begin at all. A worker may wait longer: its first write is due later.
         next_start_seconds: Seconds until then.
         turn: Who holds the turn; None for nobody.
