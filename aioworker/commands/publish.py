@@ -140,7 +140,8 @@ async def publish_all(  # noqa: PLR0913 - what the options say, and what shows i
     Raises:
         UsageError: The task cannot be swept like this.
         BrokerError: Not all is confirmed; a note says how far it is, and how to go on.
-        DatabaseError: The ids cannot be read; the same note.
+        DatabaseError: The ids cannot be read, or the lock is lost that keeps other sweeps out; the
+            same note.
         TaskError: They are none that the task can take; the same note.
     """
     _check_sweepable(task, only_needed=only_needed)
@@ -192,15 +193,15 @@ def _producer(settings: Settings) -> Producer:
     return Producer.over(settings.nodes(), settings.connect_timeout, settings.queue_prefix)
 
 
-async def _be_alone(database: Database, task: AnyTask) -> None:
-    """Hold a lock of the database while the connection stands: one sweep at a time.
+async def _be_alone(lock: Database, task: AnyTask) -> None:
+    """Hold a lock of the database while a connection stands: one sweep at a time.
 
     Raises:
         DatabaseError: Another one is being published.
     """
-    with database.explaining():
-        name = tables.lock_name(await database.schema(), task.name, "aioworker:sweep")
-        [[got]] = await database.query("SELECT GET_LOCK(%s, 0)", (name,))
+    with lock.explaining():
+        name = tables.lock_name(await lock.schema(), task.name, "aioworker:sweep")
+        [[got]] = await lock.query("SELECT GET_LOCK(%s, 0)", (name,))
     if got != 1:
         raise DatabaseError(f"another sweep of {task.name} is being published; nothing was done")
 
