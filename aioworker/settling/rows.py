@@ -126,8 +126,8 @@ class Rows:
         for one in came:
             rank = Rank.of(one)
             for row in one.args[0]:
-                before, by = self._asked.get(row[0], (self._ranks.get(row[0]), None))
-                if by is not one and (before is None or rank.follows(before)):
+                before, _by = self._asked.get(row[0], (self._ranks.get(row[0]), None))
+                if before is None or rank.follows(before):
                     self._asked[row[0]] = rank, one
         asks = {known: one for known, (_, one) in self._asked.items()}
         return [row for one in came for row in one.args[0] if asks.get(row[0]) is one]
