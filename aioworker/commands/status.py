@@ -183,6 +183,13 @@ class Stored(NamedTuple):
         """What those tell of the messages that wait."""
         return [one.waiting for one in self.alive if one.waiting is not None]
 
+    @property
+    def held(self) -> int | None:
+        """How many messages they hold; None where one of them does not tell."""
+        if self.workers is None or len(self.told) < len(self.alive):
+            return None
+        return sum(one.held for one in self.told)
+
     def age(self, since: datetime | None) -> float | None:
         """Return how long ago a moment was, in seconds; None for none."""
         if since is None or self.row is None:
@@ -238,7 +245,6 @@ async def look(
         answer = unreachable or answers[name]
         broker_error = answer if isinstance(answer, BrokerError) else None
         queued = answer if isinstance(answer, Queued) else None
-        held = _held(of_task)
         waits = why(name, queues, answer, limit, force.pause, of_task)
         rows, stale_error = stale.get(name, (None, None))
         found.append(
@@ -249,9 +255,9 @@ async def look(
                 waits=waits.words,
                 waits_kind=waits.kind,
                 queued=queued,
-                held=held,
+                held=of_task.held,
                 oldest=None if queued is None or of_task.row is None else oldest(queued, of_task),
-                backlog_seconds=_backlog_seconds(queued, held, budget),
+                backlog_seconds=_backlog_seconds(queued, of_task.held, budget),
                 budget=budget,
                 workers=of_task.workers if broker_error is None else _unsure(of_task.workers),
                 stale=rows,
@@ -279,14 +285,6 @@ def _unsure(workers: list[Worker] | None) -> list[Worker] | None:
         else one
         for one in workers
     ]
-
-
-def _held(stored: Stored) -> int | None:
-    """Return how many messages workers hold; None where one of them does not tell."""
-    told = [one.waiting for one in stored.alive]
-    if stored.workers is None or None in told:
-        return None
-    return sum(one.held for one in told if one is not None)
 
 
 def oldest(queued: Queued, stored: Stored) -> Oldest:

@@ -159,6 +159,16 @@ def test_what_is_put_back_stands_apart_until_the_lane_is_emptied_so_far(
     assert getattr(taking.taken.tell(), lane) == Lane(until)
 
 
+def test_the_last_that_is_put_back_is_waited_for() -> None:
+    """One waits in the retry queue for a minute, another one is moved meanwhile."""
+    taking = Taking()
+
+    taking.do(Kind.RETRY, held(ago(60)))
+    taking.do(Kind.MOVED, held(ago(50)))
+
+    assert taking.bulk == Lane(ago(50), ago(60), ago(-1))
+
+
 def test_what_comes_into_empty_lanes_is_published_later() -> None:
     """After a quiet night the first message is not as old as the last one before it."""
     taking = Taking()
@@ -238,6 +248,25 @@ def test_what_one_worker_put_back_another_one_has_taken() -> None:
 )
 def test_an_empty_lane_has_no_oldest(queued: Queued, found: Oldest) -> None:
     assert asked(queued, worker(TOLD)) == found
+
+
+def test_a_publisher_whose_clock_is_ahead_makes_nothing_younger_than_now() -> None:
+    assert asked(SOME, worker(Waiting(0, bulk=Lane(ago(-1))))) == Oldest(None, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("workers", "found"),
+    [
+        ([worker(Waiting(3)), worker(Waiting(4)), worker(Waiting(5), seen_seconds=91)], 7),
+        ([worker(Waiting(3)), worker(None)], None),
+        ([], 0),
+        (None, None),
+    ],
+)
+def test_what_is_held_is_known_if_all_that_are_alive_tell(
+    workers: list[Worker] | None, found: int | None
+) -> None:
+    assert Stored(ROW, None, workers).held == found
 
 
 def test_only_workers_that_are_alive_are_believed() -> None:

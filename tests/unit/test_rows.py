@@ -66,6 +66,16 @@ def test_of_two_rows_the_one_that_was_published_later_is_asked_for() -> None:
     assert rows.own(early) == [2]
 
 
+def test_a_row_that_a_later_one_has_replaced_is_its_messages_own_no_more() -> None:
+    """What the data refuses of the later one is no fault of the earlier message."""
+    rows, early, late = Rows(), held([[1, "early"], [2, "early"]], 1), held([[1, "late"]], 2)
+
+    rows.need(rows.ask([early, late]))
+
+    assert rows.wants(early)
+    assert (rows.own(early), rows.own(late)) == ([2], [1])
+
+
 def test_a_message_may_hold_several_rows_of_one_id() -> None:
     rows, one = Rows(), held([[1, "a"], [2, "b"], [1, "c"]])
 
