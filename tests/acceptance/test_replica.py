@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from aioworker.budget import tables
 from support import servers, site
 from tests.conftest import (
     QUEUES,
@@ -16,6 +17,7 @@ from tests.conftest import (
     Lanes,
     Run,
     Worker,
+    database_name,
     eventually,
     execute,
     importable,
@@ -272,32 +274,48 @@ def test_what_is_told_beside_what_is_stale_is_no_older(
     assert told > float((tmp_path / "counted-at").read_text())
 
 
+ENDLESS = """
+import itertools
+import time
+from aioworker import Context, task
+
+def every():
+    for number in itertools.count(1):
+        time.sleep(0.02)
+        yield [number]
+
+@task(keys=every)
+def endless(ids: list[int]) -> None: ...
+
+@endless.needed
+def needed(ctx: Context, ids: list[int]) -> list[int]:
+    with ctx.transaction() as cursor:
+        cursor.execute("SELECT id FROM addons WHERE id = 1")
+    return ids
+"""
+
+
 async def test_a_sweep_ends_with_the_lock_that_keeps_others_out(
+    run: Run,
     start: Callable[..., Worker],
-    lanes: Lanes,
+    pair: servers.Servers,
+    tmp_path: Path,
     shop: Connection[Cursor],
     server: servers.Maria,
     replica: Connection[Cursor],
 ) -> None:
-    """Its own connection does nothing but hold that, while the replica is read."""
-    slow = servers.connect(server.url("slow"), create=True)
-    execute(
-        slow,
-        f"CREATE VIEW addons AS SELECT * FROM {SITE}.addons"
-        " WHERE SLEEP(IF(id BETWEEN 1001 AND 2000, 0.004, 0)) = 0",
-        *(f"CREATE VIEW {name} AS SELECT * FROM {SITE}.{name}" for name in ("versions", "files")),
-    )
-    there = {READ_URL: server.url("slow")}
-    sweep = start("publish-all", "--only-needed", "--chunk-size", "1", **there)
+    """That is held where the workers write, while the replica is read."""
+    (tmp_path / "far.py").write_text(ENDLESS)
+    variables = {"PYTHONPATH": importable(tmp_path), "AIOWORKER_APP": "far"} | reading(server)
+    assert run("init", **variables).returncode == 0
+    options = ("--append", "--only-needed", "--chunk-size", "1")
+    sweep = start("publish-all", *options, **variables)
     eventually(lambda: "published" in sweep.log, "the sweep is under way")
-    [[holder]] = rows(
-        shop,
-        "SELECT id FROM information_schema.processlist WHERE command = 'Sleep'"
-        " AND id <> CONNECTION_ID() AND db = DATABASE()",
-    )
+    lock = tables.lock_name(database_name(pair), "endless", "aioworker:sweep")
+    [[holder]] = rows(shop, "SELECT IS_USED_LOCK(%s)", lock)
 
     execute(shop, f"KILL {holder}")
 
     assert sweep.process.wait(30) == 1
-    again = f"go on with: aioworker publish-all {TASK} --chunk-size 1 --only-needed --after "
+    again = "go on with: aioworker publish-all endless --chunk-size 1 --only-needed --after "
     assert again in sweep.log
