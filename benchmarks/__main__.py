@@ -28,7 +28,7 @@ from aioworker.budget.shared import SharedBudget
 from aioworker.limits import RateLimit
 from aioworker.mysql.database import Database
 from aioworker.rabbitmq.queues import Queues
-from benchmarks import backlog, noop, rate, sweeps, wake
+from benchmarks import backlog, noop, peers, rate, sweeps, wake
 from benchmarks.great_sweep import read_ends
 from benchmarks.other_writer import felt_beside
 from support import servers, site
@@ -50,6 +50,8 @@ STARTS = 300
 MARIADB = ("--innodb-buffer-pool-size=2G", "--innodb-log-file-size=1G")
 SIZES = (20_000, 200_000)
 SINGLES = 10_000
+PEER_ROWS, PEER_ROUNDS = 200_000, 15
+BY_NAME = ("peers",)  # takes an hour
 GREAT = 5_000_000
 END = 100_000  # ids at either end of a great sweep
 # A worker runs on another machine than the database: where one machine has both, it takes
@@ -485,6 +487,57 @@ class Bench:
                 f"{statistics.median(peak for _rate, peak in several):.0f}",
             )
 
+    def beside_peers(self) -> None:
+        """Measure the whole job beside other task queues, round by round."""
+        self.report.section(
+            f"{PEER_ROWS:,} add-ons, rate limit off, one process each, {PEER_ROUNDS} rounds",
+            "what",
+            "by",
+            "rows a second",
+            "min to max",
+            "aioworker to it, in each round",
+        )
+        connection = self.fill(PEER_ROWS)
+        ids = site_ids(connection)
+        joins = self.folder / "joins.sql"
+        joins.write_text(
+            "".join(
+                UPDATE_JOIN % ", ".join(map(str, ids[first : first + peers.CHUNK])) + ";\n"
+                for first in range(0, len(ids), peers.CHUNK)
+            )
+        )
+
+        def ours() -> float:
+            self.sweep()
+            return self.consume(GATHERING).wall
+
+        jobs: dict[str, Callable[[], float]] = {
+            "aioworker": ours,
+            "mariadb client": lambda: self.client(joins).wall,
+        } | {
+            name: partial(peers.seconds, self.pair, name, self.folder, ids, UPDATE_JOIN)
+            for name in peers.CONTENDERS
+        }
+        for what, changes in (("all change", True), ("none", False)):
+            found: dict[str, list[float]] = {name: [] for name in jobs}
+            for _ in range(PEER_ROUNDS):
+                for name, job in jobs.items():
+                    if changes:
+                        self.spoil(connection)
+                    found[name].append(len(ids) / job())
+                    if site.count_stale(connection):
+                        raise SystemExit(f"{name} left stale rows")
+            for name, rates in found.items():
+                ratios = [a / b for a, b in zip(found["aioworker"], rates, strict=True)]
+                self.report.row(
+                    what,
+                    name,
+                    f"{statistics.median(rates):,.0f}",
+                    f"{min(rates):,.0f} to {max(rates):,.0f}",
+                    f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+                )
+        connection.close()
+
     def budget(self) -> None:
         """Measure what the shared budget costs a start: time, and connections."""
         self.report.section("The shared budget, a start", "what", "median", "p99")
@@ -654,9 +707,10 @@ def main() -> None:
             "wake": bench.wake,
             "writer": partial(bench.beside_another_writer, 120_000),
             "noop": bench.small_messages,
+            "peers": bench.beside_peers,
         }
         for name, part in parts.items():
-            if name in (named or parts):
+            if name in named or (not named and name not in BY_NAME):
                 part()
     if not named:
         RESULTS.write_text("\n".join(report.lines) + "\n")

@@ -73,10 +73,27 @@ def messages_a_second(pair: Servers, name: str, folder: Path) -> tuple[float, fl
     Returns:
         Messages a second, and the peak memory of all its processes in MiB.
     """
-    publisher, worker = CONTENDERS[name]
     result = folder / "seconds"
+    seconds, peak = timed(name, CONTENDERS[name], environment(pair, result), result)
+    return MESSAGES / seconds, peak
+
+
+def timed(
+    name: str, commands: tuple[str, str], variables: dict[str, str], result: Path
+) -> tuple[float, float]:
+    """Publish by a command, and run what was published by another one.
+
+    Args:
+        name: Whose they are.
+        commands: Both, as arguments of `python -m`.
+        variables: The environment of both.
+        result: Where the seconds from the first run to the last are written.
+
+    Returns:
+        These seconds, and the peak memory of all processes of the second command in MiB.
+    """
+    publisher, worker = commands
     result.unlink(missing_ok=True)
-    variables = environment(pair, result)
     subprocess.run(
         [python(name), "-m", *publisher.split()],
         env=variables,
@@ -99,7 +116,7 @@ def messages_a_second(pair: Servers, name: str, folder: Path) -> tuple[float, fl
                 process.wait(20)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
-    return MESSAGES / float(result.read_text()), peak
+    return float(result.read_text()), peak
 
 
 def _memory(name: str, process: subprocess.Popen[bytes], result: Path) -> Iterator[float]:
