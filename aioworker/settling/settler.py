@@ -98,12 +98,8 @@ class Settler:
             if len(held) > 1:  # the watchdog hears of each; for one of them it has patience
                 start.may_take(one.delivery.timeout)
             refusal = await self._copy(one, lanes, refusal)
-            if one.outcome.kind is not Kind.RELEASED:
-                lost = await self._answer(start, one)
-        # RabbitMQ puts what is given back before all others: the first of them comes last.
-        for one in reversed(held):
-            if one.outcome.kind is Kind.RELEASED and lost is None:
-                lost = await self._answer(start, one)
+            # RabbitMQ delivers first what was given back first.
+            lost = await self._answer(start, one)
         return lost
 
     async def _copy(

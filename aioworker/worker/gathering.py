@@ -92,7 +92,7 @@ class Gathering:
         has_turn = budget.limited and not self._worker.lost_database
         look_at = began + POLL_SECONDS
         self._unread, self._ids = [], 0
-        settled = await self._open(start, first, [])
+        settled = await self._open(start, first)
         while start.held:
             if (reason := self._hindrance(settled, has_turn=has_turn)) is not None:
                 await self._give_back(start, reason)
@@ -140,19 +140,17 @@ class Gathering:
         """Hold messages that came at once, as `_open` does; those without room go back."""
         settled = None
         while came and start.has_room(self._ids) and (settled is None or not settled.uncounted):
-            settled = await self._open(start, came.pop(0), came)
-        await self._return(came)
+            settled = await self._open(start, came.pop(0))
+        while came:
+            await came.pop(0).give_back()
         return settled
 
-    async def _open(
-        self, start: Start, delivery: Delivery, behind: list[Delivery]
-    ) -> Outcome | None:
+    async def _open(self, start: Start, delivery: Delivery) -> Outcome | None:
         """Hold a message, if it goes with the others.
 
         Args:
             start: What holds them.
             delivery: The message.
-            behind: What came with it, and was not looked at yet.
 
         Returns:
             What it came to, if it is settled.
@@ -168,7 +166,6 @@ class Gathering:
             self._ids += one.ids
         else:
             # It is the first of the next start.
-            await self._return(behind)
             await consumer.give_back(start, [one], "it fits no other", self._lanes)
             start.closed = True
         return None
@@ -196,11 +193,6 @@ class Gathering:
         self._worker.presence.report(Reason(ReasonKind.GATHERING, words))
         await self._worker.budget.rest(resting=True)
         await self._wait(seconds)
-
-    async def _return(self, came: list[Delivery]) -> None:
-        """Give back what was not looked at yet, and forget it: the first of them comes last."""
-        while came:
-            await came.pop().give_back()
 
     async def _give_back(self, start: Start, reason: str) -> None:
         await self._worker.consumer.give_back(start, start.held, reason, self._lanes)

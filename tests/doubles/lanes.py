@@ -155,7 +155,7 @@ class MemoryLanes:
         finally:
             pushing.cancel()
             await asyncio.gather(pushing, return_exceptions=True)
-            for tag in sorted(set(self.held) - before, reverse=True):
+            for tag in sorted(set(self.held) - before):
                 self._put_back(tag)
 
     async def count_put_off(self) -> int:
@@ -182,7 +182,7 @@ class MemoryLanes:
     def lose(self) -> None:
         """Lose the connection: what is held goes back."""
         self.lost = True
-        for tag in sorted(self.held, reverse=True):
+        for tag in sorted(self.held):
             self._put_back(tag)
 
     def settle(self, tag: int, *, give_back: bool) -> None:
@@ -229,7 +229,10 @@ class MemoryLanes:
 
     def _put_back(self, tag: int) -> None:
         queue, kept = self.held.pop(tag)
-        self.broker.queues[queue].appendleft(replace(kept, deliveries=kept.deliveries + 1))
+        lane = self.broker.queues[queue]
+        # Before all that was never taken, and behind what came back before.
+        place = sum(one.deliveries > 0 for one in lane)
+        lane.insert(place, replace(kept, deliveries=kept.deliveries + 1))
 
 
 class _Message(aio_pika.IncomingMessage):

@@ -252,6 +252,20 @@ async def test_what_is_given_back_comes_again_before_what_lay_behind_it(
     assert (again.id, again.message.redelivered, again.attempt) == ("one", True, 1)
 
 
+async def test_what_is_given_back_first_comes_again_first(place: Place, lanes: Lanes) -> None:
+    for number in range(5):
+        await place.send(place.queues.bulk, str(number))
+    held = [await take(lanes) for _ in range(4)]
+
+    for one in held[:3]:
+        await one.give_back()
+    again = [(await take(lanes)).id for _ in range(3)]
+    await held[3].give_back()
+
+    assert again == ["0", "1", "2"]
+    assert [(await take(lanes)).id for _ in range(2)] == ["3", "4"]
+
+
 async def test_to_ask_keeps_nothing(place: Place, lanes: Lanes) -> None:
     await place.send(place.queues.bulk, "one")
     await take_until(lanes)
