@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from datetime import UTC, datetime
 from typing import Protocol
 
 import aio_pika
@@ -35,6 +36,7 @@ from aioworker.rabbitmq.queues import Queues, check
 # for the answer to a `get`, which takes 1 ms where all is well.
 EMPTY_SECONDS = 5.0
 ANSWER_SECONDS = 3.0
+_LONG_AGO = datetime.min.replace(tzinfo=UTC)  # nobody knows when
 
 
 class Lanes(Protocol):
@@ -51,9 +53,10 @@ class Lanes(Protocol):
         """Take one message, from the urgent or the bulk lane first; None when both are empty."""
 
     async def take_more(self, most: int) -> list[Delivery]:
-        """Take up to so many messages at once, from the lane that the last one came from.
+        """Take up to so many messages at once, the oldest first.
 
-        The urgent lane is always among those asked.
+        They come from the urgent lane if one came from there last; else one of them does, if it
+        can, and the others come from the bulk lane.
         """
 
     def consume(
@@ -235,9 +238,10 @@ class OpenLanes:
         return Delivery.of(message, self._timeout)
 
     async def take_more(self, most: int) -> list[Delivery]:
-        """Take up to so many messages at once, from the lane that the last one came from.
+        """Take up to so many messages at once, the oldest first.
 
-        The urgent lane is always among those asked. Nearly all of a `get` is a wait for its answer.
+        They come from the urgent lane if one came from there last; else one of them does, if it
+        can, and the others come from the bulk lane. Nearly all of a `get` is a wait for its answer.
 
         Raises:
             BrokerError: A lane is gone or does not answer, or the connection is lost.
@@ -249,7 +253,10 @@ class OpenLanes:
         asked = [urgent if self._flowing == urgent.name else bulk for urgent, bulk in self._sides]
         asked[0] = self._queues[0]
         gets = (self._get(queue, self._timeout) for queue in asked[:most])
-        came = [one for one in await asyncio.gather(*gets) if one is not None]
+        found = await asyncio.gather(*gets)
+        if found[0] is not None:
+            self._flowing = self._queues[0].name  # there may be more that go first
+        came = sorted(filter(None, found), key=_place)
         if not came and (one := await self.take()) is not None:
             came.append(one)
         return came
@@ -297,6 +304,11 @@ class OpenLanes:
         finally:
             self._channel.close_callbacks.discard(ended)
             await close(channel, self._timeout)
+
+
+def _place(one: Delivery) -> tuple[bool, datetime]:
+    """Return what goes before what, of messages that came over several channels, in any order."""
+    return one.lane == "bulk", one.published or _LONG_AGO
 
 
 async def _open(

@@ -123,10 +123,12 @@ class MemoryLanes:
         return None
 
     async def take_more(self, most: int) -> list[Delivery]:
-        """Take up to so many messages at once, from the lane that the last one came from."""
+        """Take up to so many messages at once."""
         self._step("take_more")
         lanes = [QUEUES.urgent, *[self._flowing] * (most - 1)]
         came = [self._deliver(lane) for lane in lanes if self.broker.queues[lane]]
+        if came:
+            self._flowing = came[0].message.routing_key or ""
         if not came and (one := await self.take()) is not None:
             came.append(one)
         return came

@@ -17,6 +17,7 @@ from aioworker.rabbitmq import copies
 from aioworker.rabbitmq.connection import connected
 from aioworker.rabbitmq.delivery import Delivery
 from aioworker.rabbitmq.lanes import Lanes, OpenLanes
+from aioworker.rabbitmq.message import PUBLISHED
 from aioworker.rabbitmq.publisher import Publisher
 from tests.conftest import QUEUES, declare
 from tests.doubles import lanes as memory
@@ -54,10 +55,9 @@ class Real:
         await self._stack.enter_async_context(publisher)
         return await OpenLanes.open(self._theirs, publisher, QUEUES, 10)
 
-    async def send(self, lane: str, message: str) -> None:
-        """Publish a message."""
-        outgoing = aio_pika.Message(BODY, headers={"id": message}, message_id=message)
-        await self._channel.default_exchange.publish(outgoing, lane)
+    async def send(self, lane: str, message: str, second: int = 0) -> None:
+        """Publish a message, in some second of an hour."""
+        await self._channel.default_exchange.publish(outgoing(message, second), lane)
 
     async def lie(self, queue: str) -> list[str]:
         """Take all that lies in a queue; return its ids."""
@@ -94,11 +94,9 @@ class Memory:
         self._lanes = memory.MemoryLanes(self._broker)
         return self._lanes
 
-    async def send(self, lane: str, message: str) -> None:
-        """Publish a message."""
-        self._broker.publish(
-            lane, aio_pika.Message(BODY, headers={"id": message}, message_id=message)
-        )
+    async def send(self, lane: str, message: str, second: int = 0) -> None:
+        """Publish a message, in some second of an hour."""
+        self._broker.publish(lane, outgoing(message, second))
 
     async def lie(self, queue: str) -> list[str]:
         """Take all that lies in a queue; return its ids."""
@@ -115,6 +113,12 @@ class Memory:
 
 
 Place = Real | Memory
+
+
+def outgoing(message: str, second: int) -> aio_pika.Message:
+    """Return a message that is published in some second of an hour."""
+    headers = {"id": message, PUBLISHED: f"2026-01-01T00:{second // 60:02}:{second % 60:02}Z"}
+    return aio_pika.Message(BODY, headers=dict(headers), message_id=message)
 
 
 @pytest.fixture(params=["RabbitMQ", "memory"])
@@ -201,6 +205,31 @@ async def test_several_come_from_the_lane_of_the_last_one_and_the_urgent_one(
 
     assert [one.lane for one in first] == ["bulk", "bulk"]
     assert [one.lane for one in second] == ["urgent", "bulk", "bulk"]
+
+
+async def test_behind_an_urgent_one_several_come_from_the_urgent_lane(
+    place: Place, lanes: Lanes
+) -> None:
+    for number in range(6):
+        await place.send(place.queues.bulk, str(number))
+        await place.send(place.queues.urgent, str(number))
+    await take_until(lanes)
+    await lanes.take(bulk_first=True)
+
+    first, second = await lanes.take_more(3), await lanes.take_more(3)
+
+    assert [one.lane for one in first] == ["urgent", "bulk", "bulk"]
+    assert [one.lane for one in second] == ["urgent"] * 3
+
+
+async def test_several_are_in_the_order_of_their_publication(place: Place, lanes: Lanes) -> None:
+    for number in range(161):
+        await place.send(place.queues.urgent, f"{number:03}", number)
+    await take(lanes)
+
+    for first in range(1, 161, 4):
+        came = [one.id for one in await lanes.take_more(4)]
+        assert came == [f"{number:03}" for number in range(first, first + 4)]
 
 
 async def test_of_several_none_is_kept_when_the_connection_is_lost(

@@ -37,6 +37,21 @@ async def test_small_messages_are_taken_several_at_once(
     assert asked(gathering) == ["take_more"] * (math.ceil(40 / at_once) + 2)
 
 
+async def test_urgent_ones_are_taken_first_in_a_start_that_begins_with_the_bulk_lane(
+    clock: FakeClock,
+) -> None:
+    gathering = Gathering(chunk_size=40)
+    gathering.heart.budget.bulk_next = True
+    gathering.send_each(range(100, 200), QUEUES.bulk)
+    gathering.send_each(range(1, 31), QUEUES.urgent)
+
+    await gathering.heart.run_for(clock, 2)
+
+    [ids] = gathering.runs
+    assert ids[0] == 100
+    assert set(range(1, 31)) < set(ids)
+
+
 async def test_chunks_are_not_taken_to_be_given_back(clock: FakeClock) -> None:
     gathering = Gathering(rate=None)
     gathering.send_chunks(range(400, 10_400, 400))
