@@ -246,7 +246,7 @@ class OpenLanes:
         Raises:
             BrokerError: A lane is gone or does not answer, or the connection is lost.
         """
-        while len(self._sides) < most:
+        while len(self._sides) < most and self._may_open:
             channel, lanes = await _open(self._connection, self._names, self._timeout)
             channel.close_callbacks.add(self._closed)
             self._sides.append(lanes)
@@ -260,6 +260,15 @@ class OpenLanes:
         if not came and (one := await self.take()) is not None:
             came.append(one)
         return came
+
+    @property
+    def _may_open(self) -> bool:
+        """Whether RabbitMQ lets one more channel be opened; else it would end the connection."""
+        if self._connection.transport is None:
+            return True  # to be told that it is lost
+        opened = self._connection.transport.connection
+        most = opened.connection_tune.channel_max  # 0 is no limit
+        return not most or len(opened.channels) < most
 
     @asynccontextmanager
     async def consume(

@@ -23,7 +23,7 @@ from tests.conftest import QUEUES, declare
 from tests.doubles import lanes as memory
 
 if TYPE_CHECKING:
-    from support.servers import Servers
+    from support.servers import Broker, Servers
 
 BODY = b"[[], {}, null]"
 SECONDS = 20
@@ -248,6 +248,27 @@ async def test_of_several_none_is_kept_when_the_connection_is_lost(
     with pytest.raises(BrokerError):
         await lanes.take_more(3)
     assert len(await (await place.again()).take_more(3)) == 3
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+async def test_no_more_channels_are_opened_than_rabbitmq_lets(
+    pair: Servers, broker: Broker, channels: int
+) -> None:
+    set_most = "application:set_env(rabbit, channel_max, {})."
+    broker.control("eval", set_most.format(channels))
+    place = Real(pair)
+    try:
+        lanes = await place.open()
+    finally:
+        broker.control("eval", set_most.format(2047))
+    for number in range(8):
+        await place.send(QUEUES.urgent, str(number))
+    await take_until(lanes)
+
+    came = [await lanes.take_more(4), await lanes.take_more(4)]
+
+    assert [len(some) for some in came] == [channels, min(8 - channels, channels)]
+    await place.close()
 
 
 async def test_a_message_is_first_of_all_delivered_once(place: Place, lanes: Lanes) -> None:
