@@ -15,7 +15,7 @@ from aioworker.errors import DatabaseError
 from aioworker.limits import LEAD_SECONDS, POLL_SECONDS
 from aioworker.reasons import Reason, ReasonKind
 from aioworker.settling.outcome import Kind, Outcome
-from aioworker.settling.start import MOST_MESSAGES, Held, Start
+from aioworker.settling.start import AT_ONCE, MOST_MESSAGES, Held, Start
 from aioworker.words import count
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class Gathering:
         self._reading = Usual()  # what needs writing, of as many messages as one read is for
         self._unread: list[Held] = []  # those held messages that no read was for yet
         self._ids = 0  # that those name
+        self._most = AT_ONCE  # messages that may come at once
 
     async def serve(self, first: Delivery) -> Outcome | None:
         """Fill a start, run it, and settle each of its messages.
@@ -74,6 +75,8 @@ class Gathering:
         with consumer.starting(1 if consumer.breaker.reason else MOST_MESSAGES) as start:
             try:
                 outcome = await self._fill(start, first)
+                # Where one fitted no other, the next may not either, and all behind it went back.
+                self._most = 1 if start.closed else AT_ONCE
                 await worker.budget.rest(resting=False)
             except DatabaseError as error:
                 await self._give_back(start, str(error))
@@ -103,7 +106,7 @@ class Gathering:
             until, read = began + spare, self._reading.seconds
             # Behind a read, one more message means one more read.
             late = now > max(due_at - read, until if self._unread else until - read)
-            room = 0 if late or now >= look_at else start.room(self._ids)
+            room = 0 if late or now >= look_at else min(start.room(self._ids), self._most)
             if room and (came := await self._take(room)):
                 settled = await self._open_each(start, came)
             elif self._unread:

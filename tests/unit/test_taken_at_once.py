@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from aioworker.settling.rows import Ids, Rows
 from aioworker.settling.start import AT_ONCE, FEW_BYTES, Held, Start
 from aioworker.tasks.context import Context
 from tests.doubles.gathering import Gathering
+from tests.doubles.heart import Heart
 from tests.doubles.lanes import QUEUES
 from tests.fakes import FakeClock, delivered
 
@@ -60,6 +62,25 @@ async def test_chunks_are_not_taken_to_be_given_back(clock: FakeClock) -> None:
 
     assert [len(ids) for ids in gathering.runs] == [1200] * 8 + [400]
     assert "give_back" not in asked(gathering)
+
+
+async def test_what_comes_with_one_that_fits_no_other_goes_back_once(clock: FakeClock) -> None:
+    """RabbitMQ before 4.3 counts it, and what came back three times runs alone."""
+
+    async def move(ids: list[int], way: str) -> None:
+        pass
+
+    heart = Heart(move, gather_seconds=20)
+    heart.task.needed(lambda ids: ids)
+    for one in range(40):
+        way = "up" if one // 2 % 2 else "down"
+        heart.broker.send(json.dumps([[[one], way], {}, None]).encode(), id=str(one))
+
+    await heart.run_for(clock, 2)
+
+    assert len(heart.broker.acknowledged) == 40
+    assert heart.consumer.starts == 20
+    assert heart.steps.count("give_back") <= 20 + AT_ONCE
 
 
 async def test_of_those_that_came_at_once_what_has_no_room_is_next(clock: FakeClock) -> None:
