@@ -250,6 +250,9 @@ class OpenLanes:
             channel, lanes = await _open(self._connection, self._names, self._timeout)
             channel.close_callbacks.add(self._closed)
             self._sides.append(lanes)
+        if min(most, len(self._sides)) == 1:
+            one = await self.take()
+            return [] if one is None else [one]
         asked = [urgent if self._flowing == urgent.name else bulk for urgent, bulk in self._sides]
         asked[0] = self._queues[0]
         gets = (self._get(queue, self._timeout) for queue in asked[:most])

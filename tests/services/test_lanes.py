@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import aio_pika
 import pytest
+from aio_pika.abc import AbstractQueue
 
 from aioworker.addresses import BrokerAddress, Nodes
 from aioworker.clock import own_time
@@ -230,6 +231,27 @@ async def test_several_are_in_the_order_of_their_publication(place: Place, lanes
     for first in range(1, 161, 4):
         came = [one.id for one in await lanes.take_more(4)]
         assert came == [f"{number:03}" for number in range(first, first + 4)]
+
+
+async def test_for_one_message_each_lane_is_asked_once(
+    pair: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Real(pair)
+    lanes = await place.open()
+    await place.send(QUEUES.bulk, "one")
+    await take_until(lanes)
+    asked = []
+    get = OpenLanes._get
+
+    async def counted(self: OpenLanes, queue: AbstractQueue, seconds: float) -> Delivery | None:
+        asked.append(queue.name)
+        return await get(self, queue, seconds)
+
+    monkeypatch.setattr(OpenLanes, "_get", counted)
+
+    assert len(await lanes.take_more(1)) == 1
+    assert asked == [QUEUES.urgent, QUEUES.bulk]
+    await place.close()
 
 
 async def test_of_several_none_is_kept_when_the_connection_is_lost(
