@@ -176,13 +176,17 @@ def _split(text: str, schemes: Mapping[str, str], example: str) -> SplitResult:
     if _UNPRINTABLE.search(text):
         raise ValueError(f"{expected} one with a control character, or not in UTF-8")
     scheme = _scheme(text, schemes, expected)
-    between = {",", ";"} & set(_host_as_written(text))
+    userinfo, at, host = _authority(text).rpartition("@")
+    between = {",", ";"} & set(host)
     if between:
         raise ValueError(_one_host(min(between)))
     try:
-        parts = urlsplit(text)
+        # urlsplit takes a bracket for a part of the host, wherever it stands, and refuses what
+        # some may read as another character, such as a wide colon.
+        parts = urlsplit(text.replace(userinfo + at, "", 1))
     except ValueError:
         raise ValueError(f"{expected} one whose host is no name and no address") from None
+    parts = parts._replace(scheme=scheme, netloc=userinfo + at + parts.netloc)
     if "@" in parts.path + parts.query + parts.fragment:
         # Whatever stands before it may be a part of the password: show none of it.
         raise ValueError(
@@ -195,7 +199,7 @@ def _split(text: str, schemes: Mapping[str, str], example: str) -> SplitResult:
         raise ValueError(f"{expected} one whose port is no number from 1 to 65535")
     if parts.hostname and not _is_host(parts.hostname):
         raise ValueError(f"{expected} one whose host is no name and no address")
-    return parts._replace(scheme=scheme)
+    return parts
 
 
 def _scheme(text: str, schemes: Mapping[str, str], expected: str) -> str:
@@ -229,10 +233,9 @@ def _is_host(host: str) -> bool:
         return False
 
 
-def _host_as_written(text: str) -> str:
-    """Return host and port of a URL, however wrong."""
-    authority = re.split(r"[/?#]", text.partition("://")[2], maxsplit=1)[0]
-    return authority.rpartition("@")[2]
+def _authority(text: str) -> str:
+    """Return user, password, host and port of a URL, however wrong."""
+    return re.split(r"[/?#]", text.partition("://")[2], maxsplit=1)[0]
 
 
 def _one_host(between: str) -> str:

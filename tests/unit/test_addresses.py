@@ -6,7 +6,7 @@ from collections.abc import Callable
 from urllib.parse import quote
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from aioworker.addresses import BrokerAddress, DatabaseAddress
@@ -252,4 +252,24 @@ def test_any_password_is_read_as_it_was_written(password: str) -> None:
     database = DatabaseAddress.parse(f"mysql://me:{written}@h/d")
 
     assert broker.url.get_secret_value() == f"amqp://me:{written}@h:5672/%2F"
+    assert database.password.get_secret_value() == password
+
+
+@given(
+    password=st.text(
+        st.characters(codec="utf-8", exclude_characters="%/?#", exclude_categories=["Cc"]),
+        min_size=1,
+    )
+)
+@example("s3[c]r3t")
+@example("s3[cr3t")
+@example("s3\uff1acr3t")  # a wide colon
+@example("s3\u2100cr3t")  # a sign that holds a slash
+def test_few_characters_of_a_password_must_be_written_otherwise(password: str) -> None:
+    """A bracket in it was blamed on the host."""
+    [broker] = BrokerAddress.parse_all(f"amqp://me:{password}@h/")
+    database = DatabaseAddress.parse(f"mysql://me:{password}@[::1]:3307/d")
+
+    assert broker.url.get_secret_value() == f"amqp://me:{quote(password, '')}@h:5672/%2F"
+    assert (database.host, database.port) == ("::1", 3307)
     assert database.password.get_secret_value() == password
