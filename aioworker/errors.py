@@ -177,6 +177,15 @@ def name_of(thing: object) -> str:
 _class_name = type.__dict__["__name__"].__get__
 
 
+def told(error: BaseException) -> str:
+    """Return an error's class and its words in one line, whatever its own code does."""
+    try:
+        words = " ".join(str.__str__(str(error)).split())
+    except BaseException as second:  # noqa: BLE001 - of a user's code, run by looking at it
+        return f"{name_of(error)}, which cannot be told: its own code raises {name_of(second)}"
+    return f"{name_of(error)}: {words}" if words else name_of(error)
+
+
 def let_go(error: BaseException | None) -> None:
     """Drop the tracebacks of an error that is told, and of what it came from.
 

@@ -16,7 +16,7 @@ import typer
 
 from aioworker.cli import console, consume, control, dead, publish, status
 from aioworker.cli.common import end_process
-from aioworker.errors import AioworkerError, UsageError
+from aioworker.errors import AioworkerError, UsageError, told
 from aioworker.logs import journal_mark
 from aioworker.worker import signals
 
@@ -78,7 +78,7 @@ def main() -> None:
         _fail(error, f"cannot write to standard output: {error}")
     except Exception as error:  # noqa: BLE001 - a fault of ours, still one line
         status = 1
-        _fail(error, f"unexpected {type(error).__name__}: {error}; --debug shows where")
+        _fail(error, f"unexpected {told(error)}; --debug shows where")
     end_process(status or 0)
 
 

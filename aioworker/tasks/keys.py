@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from aioworker.errors import AioworkerError, TaskError, UsageError
+from aioworker.errors import AioworkerError, TaskError, UsageError, told
 from aioworker.mysql.errors import MySQLError
 from aioworker.rabbitmq.message import brief
 from aioworker.tasks.chunk import id_of
@@ -74,7 +74,7 @@ def naming(task: AnyTask, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise TaskError(
-            f"task {task.name!r}: its {what} failed: {type(error).__name__}: {error}{place(error)}"
+            f"task {task.name!r}: its {what} failed: {told(error)}{place(error)}"
         ) from error
 
 

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from aioworker.errors import AioworkerError, TaskError
+from aioworker.errors import AioworkerError, TaskError, told
 
 
 def load(modules: Sequence[str]) -> None:
@@ -33,8 +33,7 @@ def load(modules: Sequence[str]) -> None:
             # A server that is away comes back, and code that is wrong does not mend itself.
             away = isinstance(error, ConnectionError | TimeoutError)
             raise (AioworkerError if away else TaskError)(
-                f"module {module!r} does not import: {type(error).__name__}:"
-                f" {' '.join(str(error).split())}{place(error)}"
+                f"module {module!r} does not import: {told(error)}{place(error)}"
             ) from error
 
 

@@ -198,6 +198,12 @@ async def test_a_slow_and_limited_task_holds_up_no_other(
         ),
         ("def f(:\n", "module 'broken' does not import: SyntaxError: invalid syntax"),
         (
+            "class OddError(Exception):\n    def __str__(self):\n        return self.shop\n\n"
+            "raise OddError\n",
+            "module 'broken' does not import: OddError, which cannot be told: its own code raises"
+            " AttributeError (broken.py, line 5)",
+        ),
+        (
             "from aioworker import task\n\n@task(rate_limit='2/min')\ndef f(): ...\n",
             "module 'broken': task 'f': expected rate limit as COUNT/UNIT, such as '2/m', or none,"
             " got: '2/min'; write '2/m'",
@@ -251,6 +257,7 @@ async def test_a_slow_and_limited_task_holds_up_no_other(
         "absent",
         "import",
         "syntax",
+        "odd",
         "rate",
         "no chunk",
         "urgent",

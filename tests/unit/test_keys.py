@@ -97,6 +97,22 @@ async def test_keys_that_fail_name_their_task_and_line() -> None:
     assert str(refusal.value) == f"task 'sweep': its keys failed: KeyError: 'x' {where}"
 
 
+async def test_keys_that_fail_with_what_cannot_be_told_name_their_task_all_the_same() -> None:
+    """The error of the error's own code was told in its place, without the task."""
+
+    class OddError(Exception):
+        def __str__(self) -> str:
+            raise KeyError("x")
+
+    def broken() -> list[list[int]]:
+        raise OddError
+
+    with pytest.raises(TaskError) as refusal:
+        await swept(broken)
+    words = "OddError, which cannot be told: its own code raises KeyError"
+    assert str(refusal.value).startswith(f"task 'sweep': its keys failed: {words} ({HERE}, line ")
+
+
 async def test_what_is_needed_that_fails_in_a_sweep_names_its_task_and_line() -> None:
     """`publish-all --only-needed` asks what is needed, too."""
     task = Task("sweep", a_list)
