@@ -269,7 +269,10 @@ class Process:
         for one in serving:
             one.cancel()
         # A thread that never returns is left behind: its connection is closed already.
-        await asyncio.wait(serving, timeout=CUT_OFF_SECONDS)
+        ended, _left = await asyncio.wait(serving, timeout=CUT_OFF_SECONDS)
+        for one in ended:
+            if not one.cancelled():
+                one.exception()  # another's is told already: asyncio would log this one
         for worker in self._workers:
             try:
                 await worker.presence.leave()

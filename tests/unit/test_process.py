@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from aioworker.errors import BrokerError
 from aioworker.worker.process import Process
 from aioworker.worker.systemd import Notifier
 from tests.doubles.heart import Heart, nothing
@@ -98,6 +100,32 @@ async def test_systemd_hears_nothing_of_a_step_that_is_overdue(clock: FakeClock)
     until.cancel()
     serving[0].cancel()
     await asyncio.wait({until, *serving})
+
+
+async def test_a_task_that_fails_where_another_ends_the_burst_is_no_error_of_asyncio(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It closes its connection when it is cut off, and goes on with its own error."""
+    process, _manager = process_of(burst=True)
+
+    async def fail() -> bool:
+        raise BrokerError("the first queue is not there")
+
+    async def fail_meanwhile() -> bool:
+        try:
+            return await asyncio.Event().wait()
+        finally:
+            raise BrokerError("the second queue is not there")
+
+    async def serve_both() -> None:
+        serving = [asyncio.create_task(fail()), asyncio.create_task(fail_meanwhile())]
+        with pytest.raises(BrokerError, match="first"):
+            await process._until_stopped(serving)
+        await process._end(serving)
+
+    await serve_both()
+    gc.collect()
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize(("fails", "complete"), [(False, True), (True, False)])
