@@ -36,6 +36,7 @@ EVERYWHERE: dict[str, str | int] = {
     "default_week_format": 0,
     "div_precision_increment": 4,
     "max_sort_length": 1024,
+    "sort_buffer_size": 262_144,
     "sql_auto_is_null": 0,
     "sql_safe_updates": 0,
     "sql_select_limit": _MOST,

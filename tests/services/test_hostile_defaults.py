@@ -68,6 +68,7 @@ HARMLESS: tuple[tuple[str, str | int], ...] = (
     ("lc_messages", "fr_FR"),
     ("time_zone", "+13:00"),
     ("max_sort_length", 64),
+    ("sort_buffer_size", 1024),  # MySQL's least is 32 KiB
     ("max_error_count", 0),
     ("character_set_server", "latin1"),
     ("character_set_client", "latin1"),
@@ -249,6 +250,16 @@ def test_a_sweep_is_written_whatever_a_commit_does_by_default(
     assert rows(site_of_stale_rows, "SELECT COUNT(*) FROM addons WHERE current_version > 0") == [
         (STALE_ROWS,)
     ]
+
+
+def test_status_sorts_the_workers_whatever_room_there_is_by_default(
+    site_of_stale_rows: Connection[Cursor], run: Run
+) -> None:
+    """The database was unreachable: `Out of sort memory` (1038)."""
+    with hostile(site_of_stale_rows, "sort_buffer_size", 1024):
+        done = run("status")
+
+    assert "\ndatabase   reachable\n" in done.stdout
 
 
 async def refused(pair: servers.Servers, lanes: Lanes) -> str:
