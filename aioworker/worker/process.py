@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from aioworker.budget.shared import SharedBudget
-from aioworker.errors import DatabaseError, WorkerCutOffError
+from aioworker.errors import AioworkerError, DatabaseError, WorkerCutOffError
 from aioworker.limits import NoLimit, RateLimit, WorkerBudget, in_force
 from aioworker.logs import fields
 from aioworker.rabbitmq.queues import Queues
@@ -143,7 +143,7 @@ class Process:
                 monitor = LoopMonitor()
                 supervisors = self._make(monitor)
                 self._notifier.send(READY="1", STATUS="starting")
-                serving = [asyncio.create_task(one.run(self._stop)) for one in supervisors]
+                serving = [asyncio.create_task(self._serve(one)) for one in supervisors]
                 try:
                     with monitor:
                         complete = await self._until_stopped(serving)
@@ -224,6 +224,15 @@ class Process:
         return Supervisor(
             worker, settings.amqp_url, queues, settings.connect_timeout, f"{name} {task.name}"
         )
+
+    async def _serve(self, supervisor: Supervisor) -> bool:
+        """Serve a task; what it fails for has its name, if it is one of several."""
+        try:
+            return await supervisor.run(self._stop)
+        except AioworkerError as error:
+            if len(self._tasks) > 1:
+                error.add_note(f"that was {supervisor.worker.task.name}")
+            raise
 
     def _report(self, task: str, doing: str) -> None:
         """Show by the service manager what the worker does, all its tasks together."""

@@ -164,6 +164,19 @@ def test_a_single_change_of_a_users_task(run: Run, app: str, shop: Connection[Cu
     assert rows(shop, "SELECT * FROM ratings ORDER BY shop") == [(5, 50), (6, 60), (7, 70)]
 
 
+def test_a_burst_that_one_of_several_tasks_ends_names_it(
+    run: Run, app: str, shop: Connection[Cursor]
+) -> None:
+    assert run("pause", "shop.note").returncode == 0
+
+    done = run("consume", "--burst", AIOWORKER_APP=app)
+
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("aioworker: paused by ")
+    assert last.endswith("; that was shop.note")
+
+
 async def test_a_slow_and_limited_task_holds_up_no_other(
     start: Start, pair: Servers, tmp_path: Path, app: str, shop: Connection[Cursor]
 ) -> None:
