@@ -33,6 +33,7 @@ PREFIX = "AIOWORKER_"
 ENV_FILE = ".env"
 SECRETS_DIR = f"{PREFIX}SECRETS_DIR"
 _QUEUE_PREFIX = re.compile(r"[A-Za-z0-9_-]{1,50}")
+_URL_PASSWORD = re.compile(r"(://[^\s/@:]*):\S*@")
 # What Kubernetes sets for a service that is called aioworker.
 _KUBERNETES = re.compile(rf"{PREFIX}(PORT|SERVICE)(_|$)")
 
@@ -207,8 +208,8 @@ class Settings(BaseSettings):
             first = error.errors(include_url=False, include_input=False)[0]
             name = str(first["loc"][0])
             shown = f"--{name.replace('_', '-')}" if name in given else PREFIX + name.upper()
-            problem = first["msg"].removeprefix("Value error, ")
-            raise UsageError(f"{shown}: {problem}") from None
+            expected, got, value = first["msg"].removeprefix("Value error, ").partition(" got: ")
+            raise UsageError(f"{shown}: {expected}{got}{_without_password(value)}") from None
 
     def nodes(self) -> Nodes:
         """Return RabbitMQ's nodes.
@@ -282,6 +283,11 @@ def _check_files(name: str, address: BrokerAddress | DatabaseAddress) -> None:
         raise UsageError(f"{PREFIX}{name.upper()}: {error}") from error
 
 
+def _without_password(value: str) -> str:
+    """Return a wrong value as it is told: it may be a URL that was meant for another setting."""
+    return _URL_PASSWORD.sub(r"\1:…@", value)
+
+
 def _default(value: Any) -> str:
     if value in (None, ()):
         return "unset"
@@ -322,8 +328,9 @@ def _secrets(folder: str | None) -> dict[str, str]:
     try:
         paths = list(Path(folder).iterdir())
     except OSError as error:
+        shown = _without_password(repr(folder))
         raise UsageError(
-            f"{SECRETS_DIR}: expected a folder, got: {folder!r} ({error.strerror})"
+            f"{SECRETS_DIR}: expected a folder, got: {shown} ({error.strerror})"
         ) from None
     ours = [path for path in paths if path.name.upper().startswith(PREFIX)]
     return {path.name: _text(path).strip() for path in ours}

@@ -114,6 +114,20 @@ def test_a_bad_value_is_refused_by_its_variable(
     assert str(refusal.value) == f"{name}: {problem}"
 
 
+@pytest.mark.parametrize("name", [name for name, _default, _meaning in Settings.table()])
+@pytest.mark.parametrize("url", ["amqps://me:s3cret@mq/", "x://:s3cret/s3cret@s3cret@db/site"])
+def test_no_setting_tells_the_password_of_a_url_that_was_meant_for_another(
+    name: str, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, url)
+
+    try:
+        found = repr(Settings.load())
+    except UsageError as refusal:
+        found = str(refusal)
+    assert "s3cret" not in found
+
+
 def test_a_bad_option_is_refused_by_its_option() -> None:
     with pytest.raises(UsageError) as refusal:
         Settings.load(chunk_size="0")
