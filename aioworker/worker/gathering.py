@@ -144,8 +144,8 @@ class Gathering:
         settled = None
         while came and start.has_room(self._ids) and (settled is None or not settled.uncounted):
             settled = await self._open(start, came.pop(0))
-        while came:
-            await came.pop(0).give_back()
+        for delivery in came:
+            await delivery.give_back()
         return settled
 
     async def _open(self, start: Start, delivery: Delivery) -> Outcome | None:
