@@ -111,6 +111,7 @@ class OpenLanes:
         self._refusal: ChannelPreconditionFailed | None = None
         self._sides = [lanes]  # both lanes as each channel has them, this one's first
         self._flowing = lanes[0].name  # where the last message came from
+        self._left = math.inf  # how many lay behind it, by RabbitMQ's count; not known yet
         self._empty_at = -math.inf  # when RabbitMQ last answered that both are, by a clock
         channel.close_callbacks.add(self._closed)
 
@@ -234,7 +235,7 @@ class OpenLanes:
             message = await queue.get(fail=False, timeout=None)
         if message is None:
             return None
-        self._flowing = queue.name
+        self._flowing, self._left = queue.name, message.message_count or 0
         return Delivery.of(message, self._timeout)
 
     async def take_more(self, most: int) -> list[Delivery]:
@@ -246,11 +247,12 @@ class OpenLanes:
         Raises:
             BrokerError: A lane is gone or does not answer, or the connection is lost.
         """
+        most = int(min(most, self._left))  # none is asked for that is not there
         while len(self._sides) < most and self._may_open:
             channel, lanes = await _open(self._connection, self._names, self._timeout)
             channel.close_callbacks.add(self._closed)
             self._sides.append(lanes)
-        if min(most, len(self._sides)) == 1:
+        if min(most, len(self._sides)) <= 1:
             one = await self.take()
             return [] if one is None else [one]
         asked = [urgent if self._flowing == urgent.name else bulk for urgent, bulk in self._sides]
