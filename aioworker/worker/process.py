@@ -143,7 +143,10 @@ class Process:
                 monitor = LoopMonitor()
                 supervisors = self._make(monitor)
                 self._notifier.send(READY="1", STATUS="starting")
-                serving = [asyncio.create_task(self._serve(one)) for one in supervisors]
+                serving = [
+                    asyncio.create_task(one.run(self._stop), name=one.worker.task.name)
+                    for one in supervisors
+                ]
                 try:
                     with monitor:
                         complete = await self._until_stopped(serving)
@@ -225,13 +228,17 @@ class Process:
             worker, settings.amqp_url, queues, settings.connect_timeout, f"{name} {task.name}"
         )
 
-    async def _serve(self, supervisor: Supervisor) -> bool:
-        """Serve a task; what it fails for has its name, if it is one of several."""
+    def _result(self, served: asyncio.Task[bool]) -> bool:
+        """Return what serving a task came to; what it failed for names it, if it is one of several.
+
+        Raises:
+            AioworkerError: It failed.
+        """
         try:
-            return await supervisor.run(self._stop)
+            return served.result()
         except AioworkerError as error:
             if len(self._tasks) > 1:
-                error.add_note(f"that was {supervisor.worker.task.name}")
+                error.add_note(f"that was {served.get_name()}")
             raise
 
     def _report(self, task: str, doing: str) -> None:
@@ -254,8 +261,9 @@ class Process:
             while left and not self._stop.is_set():
                 done = await self._notifier.wait({*left, stopping}, self._progresses)
                 left -= done
-                for one in done - {stopping}:
-                    one.result()
+                for one in serving:
+                    if one in done:
+                        self._result(one)
         finally:
             stopping.cancel()
         if left:
@@ -267,7 +275,9 @@ class Process:
         if left:
             log.error("not done in time", extra=fields(seconds=self._settings.shutdown_timeout))
             return False
-        results = [one.result() for one in serving]  # of each: one that failed is not passed over
+        results = [
+            self._result(one) for one in serving
+        ]  # of each: one that failed is not passed over
         return all(results) or not self._burst
 
     def _progresses(self) -> bool:
