@@ -1,4 +1,4 @@
-"""Frames: what RabbitMQ sends, as far as it can be decoded, and what it is sent, in few pieces.
+"""What RabbitMQ sends, as far as it can be decoded.
 
 A message's properties come in a frame of their own. aiormq ends the connection at one that it
 cannot decode (a header's name in Latin-1, a time in microseconds), and RabbitMQ sends the same
@@ -36,7 +36,6 @@ _FIXED_BYTES = 12  # class, weight, size of the body
 _METHOD_BYTES = 4
 _TAG_BYTES = 9  # of a delivery, and whether it comes again
 _NO_ASCII = bytes(byte if byte < 128 else ord("?") for byte in range(256))
-PIECE_BYTES = 65_536  # sent in one piece, and as many as wait for the network before `drain` does
 LOGIN_FRAME_BYTES = 65_536  # RabbitMQ's own are a few hundred
 _LOGIN_PARTS = 9  # three frames, each read in three parts
 _FIRST = (bytes([FRAME_METHOD, 0, 0]), AMQP)  # a method on channel 0, or the version it speaks
@@ -111,7 +110,7 @@ class TolerantConnection(PlainConnection):
 
 
 class _Transport(aiormq.TransportFactory):
-    """Connects as aiormq does; reads by `_First`, and `Frames` if tolerant; writes by `Joined`."""
+    """Connects as aiormq does, and reads by `_First`, and by `Frames` if tolerant."""
 
     def __init__(self, *, tolerant: bool) -> None:
         self._tolerant = tolerant
@@ -122,55 +121,7 @@ class _Transport(aiormq.TransportFactory):
         own = TLSTransportFactory() if secure else TCPTransportFactory()
         opened, writer = await own.create(url, **kwargs)
         reader = cast("StreamReader", _First(opened))
-        if self._tolerant:
-            reader = cast("StreamReader", Frames(reader))
-        return reader, cast("StreamWriter", Joined(writer))
-
-
-class Joined:
-    """Sends in one piece what is written within one turn of the event loop.
-
-    aiormq writes each frame by itself, and to send one takes longer than to make it: sixteen
-    acknowledgements are sixteen system calls.
-
-    Args:
-        writer: Sends the pieces.
-    """
-
-    def __init__(self, writer: StreamWriter) -> None:
-        self._writer = writer
-        self._parts: list[bytes] = []
-        self._bytes = 0
-        self._call_soon = asyncio.get_running_loop().call_soon
-
-    def __getattr__(self, name: str) -> Any:
-        """Return what else a writer has."""
-        return getattr(self._writer, name)
-
-    def write(self, data: bytes) -> None:
-        """Send bytes at the end of this turn; at once, if they have become many."""
-        if not self._parts:
-            self._call_soon(self._send)
-        self._parts.append(data)
-        self._bytes += len(data)
-        if self._bytes >= PIECE_BYTES:
-            self._send()
-
-    def write_eof(self) -> None:
-        """Send what is left, and say that no more comes."""
-        self._send()
-        self._writer.write_eof()
-
-    def close(self) -> None:
-        """Send what is left, and close."""
-        self._send()
-        self._writer.close()
-
-    def _send(self) -> None:
-        if self._parts:
-            self._writer.write(b"".join(self._parts))
-            self._parts.clear()
-            self._bytes = 0
+        return cast("StreamReader", Frames(reader)) if self._tolerant else reader, writer
 
 
 class _First:

@@ -14,7 +14,7 @@ from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 from pamqp.heartbeat import Heartbeat
 
-from aioworker.rabbitmq.frames import PIECE_BYTES, SHOWN_BYTES, Frames, Joined, PlainConnection
+from aioworker.rabbitmq.frames import SHOWN_BYTES, Frames, PlainConnection
 from aioworker.rabbitmq.message import PROPERTIES, UNREADABLE
 from tests.faults.junk import UNDECODABLE, Properties
 
@@ -104,58 +104,3 @@ def test_a_connection_that_is_garbage_is_closed_by_nobody() -> None:
     gc.collect()
 
     loop.close()
-
-
-class Sent:
-    """A writer that notes each piece."""
-
-    def __init__(self) -> None:
-        self.pieces: list[bytes] = []
-        self.closed = False
-
-    def write(self, data: bytes) -> None:
-        """Note a piece."""
-        assert not self.closed
-        self.pieces.append(data)
-
-    def close(self) -> None:
-        """Take no more."""
-        self.closed = True
-
-
-async def test_what_is_written_in_one_turn_is_sent_in_one_piece() -> None:
-    sent = Sent()
-    writer = Joined(sent)  # type: ignore[arg-type]
-
-    writer.write(b"one")
-    writer.write(b"two")
-    await asyncio.sleep(0)
-    writer.write(b"three")
-    await asyncio.sleep(0)
-
-    assert sent.pieces == [b"onetwo", b"three"]
-
-
-async def test_much_is_sent_at_once_and_in_its_order() -> None:
-    """So that what waits for the network is bounded, as without pieces."""
-    sent, large = Sent(), bytes(PIECE_BYTES)
-    writer = Joined(sent)  # type: ignore[arg-type]
-
-    writer.write(b"one")
-    writer.write(large)
-    writer.write(b"two")
-
-    assert sent.pieces == [b"one" + large]
-    await asyncio.sleep(0)
-    assert sent.pieces == [b"one" + large, b"two"]
-
-
-async def test_what_was_written_is_sent_before_the_end() -> None:
-    sent = Sent()
-    writer = Joined(sent)  # type: ignore[arg-type]
-
-    writer.write(b"goodbye")
-    writer.close()
-    await asyncio.sleep(0)
-
-    assert (sent.pieces, sent.closed) == ([b"goodbye"], True)
