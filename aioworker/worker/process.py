@@ -275,9 +275,8 @@ class Process:
         if left:
             log.error("not done in time", extra=fields(seconds=self._settings.shutdown_timeout))
             return False
-        results = [
-            self._result(one) for one in serving
-        ]  # of each: one that failed is not passed over
+        # Of each: one that failed is not passed over.
+        results = [self._result(one) for one in serving]
         return all(results) or not self._burst
 
     def _progresses(self) -> bool:

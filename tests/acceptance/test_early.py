@@ -182,7 +182,8 @@ def test_a_worker_keeps_every_sighup_of_its_start(
         check=False,
     )
 
-    assert (done.returncode, done.stdout) == (0, "aioworker: loaded update_current_version\n")
+    found = done.returncode, done.stdout, done.stderr
+    assert found == (0, "aioworker: loaded update_current_version\n", "")
     modules = (tmp_path / "all").read_text().splitlines()
     assert {"typer", "pydantic", "aioworker.tasks.task", "aioworker.addons"} <= set(modules)
     assert len(modules) > 200
