@@ -169,7 +169,11 @@ def hook(tmp_path: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("kind", [SCRIPT, MODULE], ids=["script", "module"])
 def test_a_worker_keeps_every_sighup_of_its_start(
-    pair: servers.Servers, tmp_path: Path, hook: dict[str, str], kind: tuple[str, ...]
+    pair: servers.Servers,
+    shop: object,
+    tmp_path: Path,
+    hook: dict[str, str],
+    kind: tuple[str, ...],
 ) -> None:
     """`systemctl reload` in the first seconds ended it; what it loads by then is new anyway."""
     done = subprocess.run(
