@@ -17,6 +17,33 @@ SUSPECT_RETURNS = 3  # deliveries that were not settled, and a message is served
 ID_BYTES = 200  # of what others call their messages: AMQP has room for 255
 
 
+class Answers:
+    """Which deliveries of one channel RabbitMQ has an answer to; it numbers them from 1."""
+
+    def __init__(self) -> None:
+        self._all_until = 0  # so far all are answered
+        self._beyond: set[int] = set()
+
+    def note(self, tag: int, *, with_earlier: bool = False) -> None:
+        """Note an answer to a delivery, or to all until that one."""
+        self._beyond.add(tag)
+        if with_earlier:
+            self._all_until = tag
+            self._beyond = {other for other in self._beyond if other > tag}
+        while self._all_until + 1 in self._beyond:
+            self._all_until += 1
+            self._beyond.remove(self._all_until)
+
+    def lack_only(self, tags: set[int]) -> bool:
+        """Whether of all deliveries until the last of these no other one waits for its answer.
+
+        One counts as waiting, too, that aiormq let go of unseen.
+        """
+        return all(
+            tag in tags or tag in self._beyond for tag in range(self._all_until + 1, max(tags) + 1)
+        )
+
+
 class Delivery(NamedTuple):
     """One delivery of a message.
 
@@ -37,6 +64,7 @@ class Delivery(NamedTuple):
         together: With how many it may run at most, since more of them failed; None for any number.
         published: When it was published, by the clock of whoever did; None if that is not known.
         timeout: Seconds for RabbitMQ to take an answer.
+        answers: Those to the deliveries of its channel.
     """
 
     message: Message
@@ -52,10 +80,19 @@ class Delivery(NamedTuple):
     together: int | None
     published: datetime | None
     timeout: float
+    answers: Answers
 
     @classmethod
-    def of(cls, message: Message, timeout: float = 10.0) -> Delivery:
-        """Read a message's headers, whatever their values are."""
+    def of(
+        cls, message: Message, timeout: float = 10.0, answers: Answers | None = None
+    ) -> Delivery:
+        """Read a message's headers, whatever their values are.
+
+        Args:
+            message: The message.
+            timeout: Seconds for RabbitMQ to take an answer.
+            answers: Those to the deliveries of its channel; None if each is answered by itself.
+        """
         headers = message.headers
         known = message_id(message)
         return cls(
@@ -72,7 +109,13 @@ class Delivery(NamedTuple):
             together=max(_number(headers.get(TOGETHER)), 0) or None,
             published=moment(headers.get(PUBLISHED)) or aware(message.timestamp),
             timeout=timeout,
+            answers=Answers() if answers is None else answers,
         )
+
+    @property
+    def tag(self) -> int:
+        """The number of the delivery, in its channel."""
+        return self.message.delivery_tag or 0
 
     @property
     def copied(self) -> bool:
@@ -84,14 +127,18 @@ class Delivery(NamedTuple):
         known = (self.key, self.attempt) == (other.key, other.attempt)
         return known and self.message.body == other.message.body
 
-    async def acknowledge(self) -> None:
+    async def acknowledge(self, *, with_earlier: bool = False) -> None:
         """Let RabbitMQ forget the message: all that it asked for is done, or a copy is confirmed.
+
+        Args:
+            with_earlier: Whether it forgets all that came over the channel before, too.
 
         Raises:
             BrokerError: The connection is lost: RabbitMQ will deliver it again.
         """
         async with in_time(self.message.routing_key or "", self.timeout):
-            await self.message.ack()
+            await self.message.ack(multiple=with_earlier)
+        self.answers.note(self.tag, with_earlier=with_earlier)
 
     async def give_back(self) -> None:
         """Let the message go back to its lane, as it came.
@@ -101,6 +148,7 @@ class Delivery(NamedTuple):
         """
         async with in_time(self.message.routing_key or "", self.timeout):
             await self.message.nack(requeue=True)
+        self.answers.note(self.tag)
 
 
 def message_id(message: Message) -> str:

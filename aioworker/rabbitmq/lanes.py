@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from datetime import UTC, datetime
@@ -26,7 +27,7 @@ from aio_pika.exceptions import ChannelPreconditionFailed
 
 from aioworker.errors import BrokerError
 from aioworker.rabbitmq.connection import close
-from aioworker.rabbitmq.delivery import Delivery
+from aioworker.rabbitmq.delivery import Answers, Delivery
 from aioworker.rabbitmq.errors import describe, in_time
 from aioworker.rabbitmq.publisher import Publisher
 from aioworker.rabbitmq.queues import Queues, check
@@ -110,6 +111,7 @@ class OpenLanes:
         self._timeout = timeout
         self._refusal: ChannelPreconditionFailed | None = None
         self._sides = [lanes]  # both lanes as each channel has them, this one's first
+        self._answers: dict[AbstractChannel, Answers] = defaultdict(Answers)
         self._flowing = lanes[0].name  # where the last message came from
         self._left = math.inf  # how many lay behind it, by RabbitMQ's count; not known yet
         self._empty_at = -math.inf  # when RabbitMQ last answered that both are, by a clock
@@ -236,7 +238,7 @@ class OpenLanes:
         if message is None:
             return None
         self._flowing, self._left = queue.name, message.message_count or 0
-        return Delivery.of(message, self._timeout)
+        return Delivery.of(message, self._timeout, self._answers[queue.channel])
 
     async def take_more(self, most: int) -> list[Delivery]:
         """Take up to so many messages at once, the oldest first.

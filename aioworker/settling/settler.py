@@ -91,15 +91,16 @@ class Settler:
         """
         refusal: BrokerError | None = None
         lost: BrokerError | None = None
-        for one in held:
+        for several in _steps(held):
+            one = several[-1]
             if lost is not None:
-                self._leave(start, one, lost, over=one.outcome.kind is Kind.ACK)
+                self._leave(start, several, lost, over=one.outcome.kind is Kind.ACK)
                 continue
             if len(held) > 1:  # the watchdog hears of each; for one of them it has patience
                 start.may_take(one.delivery.timeout)
             refusal = await self._copy(one, lanes, refusal)
             # RabbitMQ delivers first what was given back first.
-            lost = await self._answer(start, one)
+            lost = await self._answer(start, several)
         return lost
 
     async def _copy(
@@ -155,21 +156,45 @@ class Settler:
                 )
             )
 
-    async def _answer(self, start: Start, one: Held) -> BrokerError | None:
-        """Give a message back, or acknowledge it; return why that could not be done."""
+    async def _answer(self, start: Start, several: Sequence[Held]) -> BrokerError | None:
+        """Give a message back, or acknowledge it, or several; return why that could not be done."""
+        last = several[-1]
         try:
-            if one.outcome.kind is Kind.RELEASED:
-                await one.delivery.give_back()
+            if last.outcome.kind is Kind.RELEASED:
+                await last.delivery.give_back()
             else:
-                await one.delivery.acknowledge()
+                await last.delivery.acknowledge(with_earlier=len(several) > 1)
         except BrokerError as error:
-            self._leave(start, one, error, over=True)
+            self._leave(start, several, error, over=True)
             return error
-        one.settled = True
+        for one in several:
+            one.settled = True
         return None
 
-    def _leave(self, start: Start, one: Held, error: BrokerError, *, over: bool) -> None:
-        """Leave a message to RabbitMQ; one that is over but for its answer is remembered."""
-        if over:
-            self._ends.remember(one.delivery, one.outcome)
-        self._report.unsettled(start, one, error)
+    def _leave(
+        self, start: Start, several: Sequence[Held], error: BrokerError, *, over: bool
+    ) -> None:
+        """Leave messages to RabbitMQ; what is over but for its answer is remembered."""
+        for one in several:
+            if over:
+                self._ends.remember(one.delivery, one.outcome)
+            self._report.unsettled(start, one, error)
+
+
+def _steps(held: Sequence[Held]) -> list[list[Held]]:
+    """Return which messages RabbitMQ is answered about in one step each.
+
+    If all are done, one acknowledgement is for all that came over a channel, unless RabbitMQ waits
+    for an answer to another message that came before the last of them.
+    """
+    if any(one.outcome.kind is not Kind.ACK for one in held):
+        return [[one] for one in held]
+    channels: dict[int, list[Held]] = {}
+    for one in held:
+        channels.setdefault(id(one.delivery.answers), []).append(one)
+    steps: list[list[Held]] = []
+    for several in channels.values():
+        several.sort(key=lambda one: one.delivery.tag)
+        alone = several[0].delivery.answers.lack_only({one.delivery.tag for one in several})
+        steps += [several] if alone else [[one] for one in several]
+    return steps

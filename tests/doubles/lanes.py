@@ -19,7 +19,7 @@ from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
 from aioworker.errors import ConnectionLostError
-from aioworker.rabbitmq.delivery import Delivery
+from aioworker.rabbitmq.delivery import Answers, Delivery
 from aioworker.rabbitmq.queues import Queues
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ class MemoryLanes:
         self.lost = False
         self._at = at
         self._tag = 0
+        self._answers = Answers()
         self._flowing = QUEUES.urgent  # where the last message came from
 
     async def hold_something(self, *, sure: bool = False) -> bool:
@@ -187,8 +188,8 @@ class MemoryLanes:
         for tag in sorted(self.held):
             self._put_back(tag)
 
-    def settle(self, tag: int, *, give_back: bool) -> None:
-        """Take what a worker answers for a message that it holds."""
+    def settle(self, tag: int, *, give_back: bool, with_earlier: bool = False) -> None:
+        """Take what a worker answers for a message that it holds, or for all up to that one."""
         if tag not in self.held:
             raise ChannelInvalidStateError("closed")  # as aio-pika does
         self._at("give_back" if give_back else "acknowledge")
@@ -196,8 +197,9 @@ class MemoryLanes:
         if give_back:
             self._put_back(tag)
         else:
-            _queue, kept = self.held.pop(tag)
-            self.broker.acknowledged.append(str((kept.properties.headers or {}).get("id")))
+            for one in [one for one in self.held if one == tag or (with_earlier and one < tag)]:
+                _queue, kept = self.held.pop(one)
+                self.broker.acknowledged.append(str((kept.properties.headers or {}).get("id")))
 
     def _step(self, name: str) -> None:
         self._at(name)
@@ -227,7 +229,7 @@ class MemoryLanes:
             redelivered=bool(kept.deliveries),
         )
         delivered = DeliveredMessage(delivery=method, header=header, body=kept.body, channel=None)  # type: ignore[arg-type]
-        return Delivery.of(_Message(self, delivered))
+        return Delivery.of(_Message(self, delivered), answers=self._answers)
 
     def _put_back(self, tag: int) -> None:
         queue, kept = self.held.pop(tag)
@@ -245,7 +247,7 @@ class _Message(aio_pika.IncomingMessage):
         self._lanes = lanes
 
     async def ack(self, multiple: bool = False) -> None:
-        self._lanes.settle(self.delivery_tag or 0, give_back=False)
+        self._lanes.settle(self.delivery_tag or 0, give_back=False, with_earlier=multiple)
 
     async def nack(self, multiple: bool = False, requeue: bool = True) -> None:
         self._lanes.settle(self.delivery_tag or 0, give_back=True)

@@ -307,6 +307,36 @@ async def test_a_message_is_first_of_all_delivered_once(place: Place, lanes: Lan
     assert delivery.message.body == BODY
 
 
+async def test_one_answer_may_acknowledge_all_that_came_before(place: Place, lanes: Lanes) -> None:
+    for number in range(4):
+        await place.send(place.queues.urgent, str(number))
+    taken = [await take(lanes) for _ in range(4)]
+
+    await taken[2].acknowledge(with_earlier=True)
+
+    assert taken[3].answers.lack_only({4})
+    await place.lose()
+    assert await place.lie(place.queues.urgent) == ["3"]
+
+
+async def test_what_comes_over_another_channel_has_answers_of_its_own(pair: Servers) -> None:
+    place = Real(pair)
+    lanes = await place.open()
+    for number in range(9):
+        await place.send(QUEUES.urgent, str(number))
+    await take_until(lanes)
+    first, several = await take(lanes), await lanes.take_more(4)
+
+    [same] = [one for one in several if one.answers is first.answers]
+    assert same.tag == first.tag + 1
+    assert [one.tag for one in several if one is not same] == [1, 1, 1]
+    await same.acknowledge(with_earlier=True)
+
+    await place.lose()
+    assert len(await place.lie(QUEUES.urgent)) == 7
+    await place.close()
+
+
 async def test_what_is_acknowledged_is_gone(place: Place, lanes: Lanes) -> None:
     await place.send(place.queues.bulk, "one")
 
