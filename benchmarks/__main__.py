@@ -276,9 +276,14 @@ class Bench:
         connection.close()
 
     def singles(self) -> None:
-        """Measure messages of one id each, several a start beside one a start."""
+        """Measure messages of one id each, several a start beside one a start.
+
+        A burst of nothing takes as long as the worker needs to begin and to end: that is no part
+        of what a message takes.
+        """
         self.report.section(
-            f"{SINGLES:,} messages of one id each, rate limit off, all change",
+            f"{SINGLES:,} messages of one id each, rate limit off, all change; without the"
+            " seconds of a burst that finds nothing",
             "by",
             "messages a second",
             "min to max",
@@ -297,12 +302,21 @@ class Bench:
                 raise SystemExit("stale rows are left: these figures are of a broken job")
             return done
 
-        runs = alternately({ONE_BY_ONE: partial(work, "0"), "aioworker": partial(work, GATHERING)})
-        bound = statistics.median(one.wall for one in runs[ONE_BY_ONE])
+        runs = alternately(
+            {
+                "nothing": partial(self.consume, GATHERING),
+                ONE_BY_ONE: partial(work, "0"),
+                "aioworker": partial(work, GATHERING),
+            }
+        )
+        nothing = runs.pop("nothing")
+        began = statistics.median(one.wall for one in nothing)
+        began_cpu = statistics.median(one.cpu for one in nothing)
+        bound = statistics.median(one.wall for one in runs[ONE_BY_ONE]) - began
         for name, several in runs.items():
-            walls = sorted(one.wall for one in several)
+            walls = sorted(one.wall - began for one in several)
             wall = statistics.median(walls)
-            cpu = statistics.median(one.cpu for one in several)
+            cpu = statistics.median(one.cpu for one in several) - began_cpu
             self.report.row(
                 name,
                 f"{len(ids) / wall:,.0f}",

@@ -12,6 +12,7 @@ from aioworker.settling.outcome import UNDECIDED, Kind, Outcome
 from aioworker.settling.rows import Ids
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from datetime import datetime
 
     from aioworker.rabbitmq.delivery import Delivery
@@ -144,19 +145,20 @@ class Start:
             and self._bytes < MOST_BYTES
         )
 
-    def room(self, unread: int = 0) -> int:
+    def room(self, unread: int = 0, coming: Sequence[bytes] = ()) -> int:
         """Return how many more it may take at once: few of them go back for want of room.
 
         Args:
             unread: As for `has_room`.
+            coming: The bodies of messages that came, and are not held yet.
         """
         if not self.has_room(unread):
             return 0
         # Of two rows of one id the order of taking may decide, and several at once have none.
-        if self._bytes > FEW_BYTES or not isinstance(self.rows, Ids):
+        if self._bytes + sum(map(len, coming)) > FEW_BYTES or not isinstance(self.rows, Ids):
             return 1
-        messages = min(self.most, self.together) - len(self.held)
-        ids = (self.size - len(self.rows) - unread) // self._largest
+        messages = min(self.most, self.together) - len(self.held) - len(coming)
+        ids = (self.size - len(self.rows) - unread) // self._largest - len(coming)
         return max(1, min(AT_ONCE, messages, ids))
 
     def fits(self, one: Held) -> bool:

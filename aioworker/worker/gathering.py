@@ -19,7 +19,8 @@ from aioworker.settling.start import AT_ONCE, MOST_MESSAGES, Held, Start
 from aioworker.words import count
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Coroutine
+    from typing import Any
 
     from aioworker.rabbitmq.delivery import Delivery
     from aioworker.rabbitmq.lanes import Lanes
@@ -42,7 +43,7 @@ class Gathering:
         worker: Worker,
         lanes: Lanes,
         stop: asyncio.Event,
-        take: Callable[[int], Awaitable[list[Delivery]]],
+        take: Callable[[int], Coroutine[Any, Any, list[Delivery]]],
         wait: Callable[[float], Awaitable[None]],
     ) -> None:
         self._worker = worker
@@ -55,6 +56,7 @@ class Gathering:
         self._unread: list[Held] = []  # those held messages that no read was for yet
         self._ids = 0  # that those name
         self._most = AT_ONCE  # messages that may come at once
+        self._ahead: asyncio.Task[list[Delivery]] | None = None  # come while others are read
 
     async def serve(self, first: Delivery) -> Outcome | None:
         """Fill a start, run it, and settle each of its messages.
@@ -74,7 +76,10 @@ class Gathering:
         # One message shows whether the task works again.
         with consumer.starting(1 if consumer.breaker.reason else MOST_MESSAGES) as start:
             try:
-                outcome = await self._fill(start, first)
+                try:
+                    outcome = await self._fill(start, first)
+                finally:
+                    await self._give_back_ahead()
                 # Where one fitted no other, the next may not either, and all behind it went back.
                 self._most = 1 if start.closed else AT_ONCE
                 await worker.budget.rest(resting=False)
@@ -107,7 +112,7 @@ class Gathering:
             # Behind a read, one more message means one more read.
             late = now > max(due_at - read, until if self._unread else until - read)
             room = 0 if late or now >= look_at else min(start.room(self._ids), self._most)
-            if room and (came := await self._take(room)):
+            if came := await self._next(start, room):
                 settled = await self._open_each(start, came)
             elif self._unread:
                 settled = await self._read(start)
@@ -139,10 +144,37 @@ class Gathering:
         budget = self._worker.budget
         return min(LEAD_SECONDS, budget.interval / 20) if budget.limited else math.inf
 
+    async def _next(self, start: Start, room: int) -> list[Delivery]:
+        """Take messages; without a rate others come already while these are read.
+
+        Args:
+            start: What is to hold them.
+            room: How many may be asked for; 0 for none.
+        """
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            came = await self._take(room) if room else []
+        else:
+            came = await ahead
+        # Only behind some that fitted: those that fit no other, and all behind them, go back.
+        if came and room and len(start.held) > 1 and not self._worker.budget.limited:
+            more = min(start.room(self._ids, [one.message.body for one in came]), self._most)
+            if more > 1:
+                self._ahead = asyncio.create_task(self._take(more))
+        return came
+
+    async def _give_back_ahead(self) -> None:
+        """Give back what came for a start that takes no more."""
+        ahead, self._ahead = self._ahead, None
+        for delivery in [] if ahead is None else await ahead:
+            await delivery.give_back()
+
     async def _open_each(self, start: Start, came: list[Delivery]) -> Outcome | None:
         """Hold messages that came at once, as `_open` does; those without room go back."""
         settled = None
         while came and start.has_room(self._ids) and (settled is None or not settled.uncounted):
+            if self._ahead is not None:
+                await asyncio.sleep(0)  # lets it be sent
             settled = await self._open(start, came.pop(0))
         for delivery in came:
             await delivery.give_back()

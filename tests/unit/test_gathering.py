@@ -168,7 +168,7 @@ async def test_without_a_rate_what_is_there_is_one_start(clock: FakeClock) -> No
     gathering = Gathering(rate=None)
     gathering.send_each(range(1, 1001))
 
-    await gathering.heart.run_for(clock, 1)
+    await gathering.heart.run_for(clock, 4)
 
     assert gathering.runs == [list(range(1, 1001))]
     assert gathering.reads == [], "the run finds out itself"

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 
+from aioworker.errors import BrokerError
 from aioworker.rabbitmq.delivery import Delivery
+from aioworker.rabbitmq.lanes import Lanes
+from aioworker.rabbitmq.message import TOGETHER
+from aioworker.settling.outcome import Outcome
 from aioworker.settling.rows import Ids, Rows
 from aioworker.settling.start import AT_ONCE, FEW_BYTES, Held, Start
 from aioworker.tasks.context import Context
 from tests.doubles.gathering import Gathering
-from tests.doubles.heart import Heart
+from tests.doubles.heart import Heart, running
 from tests.doubles.lanes import QUEUES
 from tests.fakes import FakeClock, delivered
 
@@ -126,3 +131,124 @@ def test_who_may_come_several_at_once(rows: Ids | Rows, size: int, room: int) ->
     start.weigh(one)
 
     assert start.room() == room
+
+
+async def test_without_a_rate_others_come_while_those_that_came_are_read(clock: FakeClock) -> None:
+    gathering = Gathering(rate=None)
+    heart = gathering.heart
+    gathering.send_each(range(1, 200), QUEUES.urgent)
+    ahead = watch(heart)
+
+    await heart.run_for(clock, 2)
+
+    assert gathering.runs == [list(range(1, 200))]
+    assert max(ahead) == 2 * AT_ONCE
+    assert "give_back" not in asked(gathering)
+
+
+@pytest.mark.parametrize("case", ["a rate", "large messages"])
+async def test_no_others_come_meanwhile_for_a_start_that_waits_or_holds_much(
+    clock: FakeClock, case: str
+) -> None:
+    gathering = Gathering(rate="2/m" if case == "a rate" else None)
+    heart = gathering.heart
+    body = f"[[[1]], {{}}, {{}}]{' ' * (FEW_BYTES if case == 'large messages' else 0)}".encode()
+    for one in range(12):
+        heart.broker.send(body, QUEUES.urgent, id=str(one))
+    ahead = watch(heart)
+
+    await heart.run_for(clock, 30)
+
+    assert len(gathering.acknowledged) == 12
+    assert max(ahead) <= (AT_ONCE if case == "a rate" else 1)
+
+
+async def test_behind_large_messages_no_others_come_meanwhile(clock: FakeClock) -> None:
+    gathering = Gathering(rate=None)
+    heart = gathering.heart
+    gathering.send_each(range(1, 2 + 2 * AT_ONCE), QUEUES.urgent)
+    for one in range(100, 120):
+        heart.broker.send(f"[[[{one}]], {{}}, {{}}]{' ' * FEW_BYTES}".encode(), QUEUES.urgent)
+    ahead = watch(heart, least=FEW_BYTES)
+
+    await heart.run_for(clock, 4)
+
+    assert [len(ids) for ids in gathering.runs][-1] > 1
+    assert len(ahead) >= 20
+    assert max(ahead) == AT_ONCE
+
+
+@pytest.mark.parametrize(
+    ("options", "headers"),
+    [({"chunk_size": 12}, {}), ({}, {TOGETHER: 12})],
+    ids=["ids", "messages"],
+)
+async def test_those_that_come_meanwhile_have_room_beside_those_before(
+    clock: FakeClock, options: dict[str, Any], headers: dict[str, Any]
+) -> None:
+    gathering = Gathering(rate=None, **options)
+    for one in range(1, 37):
+        gathering.send([one], QUEUES.urgent, **headers)
+
+    await gathering.heart.run_for(clock, 4)
+
+    assert [len(ids) for ids in gathering.runs] == [12, 12, 12]
+    assert "give_back" not in asked(gathering)
+
+
+async def test_what_came_meanwhile_goes_back_at_a_stop(clock: FakeClock) -> None:
+    gathering = Gathering(rate=None)
+    heart = gathering.heart
+    gathering.send_each(range(1, 101), QUEUES.urgent)
+    ahead = watch(heart, stop_at=2 * AT_ONCE)
+
+    await heart.run_for(clock, 2)
+
+    assert max(ahead) == 2 * AT_ONCE
+    assert gathering.queued(QUEUES.urgent) == [str(one) for one in range(1, 101)]
+    assert heart.lanes.held == {}
+
+
+async def test_a_connection_that_is_lost_meanwhile_ends_the_session(clock: FakeClock) -> None:
+    gathering = Gathering(rate=None)
+    heart = gathering.heart
+    gathering.send_each(range(1, 101), QUEUES.urgent)
+    at, asked_for = heart.lanes._at, []
+
+    def lose(step: str) -> None:
+        at(step)
+        if step == "take_more":
+            asked_for.append(step)
+            if len(asked_for) == 3:
+                heart.lanes.lose()
+
+    heart.lanes._at = lose
+    async with running(heart) as serving:
+        with pytest.raises(BrokerError):
+            await serving
+
+    assert gathering.runs == []
+    assert sorted(gathering.queued(QUEUES.urgent), key=int) == [str(one) for one in range(1, 101)]
+    assert heart.consumer.under_way == []
+
+
+def watch(heart: Heart, stop_at: int = 0, least: int = 0) -> list[int]:
+    """Return a list of how many lie unread in the worker, whenever it reads one.
+
+    Args:
+        heart: The worker.
+        stop_at: The worker is stopped when so many do.
+        least: How many bytes a message has at least that counts as one.
+    """
+    unread: list[int] = []
+    opened = heart.consumer.open
+
+    async def watched(start: Start, delivery: Delivery, lanes: Lanes) -> Outcome | None:
+        if len(delivery.message.body) >= least:
+            unread.append(len(heart.lanes.held) - len(start.held))
+            if unread[-1] == stop_at:
+                heart.stop.set()
+        return await opened(start, delivery, lanes)
+
+    heart.consumer.open = watched  # type: ignore[method-assign]
+    return unread
