@@ -37,7 +37,7 @@ class Answers:
     def lack_only(self, tags: set[int]) -> bool:
         """Whether of all deliveries until the last of these no other one waits for its answer.
 
-        One counts as waiting, too, that aiormq let go of unseen.
+        A delivery that aiormq dropped unseen waits, too.
         """
         return all(
             tag in tags or tag in self._beyond for tag in range(self._all_until + 1, max(tags) + 1)

@@ -85,7 +85,7 @@ class Settler:
         return next((one for one in outcomes if one.uncounted), outcomes[0])
 
     async def _each(self, start: Start, held: Sequence[Held], lanes: Lanes) -> BrokerError | None:
-        """Settle one after the other; return why one could not be, None if all are.
+        """Settle in steps, in their order; return why one could not be settled, None if all are.
 
         Behind one that could not be, nothing is asked of RabbitMQ: it delivers all of them again.
         """

@@ -76,16 +76,17 @@ class Gathering:
         # One message shows whether the task works again.
         with consumer.starting(1 if consumer.breaker.reason else MOST_MESSAGES) as start:
             try:
-                try:
-                    outcome = await self._fill(start, first)
-                finally:
-                    await self._give_back_ahead()
+                outcome = await self._fill(start, first)
+                await self._give_back_ahead()
                 # Where one fitted no other, the next may not either, and all behind it went back.
                 self._most = 1 if start.closed else AT_ONCE
                 await worker.budget.rest(resting=False)
             except DatabaseError as error:
                 await self._give_back(start, str(error))
+                await self._give_back_ahead()
                 raise
+            finally:
+                self._leave_ahead()
             if start.held:
                 outcome = await consumer.run(start, self._lanes)
         return outcome
@@ -156,8 +157,10 @@ class Gathering:
             came = await self._take(room) if room else []
         else:
             came = await ahead
-        # Only behind some that fitted: those that fit no other, and all behind them, go back.
-        if came and room and len(start.held) > 1 and not self._worker.budget.limited:
+        # Only behind many that fitted: all behind one that fits no other go back, and if those are
+        # more than a start takes at first, they come again in another order.
+        many = len(start.held) > 4 * AT_ONCE
+        if came and room and many and not self._worker.budget.limited:
             more = min(start.room(self._ids, [one.message.body for one in came]), self._most)
             if more > 1:
                 self._ahead = asyncio.create_task(self._take(more))
@@ -168,6 +171,13 @@ class Gathering:
         ahead, self._ahead = self._ahead, None
         for delivery in [] if ahead is None else await ahead:
             await delivery.give_back()
+
+    def _leave_ahead(self) -> None:
+        """Leave what comes, where the connection ends: it goes back with that."""
+        if self._ahead is not None:
+            self._ahead.cancel()
+            self._ahead.add_done_callback(lambda one: one.cancelled() or one.exception())
+            self._ahead = None
 
     async def _open_each(self, start: Start, came: list[Delivery]) -> Outcome | None:
         """Hold messages that came at once, as `_open` does; those without room go back."""

@@ -16,18 +16,17 @@ from tests.fakes import FakeClock
 @pytest.mark.parametrize(
     ("answered", "tags", "only"),
     [
-        ([], {1, 2, 3}, True),
-        ([], {2, 3}, False),
-        ([1], {2, 3}, True),
-        ([1], {2, 4}, False),
-        ([1, 3], {2, 4}, True),
-        ([3], {2}, False),
-        ([3, 2, 1], {4}, True),
-        ([5], {1}, True),
+        pytest.param([], {1, 2, 3}, True, id="none"),
+        pytest.param([], {2, 3}, False, id="the first"),
+        pytest.param([1], {2, 3}, True, id="none, the first is answered"),
+        pytest.param([1], {2, 4}, False, id="one between them"),
+        pytest.param([1, 3], {2, 4}, True, id="none, the one between them is answered"),
+        pytest.param([3], {2}, False, id="the first, and a later one is answered"),
+        pytest.param([3, 2, 1], {4}, True, id="none, answered in another order"),
+        pytest.param([5], {1}, True, id="later ones"),
     ],
 )
 def test_what_else_waits_for_its_answer(answered: list[int], tags: set[int], only: bool) -> None:
-    """Of the third case of those that say no, nobody has seen the first delivery."""
     answers = Answers()
     for tag in answered:
         answers.note(tag)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
+from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -196,11 +199,21 @@ async def test_those_that_come_meanwhile_have_room_beside_those_before(
     assert "give_back" not in asked(gathering)
 
 
+async def test_messages_that_run_alone_leave_the_others_in_their_order(clock: FakeClock) -> None:
+    gathering = Gathering(rate=None)
+    for one in range(1, 40):
+        gathering.send([one], QUEUES.urgent, **({TOGETHER: 1} if one > 5 and not one % 2 else {}))
+
+    await gathering.heart.run_for(clock, 8)
+
+    assert list(chain.from_iterable(gathering.runs)) == list(range(1, 40))
+
+
 async def test_what_came_meanwhile_goes_back_at_a_stop(clock: FakeClock) -> None:
     gathering = Gathering(rate=None)
     heart = gathering.heart
     gathering.send_each(range(1, 101), QUEUES.urgent)
-    ahead = watch(heart, stop_at=2 * AT_ONCE)
+    ahead = watch(heart, heart.stop.set)
 
     await heart.run_for(clock, 2)
 
@@ -232,12 +245,30 @@ async def test_a_connection_that_is_lost_meanwhile_ends_the_session(clock: FakeC
     assert heart.consumer.under_way == []
 
 
-def watch(heart: Heart, stop_at: int = 0, least: int = 0) -> list[int]:
+async def test_a_session_that_is_cut_off_meanwhile_ends_so(clock: FakeClock) -> None:
+    gathering = Gathering(rate=None)
+    heart = gathering.heart
+    gathering.send_each(range(1, 101), QUEUES.urgent)
+
+    def cut_off() -> None:
+        serving.cancel()
+        heart.lanes.lose()
+
+    ahead = watch(heart, cut_off)
+    async with running(heart) as serving:
+        await asyncio.wait({serving})
+
+    assert max(ahead) == 2 * AT_ONCE
+    assert serving.cancelled()
+    assert sorted(gathering.queued(QUEUES.urgent), key=int) == [str(one) for one in range(1, 101)]
+
+
+def watch(heart: Heart, then: Callable[[], None] = lambda: None, least: int = 0) -> list[int]:
     """Return a list of how many lie unread in the worker, whenever it reads one.
 
     Args:
         heart: The worker.
-        stop_at: The worker is stopped when so many do.
+        then: Called when those are there that come meanwhile.
         least: How many bytes a message has at least that counts as one.
     """
     unread: list[int] = []
@@ -246,8 +277,8 @@ def watch(heart: Heart, stop_at: int = 0, least: int = 0) -> list[int]:
     async def watched(start: Start, delivery: Delivery, lanes: Lanes) -> Outcome | None:
         if len(delivery.message.body) >= least:
             unread.append(len(heart.lanes.held) - len(start.held))
-            if unread[-1] == stop_at:
-                heart.stop.set()
+            if unread[-1] == 2 * AT_ONCE:
+                then()
         return await opened(start, delivery, lanes)
 
     heart.consumer.open = watched  # type: ignore[method-assign]
