@@ -77,7 +77,7 @@ def test_a_broker_that_ends_and_comes_back(
     eventually(lambda: idle.done() == 1 and says(idle, "nothing queued"), "one is idle")
     eventually(busy.writing, "the other one writes")
 
-    with away(broker, partial(end, broker)) as opened:
+    with away(broker, partial(end, broker)) as served:
         assert busy.writing()
         eventually(lambda: busy.done() == 1, "the write is committed")
         busy.slow(0)
@@ -87,7 +87,7 @@ def test_a_broker_that_ends_and_comes_back(
 
     for place in places:
         assert_one_start_each(place, 2)
-        assert place.starts()[1].first - opened[0] < RECOVERY_SECONDS
+        assert place.starts()[1].first - served[0] < RECOVERY_SECONDS
 
 
 @pytest.mark.timeout(180)
