@@ -64,7 +64,7 @@ class Delivery(NamedTuple):
         together: With how many it may run at most, since more of them failed; None for any number.
         published: When it was published, by the clock of whoever did; None if that is not known.
         timeout: Seconds for RabbitMQ to take an answer.
-        answers: Those to the deliveries of its channel.
+        answers: Which deliveries of its channel were answered.
     """
 
     message: Message
@@ -91,7 +91,8 @@ class Delivery(NamedTuple):
         Args:
             message: The message.
             timeout: Seconds for RabbitMQ to take an answer.
-            answers: Those to the deliveries of its channel; None if each is answered by itself.
+            answers: Which deliveries of its channel were answered; None if each is answered by
+                itself.
         """
         headers = message.headers
         known = message_id(message)

@@ -96,7 +96,7 @@ class Settler:
             if lost is not None:
                 self._leave(start, several, lost, over=one.outcome.kind is Kind.ACK)
                 continue
-            if len(held) > 1:  # the watchdog hears of each; for one of them it has patience
+            if len(held) > 1:  # the watchdog hears of each step; for one it has patience
                 start.may_take(one.delivery.timeout)
             refusal = await self._copy(one, lanes, refusal)
             # RabbitMQ delivers first what was given back first.

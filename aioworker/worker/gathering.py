@@ -146,7 +146,7 @@ class Gathering:
         return min(LEAD_SECONDS, budget.interval / 20) if budget.limited else math.inf
 
     async def _next(self, start: Start, room: int) -> list[Delivery]:
-        """Take messages; without a rate others come already while these are read.
+        """Take messages; without a rate, ask for the next ones while these are read.
 
         Args:
             start: What is to hold them.
