@@ -156,20 +156,20 @@ async def test_no_others_come_meanwhile_for_a_start_that_waits_or_holds_much(
     gathering = Gathering(rate="2/m" if case == "a rate" else None)
     heart = gathering.heart
     body = f"[[[1]], {{}}, {{}}]{' ' * (FEW_BYTES if case == 'large messages' else 0)}".encode()
-    for one in range(12):
+    for one in range(40):
         heart.broker.send(body, QUEUES.urgent, id=str(one))
     ahead = watch(heart)
 
     await heart.run_for(clock, 30)
 
-    assert len(gathering.acknowledged) == 12
+    assert len(gathering.acknowledged) == 40
     assert max(ahead) <= (AT_ONCE if case == "a rate" else 1)
 
 
 async def test_behind_large_messages_no_others_come_meanwhile(clock: FakeClock) -> None:
     gathering = Gathering(rate=None)
     heart = gathering.heart
-    gathering.send_each(range(1, 2 + 2 * AT_ONCE), QUEUES.urgent)
+    gathering.send_each(range(1, 2 + 6 * AT_ONCE), QUEUES.urgent)
     for one in range(100, 120):
         heart.broker.send(f"[[[{one}]], {{}}, {{}}]{' ' * FEW_BYTES}".encode(), QUEUES.urgent)
     ahead = watch(heart, least=FEW_BYTES)
@@ -183,19 +183,19 @@ async def test_behind_large_messages_no_others_come_meanwhile(clock: FakeClock) 
 
 @pytest.mark.parametrize(
     ("options", "headers"),
-    [({"chunk_size": 12}, {}), ({}, {TOGETHER: 12})],
+    [({"chunk_size": 24}, {}), ({}, {TOGETHER: 24})],
     ids=["ids", "messages"],
 )
 async def test_those_that_come_meanwhile_have_room_beside_those_before(
     clock: FakeClock, options: dict[str, Any], headers: dict[str, Any]
 ) -> None:
     gathering = Gathering(rate=None, **options)
-    for one in range(1, 37):
+    for one in range(1, 73):
         gathering.send([one], QUEUES.urgent, **headers)
 
     await gathering.heart.run_for(clock, 4)
 
-    assert [len(ids) for ids in gathering.runs] == [12, 12, 12]
+    assert [len(ids) for ids in gathering.runs] == [24, 24, 24]
     assert "give_back" not in asked(gathering)
 
 
