@@ -366,7 +366,7 @@ class Bench:
         """Measure a worker's peak memory with a backlog, beside that of an idle one."""
         self.report.section(
             f"Memory: {backlog.MESSAGES:,} messages of one id, {backlog.SAME:,} of them of the"
-            f" same, {backlog.LARGE} of 4 MiB in a row",
+            f" same, {backlog.LARGE} of 4 MiB in a row, {backlog.LARGE} among small ones",
             "what",
             "peak MiB",
             "above idle",

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 MESSAGES = 100_000
 SAME = 28_000  # of them name one id
-LARGE = 8  # of them, one behind the other
+LARGE = 8  # of them, one behind the other, and as many more with some small ones between
+BETWEEN = 7
 LARGE_BYTES = 4 * 1024 * 1024
 LONGEST_SECONDS = 3600.0
 UNDER_WAY = 200
@@ -55,12 +56,14 @@ async def publish(amqp_url: str, messages: Iterable[aio_pika.Message]) -> None:
 
 
 def mixed(ids: Sequence[int]) -> Iterator[aio_pika.Message]:
-    """Yield a backlog of one id a message, the large ones in the middle."""
+    """Yield a backlog of one id a message, large ones in the middle, in a row and among others."""
     named = [ids[0]] * SAME + [ids[1 + n % (len(ids) - 1)] for n in range(MESSAGES - SAME)]
     random.Random(7).shuffle(named)
-    large = range(MESSAGES // 2, MESSAGES // 2 + LARGE)
+    first = MESSAGES // 2
+    row = range(first, first + LARGE)
+    apart = range(row.stop, row.stop + LARGE * (BETWEEN + 1), BETWEEN + 1)
     for number, addon in enumerate(named):
-        yield message([addon], LARGE_BYTES if number in large else 0)
+        yield message([addon], LARGE_BYTES if number in row or number in apart else 0)
 
 
 def peak(pair: Servers, connection: Connection[Cursor], gather_seconds: str) -> float:

@@ -30,7 +30,7 @@ from aioworker.errors import BrokerError, TlsFileError, let_go
 from aioworker.rabbitmq.errors import CONNECT_FAILURES, FAILURES, describe
 from aioworker.rabbitmq.frames import ForeignError, PlainConnection, TolerantConnection
 
-Connection: TypeAlias = AbstractConnection  # for those who import no aio_pika
+Connection: TypeAlias = PlainConnection  # for those who import no aio_pika
 HEARTBEAT_SECONDS = 15
 _CANNOT = "cannot connect to RabbitMQ "
 _WRONGLY = "what answers there speaks RabbitMQ's protocol wrongly"

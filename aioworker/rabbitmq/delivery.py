@@ -9,7 +9,16 @@ from typing import NamedTuple, TypeAlias
 from aio_pika.abc import AbstractIncomingMessage
 
 from aioworker.rabbitmq.errors import in_time
-from aioworker.rabbitmq.message import PUBLISHED, REASON, TOGETHER, aware, moment, retries
+from aioworker.rabbitmq.message import (
+    PUBLISHED,
+    REASON,
+    SMALL_BYTES,
+    TOGETHER,
+    WITHHELD,
+    aware,
+    moment,
+    retries,
+)
 
 Message: TypeAlias = AbstractIncomingMessage  # for those who import no aio_pika
 KEY_LENGTH = 64
@@ -117,6 +126,16 @@ class Delivery(NamedTuple):
     def tag(self) -> int:
         """The number of the delivery, in its channel."""
         return self.message.delivery_tag or 0
+
+    @property
+    def withheld(self) -> bool:
+        """Whether it came without its body, which is too large to come among others."""
+        return WITHHELD in self.message.headers
+
+    @property
+    def large(self) -> bool:
+        """Whether its body is too large to come among others."""
+        return self.withheld or len(self.message.body) > SMALL_BYTES
 
     @property
     def copied(self) -> bool:

@@ -1,4 +1,4 @@
-"""What RabbitMQ sends, as far as it can be decoded.
+"""What RabbitMQ sends, as far as it can be decoded and has room.
 
 A message's properties come in a frame of their own. aiormq ends the connection at one that it
 cannot decode (a header's name in Latin-1, a time in microseconds), and RabbitMQ sends the same
@@ -7,6 +7,9 @@ On a tolerant connection such properties give way to one header that says what i
 them, so that the message can be set aside like any other. It decodes all properties twice, which
 costs a seventh of the small messages a second; so a worker is tolerant only after it was cut off
 by one.
+
+Messages that are asked for at once come over several channels. Each might be a large one, so only
+one channel takes a body of any size; from the others it is kept away, and the message comes again.
 """
 
 from __future__ import annotations
@@ -20,27 +23,31 @@ import aiormq
 from aio_pika.abc import UnderlayConnection
 from aiormq.connection import TCPTransportFactory, TLSTransportFactory
 from aiormq.exceptions import InvalidFrameError
+from pamqp import constants
 from pamqp.commands import Basic
-from pamqp.constants import AMQP, FRAME_END_CHAR, FRAME_HEADER, FRAME_METHOD
 from pamqp.header import ContentHeader
 
-from aioworker.rabbitmq.message import PROPERTIES, UNREADABLE
+from aioworker.rabbitmq.message import PROPERTIES, SMALL_BYTES, UNREADABLE, WITHHELD
 
 if TYPE_CHECKING:
     from asyncio import StreamReader, StreamWriter
+    from collections.abc import Set
 
+    from aio_pika.abc import AbstractChannel
     from yarl import URL
 
 SHOWN_BYTES = 30_000  # of the properties themselves, which leaves room for other headers
+_HEAD = struct.Struct(">BHI")  # a frame's type, its channel, and how many bytes it carries
+_SIZE_AT = 4  # in a header frame: behind class and weight
 _FIXED_BYTES = 12  # class, weight, size of the body
 _METHOD_BYTES = 4
 _TAG_BYTES = 9  # of a delivery, and whether it comes again
 _NO_ASCII = bytes(byte if byte < 128 else ord("?") for byte in range(256))
 LOGIN_FRAME_BYTES = 65_536  # RabbitMQ's own are a few hundred
-_LOGIN_PARTS = 9  # three frames, each read in three parts
-_FIRST = (bytes([FRAME_METHOD, 0, 0]), AMQP)  # a method on channel 0, or the version it speaks
+_LOGIN_FRAMES = 3
+# A method on channel 0, or the version that it speaks.
+_FIRST = (bytes([constants.FRAME_METHOD, 0, 0]), constants.AMQP)
 _TLS_ALERT = b"\x15\x03"
-_REST_BYTES = 6  # of a frame's first seven bytes: its type is read before them
 # What decoding raises; a table in a table in a table, without end, the last of them.
 _FAILURES = (ValueError, OverflowError, OSError, struct.error, RecursionError)
 
@@ -66,7 +73,18 @@ class PlainConnection(aio_pika.Connection):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.kwargs["transport_factory"] = _Transport(tolerant=self.tolerant)
+        self._small: set[int] = set()
+        transport = _Transport(tolerant=self.tolerant, small=self._small)
+        self.kwargs["transport_factory"] = transport
+
+    def keep_small(self, channel: AbstractChannel) -> None:
+        """Let no body of more than `SMALL_BYTES` come over a channel.
+
+        A message with a larger one comes without it, and has the header `WITHHELD`. What was
+        asked for at once over many channels takes little memory so.
+        """
+        if channel.number is not None:
+            self._small.add(channel.number)
 
     def __del__(self) -> None:
         """Do nothing: aio-pika begins to close it, in whatever thread collects garbage."""
@@ -110,91 +128,116 @@ class TolerantConnection(PlainConnection):
 
 
 class _Transport(aiormq.TransportFactory):
-    """Connects as aiormq does, and reads by `_First`, and by `Frames` if tolerant."""
+    """Connects as aiormq does, and reads by `Frames`."""
 
-    def __init__(self, *, tolerant: bool) -> None:
+    def __init__(self, *, tolerant: bool, small: set[int]) -> None:
         self._tolerant = tolerant
+        self._small = small
 
     async def create(self, url: URL, **kwargs: Any) -> tuple[StreamReader, StreamWriter]:
         """Open the connection to *url*; the arguments are aiormq's."""
         secure = url.scheme == "amqps"
         own = TLSTransportFactory() if secure else TCPTransportFactory()
         opened, writer = await own.create(url, **kwargs)
-        reader = cast("StreamReader", _First(opened))
-        return cast("StreamReader", Frames(reader)) if self._tolerant else reader, writer
+        frames = Frames(opened, tolerant=self._tolerant, small=self._small)
+        return cast("StreamReader", frames), writer
 
 
-class _First:
-    """Reads the frames of the login, which may come from anybody: no large one is taken."""
+class Frames:
+    """Reads a frame, and hands it out as aiormq asks for it: a byte, six bytes, and the rest.
 
-    def __init__(self, reader: StreamReader) -> None:
+    The frames of the login may come from anybody: no large one is taken.
+
+    Args:
+        reader: Where they come from.
+        tolerant: Whether what cannot be decoded gives way to what can.
+        small: The channels over which no body larger than `SMALL_BYTES` comes.
+    """
+
+    def __init__(
+        self, reader: StreamReader, *, tolerant: bool = False, small: Set[int] = frozenset()
+    ) -> None:
         self.at_eof = reader.at_eof
         self.read = reader.read
         self._read = reader.readexactly
-        self._left = _LOGIN_PARTS
-        self._head = b""
+        self._tolerant = tolerant
+        self._small = small
+        self._withheld: dict[int, int] = {}  # bytes of a body that are still to come, by channel
+        self._login = _LOGIN_FRAMES  # that are still to come
+        self._parts: list[bytes] = []  # of the frame that was read last, the next one at the end
 
-    async def readexactly(self, count: int) -> bytes:
-        """Return the next part of a frame.
+    async def readexactly(self, _count: int) -> bytes:
+        """Return the next part of a frame, or of what is in its place.
 
         Raises:
             IncompleteReadError: The connection ended before.
             ForeignError: The first frame is none of RabbitMQ's.
             ValueError: It is larger than any of a login.
         """
-        if not self._left:
-            return await self._read(count)
-        if count > LOGIN_FRAME_BYTES:
-            raise ValueError(f"a frame of {count} bytes before the login")
-        self._left -= 1
-        part = await self._read(count)
-        if len(self._head) <= _REST_BYTES:
-            self._head += part
-            _check_first(self._head)
-        return part
+        if not self._parts:
+            self._parts = await self._next()
+        return self._parts.pop()
+
+    async def _next(self) -> list[bytes]:
+        """Read a frame."""
+        head = await self._read(_HEAD.size)
+        kind, channel, size = _HEAD.unpack(head)
+        if self._login:
+            self._login -= 1
+            if self._login == _LOGIN_FRAMES - 1:
+                _check_first(head)
+            if head.startswith(constants.AMQP):  # aiormq says so, and reads no more
+                return [head[1:], head[:1]]
+            if size > LOGIN_FRAME_BYTES:
+                raise ValueError(f"a frame of {size} bytes before the login")
+        rest = await self._read(size + 1)
+        if (instead := self._instead(kind, channel, rest)) is not None:
+            kind, channel, payload = instead
+            head = _HEAD.pack(kind, channel, len(payload))
+            rest = payload + constants.FRAME_END_CHAR
+        return [rest, head[1:], head[:1]]
+
+    def _instead(self, kind: int, channel: int, rest: bytes) -> tuple[int, int, bytes] | None:
+        """Return what is in a frame's place: its type, channel, and payload; None if it can stay.
+
+        Args:
+            kind: The frame's type.
+            channel: Its channel.
+            rest: Its payload, and the byte at its end.
+        """
+        match kind:
+            case constants.FRAME_HEADER if channel in self._small and _size(rest) > SMALL_BYTES:
+                self._withheld[channel] = _size(rest)
+                return kind, channel, withholding(rest)
+            case constants.FRAME_BODY if channel in self._withheld:
+                self._withheld[channel] -= len(rest) - 1
+                if self._withheld[channel] <= 0:
+                    del self._withheld[channel]
+                # Else a peer that sends a great one would seem to be silent.
+                return constants.FRAME_HEARTBEAT, 0, b""
+            case _ if self._tolerant and kind in _READ:
+                return kind, channel, _READ[kind](rest[:-1])
+        return None
+
+
+def _size(header: bytes) -> int:
+    """Return how many bytes a message's body has, by its header frame."""
+    return int.from_bytes(header[_SIZE_AT:_FIXED_BYTES])
 
 
 def _check_first(head: bytes) -> None:
     """Refuse what no RabbitMQ says first, such as a database's greeting, once it is there."""
-    if len(head) <= _REST_BYTES or head.startswith(_FIRST):
+    if head.startswith(_FIRST):
         return
     if head.startswith(_TLS_ALERT):
         raise ForeignError("it speaks TLS on this port, which amqps:// is for")
     raise ForeignError("what answers there is no RabbitMQ")
 
 
-class Frames:
-    """Reads frames as aiormq asks for them: a byte, six bytes, and what they announce.
-
-    Args:
-        reader: Where they come from.
-    """
-
-    def __init__(self, reader: StreamReader) -> None:
-        self.at_eof = reader.at_eof
-        self.read = reader.read
-        self._read = reader.readexactly
-        self._type = b""
-        self._ahead: bytes | None = None
-
-    async def readexactly(self, count: int) -> bytes:
-        """Return the next part of a frame; of unreadable properties, of the frame in their place.
-
-        Raises:
-            IncompleteReadError: The connection ended before.
-        """
-        if self._ahead is not None:
-            rest, self._ahead = self._ahead, None
-            return rest
-        part = await self._read(count)
-        if count == 1:
-            self._type = part
-        elif count == _REST_BYTES and (read := _READ.get(self._type)) is not None:
-            channel, size = struct.unpack(">HI", part)
-            payload = read((await self._read(size + 1))[:-1])
-            self._ahead = payload + FRAME_END_CHAR
-            part = struct.pack(">HI", channel, len(payload))
-        return part
+def withholding(payload: bytes) -> bytes:
+    """Return the payload of a header frame of a message without its body, that says so."""
+    properties = Basic.Properties(headers={WITHHELD: True})
+    return payload[:_SIZE_AT] + bytes(_FIXED_BYTES - _SIZE_AT) + properties.marshal()
 
 
 def readable(payload: bytes) -> bytes:
@@ -242,4 +285,4 @@ def _names_at(payload: bytes) -> int | None:
     return None
 
 
-_READ = {bytes([FRAME_HEADER]): readable, bytes([FRAME_METHOD]): legible}
+_READ = {constants.FRAME_HEADER: readable, constants.FRAME_METHOD: legible}

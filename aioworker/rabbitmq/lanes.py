@@ -29,6 +29,7 @@ from aioworker.errors import BrokerError
 from aioworker.rabbitmq.connection import close
 from aioworker.rabbitmq.delivery import Answers, Delivery
 from aioworker.rabbitmq.errors import describe, in_time
+from aioworker.rabbitmq.frames import PlainConnection
 from aioworker.rabbitmq.publisher import Publisher
 from aioworker.rabbitmq.queues import Queues, check
 
@@ -96,7 +97,7 @@ class OpenLanes:
 
     def __init__(
         self,
-        connection: AbstractConnection,
+        connection: PlainConnection,
         channel: AbstractChannel,
         publisher: Publisher,
         queues: Queues,
@@ -114,12 +115,13 @@ class OpenLanes:
         self._answers: dict[AbstractChannel, Answers] = defaultdict(Answers)
         self._flowing = lanes[0].name  # where the last message came from
         self._left = math.inf  # how many lay behind it, by RabbitMQ's count; not known yet
+        self._large = False  # whether a message was, of those that came last
         self._empty_at = -math.inf  # when RabbitMQ last answered that both are, by a clock
         channel.close_callbacks.add(self._closed)
 
     @classmethod
     async def open(
-        cls, connection: AbstractConnection, publisher: Publisher, queues: Queues, timeout: float
+        cls, connection: PlainConnection, publisher: Publisher, queues: Queues, timeout: float
     ) -> OpenLanes:
         """Open them.
 
@@ -228,6 +230,7 @@ class OpenLanes:
     async def _take(self, seconds: float, *, bulk_first: bool = False) -> Delivery | None:
         for queue in reversed(self._queues) if bulk_first else self._queues:
             if (delivery := await self._get(queue, seconds)) is not None:
+                self._large = delivery.large
                 return delivery
         self._empty_at = time.monotonic()
         return None
@@ -245,14 +248,17 @@ class OpenLanes:
 
         They come from the urgent lane if one came from there last; else one of them does, if it
         can, and the others come from the bulk lane. Nearly all of a `get` is a wait for its answer.
+        A large message comes alone.
 
         Raises:
             BrokerError: A lane is gone or does not answer, or the connection is lost.
         """
-        most = int(min(most, self._left))  # none is asked for that is not there
+        # None is asked for that is not there; and where one is large, others may be.
+        most = 1 if self._large else int(min(most, self._left))
         while len(self._sides) < most and self._may_open:
             channel, lanes = await _open(self._connection, self._names, self._timeout)
             channel.close_callbacks.add(self._closed)
+            self._connection.keep_small(channel)
             self._sides.append(lanes)
         if min(most, len(self._sides)) <= 1:
             one = await self.take()
@@ -264,6 +270,11 @@ class OpenLanes:
         if found[0] is not None:
             self._flowing = self._queues[0].name  # there may be more that go first
         came = sorted(filter(None, found), key=_place)
+        self._large = any(one.large for one in came)
+        for one in came:
+            if one.withheld:
+                await one.give_back()
+        came = [one for one in came if not one.withheld]
         if not came and (one := await self.take()) is not None:
             came.append(one)
         return came

@@ -23,6 +23,7 @@ from aioworker.errors import MessageRefusedError, UsageError, name_of
 
 UNREADABLE = "x-aioworker-unreadable"  # in place of properties that cannot be decoded: why
 PROPERTIES = "x-aioworker-properties"  # beside it: these, in hexadecimal digits
+WITHHELD = "x-aioworker-withheld"  # in place of all properties: its body is too large to come
 PUBLISHED = "x-aioworker-published-at"  # to the millisecond: AMQP's own timestamp has seconds
 REASON = "x-aioworker-reason"  # why a copy lies where it does
 TOGETHER = "x-aioworker-together"  # with how many it may run: more of them failed
@@ -30,6 +31,7 @@ SWEEP = "x-aioworker-sweep"  # the sweep that a message belongs to
 LONGEST_RUN_SECONDS = 1500  # RabbitMQ takes back what is not settled within half an hour
 RETRIES_LIMIT = 1000
 BODY_LIMIT = 4 * 1024 * 1024  # bytes; a thousand ids are eleven thousand
+SMALL_BYTES = 128 * 1024  # of a body that comes among others
 BRIEF_LENGTH = 200
 _REPR = reprlib.Repr()
 _REPR.maxstring = 80

@@ -12,7 +12,6 @@ from aioworker.settling.outcome import UNDECIDED, Kind, Outcome
 from aioworker.settling.rows import Ids
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from datetime import datetime
 
     from aioworker.rabbitmq.delivery import Delivery
@@ -22,8 +21,7 @@ if TYPE_CHECKING:
 
 MOST_MESSAGES = 1000
 MOST_BYTES = 12 * 1024 * 1024  # of all messages together; the last one may be larger
-AT_ONCE = 4  # messages taken at once: with four the wait for RabbitMQ is no more the most of it
-FEW_BYTES = MOST_BYTES // 16  # are held, if several are taken at once: each may be a large one
+AT_ONCE = 8  # messages taken at once: the wait for RabbitMQ is no more the most of it then
 
 
 @dataclass(slots=True, eq=False)
@@ -145,21 +143,25 @@ class Start:
             and self._bytes < MOST_BYTES
         )
 
-    def room(self, unread: int = 0, coming: Sequence[bytes] = ()) -> int:
-        """Return how many more it may take at once: few of them go back for want of room.
+    def room(self, unread: int = 0, coming: int = 0) -> int:
+        """Return how many more it may take at once: few of them go back.
+
+        No more than fitted before: all behind one that fits no other go back, and of many that did
+        the next one that does leaves the others in another order.
 
         Args:
             unread: As for `has_room`.
-            coming: The bodies of messages that came, and are not held yet.
+            coming: How many came, and are not held yet.
         """
         if not self.has_room(unread):
             return 0
         # Of two rows of one id the order of taking may decide, and several at once have none.
-        if self._bytes + sum(map(len, coming)) > FEW_BYTES or not isinstance(self.rows, Ids):
+        if not isinstance(self.rows, Ids):
             return 1
-        messages = min(self.most, self.together) - len(self.held) - len(coming)
-        ids = (self.size - len(self.rows) - unread) // self._largest - len(coming)
-        return max(1, min(AT_ONCE, messages, ids))
+        fitted = len(self.held) - coming
+        messages = min(self.most, self.together) - len(self.held) - coming
+        ids = (self.size - len(self.rows) - unread) // self._largest - coming
+        return max(1, min(AT_ONCE, fitted, messages, ids))
 
     def fits(self, one: Held) -> bool:
         """Whether a message that it took last may run with the others."""

@@ -15,7 +15,7 @@ from aioworker.errors import DatabaseError
 from aioworker.limits import LEAD_SECONDS, POLL_SECONDS
 from aioworker.reasons import Reason, ReasonKind
 from aioworker.settling.outcome import Kind, Outcome
-from aioworker.settling.start import AT_ONCE, MOST_MESSAGES, Held, Start
+from aioworker.settling.start import MOST_MESSAGES, Held, Start
 from aioworker.words import count
 
 if TYPE_CHECKING:
@@ -55,7 +55,6 @@ class Gathering:
         self._reading = Usual()  # what needs writing, of as many messages as one read is for
         self._unread: list[Held] = []  # those held messages that no read was for yet
         self._ids = 0  # that those name
-        self._most = AT_ONCE  # messages that may come at once
         self._ahead: asyncio.Task[list[Delivery]] | None = None  # come while others are read
 
     async def serve(self, first: Delivery) -> Outcome | None:
@@ -78,8 +77,6 @@ class Gathering:
             try:
                 outcome = await self._fill(start, first)
                 await self._give_back_ahead()
-                # Where one fitted no other, the next may not either, and all behind it went back.
-                self._most = 1 if start.closed else AT_ONCE
                 await worker.budget.rest(resting=False)
             except DatabaseError as error:
                 await self._give_back(start, str(error))
@@ -112,7 +109,7 @@ class Gathering:
             until, read = began + spare, self._reading.seconds
             # Behind a read, one more message means one more read.
             late = now > max(due_at - read, until if self._unread else until - read)
-            room = 0 if late or now >= look_at else min(start.room(self._ids), self._most)
+            room = 0 if late or now >= look_at else start.room(self._ids)
             if came := await self._next(start, room):
                 settled = await self._open_each(start, came)
             elif self._unread:
@@ -157,11 +154,10 @@ class Gathering:
             came = await self._take(room) if room else []
         else:
             came = await ahead
-        # Only behind many that fitted: all behind one that fits no other go back, and if those are
-        # more than a start takes at first, they come again in another order.
-        many = len(start.held) > 4 * AT_ONCE
-        if came and room and many and not self._worker.budget.limited:
-            more = min(start.room(self._ids, [one.message.body for one in came]), self._most)
+        # Behind a large one the next may be as large.
+        small = not any(one.large for one in came)
+        if came and room and small and not self._worker.budget.limited:
+            more = start.room(self._ids, len(came))
             if more > 1:
                 self._ahead = asyncio.create_task(self._take(more))
         return came

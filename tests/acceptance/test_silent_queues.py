@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -235,19 +235,23 @@ async def test_no_command_calls_silent_dead_letters_none(
 
 
 @pytest.fixture
-async def taken(lanes: Lanes, pair: servers.Servers, monkeypatch: pytest.MonkeyPatch) -> Taken:
+async def taken(
+    lanes: Lanes, pair: servers.Servers, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Taken]:
     """The lanes as a worker has them, and for how long it waited for each `get` of theirs."""
-    publisher = Publisher(BrokerAddress.parse_all(pair.amqp_url), 10, "test")
-    opened = await taking.OpenLanes.open(lanes.connection, publisher, QUEUES, PATIENCE_SECONDS)
-    asked: list[float] = []
-    take = opened._take
+    nodes = Nodes(BrokerAddress.parse_all(pair.amqp_url))
+    publisher = Publisher(nodes, 10, "test")
+    async with connected(nodes, 10, "test") as theirs:
+        opened = await taking.OpenLanes.open(theirs, publisher, QUEUES, PATIENCE_SECONDS)
+        asked: list[float] = []
+        take = opened._take
 
-    async def asking(seconds: float) -> object:
-        asked.append(seconds)
-        return await take(seconds)
+        async def asking(seconds: float) -> object:
+            asked.append(seconds)
+            return await take(seconds)
 
-    monkeypatch.setattr(opened, "_take", asking)
-    return opened, asked
+        monkeypatch.setattr(opened, "_take", asking)
+        yield opened, asked
 
 
 async def test_an_idle_worker_does_not_ask_by_get_at_each_look(

@@ -108,6 +108,7 @@ class MemoryLanes:
         self._tag = 0
         self._answers = Answers()
         self._flowing = QUEUES.urgent  # where the last message came from
+        self._large = False  # whether a message was, of those that came last
 
     async def hold_something(self, *, sure: bool = False) -> bool:
         """Return whether a message waits in either lane."""
@@ -120,14 +121,24 @@ class MemoryLanes:
         lanes = (QUEUES.urgent, QUEUES.bulk)
         for lane in reversed(lanes) if bulk_first else lanes:
             if self.broker.queues[lane]:
-                return self._deliver(lane)
+                one = self._deliver(lane)
+                self._large = one.large
+                return one
         return None
 
     async def take_more(self, most: int) -> list[Delivery]:
         """Take up to so many messages at once."""
         self._step("take_more")
         lanes = [QUEUES.urgent, *[self._flowing] * (most - 1)]
-        came = [self._deliver(lane) for lane in lanes if self.broker.queues[lane]]
+        came: list[Delivery] = []
+        withheld: list[Delivery] = []
+        for number, lane in enumerate([] if self._large else lanes):
+            if self.broker.queues[lane]:
+                delivery = self._deliver(lane)
+                self._large = self._large or delivery.large
+                (withheld if delivery.large and number else came).append(delivery)
+        for delivery in withheld:
+            await delivery.give_back()
         if came:
             self._flowing = came[0].message.routing_key or ""
         if not came and (one := await self.take()) is not None:

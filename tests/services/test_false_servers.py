@@ -211,12 +211,12 @@ BROKERS: list[tuple[str, str, Part, str]] = [
         "what answers there is no RabbitMQ; check",
     ),
     ("a port of TLS", "", says(b"\x15\x03\x03\0\x02\x02\x28"), "it speaks TLS on this port"),
-    ("huge frame", "", says(false_servers.A_HUGE_FRAME), "4294967296 bytes before the login"),
+    ("huge frame", "", says(false_servers.A_HUGE_FRAME), "4294967295 bytes before the login"),
     (
         "huge frames without end",
         "",
         false_servers.endlessly(false_servers.A_HUGE_FRAME + bytes(1_000_000)),
-        "4294967296 bytes before the login",
+        "4294967295 bytes before the login",
     ),
     ("half a frame", "", says(false_servers.start()[:20]), SILENCE),
     (

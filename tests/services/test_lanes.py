@@ -15,10 +15,10 @@ from aioworker.addresses import BrokerAddress, Nodes
 from aioworker.clock import own_time
 from aioworker.errors import BrokerError
 from aioworker.rabbitmq import copies
-from aioworker.rabbitmq.connection import connected
+from aioworker.rabbitmq.connection import connect, connected
 from aioworker.rabbitmq.delivery import Delivery
 from aioworker.rabbitmq.lanes import Lanes, OpenLanes
-from aioworker.rabbitmq.message import PUBLISHED
+from aioworker.rabbitmq.message import PUBLISHED, SMALL_BYTES, WITHHELD
 from aioworker.rabbitmq.publisher import Publisher
 from tests.conftest import QUEUES, declare
 from tests.doubles import lanes as memory
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from support.servers import Broker, Servers
 
 BODY = b"[[], {}, null]"
+LARGE = SMALL_BYTES + 1
 SECONDS = 20
 
 
@@ -51,14 +52,14 @@ class Real:
 
     async def again(self) -> Lanes:
         """Open them over a new connection."""
-        self._theirs = await aio_pika.connect(self._pair.amqp_url)
+        self._theirs = await connect(self._nodes, 10, "test")
         publisher = Publisher(self._nodes, 10, "test")
         await self._stack.enter_async_context(publisher)
         return await OpenLanes.open(self._theirs, publisher, QUEUES, 10)
 
-    async def send(self, lane: str, message: str, second: int = 0) -> None:
+    async def send(self, lane: str, message: str, second: int = 0, body: bytes = BODY) -> None:
         """Publish a message, in some second of an hour."""
-        await self._channel.default_exchange.publish(outgoing(message, second), lane)
+        await self._channel.default_exchange.publish(outgoing(message, second, body), lane)
 
     async def lie(self, queue: str) -> list[str]:
         """Take all that lies in a queue; return its ids."""
@@ -95,9 +96,9 @@ class Memory:
         self._lanes = memory.MemoryLanes(self._broker)
         return self._lanes
 
-    async def send(self, lane: str, message: str, second: int = 0) -> None:
+    async def send(self, lane: str, message: str, second: int = 0, body: bytes = BODY) -> None:
         """Publish a message, in some second of an hour."""
-        self._broker.publish(lane, outgoing(message, second))
+        self._broker.publish(lane, outgoing(message, second, body))
 
     async def lie(self, queue: str) -> list[str]:
         """Take all that lies in a queue; return its ids."""
@@ -116,10 +117,10 @@ class Memory:
 Place = Real | Memory
 
 
-def outgoing(message: str, second: int) -> aio_pika.Message:
+def outgoing(message: str, second: int, body: bytes) -> aio_pika.Message:
     """Return a message that is published in some second of an hour."""
     headers = {"id": message, PUBLISHED: f"2026-01-01T00:{second // 60:02}:{second % 60:02}Z"}
-    return aio_pika.Message(BODY, headers=dict(headers), message_id=message)
+    return aio_pika.Message(body, headers=dict(headers), message_id=message)
 
 
 @pytest.fixture(params=["RabbitMQ", "memory"])
@@ -255,6 +256,55 @@ async def test_for_one_message_each_lane_is_asked_once(
 
     assert len(await lanes.take_more(most)) == 1
     assert asked == [QUEUES.urgent, QUEUES.bulk]
+    await place.close()
+
+
+@pytest.mark.parametrize("queue", ["urgent", "bulk"])
+@pytest.mark.parametrize(
+    "sizes",
+    ["sssLssss", "LLLLLLLLLLLL", "sLsLsLsLsLsLs", "ssssssssLLLLssssssss"],
+    ids=["one among small ones", "only large ones", "every second one", "some in a row"],
+)
+async def test_a_large_message_comes_alone_and_goes_back_once_at_most(
+    place: Place, lanes: Lanes, queue: str, sizes: str
+) -> None:
+    lane = getattr(place.queues, queue)
+    bodies = {
+        f"{number:02}": (b"L" if size == "L" else b"s") * (LARGE if size == "L" else SMALL_BYTES)
+        for number, size in enumerate(sizes)
+    }
+    for number, (message, body) in enumerate(bodies.items()):
+        await place.send(lane, message, number, body)
+    await take_until(lanes)
+
+    taken = [await take(lanes)]
+    while came := await lanes.take_more(8):
+        assert sum(len(one.message.body) > SMALL_BYTES for one in came) <= 1
+        taken += came
+        for one in came:
+            await one.acknowledge()
+
+    assert {one.id: one.message.body for one in taken} == bodies
+    assert len(taken) == len(bodies)
+    assert max(one.returns for one in taken) <= 1
+
+
+async def test_a_message_that_says_so_itself_comes_with_its_body(pair: Servers) -> None:
+    """A publisher may choose any header."""
+    place = Real(pair)
+    lanes = await place.open()
+    for number in range(9):
+        message = outgoing(str(number), number, BODY)
+        message.headers[WITHHELD] = True
+        await place._channel.default_exchange.publish(message, QUEUES.urgent)
+    await take_until(lanes)
+
+    taken = [await take(lanes)]
+    while came := await lanes.take_more(8):
+        taken += came
+
+    assert [one.id for one in taken] == [str(number) for number in range(9)]
+    assert {one.message.body for one in taken} == {BODY}
     await place.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from collections.abc import Set
 
 import pytest
 from hypothesis import given
@@ -15,25 +16,27 @@ from pamqp.header import ContentHeader
 from pamqp.heartbeat import Heartbeat
 
 from aioworker.rabbitmq.frames import SHOWN_BYTES, Frames, PlainConnection
-from aioworker.rabbitmq.message import PROPERTIES, UNREADABLE
+from aioworker.rabbitmq.message import PROPERTIES, SMALL_BYTES, UNREADABLE, WITHHELD
 from tests.faults.junk import UNDECODABLE, Properties
 
 BODY_SIZE = 7
 FIRST_BYTES, REST_BYTES = 1, 6
 
 
-async def read(sent: bytes) -> list[bytes]:
-    """Read frames as aiormq does, until none is left."""
+async def read(sent: bytes, small: Set[int] = frozenset()) -> list[bytes]:
+    """Read frames as aiormq does, behind those of a login, until none is left."""
+    login = [frame.marshal(Basic.Ack(one), 0) for one in range(3)]
     source = asyncio.StreamReader()
-    source.feed_data(sent)
+    source.feed_data(b"".join(login) + sent)
     source.feed_eof()
-    frames, found = Frames(source), []
+    frames, found = Frames(source, tolerant=True, small=small), []
     while not frames.at_eof():
         head = await frames.readexactly(FIRST_BYTES) + await frames.readexactly(REST_BYTES)
         size = frame.frame_parts(head)[2]
         assert size is not None
         found.append(head + await frames.readexactly(size + 1))
-    return found
+    assert found[:3] == login
+    return found[3:]
 
 
 @given(
@@ -90,6 +93,42 @@ async def test_a_routing_key_that_cannot_be_decoded_has_question_marks(
 
     assert await read(right) == [right]
     assert found == right.replace("\u00e9".encode(), b"??")
+
+
+@pytest.mark.parametrize("properties", UNDECODABLE.values(), ids=UNDECODABLE)
+async def test_a_large_body_is_kept_away_whatever_its_properties_are(properties: bytes) -> None:
+    header = ContentHeader(body_size=SMALL_BYTES + 1, properties=Properties(properties))
+
+    [found] = await read(frame.marshal(header, 7), {7})
+
+    _length, _channel, told = frame.unmarshal(found)
+    assert isinstance(told, ContentHeader)
+    assert told.properties.headers == {WITHHELD: True}
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+async def test_a_large_body_is_kept_away_from_a_channel_that_takes_small_ones(parts: int) -> None:
+    """Whoever waits for its end knows that the peer still sends."""
+    size = parts * SMALL_BYTES if parts > 1 else SMALL_BYTES + 1
+    bodies: list[frame.FrameTypes] = [ContentBody(b"L" * (size // parts))] * parts
+    large = [frame.marshal(one, 7) for one in (ContentHeader(body_size=size), *bodies)]
+    properties = Basic.Properties(message_id="small")
+    small_header = ContentHeader(body_size=SMALL_BYTES, properties=properties)
+    small = [frame.marshal(one, 7) for one in (small_header, ContentBody(b"s" * SMALL_BYTES))]
+    others = [
+        frame.marshal(one, 8)
+        for one in (ContentHeader(body_size=size, properties=properties), *bodies)
+    ]
+    mixed = [one for pair in zip(large, others, strict=True) for one in pair]
+
+    found = await read(b"".join([*mixed, *small]), {7})
+
+    assert found[1 : 2 * len(others) : 2] == others
+    assert found[2 : 2 * len(others) : 2] == [frame.marshal(Heartbeat(), 0)] * parts
+    assert found[2 * len(others) :] == small
+    _length, channel, told = frame.unmarshal(found[0])
+    assert isinstance(told, ContentHeader)
+    assert (channel, told.body_size, told.properties.headers) == (7, 0, {WITHHELD: True})
 
 
 def test_a_connection_that_is_garbage_is_closed_by_nobody() -> None:

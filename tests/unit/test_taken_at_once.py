@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -14,10 +13,10 @@ import pytest
 from aioworker.errors import BrokerError
 from aioworker.rabbitmq.delivery import Delivery
 from aioworker.rabbitmq.lanes import Lanes
-from aioworker.rabbitmq.message import TOGETHER
+from aioworker.rabbitmq.message import SMALL_BYTES, TOGETHER
 from aioworker.settling.outcome import Outcome
 from aioworker.settling.rows import Ids, Rows
-from aioworker.settling.start import AT_ONCE, FEW_BYTES, Held, Start
+from aioworker.settling.start import AT_ONCE, Held, Start
 from aioworker.tasks.context import Context
 from tests.doubles.gathering import Gathering
 from tests.doubles.heart import Heart, running
@@ -30,13 +29,11 @@ def asked(gathering: Gathering) -> list[str]:
     return [one for one in gathering.heart.steps if one in ("take_more", "give_back")]
 
 
-@pytest.mark.parametrize(
-    ("lane", "at_once"), [(QUEUES.urgent, AT_ONCE), (QUEUES.bulk, AT_ONCE - 1)]
-)
+@pytest.mark.parametrize(("lane", "asked_for"), [(QUEUES.urgent, 8), (QUEUES.bulk, 10)])
 async def test_small_messages_are_taken_several_at_once(
-    clock: FakeClock, lane: str, at_once: int
+    clock: FakeClock, lane: str, asked_for: int
 ) -> None:
-    """One of those asked for is an urgent one, in any case."""
+    """1, 2, 4 and 8 at once, as many as fitted before; one of those is an urgent one, if any is."""
     gathering = Gathering(rate=None)
     gathering.send_each(range(1, 42), lane)
 
@@ -44,7 +41,7 @@ async def test_small_messages_are_taken_several_at_once(
 
     assert gathering.runs == [list(range(1, 42))]
     # The first one alone; and before and behind the read it is asked whether there are others.
-    assert asked(gathering) == ["take_more"] * (math.ceil(40 / at_once) + 2)
+    assert asked(gathering) == ["take_more"] * (asked_for + 2)
 
 
 async def test_urgent_ones_are_taken_first_in_a_start_that_begins_with_the_bulk_lane(
@@ -94,14 +91,14 @@ async def test_what_comes_with_one_that_fits_no_other_goes_back_once(clock: Fake
 async def test_of_those_that_came_at_once_what_has_no_room_is_next(clock: FakeClock) -> None:
     """A chunk among them fills the start."""
     gathering = Gathering(rate=None)
-    gathering.send_each(range(1, 4), QUEUES.urgent)
+    gathering.send_each(range(1, 12), QUEUES.urgent)
     gathering.send(range(1000, 2000), QUEUES.urgent)
-    gathering.send_each(range(4, 9), QUEUES.urgent)
+    gathering.send_each(range(12, 20), QUEUES.urgent)
 
     await gathering.heart.run_for(clock, 2)
 
-    assert gathering.runs == [[1, 2, 3, *range(1000, 2000)], [4, 5, 6, 7, 8]]
-    assert asked(gathering).count("give_back") == 1
+    assert gathering.runs == [[*range(1, 12), *range(1000, 2000)], list(range(12, 20))]
+    assert asked(gathering).count("give_back") == 4
 
 
 async def test_a_stop_gives_back_all_that_came_at_once(clock: FakeClock) -> None:
@@ -122,16 +119,15 @@ async def test_a_stop_gives_back_all_that_came_at_once(clock: FakeClock) -> None
 
 
 @pytest.mark.parametrize(
-    ("rows", "size", "room"),
-    [(Ids(), 0, AT_ONCE), (Ids(), FEW_BYTES + 1, 1), (Rows(), 0, 1)],
-    ids=["ids", "large messages", "rows"],
+    ("rows", "held", "room"),
+    [(Ids(), 100, AT_ONCE), (Ids(), 3, 3), (Rows(), 100, 1)],
+    ids=["ids", "few that fitted", "rows"],
 )
-def test_who_may_come_several_at_once(rows: Ids | Rows, size: int, room: int) -> None:
-    """Each of several may be a large one; and the order of taking may decide between two rows."""
-    start = Start(rows, most=100, size=1000)
-    one = Held(Delivery.of(delivered(b"[[[1]]]")), Context(None, "shop"), ids=1, bytes=size)  # type: ignore[arg-type]  # asked nothing
-    start.held.append(one)
-    start.weigh(one)
+def test_who_may_come_several_at_once(rows: Ids | Rows, held: int, room: int) -> None:
+    """The order of taking may decide between two rows."""
+    start = Start(rows, most=1000, size=1000)
+    one = Held(Delivery.of(delivered(b"[[[1]]]")), Context(None, "shop"), ids=1)  # type: ignore[arg-type]  # asked nothing
+    start.held += [one] * held
 
     assert start.room() == room
 
@@ -155,7 +151,7 @@ async def test_no_others_come_meanwhile_for_a_start_that_waits_or_holds_much(
 ) -> None:
     gathering = Gathering(rate="2/m" if case == "a rate" else None)
     heart = gathering.heart
-    body = f"[[[1]], {{}}, {{}}]{' ' * (FEW_BYTES if case == 'large messages' else 0)}".encode()
+    body = f"[[[1]], {{}}, {{}}]{' ' * (SMALL_BYTES if case == 'large messages' else 0)}".encode()
     for one in range(40):
         heart.broker.send(body, QUEUES.urgent, id=str(one))
     ahead = watch(heart)
@@ -166,19 +162,23 @@ async def test_no_others_come_meanwhile_for_a_start_that_waits_or_holds_much(
     assert max(ahead) <= (AT_ONCE if case == "a rate" else 1)
 
 
-async def test_behind_large_messages_no_others_come_meanwhile(clock: FakeClock) -> None:
+@pytest.mark.parametrize("every", [1, 2, 5, AT_ONCE])
+async def test_only_one_large_message_comes_before_it_is_looked_at(
+    clock: FakeClock, every: int
+) -> None:
     gathering = Gathering(rate=None)
     heart = gathering.heart
     gathering.send_each(range(1, 2 + 6 * AT_ONCE), QUEUES.urgent)
-    for one in range(100, 120):
-        heart.broker.send(f"[[[{one}]], {{}}, {{}}]{' ' * FEW_BYTES}".encode(), QUEUES.urgent)
-    ahead = watch(heart, least=FEW_BYTES)
+    for one in range(100, 180):
+        size = 0 if one % every else SMALL_BYTES
+        heart.broker.send(f"[[[{one}]], {{}}, {{}}]{' ' * size}".encode(), QUEUES.urgent)
+    ahead = watch(heart, least=SMALL_BYTES)
 
     await heart.run_for(clock, 4)
 
     assert [len(ids) for ids in gathering.runs][-1] > 1
-    assert len(ahead) >= 20
-    assert max(ahead) == AT_ONCE
+    assert len(ahead) >= 80 // every
+    assert max(ahead) == 1
 
 
 @pytest.mark.parametrize(
@@ -275,10 +275,11 @@ def watch(heart: Heart, then: Callable[[], None] = lambda: None, least: int = 0)
     opened = heart.consumer.open
 
     async def watched(start: Start, delivery: Delivery, lanes: Lanes) -> Outcome | None:
-        if len(delivery.message.body) >= least:
-            unread.append(len(heart.lanes.held) - len(start.held))
-            if unread[-1] == 2 * AT_ONCE:
-                then()
+        kept = [one for _queue, one in heart.lanes.held.values() if len(one.body) >= least]
+        read = [one for one in start.held if len(one.delivery.message.body) >= least]
+        unread.append(len(kept) - len(read))
+        if unread[-1] == 2 * AT_ONCE:
+            then()
         return await opened(start, delivery, lanes)
 
     heart.consumer.open = watched  # type: ignore[method-assign]
