@@ -120,6 +120,11 @@ def forbids(error: BrokerError) -> bool:
     return isinstance(cause, ChannelAccessRefused) and _IN_USE not in str(cause)
 
 
+def beyond_limit(error: BaseException | None) -> bool:
+    """Whether RabbitMQ ended a connection for a limit of its user, such as of channels."""
+    return isinstance(error, ConnectionNotAllowed)
+
+
 def uncounted(queue: str) -> BrokerError:
     """Return the error for a queue that holds messages, though RabbitMQ counts none."""
     return BrokerError(f"RabbitMQ did not count the messages in queue {queue}", unreachable=True)

@@ -93,6 +93,7 @@ class OpenLanes:
         queues: The task's.
         lanes: The two to take from, the one that is taken from first before the other.
         timeout: Seconds for each step.
+        several: Whether more channels may be opened.
     """
 
     def __init__(
@@ -103,6 +104,8 @@ class OpenLanes:
         queues: Queues,
         lanes: tuple[AbstractQueue, AbstractQueue],
         timeout: float,
+        *,
+        several: bool = True,
     ) -> None:
         self._connection = connection
         self._channel = channel
@@ -110,6 +113,7 @@ class OpenLanes:
         self._names = queues
         self._queues = lanes
         self._timeout = timeout
+        self._several = several
         self._refusal: ChannelPreconditionFailed | None = None
         self._sides = [lanes]  # both lanes as each channel has them, this one's first
         self._answers: dict[AbstractChannel, Answers] = defaultdict(Answers)
@@ -121,9 +125,15 @@ class OpenLanes:
 
     @classmethod
     async def open(
-        cls, connection: PlainConnection, publisher: Publisher, queues: Queues, timeout: float
+        cls,
+        connection: PlainConnection,
+        publisher: Publisher,
+        queues: Queues,
+        timeout: float,
+        *,
+        several: bool = True,
     ) -> OpenLanes:
-        """Open them.
+        """Open them, as `OpenLanes` says.
 
         Raises:
             QueueMissingError: One of the task's queues is not there.
@@ -132,7 +142,7 @@ class OpenLanes:
         names = (queues.urgent, queues.bulk, queues.retry, queues.dead)
         await check(connection, names, timeout)
         channel, lanes = await _open(connection, queues, timeout)
-        return cls(connection, channel, publisher, queues, lanes, timeout)
+        return cls(connection, channel, publisher, queues, lanes, timeout, several=several)
 
     def _closed(self, _channel: object, error: BaseException | None) -> None:
         if isinstance(error, ChannelPreconditionFailed):
@@ -281,7 +291,9 @@ class OpenLanes:
 
     @property
     def _may_open(self) -> bool:
-        """Whether RabbitMQ lets one more channel be opened; else it would end the connection."""
+        """Whether one more channel may be opened; beyond a limit RabbitMQ ends the connection."""
+        if not self._several:
+            return False
         if self._connection.transport is None:
             return True  # to be told that it is lost
         opened = self._connection.transport.connection

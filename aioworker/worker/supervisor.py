@@ -11,6 +11,7 @@ from aioworker.addresses import BrokerAddress, Nodes
 from aioworker.errors import BrokerError
 from aioworker.rabbitmq import frames
 from aioworker.rabbitmq.connection import connected
+from aioworker.rabbitmq.errors import beyond_limit
 from aioworker.rabbitmq.lanes import OpenLanes
 from aioworker.rabbitmq.publisher import Publisher
 from aioworker.rabbitmq.queues import Queues
@@ -42,6 +43,7 @@ class Supervisor:
         self._timeout = timeout
         self._name = name
         self._tolerant = False  # whether a message that could not be decoded cut this worker off
+        self._limited = False  # whether RabbitMQ let this user open no more channels
 
     async def run(self, stop: asyncio.Event) -> bool:
         """Serve until *stop* is set, or in a burst until the lanes are empty.
@@ -55,11 +57,14 @@ class Supervisor:
         """
         worker, outage = self.worker, self.worker.recovery.broker
         while not stop.is_set():
+            limited = self._limited
             try:
                 async with self._session(stop) as session:
                     await session.run()
                     break
             except BrokerError as error:
+                if self._limited and not limited:
+                    continue  # with one channel
                 if worker.burst:
                     raise
                 worker.recovery.stall.end()
@@ -79,6 +84,7 @@ class Supervisor:
 
         def notice(_connection: object, error: BaseException | None) -> None:
             self._tolerant = self._tolerant or frames.undecodable(error)
+            self._limited = self._limited or beyond_limit(error)
             lost.set()
 
         self.worker.recovery.progress()
@@ -88,7 +94,10 @@ class Supervisor:
         ):
             # Noticed also while waiting: aio-pika's `closed()` never tells.
             connection.close_callbacks.add(notice)
-            lanes = await OpenLanes.open(connection, publisher, self._queues, timeout)
+            several = not self._limited
+            lanes = await OpenLanes.open(
+                connection, publisher, self._queues, timeout, several=several
+            )
             self.worker.recovery.broker.end()
             with lanes.explaining():
                 yield Session(self.worker, lanes, stop, lost)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pymysql.connections import Connection
     from pymysql.cursors import Cursor
 
-    from support.servers import Servers
+    from support.servers import Broker, Servers
 
 Start = Callable[..., Worker]
 GATHERING = {"AIOWORKER_GATHER_SECONDS": "20", "AIOWORKER_LOG_FORMAT": "json"}
@@ -223,6 +223,23 @@ async def test_a_message_that_kills_its_worker_is_found_among_others(
     [letter] = run("dead", "list", "--json").stdout.splitlines()
     assert json.loads(letter)["id"] == f"chunk {DEADLY_ADDON}"
     assert rows(shop, "SELECT * FROM aioworker_run") == []
+
+
+async def test_a_user_who_may_open_few_channels_has_all_done(
+    run: Run, shop: Connection[Cursor], lanes: Lanes, broker: Broker
+) -> None:
+    """RabbitMQ ends the connection that opens one more, and all that is held goes back."""
+    simple_addons(shop, 40)
+    for addon in range(1, 41):
+        await send(lanes, addon, lane=QUEUES.urgent)
+    broker.control("set_user_limits", "guest", '{"max-channels": 6}')
+    try:
+        done = run("consume", "--burst", "--rate-limit", "none", **GATHERING)
+    finally:
+        broker.control("clear_user_limits", "guest", "max-channels")
+
+    assert done.stdout == "done 40 messages in 1 start; dead letters 0, to retry 0, given back 0\n"
+    assert current_versions(shop) == right(40)
 
 
 async def test_without_a_rate_a_thousand_messages_of_one_id_are_a_few_runs(
