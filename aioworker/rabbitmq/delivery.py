@@ -129,12 +129,12 @@ class Delivery(NamedTuple):
 
     @property
     def withheld(self) -> bool:
-        """Whether it came without its body, which is too large to come among others."""
+        """Whether it came without its body, which is too large for the channel."""
         return WITHHELD in self.message.headers
 
     @property
     def large(self) -> bool:
-        """Whether its body is too large to come among others."""
+        """Whether its body is too large for a channel that takes small ones."""
         return self.withheld or len(self.message.body) > SMALL_BYTES
 
     @property

@@ -1,4 +1,4 @@
-"""What RabbitMQ sends, as far as it can be decoded and has room.
+"""What RabbitMQ sends, less what cannot be decoded and bodies for which there is no room.
 
 A message's properties come in a frame of their own. aiormq ends the connection at one that it
 cannot decode (a header's name in Latin-1, a time in microseconds), and RabbitMQ sends the same
@@ -9,7 +9,7 @@ costs a seventh of the small messages a second; so a worker is tolerant only aft
 by one.
 
 Messages that are asked for at once come over several channels. Each might be a large one, so only
-one channel takes a body of any size; from the others it is kept away, and the message comes again.
+one channel takes a body of any size. A message with a larger one comes over the others without it.
 """
 
 from __future__ import annotations
@@ -80,11 +80,12 @@ class PlainConnection(aio_pika.Connection):
     def keep_small(self, channel: AbstractChannel) -> None:
         """Let no body of more than `SMALL_BYTES` come over a channel.
 
-        A message with a larger one comes without it, and has the header `WITHHELD`. What was
-        asked for at once over many channels takes little memory so.
+        A message with a larger one comes without it, and has the header `WITHHELD`.
         """
-        if channel.number is not None:
-            self._small.add(channel.number)
+        if (number := channel.number) is not None:
+            self._small.add(number)
+            # The number may be another channel's later, which a consumer uses.
+            channel.close_callbacks.add(lambda *_: self._small.discard(number))
 
     def __del__(self) -> None:
         """Do nothing: aio-pika begins to close it, in whatever thread collects garbage."""
@@ -162,7 +163,7 @@ class Frames:
         self._read = reader.readexactly
         self._tolerant = tolerant
         self._small = small
-        self._withheld: dict[int, int] = {}  # bytes of a body that are still to come, by channel
+        self._withheld: set[int] = set()  # the channels whose last message comes without its body
         self._login = _LOGIN_FRAMES  # that are still to come
         self._parts: list[bytes] = []  # of the frame that was read last, the next one at the end
 
@@ -205,18 +206,17 @@ class Frames:
             channel: Its channel.
             rest: Its payload, and the byte at its end.
         """
-        match kind:
-            case constants.FRAME_HEADER if channel in self._small and _size(rest) > SMALL_BYTES:
-                self._withheld[channel] = _size(rest)
-                return kind, channel, withholding(rest)
-            case constants.FRAME_BODY if channel in self._withheld:
-                self._withheld[channel] -= len(rest) - 1
-                if self._withheld[channel] <= 0:
-                    del self._withheld[channel]
-                # Else a peer that sends a great one would seem to be silent.
+        if channel in self._small:
+            if kind == constants.FRAME_HEADER:
+                if _size(rest) > SMALL_BYTES:
+                    self._withheld.add(channel)
+                    return kind, channel, withholding(rest)
+                self._withheld.discard(channel)
+            elif kind == constants.FRAME_BODY and channel in self._withheld:
+                # aiormq takes a peer for silent if no frame is handed to it.
                 return constants.FRAME_HEARTBEAT, 0, b""
-            case _ if self._tolerant and kind in _READ:
-                return kind, channel, _READ[kind](rest[:-1])
+        if self._tolerant and kind in _READ:
+            return kind, channel, _READ[kind](rest[:-1])
         return None
 
 

@@ -38,6 +38,9 @@ from aioworker.rabbitmq.queues import Queues, check
 # for the answer to a `get`, which takes 1 ms where all is well.
 EMPTY_SECONDS = 5.0
 ANSWER_SECONDS = 3.0
+# So many messages are taken one by one behind a large one. It went back perhaps, and another worker
+# may hold it just then, and give it back, too.
+BEHIND_LARGE = 16
 _LONG_AGO = datetime.min.replace(tzinfo=UTC)  # nobody knows when
 
 
@@ -58,7 +61,7 @@ class Lanes(Protocol):
         """Take up to so many messages at once, the oldest first.
 
         They come from the urgent lane if one came from there last; else one of them does, if it
-        can, and the others come from the bulk lane.
+        can, and the others come from the bulk lane. At most one of them is large.
         """
 
     def consume(
@@ -119,7 +122,7 @@ class OpenLanes:
         self._answers: dict[AbstractChannel, Answers] = defaultdict(Answers)
         self._flowing = lanes[0].name  # where the last message came from
         self._left = math.inf  # how many lay behind it, by RabbitMQ's count; not known yet
-        self._large = False  # whether a message was, of those that came last
+        self._alone = 0  # how many messages are still to be taken one by one
         self._empty_at = -math.inf  # when RabbitMQ last answered that both are, by a clock
         channel.close_callbacks.add(self._closed)
 
@@ -240,7 +243,7 @@ class OpenLanes:
     async def _take(self, seconds: float, *, bulk_first: bool = False) -> Delivery | None:
         for queue in reversed(self._queues) if bulk_first else self._queues:
             if (delivery := await self._get(queue, seconds)) is not None:
-                self._large = delivery.large
+                self._alone = BEHIND_LARGE if delivery.large else max(0, self._alone - 1)
                 return delivery
         self._empty_at = time.monotonic()
         return None
@@ -258,13 +261,13 @@ class OpenLanes:
 
         They come from the urgent lane if one came from there last; else one of them does, if it
         can, and the others come from the bulk lane. Nearly all of a `get` is a wait for its answer.
-        A large message comes alone.
+        At most one of them is large. Each other large one goes back and is asked for alone.
 
         Raises:
             BrokerError: A lane is gone or does not answer, or the connection is lost.
         """
         # None is asked for that is not there; and where one is large, others may be.
-        most = 1 if self._large else int(min(most, self._left))
+        most = 1 if self._alone else int(min(most, self._left))
         while len(self._sides) < most and self._may_open:
             channel, lanes = await _open(self._connection, self._names, self._timeout)
             channel.close_callbacks.add(self._closed)
@@ -280,7 +283,8 @@ class OpenLanes:
         if found[0] is not None:
             self._flowing = self._queues[0].name  # there may be more that go first
         came = sorted(filter(None, found), key=_place)
-        self._large = any(one.large for one in came)
+        if any(one.large for one in came):
+            self._alone = BEHIND_LARGE
         for one in came:
             if one.withheld:
                 await one.give_back()

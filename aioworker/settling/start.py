@@ -144,10 +144,10 @@ class Start:
         )
 
     def room(self, unread: int = 0, coming: int = 0) -> int:
-        """Return how many more it may take at once: few of them go back.
+        """Return how many more to take at once, so that few of them go back.
 
-        No more than fitted before: all behind one that fits no other go back, and of many that did
-        the next one that does leaves the others in another order.
+        It is no more than fitted before. If one fits no other, all that came behind it go back, and
+        a queue does not keep the order of what goes back twice.
 
         Args:
             unread: As for `has_room`.

@@ -20,6 +20,7 @@ from pamqp.header import ContentHeader
 
 from aioworker.errors import ConnectionLostError
 from aioworker.rabbitmq.delivery import Answers, Delivery
+from aioworker.rabbitmq.lanes import BEHIND_LARGE
 from aioworker.rabbitmq.queues import Queues
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class MemoryLanes:
         self._tag = 0
         self._answers = Answers()
         self._flowing = QUEUES.urgent  # where the last message came from
-        self._large = False  # whether a message was, of those that came last
+        self._alone = 0  # how many messages are still to be taken one by one
 
     async def hold_something(self, *, sure: bool = False) -> bool:
         """Return whether a message waits in either lane."""
@@ -122,7 +123,7 @@ class MemoryLanes:
         for lane in reversed(lanes) if bulk_first else lanes:
             if self.broker.queues[lane]:
                 one = self._deliver(lane)
-                self._large = one.large
+                self._alone = BEHIND_LARGE if one.large else max(0, self._alone - 1)
                 return one
         return None
 
@@ -132,11 +133,12 @@ class MemoryLanes:
         lanes = [QUEUES.urgent, *[self._flowing] * (most - 1)]
         came: list[Delivery] = []
         withheld: list[Delivery] = []
-        for number, lane in enumerate([] if self._large else lanes):
+        for number, lane in enumerate([] if self._alone else lanes):
             if self.broker.queues[lane]:
                 delivery = self._deliver(lane)
-                self._large = self._large or delivery.large
                 (withheld if delivery.large and number else came).append(delivery)
+        if any(one.large for one in [*came, *withheld]):
+            self._alone = BEHIND_LARGE
         for delivery in withheld:
             await delivery.give_back()
         if came:

@@ -15,9 +15,9 @@ from aioworker.addresses import BrokerAddress, Nodes
 from aioworker.clock import own_time
 from aioworker.errors import BrokerError
 from aioworker.rabbitmq import copies
-from aioworker.rabbitmq.connection import connect, connected
+from aioworker.rabbitmq.connection import connected
 from aioworker.rabbitmq.delivery import Delivery
-from aioworker.rabbitmq.lanes import Lanes, OpenLanes
+from aioworker.rabbitmq.lanes import BEHIND_LARGE, Lanes, OpenLanes
 from aioworker.rabbitmq.message import PUBLISHED, SMALL_BYTES, WITHHELD
 from aioworker.rabbitmq.publisher import Publisher
 from tests.conftest import QUEUES, declare
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 BODY = b"[[], {}, null]"
 LARGE = SMALL_BYTES + 1
+MOST_RETURNS = 5
 SECONDS = 20
 
 
@@ -52,7 +53,7 @@ class Real:
 
     async def again(self) -> Lanes:
         """Open them over a new connection."""
-        self._theirs = await connect(self._nodes, 10, "test")
+        self._theirs = await self._stack.enter_async_context(connected(self._nodes, 10, "test"))
         publisher = Publisher(self._nodes, 10, "test")
         await self._stack.enter_async_context(publisher)
         return await OpenLanes.open(self._theirs, publisher, QUEUES, 10)
@@ -75,7 +76,6 @@ class Real:
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._theirs.close()
         await self._stack.aclose()
 
 
@@ -265,7 +265,7 @@ async def test_for_one_message_each_lane_is_asked_once(
     ["sssLssss", "LLLLLLLLLLLL", "sLsLsLsLsLsLs", "ssssssssLLLLssssssss"],
     ids=["one among small ones", "only large ones", "every second one", "some in a row"],
 )
-async def test_a_large_message_comes_alone_and_goes_back_once_at_most(
+async def test_one_large_message_comes_at_a_time_and_goes_back_once_at_most(
     place: Place, lanes: Lanes, queue: str, sizes: str
 ) -> None:
     lane = getattr(place.queues, queue)
@@ -289,13 +289,85 @@ async def test_a_large_message_comes_alone_and_goes_back_once_at_most(
     assert max(one.returns for one in taken) <= 1
 
 
+async def test_behind_a_large_message_several_come_again(place: Place, lanes: Lanes) -> None:
+    await place.send(place.queues.bulk, "large", 0, bytes(LARGE))
+    for number in range(1, 41):
+        await place.send(place.queues.bulk, str(number), number)
+    await take_until(lanes)
+    assert (await take(lanes)).id == "large"
+
+    came = []
+    while some := await lanes.take_more(8):
+        came.append(len(some))
+
+    assert came[:BEHIND_LARGE] == [1] * BEHIND_LARGE
+    assert max(came) == 7
+    assert sum(came) == 40
+
+
+async def test_several_workers_give_a_large_message_back_few_times(pair: Servers) -> None:
+    """Each may have given it back, and take small ones while another one holds it."""
+    place = Real(pair)
+    first = await place.open()
+    for number in range(300):
+        body = bytes(LARGE) if number % 10 == 9 else BODY
+        await place.send(QUEUES.bulk, f"{number:03}", number, body)
+    await take_until(first)
+
+    taken: list[Delivery] = []
+
+    async def work(lanes: Lanes) -> None:
+        while came := await lanes.take_more(8):
+            taken.extend(came)
+            for one in came:
+                await one.acknowledge()
+
+    await asyncio.gather(
+        *[work(lanes) for lanes in (first, await place.again(), await place.again())]
+    )
+
+    assert sorted(one.id for one in taken) == [f"{number:03}" for number in range(300)]
+    assert max(one.returns for one in taken) <= MOST_RETURNS
+    await place.close()
+
+
+async def test_a_channel_that_has_the_number_of_a_closed_one_takes_large_messages(
+    pair: Servers,
+) -> None:
+    place = Real(pair)
+    lanes = await place.open()
+    for number in range(9):
+        await place.send(QUEUES.urgent, str(number), number)
+    await take_until(lanes)
+    for one in [await take(lanes), *await lanes.take_more(8)]:
+        await one.acknowledge()
+    opened = place._theirs.transport
+    assert opened is not None
+    numbers = opened.connection.channels
+    closed = numbers[max(numbers)]
+    assert closed is not None
+    await closed.close()
+
+    channel = await place._theirs.channel()
+    await place.send(QUEUES.urgent, "large", 9, bytes(LARGE))
+
+    assert channel.number == closed.number
+    queue = await channel.get_queue(QUEUES.urgent, ensure=False)
+    async with asyncio.timeout(SECONDS):
+        while (message := await queue.get(fail=False)) is None:  # noqa: ASYNC110 - it comes
+            await asyncio.sleep(0.01)
+    assert message.body == bytes(LARGE)
+    await place.close()
+
+
 async def test_a_message_that_says_so_itself_comes_with_its_body(pair: Servers) -> None:
     """A publisher may choose any header."""
     place = Real(pair)
     lanes = await place.open()
     for number in range(9):
         message = outgoing(str(number), number, BODY)
-        message.headers[WITHHELD] = True
+        if number:
+            message.headers[WITHHELD] = True
         await place._channel.default_exchange.publish(message, QUEUES.urgent)
     await take_until(lanes)
 
@@ -303,7 +375,7 @@ async def test_a_message_that_says_so_itself_comes_with_its_body(pair: Servers) 
     while came := await lanes.take_more(8):
         taken += came
 
-    assert [one.id for one in taken] == [str(number) for number in range(9)]
+    assert sorted(one.id for one in taken) == [str(number) for number in range(9)]
     assert {one.message.body for one in taken} == {BODY}
     await place.close()
 

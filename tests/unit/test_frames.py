@@ -106,11 +106,13 @@ async def test_a_large_body_is_kept_away_whatever_its_properties_are(properties:
     assert told.properties.headers == {WITHHELD: True}
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-async def test_a_large_body_is_kept_away_from_a_channel_that_takes_small_ones(parts: int) -> None:
+@pytest.mark.parametrize("sizes", [[SMALL_BYTES + 1], [131_064, 131_064, 1]])
+async def test_a_large_body_is_kept_away_from_a_channel_that_takes_small_ones(
+    sizes: list[int],
+) -> None:
     """Whoever waits for its end knows that the peer still sends."""
-    size = parts * SMALL_BYTES if parts > 1 else SMALL_BYTES + 1
-    bodies: list[frame.FrameTypes] = [ContentBody(b"L" * (size // parts))] * parts
+    size = sum(sizes)
+    bodies: list[frame.FrameTypes] = [ContentBody(b"L" * part) for part in sizes]
     large = [frame.marshal(one, 7) for one in (ContentHeader(body_size=size), *bodies)]
     properties = Basic.Properties(message_id="small")
     small_header = ContentHeader(body_size=SMALL_BYTES, properties=properties)
@@ -124,7 +126,7 @@ async def test_a_large_body_is_kept_away_from_a_channel_that_takes_small_ones(pa
     found = await read(b"".join([*mixed, *small]), {7})
 
     assert found[1 : 2 * len(others) : 2] == others
-    assert found[2 : 2 * len(others) : 2] == [frame.marshal(Heartbeat(), 0)] * parts
+    assert found[2 : 2 * len(others) : 2] == [frame.marshal(Heartbeat(), 0)] * len(sizes)
     assert found[2 * len(others) :] == small
     _length, channel, told = frame.unmarshal(found[0])
     assert isinstance(told, ContentHeader)
