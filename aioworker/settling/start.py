@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from aioworker.tasks.context import Context
 
 MOST_MESSAGES = 1000
-MOST_BYTES = 12 * 1024 * 1024  # of all messages together; the last one may be larger
+MOST_BYTES = 8 * 1024 * 1024  # of all messages together; the last one may be larger
 AT_ONCE = 8  # messages taken at once: the wait for RabbitMQ is no more the most of it then
 
 
