@@ -14,6 +14,7 @@ from aioworker.rabbitmq.connection import Connection, connected
 from aioworker.rabbitmq.dead_letters import DeadLetters, Progress, no_progress
 from aioworker.rabbitmq.delivery import Message
 from aioworker.rabbitmq.letter import Filter, Letter, text
+from aioworker.rabbitmq.message import LOOK
 from aioworker.rabbitmq.publisher import Publisher
 from aioworker.rabbitmq.queues import Queues
 from aioworker.settings import Settings
@@ -135,7 +136,7 @@ async def read_one(
     def stay(letter: Letter, delivery: Message) -> str:
         nonlocal found
         found = True
-        headers = {header: text(value) for header, value in delivery.headers.items()}
+        headers = {name: text(value) for name, value in delivery.headers.items() if name != LOOK}
         show(letter, headers, delivery.body.decode("utf-8", "backslashreplace"))
         return look.queues.dead
 

@@ -12,6 +12,7 @@ from aio_pika.abc import AbstractIncomingMessage
 from aioworker.rabbitmq.delivery import Delivery, message_id
 from aioworker.rabbitmq.headers import LEFT_OUT, fitting, line, portable
 from aioworker.rabbitmq.message import (
+    LOOK,
     PROPERTIES,
     PUBLISHED,
     REASON,
@@ -106,7 +107,9 @@ def revived(letter: AbstractIncomingMessage) -> aio_pika.Message:
     return _copy(letter, {"retries": 0}, without=_TIMES | (ours - _STAYING))
 
 
-def kept(letter: AbstractIncomingMessage, users: Collection[str]) -> aio_pika.Message:
+def kept(
+    letter: AbstractIncomingMessage, users: Collection[str], look: str | None = None
+) -> aio_pika.Message:
     """Copy a dead letter to lie where it lay: all that RabbitMQ will not act on stays as it is.
 
     What finds no room in a frame, beside what RabbitMQ added, is left out.
@@ -114,11 +117,14 @@ def kept(letter: AbstractIncomingMessage, users: Collection[str]) -> aio_pika.Me
     Args:
         letter: The letter.
         users: Who publishes the copy, by any of its connections' names.
+        look: The look that has seen it; None leaves that as it is.
     """
-    headers = {}
+    headers: dict[str, Any] = {}
     for name, value in letter.headers.items():
         if name not in _COUNTS:
             headers[f"x-aioworker-{name}" if name in _ROUTES else name] = portable(value)
+    if look is not None:
+        headers[LOOK] = look
     user = letter.user_id
     # RabbitMQ takes a message in its publisher's own name only.
     if user is not None and set(users) != {user}:
@@ -137,7 +143,7 @@ def kept(letter: AbstractIncomingMessage, users: Collection[str]) -> aio_pika.Me
         user_id=user,
         app_id=letter.app_id,
     )
-    return fitting(copy)
+    return fitting(copy, {LOOK})
 
 
 def _copy(

@@ -5,12 +5,16 @@ back: under a policy `delivery-limit` it would end one that was looked at too of
 given back. Each is taken alone, a copy of it confirmed where it goes, then it is acknowledged:
 one that stays goes behind the others, and when all were seen they lie in their old order.
 Only a queue over a limit with `reject-publish` takes no copy: there the letter in hand goes back.
+
+Two looks that begin at once can both become consumers, and the one that steps back puts its letter
+behind copies of the other's. So each copy carries the look that made it, which counts none twice.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
+import uuid
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
@@ -28,6 +32,7 @@ from aioworker.rabbitmq import copies
 from aioworker.rabbitmq.connection import close
 from aioworker.rabbitmq.errors import explain, forbids, in_time, uncounted
 from aioworker.rabbitmq.letter import Filter, Letter
+from aioworker.rabbitmq.message import LOOK
 from aioworker.rabbitmq.publisher import Publisher
 from aioworker.rabbitmq.queues import Queues, counted
 from aioworker.words import command
@@ -80,7 +85,8 @@ class DeadLetters:
         self._timeout = timeout
         self._connection = connection
         self._publisher = publisher
-        self._total = 0  # at the beginning: what comes later, our own copies too, is not seen
+        self._look: str | None = None  # what the copies of this look carry, once it is one
+        self._total = 0  # at the beginning: what comes later is not seen
         self._leaves = False  # whether the last one does
         self._stopping = False
         self._deliveries: asyncio.Queue[AbstractIncomingMessage] = asyncio.Queue()
@@ -165,11 +171,11 @@ class DeadLetters:
         if not await self._become_only_consumer():
             return
         with progress(self._total) as show:
-            while self._consumer and (delivery := await self._next()) is not None:
+            while self._consumer and (delivery := await self._unseen()) is not None:
                 self.seen += 1
                 await self._handle(delivery, wanted, decide)
                 show(self.seen)
-        await self._finish()
+        self.came = max(0, await self._end() - (self.seen - self.gone))
 
     async def _become_only_consumer(self) -> bool:
         """Become the only consumer of the queue; return whether there is anything to look at.
@@ -177,38 +183,49 @@ class DeadLetters:
         A quorum queue knows no exclusive consumer. So each counts the consumers once it is one
         itself, and steps back where it is not the only one.
         """
-        consumers = 0
-        try:
-            async with asyncio.timeout(self._timeout):
-                while not self._stopping:
-                    self._total, consumers = await self._counts()
-                    if not consumers:
-                        if not self._total:
-                            if await self._is_empty():
-                                return False
-                            continue
-                        self._consumer = await self._in_time(
-                            self._queue.consume(self._deliveries.put)
-                        )
-                        if (consumers := (await self._counts())[1]) == 1:
-                            return True
-                        await self._step_back()
-                    await asyncio.sleep(RETRY_SECONDS * random.random())
-        except TimeoutError as error:
-            if not consumers:
-                raise explain(error, self.queues.dead) from error
-            raise BrokerError(
-                f"somebody else looks at the dead letters in {self.queues.dead}, or another"
-                " program consumes them: try again when that has ended"
-            ) from None
+        until = self._until()
+        while not self._stopping:
+            self._total, consumers = await self._counts()
+            if not consumers and not self._total and await self._is_empty():
+                return False
+            if not consumers and self._total:
+                self._consumer = await self._in_time(self._queue.consume(self._deliveries.put))
+                if (await self._counts())[1] == 1:
+                    self._look = uuid.uuid4().hex
+                    return True
+                await self._step_back()
+            if _now() >= until:
+                raise self._none_came(consumers)
+            await asyncio.sleep(RETRY_SECONDS * random.random())
         return False
 
     async def _step_back(self) -> None:
-        """Put the letter back that may have arrived."""
-        self._total = 0
-        if (delivery := await self._next()) is not None:
-            await self._settle(delivery, self.queues.dead)
-        await self._cancel()
+        """Put the letter back that arrived; the other look waits for it."""
+        if (delivery := await self._next(alone=False)) is not None:
+            await self._settle(delivery, self.queues.dead, last=True)
+        else:
+            await self._end()
+
+    async def _unseen(self) -> AbstractIncomingMessage | None:
+        """Return the next letter that was not seen, None when there are no more.
+
+        Raises:
+            BrokerError: Another has had letters in hand for too long.
+        """
+        until = self._until()
+        while (delivery := await self._next()) is not None:
+            if delivery.headers.get(LOOK) != self._look:
+                return delivery
+            ready, consumers = await self._counts()
+            # Of as many as stayed, one is in hand: if fewer lie there, those are all.
+            last = consumers == 1 and ready < self.seen - self.gone
+            late = _now() >= until
+            await self._settle(delivery, self.queues.dead, last=last or late or self._stopping)
+            if last or self._stopping:
+                return None
+            if late:
+                raise self._none_came(others=1)
+        return None
 
     async def _handle(
         self, delivery: AbstractIncomingMessage, wanted: Filter, decide: Decide
@@ -221,15 +238,18 @@ class DeadLetters:
             self._stopping = True
             raise
         finally:
-            await self._settle(delivery, to)
+            last = self._stopping or self.seen >= self._total
+            await self._settle(delivery, to, last=last)
 
-    async def _settle(self, delivery: AbstractIncomingMessage, to: str | None) -> None:
+    async def _settle(
+        self, delivery: AbstractIncomingMessage, to: str | None, *, last: bool = False
+    ) -> None:
         """Let a letter go where it is to go; behind the last one nothing more is sent."""
         self._leaves = to != self.queues.dead
         if to is not None:
             await self._copy(delivery, to)
         self.unsure = True
-        if self._stopping or self.seen >= self._total:
+        if last:
             await self._cancel()
         await self._in_time(delivery.ack())
 
@@ -238,7 +258,7 @@ class DeadLetters:
             await self._publisher.publish(to, copies.revived(delivery))
             return
         try:
-            await self._publisher.publish(to, copies.kept(delivery, self._users))
+            await self._publisher.publish(to, copies.kept(delivery, self._users, self._look))
         except NotTakenError as error:
             # No probe can tell before: it would push a letter out where a limit has no
             # reject-publish.
@@ -250,22 +270,31 @@ class DeadLetters:
                 " letter, and a policy delivery-limit ends it"
             ) from error
 
-    async def _next(self) -> AbstractIncomingMessage | None:
-        """Return the next letter, None when there are no more."""
+    async def _next(self, *, alone: bool = True) -> AbstractIncomingMessage | None:
+        """Return the next letter, None when there are no more.
+
+        Args:
+            alone: Whether to wait for those that another look has in hand.
+
+        Raises:
+            BrokerError: None comes, though there are some.
+        """
+        until = self._until()
         empty = False
-        async with in_time(self.queues.dead, self._timeout):
-            while True:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(QUIET_SECONDS):
-                        delivery = await self._deliveries.get()
-                        self._answered()
-                        return delivery
-                if empty:
-                    return None
-                ready, _consumers = await self._counts()
-                if empty := not ready:
-                    # The answer can overtake a letter on its way here; the next cannot.
-                    await self._counts()
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(QUIET_SECONDS):
+                    delivery = await self._deliveries.get()
+                    self._answered()
+                    return delivery
+            if empty:
+                return None
+            ready, consumers = await self._counts()
+            if empty := not ready and not (alone and consumers > 1):
+                # The answer can overtake a letter on its way here; the next cannot.
+                await self._counts()
+            elif _now() >= until:
+                raise self._none_came(consumers - 1)
 
     async def _counts(self) -> tuple[int, int]:
         """Return how many letters and consumers there are; none that has arrived is counted.
@@ -291,14 +320,35 @@ class DeadLetters:
             tag, self._consumer = self._consumer, ""
             await self._in_time(self._queue.cancel(tag))
 
-    async def _finish(self) -> None:
+    async def _end(self) -> int:
+        """Consume no more; return how many letters lie there."""
         await self._cancel()
         lie, _consumers = await self._counts()
-        self.came = max(0, lie - (self.seen - self.gone))
+        while not self._deliveries.empty():  # came right then
+            await self._settle(self._deliveries.get_nowait(), self.queues.dead)
+            lie += 1
+        return lie
+
+    def _none_came(self, others: int) -> BrokerError:
+        """Return the error for a look that has waited too long for the next letter."""
+        if not others:
+            return explain(TimeoutError(), self.queues.dead)
+        return BrokerError(
+            f"somebody else looks at the dead letters in {self.queues.dead}, or another program"
+            " consumes them: try again when that has ended"
+        )
+
+    def _until(self) -> float:
+        """Return the time by which the next letter is to come, by the event loop's clock."""
+        return _now() + self._timeout
 
     async def _in_time(self, step: Awaitable[_Result]) -> _Result:
         async with in_time(self.queues.dead, self._timeout):
             return await step
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 async def count_letters(letters: DeadLetters) -> int | None:

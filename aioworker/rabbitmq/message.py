@@ -27,6 +27,7 @@ WITHHELD = "x-aioworker-withheld"  # in place of all properties: its body is too
 PUBLISHED = "x-aioworker-published-at"  # to the millisecond: AMQP's own timestamp has seconds
 REASON = "x-aioworker-reason"  # why a copy lies where it does
 TOGETHER = "x-aioworker-together"  # with how many it may run: more of them failed
+LOOK = "x-aioworker-look"  # the look at the dead letters that has seen it
 SWEEP = "x-aioworker-sweep"  # the sweep that a message belongs to
 LONGEST_RUN_SECONDS = 1500  # RabbitMQ takes back what is not settled within half an hour
 RETRIES_LIMIT = 1000

@@ -116,9 +116,11 @@ async def test_filters_narrow_them(run: Run, three: Lanes) -> None:
 
 
 async def test_one_is_shown_whole(run: Run, three: Lanes) -> None:
+    """Twice the same: a look leaves nothing behind that is shown."""
     shown = run("dead", "show", "b").stdout
 
     assert "\n    x-aioworker-attempts: 6\n" in shown
+    assert run("dead", "show", "b").stdout == shown
     assert shown.endswith(f"\n\n    body: {BODY.decode()}\n")
     missing = run("dead", "show", "nope")
     assert (missing.returncode, missing.stderr) == (

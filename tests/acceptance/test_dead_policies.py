@@ -15,6 +15,7 @@ from aioworker.commands import dead
 from aioworker.errors import NotTakenError
 from aioworker.rabbitmq.delivery import Delivery
 from aioworker.rabbitmq.letter import Filter
+from aioworker.rabbitmq.message import LOOK
 from aioworker.rabbitmq.queues import Queues
 from aioworker.settings import Settings
 from support import servers
@@ -150,9 +151,10 @@ async def lay(channel: aio_pika.abc.AbstractChannel, name: str, kind: str) -> Qu
 
 
 async def take(channel: aio_pika.abc.AbstractChannel, queue: str) -> AbstractIncomingMessage:
-    """Take one message for good, without RabbitMQ's own header."""
+    """Take one message for good, without RabbitMQ's own header and that of a look."""
     found = await (await channel.get_queue(queue, ensure=False)).get(no_ack=True, timeout=10)
-    found.headers.pop("x-delivery-count", None)
+    for name in ("x-delivery-count", LOOK):
+        found.headers.pop(name, None)
     return found
 
 

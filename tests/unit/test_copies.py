@@ -182,6 +182,18 @@ def test_a_letter_that_stays_keeps_what_the_next_look_needs() -> None:
     assert copies.kept(delivery, {"zamboni"}).user_id == "zamboni"
 
 
+def test_a_copy_carries_the_last_look_that_has_seen_it() -> None:
+    """One look at a time, and none once somebody brings it back."""
+    seen = copies.kept(delivered(headers={"id": "a"}), {"guest"}, "first")
+    again = copies.kept(delivered(headers=seen.headers), {"guest"}, "second")
+    stepped_back = copies.kept(delivered(headers=again.headers), {"guest"})
+
+    assert [one.headers["x-aioworker-look"] for one in (seen, again, stepped_back)] == [
+        *("first", "second", "second")
+    ]
+    assert "x-aioworker-look" not in copies.revived(delivered(headers=again.headers)).headers
+
+
 def test_what_a_person_brings_back_is_to_run_now() -> None:
     """An expired letter was requeued, acknowledged unrun, and nowhere to be found."""
     headers = {"id": "a", "expires": "2026-01-01T00:00:00", "eta": "2026-01-01T00:00:00"}
