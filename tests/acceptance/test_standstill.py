@@ -27,7 +27,9 @@ ENDED = "event loop stood still task="
 STOPPED = "process stood still: stopped, suspended or out of CPU"
 KEPT = "process stood still: code in C let no thread run"
 UNREACHABLE = 'reason="broker unreachable since'
-COUNT = 10**9  # takes many seconds
+# Each takes many seconds. There are two, since the thread that looks on may have no CPU when the
+# first ends.
+KEEP = "sum(range(10**9)), sum(range(10**9))"
 SHOP = f"""
     import time
     from aioworker import task
@@ -50,7 +52,7 @@ SHOP = f"""
 
     @task
     async def keep() -> None:
-        sum(range({COUNT}))
+        {KEEP}
 
     @task
     async def mark() -> None:
@@ -152,7 +154,7 @@ async def test_a_task_whose_c_code_lets_no_thread_run_is_named(
     eventually(lambda: KEPT in worker.log, "it says so")
 
     [told] = said(worker, KEPT)
-    at = f"{tmp_path / 'shop.py'}:{line_of(f'    sum(range({COUNT}))')} in keep"
+    at = f"{tmp_path / 'shop.py'}:{line_of(f'    {KEEP}')} in keep"
     assert (told["task"], told["at"]) == ("keep", at)
 
 
