@@ -10,7 +10,7 @@ import aio_pika
 from aio_pika.abc import AbstractIncomingMessage
 
 from aioworker.rabbitmq.delivery import Delivery, message_id
-from aioworker.rabbitmq.headers import LEFT_OUT, fitting, line, portable
+from aioworker.rabbitmq.headers import LEFT_OUT, add_if_it_fits, fitting, line, portable
 from aioworker.rabbitmq.message import (
     LOOK,
     PROPERTIES,
@@ -117,14 +117,14 @@ def kept(
     Args:
         letter: The letter.
         users: Who publishes the copy, by any of its connections' names.
-        look: The look that has seen it; None leaves that as it is.
+        look: The look that has seen it, noted if there is room; None leaves that as it is.
     """
     headers: dict[str, Any] = {}
     for name, value in letter.headers.items():
         if name not in _COUNTS:
             headers[f"x-aioworker-{name}" if name in _ROUTES else name] = portable(value)
     if look is not None:
-        headers[LOOK] = look
+        headers.pop(LOOK, None)
     user = letter.user_id
     # RabbitMQ takes a message in its publisher's own name only.
     if user is not None and set(users) != {user}:
@@ -143,7 +143,10 @@ def kept(
         user_id=user,
         app_id=letter.app_id,
     )
-    return fitting(copy, {LOOK})
+    fitting(copy)
+    if look is not None:
+        add_if_it_fits(copy, LOOK, look)
+    return copy
 
 
 def _copy(

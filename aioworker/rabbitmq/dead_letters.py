@@ -7,7 +7,7 @@ one that stays goes behind the others, and when all were seen they lie in their 
 Only a queue over a limit with `reject-publish` takes no copy: there the letter in hand goes back.
 
 Two looks that begin at once can both become consumers, and the one that steps back puts its letter
-behind copies of the other's. So each copy carries the look that made it, which counts none twice.
+behind copies of the other's. So each copy carries the look that made it: it shows none twice.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class DeadLetters:
         self._connection = connection
         self._publisher = publisher
         self._look: str | None = None  # what the copies of this look carry, once it is one
-        self._total = 0  # at the beginning: what comes later is not seen
+        self._total = 0  # as many as lay there at the beginning are seen
         self._leaves = False  # whether the last one does
         self._stopping = False
         self._deliveries: asyncio.Queue[AbstractIncomingMessage] = asyncio.Queue()
@@ -200,8 +200,11 @@ class DeadLetters:
         return False
 
     async def _step_back(self) -> None:
-        """Put the letter back that arrived; the other look waits for it."""
-        if (delivery := await self._next(alone=False)) is not None:
+        """Put the letter back that arrived; the other look waits for it.
+
+        It may be a copy of the other's, so it goes on carrying that look.
+        """
+        if (delivery := await self._next(wait_for_others=False)) is not None:
             await self._settle(delivery, self.queues.dead, last=True)
         else:
             await self._end()
@@ -210,21 +213,28 @@ class DeadLetters:
         """Return the next letter that was not seen, None when there are no more.
 
         Raises:
-            BrokerError: Another has had letters in hand for too long.
+            BrokerError: Those that were not seen do not come.
         """
-        until = self._until()
+        until, again = self._until(), 0
         while (delivery := await self._next()) is not None:
             if delivery.headers.get(LOOK) != self._look:
                 return delivery
             ready, consumers = await self._counts()
-            # Of as many as stayed, one is in hand: if fewer lie there, those are all.
-            last = consumers == 1 and ready < self.seen - self.gone
-            late = _now() >= until
-            await self._settle(delivery, self.queues.dead, last=last or late or self._stopping)
-            if last or self._stopping:
+            alone = consumers == 1
+            again = again + 1 if alone else 0
+            # This is a copy of ours. If fewer than we kept lie behind it, they are ours as well.
+            none_left = alone and ready < self.seen - self.gone
+            round_again = alone and again > ready + 1
+            if alone:
+                until = self._until()
+            else:
+                await asyncio.sleep(QUIET_SECONDS)  # the other puts its letter back meanwhile
+            last = none_left or round_again or _now() >= until or self._stopping
+            await self._settle(delivery, self.queues.dead, last=last)
+            if none_left or self._stopping:
                 return None
-            if late:
-                raise self._none_came(others=1)
+            if last:
+                raise self._none_came(consumers - 1)
         return None
 
     async def _handle(
@@ -270,11 +280,11 @@ class DeadLetters:
                 " letter, and a policy delivery-limit ends it"
             ) from error
 
-    async def _next(self, *, alone: bool = True) -> AbstractIncomingMessage | None:
+    async def _next(self, *, wait_for_others: bool = True) -> AbstractIncomingMessage | None:
         """Return the next letter, None when there are no more.
 
         Args:
-            alone: Whether to wait for those that another look has in hand.
+            wait_for_others: Whether to wait for letters that another look has in hand.
 
         Raises:
             BrokerError: None comes, though there are some.
@@ -287,10 +297,10 @@ class DeadLetters:
                     delivery = await self._deliveries.get()
                     self._answered()
                     return delivery
-            if empty:
+            if empty or self._stopping:
                 return None
             ready, consumers = await self._counts()
-            if empty := not ready and not (alone and consumers > 1):
+            if empty := not ready and not (wait_for_others and consumers > 1):
                 # The answer can overtake a letter on its way here; the next cannot.
                 await self._counts()
             elif _now() >= until:
@@ -321,7 +331,7 @@ class DeadLetters:
             await self._in_time(self._queue.cancel(tag))
 
     async def _end(self) -> int:
-        """Consume no more; return how many letters lie there."""
+        """Consume no more, and put back what came right then; return how many letters lie there."""
         await self._cancel()
         lie, _consumers = await self._counts()
         while not self._deliveries.empty():  # came right then
@@ -330,7 +340,13 @@ class DeadLetters:
         return lie
 
     def _none_came(self, others: int) -> BrokerError:
-        """Return the error for a look that has waited too long for the next letter."""
+        """Return the error for a look to which the next letter does not come."""
+        if not others and self._look is not None and self.seen < self._total:
+            return BrokerError(
+                f"RabbitMQ delivers the same dead letters in {self.queues.dead} again, and"
+                f" {self._total - self.seen} of {self._total} not at all: they have expired, or"
+                " the queue has priorities"
+            )
         if not others:
             return explain(TimeoutError(), self.queues.dead)
         return BrokerError(

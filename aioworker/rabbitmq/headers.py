@@ -58,9 +58,7 @@ def fitting(copy: aio_pika.Message, own: Collection[str] = ()) -> aio_pika.Messa
         copy: The copy, which is changed.
         own: The headers that stay: the copy is made for them.
     """
-    header = ContentHeader(body_size=len(copy.body), properties=copy.properties)
-    excess = len(header.marshal()) - FRAME_BYTES
-    if excess <= 0:
+    if (excess := _excess(copy)) <= 0:
         return copy
     sizes = {name: len(field_table({name: value})) for name, value in copy.headers.items()}
 
@@ -80,3 +78,16 @@ def fitting(copy: aio_pika.Message, own: Collection[str] = ()) -> aio_pika.Messa
     names = ", ".join(left_out).encode(errors="replace")[:LEFT_OUT_BYTES]
     copy.headers[LEFT_OUT] = names.decode(errors="ignore")
     return copy
+
+
+def add_if_it_fits(copy: aio_pika.Message, name: str, value: str) -> None:
+    """Give a copy that fits into its frame one more header, unless that would not fit."""
+    copy.headers[name] = value
+    if _excess(copy) > 0:
+        del copy.headers[name]
+
+
+def _excess(copy: aio_pika.Message) -> int:
+    """Return by how many bytes a copy's properties are too large for a frame; negative: room."""
+    header = ContentHeader(body_size=len(copy.body), properties=copy.properties)
+    return len(header.marshal()) - FRAME_BYTES

@@ -24,27 +24,29 @@ if TYPE_CHECKING:
     from support.servers import Servers
     from tests.conftest import Lanes
 
+Held = Callable[[], Awaitable[None]]
+Before = Callable[[int], Awaitable[object]]
 LETTERS = [f"m{number}" for number in range(5)]
 SECONDS = 20
 
 
-class Gated(Publisher):
-    """A publisher whose copies wait until they may go."""
+class Watched(Publisher):
+    """A publisher before whose copies something happens, by how many there were before."""
 
-    def __init__(self, publisher: Publisher, gate: Callable[[int], asyncio.Event]) -> None:
+    def __init__(self, publisher: Publisher, before: Before) -> None:
         self._publisher = publisher
-        self._gate = gate
-        self.copies = 0
+        self._before = before
+        self._copies = 0
 
     async def probe(self, queue: str) -> None:
         """See that copies are taken."""
         await self._publisher.probe(queue)
 
     async def publish(self, queue: str, outgoing: aio_pika.Message) -> None:
-        """Publish a copy once its gate is open."""
-        await self._gate(self.copies).wait()
+        """Publish a copy."""
+        await self._before(self._copies)
         await self._publisher.publish(queue, outgoing)
-        self.copies += 1
+        self._copies += 1
 
 
 class Late:
@@ -71,6 +73,33 @@ class Late:
         self._meant.set()
         await self._begun.wait()
         return await self._queue.consume(arrive)
+
+
+async def hold(letters: Lanes, queue: str) -> Held:
+    """Hold one letter, as another program does that consumes them; return how to let it go."""
+    arrived: asyncio.Queue[AbstractIncomingMessage] = asyncio.Queue()
+    channel = await letters.connection.channel()
+    await channel.set_qos(1)
+    consumed = await channel.get_queue(queue, ensure=False)
+    tag = await consumed.consume(arrived.put)
+    message = await arrived.get()
+
+    async def put_back() -> None:
+        await letters.send(message.body, queue, headers=message.headers)
+        await consumed.cancel(tag)
+        await message.ack()
+
+    return put_back
+
+
+def holding_first(letters: Lanes, queue: str) -> Before:
+    """Hold a letter from the first copy on."""
+
+    async def before(copies: int) -> None:
+        if not copies:
+            await hold(letters, queue)
+
+    return before
 
 
 @asynccontextmanager
@@ -139,11 +168,11 @@ async def test_one_that_steps_back_hides_no_letter_and_shows_none_twice(
     async with looks(pair, queues, 2, SECONDS) as (first, second):
         counted, begun, took, goes_back = (asyncio.Event() for _ in range(4))
 
-        def of_first(copies: int) -> asyncio.Event:
+        async def of_first(copies: int) -> None:
             begun.set()
             if copies == behind:
                 goes_back.set()
-            return took
+            await took.wait()
 
         counts, asked = first._counts, 0
 
@@ -156,8 +185,8 @@ async def test_one_that_steps_back_hides_no_letter_and_shows_none_twice(
             return await counts()
 
         first._counts = of_last  # type: ignore[method-assign]
-        first._publisher = Gated(first._publisher, of_first)
-        second._publisher = Gated(second._publisher, lambda _copies: goes_back)
+        first._publisher = Watched(first._publisher, of_first)
+        second._publisher = Watched(second._publisher, lambda _copies: goes_back.wait())
         second._queue = cast(AbstractQueue, Late(second._queue, counted, begun, took))
         later = asyncio.create_task(shown(second, queues.dead))
         await counted.wait()
@@ -174,27 +203,65 @@ async def test_another_program_that_holds_a_letter_ends_the_look(
 ) -> None:
     """The look read its own copies round and round, or said that these were all."""
     async with looks(pair, queues, 1, 0.5) as (look,):
-        took = asyncio.Event()
-
-        async def hold() -> None:
-            async def arrive(_message: object) -> None:
-                took.set()
-
-            queue = await letters.channel.get_queue(queues.dead, ensure=False)
-            await letters.channel.set_qos(1)
-            await queue.consume(arrive)
-
-        def gate(copies: int) -> asyncio.Event:
-            if not copies:
-                holding.append(asyncio.create_task(hold()))
-            return took
-
-        holding: list[asyncio.Task[None]] = []
-        look._publisher = Gated(look._publisher, gate)
+        look._publisher = Watched(look._publisher, holding_first(letters, queues.dead))
 
         with pytest.raises(BrokerError, match="or another program consumes them"):
             await shown(look, queues.dead)
 
-        await holding[0]
         assert look.seen == len(LETTERS) - 1
         assert await letters.holds(queues.dead, len(LETTERS) - 1)
+
+
+async def test_a_look_that_waits_for_another_one_ends_at_once_when_it_is_told_to(
+    pair: Servers, queues: Queues, letters: Lanes
+) -> None:
+    """It waited as long as the connect timeout, and ended with an error about somebody else."""
+    async with looks(pair, queues, 1, 10 * SECONDS) as (look,):
+        look._publisher = Watched(look._publisher, holding_first(letters, queues.dead))
+        moving = asyncio.create_task(shown(look, queues.bulk))
+        assert await letters.holds(queues.bulk, len(LETTERS) - 1)
+
+        moving.cancel()
+
+        with pytest.raises(asyncio.CancelledError):
+            async with asyncio.timeout(SECONDS):
+                await moving
+        assert look.gone == len(LETTERS) - 1
+
+
+async def test_a_letter_is_found_behind_however_many_copies(
+    pair: Servers, queues: Queues, letters: Lanes
+) -> None:
+    """To go through them took longer than the wait for another look's letter may."""
+    more = [f"n{number}" for number in range(200)]
+    for name in more:
+        await letters.send(b"[[], {}, null]", queues.dead, headers={"id": name, "task": "t"})
+    async with looks(pair, queues, 1, 0.3) as (look,):
+        held: list[Held] = []
+
+        async def of_another(copies: int) -> None:
+            if not copies:
+                held.append(await hold(letters, queues.dead))
+            elif copies == len(LETTERS + more) - 2:
+                await held[0]()
+
+        look._publisher = Watched(look._publisher, of_another)
+
+        assert sorted(await shown(look, queues.dead)) == sorted(LETTERS + more)
+
+
+async def test_a_queue_that_delivers_copies_first_ends_the_look(
+    pair: Servers, lanes: Lanes
+) -> None:
+    """Somebody declared it with priorities: the same letter came again and again."""
+    queues = Queues.of("looks-priorities", PREFIX)
+    arguments: dict[str, Any] = {"x-max-priority": 5, "x-queue-type": "classic"}
+    dead = await lanes.channel.declare_queue(queues.dead, durable=True, arguments=arguments)
+    for number, name in enumerate(LETTERS):
+        headers = {"id": name, "task": "t"}
+        await lanes.send(b"[[], {}, null]", queues.dead, headers=headers, priority=number)
+    async with looks(pair, queues, 1, SECONDS) as (look,):
+        with pytest.raises(BrokerError, match="again, and 4 of 5 not at all"):
+            await shown(look, queues.dead)
+    assert await lanes.holds(queues.dead, len(LETTERS))
+    await dead.delete(if_empty=False)

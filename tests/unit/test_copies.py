@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
+import aio_pika
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -21,6 +22,11 @@ SHORT_BYTES = 255  # of a property
 MOST_HEADERS_BYTES = 130_900  # of those that fit into a frame themselves
 NOW = datetime(2026, 11, 28, tzinfo=UTC)
 NO_ASCII = "\u6ce8"  # three bytes
+
+
+def size_of(copy: aio_pika.Message) -> int:
+    """Return the bytes of a copy's properties in a frame."""
+    return len(ContentHeader(body_size=4, properties=copy.properties).marshal())
 
 
 def short(text: str) -> str:
@@ -70,8 +76,7 @@ def test_a_copy_fits_into_its_frame(
         copies.revived(delivery),
         copies.kept(delivery, {"guest"}),
     ):
-        sent = ContentHeader(body_size=4, properties=copy.properties).marshal()
-        assert len(sent) <= FRAME_BYTES
+        assert size_of(copy) <= FRAME_BYTES
         assert copy.message_id
 
 
@@ -192,6 +197,18 @@ def test_a_copy_carries_the_last_look_that_has_seen_it() -> None:
         *("first", "second", "second")
     ]
     assert "x-aioworker-look" not in copies.revived(delivered(headers=again.headers)).headers
+
+
+def test_a_look_is_noted_only_where_there_is_room() -> None:
+    """Else the sender's largest header would go for it."""
+    headers = {"id": "edge", "x": "y" * MOST_HEADERS_BYTES}
+    room = FRAME_BYTES - size_of(copies.kept(delivered(headers=headers), {"guest"}))
+    headers["x"] += "y" * (room - len("x-aioworker-look"))
+    again = headers | {"x-aioworker-look": "z"}
+
+    for found in (headers, again):
+        copy = copies.kept(delivered(headers=found), {"guest"}, "look" * 8)
+        assert copy.headers == headers
 
 
 def test_what_a_person_brings_back_is_to_run_now() -> None:
