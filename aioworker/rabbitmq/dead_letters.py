@@ -224,7 +224,7 @@ class DeadLetters:
             again = again + 1 if alone else 0
             # This is a copy of ours. If fewer than we kept lie behind it, they are ours as well.
             none_left = alone and ready < self.seen - self.gone
-            round_again = alone and again > ready + 1
+            round_again = again > ready + 1
             if alone:
                 until = self._until()
             else:
@@ -233,6 +233,12 @@ class DeadLetters:
             await self._settle(delivery, self.queues.dead, last=last)
             if none_left or self._stopping:
                 return None
+            if round_again:
+                raise BrokerError(
+                    f"RabbitMQ delivers the same dead letters in {self.queues.dead} again, and"
+                    f" {self._total - self.seen} of {self._total} not at all: they have expired,"
+                    " or the queue has priorities"
+                )
             if last:
                 raise self._none_came(consumers - 1)
         return None
@@ -340,13 +346,7 @@ class DeadLetters:
         return lie
 
     def _none_came(self, others: int) -> BrokerError:
-        """Return the error for a look to which the next letter does not come."""
-        if not others and self._look is not None and self.seen < self._total:
-            return BrokerError(
-                f"RabbitMQ delivers the same dead letters in {self.queues.dead} again, and"
-                f" {self._total - self.seen} of {self._total} not at all: they have expired, or"
-                " the queue has priorities"
-            )
+        """Return the error for a look that has waited too long for the next letter."""
         if not others:
             return explain(TimeoutError(), self.queues.dead)
         return BrokerError(

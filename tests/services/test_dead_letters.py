@@ -1,4 +1,4 @@
-"""Looks at the dead letters that begin at the same moment."""
+"""Looks that compete for the same dead letters, or to which some do not come."""
 
 from __future__ import annotations
 
@@ -73,6 +73,24 @@ class Late:
         self._meant.set()
         await self._begun.wait()
         return await self._queue.consume(arrive)
+
+
+class Deaf:
+    """A queue whose letters do not come."""
+
+    def __init__(self, queue: AbstractQueue) -> None:
+        self._queue = queue
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._queue, name)
+
+    async def consume(self, _put: object) -> str:
+        """Become a consumer that hears of nothing."""
+
+        async def ignore(_delivery: object) -> None:
+            pass
+
+        return await self._queue.consume(ignore)
 
 
 async def hold(letters: Lanes, queue: str) -> Held:
@@ -210,6 +228,18 @@ async def test_another_program_that_holds_a_letter_ends_the_look(
 
         assert look.seen == len(LETTERS) - 1
         assert await letters.holds(queues.dead, len(LETTERS) - 1)
+
+
+async def test_letters_that_do_not_come_are_no_letters_that_come_again(
+    pair: Servers, queues: Queues, letters: Lanes
+) -> None:
+    async with looks(pair, queues, 1, 0.5) as (look,):
+        look._queue = cast(AbstractQueue, Deaf(look._queue))
+
+        with pytest.raises(BrokerError, match="did not answer in time about queue"):
+            await shown(look, queues.dead)
+
+    assert await letters.holds(queues.dead, len(LETTERS))
 
 
 async def test_a_look_that_waits_for_another_one_ends_at_once_when_it_is_told_to(
