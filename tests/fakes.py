@@ -48,17 +48,18 @@ class Settleable(aio_pika.IncomingMessage):
 
 def settleable(body: bytes, **properties: Any) -> Settleable:
     """Return a delivery that can be settled."""
-    return Settleable(_message(body, False, properties))
+    return Settleable(message_of(body, **properties))
 
 
 def delivered(
     body: bytes = b"body", *, redelivered: bool = False, **properties: Any
 ) -> aio_pika.IncomingMessage:
     """Return a delivery as it comes out of its frames."""
-    return aio_pika.IncomingMessage(_message(body, redelivered, properties))
+    return aio_pika.IncomingMessage(message_of(body, redelivered=redelivered, **properties))
 
 
-def _message(body: bytes, redelivered: bool, properties: dict[str, Any]) -> DeliveredMessage:
+def message_of(body: bytes, *, redelivered: bool = False, **properties: Any) -> DeliveredMessage:
+    """Return a message as aiormq hands it out."""
     header = ContentHeader()
     sent = Basic.Properties(**properties)
     header.unmarshal(ContentHeader(body_size=len(body), properties=sent).marshal())

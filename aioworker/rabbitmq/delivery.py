@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple, TypeAlias
 
@@ -43,14 +45,65 @@ class Answers:
             self._all_until += 1
             self._beyond.remove(self._all_until)
 
-    def lack_only(self, tags: set[int]) -> bool:
-        """Whether of all deliveries until the last of these no other one waits for its answer.
+    def reach(self, tags: set[int]) -> int:
+        """Return until which delivery none waits for its answer but these.
 
         A delivery that aiormq dropped unseen waits, too.
         """
-        return all(
-            tag in tags or tag in self._beyond for tag in range(self._all_until + 1, max(tags) + 1)
-        )
+        last = self._all_until
+        while last + 1 in tags or last + 1 in self._beyond:
+            last += 1
+        return last
+
+    async def acknowledge(self, delivery: Delivery, *, with_earlier: bool = False) -> None:
+        """Acknowledge a delivery, or all until that one.
+
+        Raises:
+            BrokerError: The connection is lost.
+        """
+        message = delivery.message
+        async with in_time(message.routing_key or "", delivery.timeout):
+            await message.ack(multiple=with_earlier)
+        self.note(delivery.tag, with_earlier=with_earlier)
+
+
+class GroupedAnswers(Answers):
+    """Acknowledges in one step what is done in the same round of the event loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._done: list[tuple[Delivery, asyncio.Future[None]]] = []
+        self._sending: asyncio.Task[None] | None = None
+
+    async def acknowledge(self, delivery: Delivery, *, with_earlier: bool = False) -> None:
+        """Acknowledge a delivery, with others that are done."""
+        sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._done.append((delivery, sent))
+        if len(self._done) == 1:
+            self._sending = asyncio.create_task(self._send())
+        await sent
+
+    async def _send(self) -> None:
+        # What was done in the same round has come by now.
+        done, self._done = self._done, []
+        try:
+            await self._acknowledge_all(sorted((one for one, _ in done), key=lambda one: one.tag))
+        except Exception as error:  # noqa: BLE001 - it is raised where each was done
+            for _, sent in done:
+                if not sent.done():
+                    sent.set_exception(error)
+        for _, sent in done:
+            if not sent.done():
+                sent.set_result(None)
+
+    async def _acknowledge_all(self, done: Sequence[Delivery]) -> None:
+        """Acknowledge deliveries: in one step those before which no other waits for its answer."""
+        reach = self.reach({one.tag for one in done})
+        first = [one for one in done if one.tag <= reach]
+        if first:
+            await super().acknowledge(first[-1], with_earlier=len(first) > 1)
+        for one in done[len(first) :]:
+            await super().acknowledge(one)
 
 
 class Delivery(NamedTuple):
@@ -156,9 +209,7 @@ class Delivery(NamedTuple):
         Raises:
             BrokerError: The connection is lost: RabbitMQ will deliver it again.
         """
-        async with in_time(self.message.routing_key or "", self.timeout):
-            await self.message.ack(multiple=with_earlier)
-        self.answers.note(self.tag, with_earlier=with_earlier)
+        await self.answers.acknowledge(self, with_earlier=with_earlier)
 
     async def give_back(self) -> None:
         """Let the message go back to its lane, as it came.

@@ -187,7 +187,7 @@ def _steps(held: Sequence[Held]) -> list[list[Held]]:
     If all are done, one acknowledgement is for all that came over a channel, unless RabbitMQ waits
     for an answer to another message that came before the last of them.
     """
-    if any(one.outcome.kind is not Kind.ACK for one in held):
+    if len(held) == 1 or any(one.outcome.kind is not Kind.ACK for one in held):
         return [[one] for one in held]
     channels: dict[int, list[Held]] = {}
     for one in held:
@@ -195,6 +195,7 @@ def _steps(held: Sequence[Held]) -> list[list[Held]]:
     steps: list[list[Held]] = []
     for several in channels.values():
         several.sort(key=lambda one: one.delivery.tag)
-        alone = several[0].delivery.answers.lack_only({one.delivery.tag for one in several})
+        reach = several[0].delivery.answers.reach({one.delivery.tag for one in several})
+        alone = reach >= several[-1].delivery.tag
         steps += [several] if alone else [[one] for one in several]
     return steps

@@ -19,7 +19,7 @@ from pamqp.commands import Basic
 from pamqp.header import ContentHeader
 
 from aioworker.errors import ConnectionLostError
-from aioworker.rabbitmq.delivery import Answers, Delivery
+from aioworker.rabbitmq.delivery import Answers, Delivery, GroupedAnswers
 from aioworker.rabbitmq.lanes import BEHIND_LARGE
 from aioworker.rabbitmq.queues import Queues
 
@@ -160,11 +160,11 @@ class MemoryLanes:
                     held = [tag for tag, (queue, _) in self.held.items() if queue == lane]
                     room = at_once - len(set(held) - before)
                     for _ in range(min(room, len(self.broker.queues[lane]))):
-                        arrive(self._deliver(lane))
+                        arrive(self._deliver(lane, answers))
                 self.broker.changed.clear()
                 await self.broker.changed.wait()
 
-        before = set(self.held)
+        before, answers = set(self.held), GroupedAnswers()
         pushing = asyncio.create_task(push())
         try:
             yield
@@ -225,7 +225,7 @@ class MemoryLanes:
             raise self.broker.refusal
         self.broker.publish(queue, message)
 
-    def _deliver(self, lane: str) -> Delivery:
+    def _deliver(self, lane: str, answers: Answers | None = None) -> Delivery:
         kept = self.broker.queues[lane].popleft()
         self._flowing = lane
         self._tag += 1
@@ -242,7 +242,7 @@ class MemoryLanes:
             redelivered=bool(kept.deliveries),
         )
         delivered = DeliveredMessage(delivery=method, header=header, body=kept.body, channel=None)  # type: ignore[arg-type]
-        return Delivery.of(_Message(self, delivered), answers=self._answers)
+        return Delivery.of(_Message(self, delivered), answers=answers or self._answers)
 
     def _put_back(self, tag: int) -> None:
         queue, kept = self.held.pop(tag)

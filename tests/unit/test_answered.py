@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import pytest
+import asyncio
 
-from aioworker.errors import BrokerError
-from aioworker.rabbitmq.delivery import Answers
+import aio_pika
+import pytest
+from aio_pika.exceptions import ChannelInvalidStateError
+
+from aioworker.errors import BrokerError, ConnectionLostError
+from aioworker.rabbitmq.delivery import Answers, Delivery, GroupedAnswers
 from aioworker.settling.outcome import DONE
 from tests.doubles.gathering import Gathering
 from tests.doubles.heart import Heart, running
 from tests.doubles.lanes import QUEUES
-from tests.fakes import FakeClock
+from tests.fakes import FakeClock, message_of
 
 
 @pytest.mark.parametrize(
@@ -31,7 +35,7 @@ def test_what_else_waits_for_its_answer(answered: list[int], tags: set[int], onl
     for tag in answered:
         answers.note(tag)
 
-    assert answers.lack_only(tags) is only
+    assert (answers.reach(tags) >= max(tags)) is only
 
 
 def test_an_answer_may_be_for_all_before_it() -> None:
@@ -40,8 +44,8 @@ def test_an_answer_may_be_for_all_before_it() -> None:
 
     answers.note(4, with_earlier=True)
 
-    assert answers.lack_only({5})
-    assert not answers.lack_only({8})
+    assert answers.reach({5}) == 6
+    assert answers.reach({8}) == 4
 
 
 async def test_what_is_done_of_a_start_is_acknowledged_in_one_step(clock: FakeClock) -> None:
@@ -138,3 +142,92 @@ async def test_what_could_not_be_acknowledged_in_one_step_does_not_run_again(
 
     assert gathering.runs == [list(range(1, 41))]
     assert sorted(map(int, gathering.acknowledged)) == list(range(1, 41))
+
+
+class Answered:
+    """Deliveries of one channel, and what was sent to RabbitMQ for them."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[int, bool]] = []
+        self.lost = False
+        self._answers = GroupedAnswers()
+
+    def deliver(self, count: int) -> list[Delivery]:
+        """Return so many deliveries."""
+        return [
+            Delivery.of(_Numbered(self, tag), answers=self._answers) for tag in range(1, count + 1)
+        ]
+
+
+class _Numbered(aio_pika.IncomingMessage):
+    def __init__(self, answered: Answered, tag: int) -> None:
+        super().__init__(message_of(b"[]"))
+        self.delivery_tag = tag
+        self._answered = answered
+
+    async def ack(self, multiple: bool = False) -> None:
+        if self._answered.lost:
+            raise ChannelInvalidStateError("closed")
+        self._answered.sent.append((self.delivery_tag or 0, multiple))
+
+    async def nack(self, multiple: bool = False, requeue: bool = True) -> None:
+        pass
+
+
+async def acknowledge(deliveries: list[Delivery]) -> None:
+    """Acknowledge deliveries, each by an asyncio task of its own."""
+    await asyncio.gather(*(one.acknowledge() for one in deliveries))
+
+
+async def test_what_is_done_at_once_is_acknowledged_in_one_step() -> None:
+    answered = Answered()
+    deliveries = answered.deliver(6)
+
+    await acknowledge([deliveries[at] for at in (2, 0, 1)])
+    await acknowledge([deliveries[3]])
+    await acknowledge(deliveries[4:])
+
+    assert answered.sent == [(3, True), (4, False), (6, True)]
+
+
+async def test_one_that_still_runs_is_not_acknowledged_with_those_behind_it() -> None:
+    answered = Answered()
+    first, second, third, fourth, fifth = answered.deliver(5)
+
+    await acknowledge([first, third, fourth])
+    await acknowledge([second, fifth])
+
+    assert answered.sent == [(1, False), (3, False), (4, False), (5, True)]
+
+
+async def test_those_behind_one_that_went_back_are_acknowledged_in_one_step() -> None:
+    answered = Answered()
+    first, second, third = answered.deliver(3)
+
+    await first.give_back()
+    await acknowledge([second, third])
+
+    assert answered.sent == [(3, True)]
+
+
+async def test_where_the_connection_is_lost_each_is_told() -> None:
+    answered = Answered()
+    answered.lost = True
+
+    found = await asyncio.gather(
+        *(one.acknowledge() for one in answered.deliver(3)), return_exceptions=True
+    )
+
+    assert [type(one) for one in found] == [ConnectionLostError] * 3
+
+
+async def test_one_that_is_cut_off_meanwhile_keeps_no_other_waiting() -> None:
+    answered = Answered()
+    first, second = answered.deliver(2)
+    cut_off = asyncio.create_task(first.acknowledge())
+    await asyncio.sleep(0)
+    cut_off.cancel()
+
+    await second.acknowledge()
+
+    assert answered.sent == [(2, True)]
