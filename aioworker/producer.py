@@ -149,7 +149,9 @@ class Producer:
             chunk: What the task can take, checked.
             sweep: The sweep's id.
         """
-        args = as_json([chunk, *task.options.constants])
+        args = [chunk, *task.options.constants]
+        if not task.signature.takes_ids or task.options.constants:
+            args = as_json(args)  # ids are as JSON has them
         outgoing = outgoing_message(task.name, args, sweep=sweep)
         return await self._send(task.name, outgoing, urgent=False)
 

@@ -7,17 +7,21 @@ its settings, and prints the seconds its work took, connecting included, startin
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 import time
+import uuid
 from collections import deque
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 
 import aio_pika
 
 from aioworker.addons import update_current_version
 from aioworker.budget.shared import SharedBudget
-from aioworker.producer import Producer, outgoing_message
+from aioworker.producer import Producer
+from aioworker.rabbitmq.message import encode
 from aioworker.rabbitmq.queues import Queues
 from aioworker.settings import Settings
 from aioworker.status.presence import Presence
@@ -28,6 +32,7 @@ from aioworker.worker.supervisor import Supervisor
 IDS = int(sys.argv[2]) if len(sys.argv) > 2 else 200_000
 PAGE = 5000
 WINDOW = 64
+EMBED = {"callbacks": None, "errbacks": None, "chain": None, "chord": None}
 
 
 async def consume() -> None:
@@ -79,10 +84,20 @@ async def publish_bare() -> None:
     connection = await aio_pika.connect(settings.amqp_url[0].url.get_secret_value())
     channel = await connection.channel(publisher_confirms=True)
     queue = Queues.of(update_current_version.name, settings.queue_prefix).bulk
+    headers = encode(update_current_version.name, [[1]], sweep=str(uuid.uuid4())).headers
     under_way: deque[asyncio.Task[object]] = deque()
     async for ids in chunked(pages(), 1000):
-        message = outgoing_message(update_current_version.name, [ids])
-        message.delivery_mode = aio_pika.DeliveryMode.PERSISTENT
+        name = str(uuid.uuid4())
+        message = aio_pika.Message(
+            json.dumps([[ids], {}, EMBED]).encode(),
+            headers={**headers, "id": name, "root_id": name, "argsrepr": str(ids[:6])},
+            content_type="application/json",
+            content_encoding="utf-8",
+            correlation_id=name,
+            message_id=name,
+            timestamp=datetime.now(UTC),
+            delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
+        )
         publishing: asyncio.Task[object] = asyncio.ensure_future(
             channel.default_exchange.publish(message, queue)
         )

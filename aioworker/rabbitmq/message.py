@@ -14,10 +14,13 @@ import socket
 import uuid
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import lru_cache
 from typing import Any, NamedTuple
+
+from pydantic_core import to_json
 
 from aioworker.errors import MessageRefusedError, UsageError, name_of
 
@@ -101,11 +104,7 @@ def encode(
     message_id = str(uuid.uuid4())
     kwargs = dict(kwargs or {})
     try:
-        body = json.dumps(
-            [list(args), kwargs, dict.fromkeys(_AFTERWARDS)],
-            separators=(",", ":"),
-            allow_nan=False,
-        ).encode()
+        body = _dump([list(args), kwargs, dict.fromkeys(_AFTERWARDS)])
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"expected arguments that JSON can hold, got: {error}") from error
     if len(body) > BODY_LIMIT:
@@ -132,6 +131,21 @@ def encode(
     if sweep is not None:
         headers[SWEEP] = sweep
     return Encoded(message_id, headers, body, now)
+
+
+def _dump(content: Any) -> bytes:
+    """Return plain values as JSON.
+
+    Raises:
+        TypeError: One is none.
+        ValueError: JSON has no such number.
+    """
+    with suppress(ValueError):  # half a character, which JSON has as an escape
+        # It takes a quarter of the time of `json.dumps`, but writes what is no number, too.
+        body = to_json(content)
+        if b"NaN" not in body and b"Infinity" not in body:
+            return body
+    return json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
 
 
 def decode(
