@@ -364,8 +364,7 @@ class Consumer:
                 self._presence.report(self._doing(start))
                 await self._presence.keep()
             keys = [one.delivery.key for one in held]
-            urgent = all(one.delivery.lane == "urgent" for one in held)
-            refusal = await self._budget.charge(keys, bulk_next=urgent)
+            refusal = await self._budget.charge(keys, bulk_next=start.urgent)
         except DatabaseError as error:
             outcome = Outcome(Kind.RELEASED, str(error), away=error)
         else:

@@ -111,6 +111,11 @@ class Start:
     _bytes: int = 0
     _largest: int = 1
 
+    @property
+    def urgent(self) -> bool:
+        """Whether it holds nothing of the bulk lane: that goes first in the next start."""
+        return all(one.delivery.lane == "urgent" for one in self.held)
+
     def may_take(self, seconds: float, spent: float = 0.0) -> asyncio.Timeout:
         """Let the next step take so long, less what was spent before."""
         self.seconds, self.limit, self.cut_off = seconds, asyncio.timeout(seconds - spent), False

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from aioworker.rabbitmq.delivery import Delivery
     from aioworker.rabbitmq.lanes import Lanes
+    from aioworker.worker.prefetch import Prefetch
     from aioworker.worker.session import Worker
 
 
@@ -57,11 +58,12 @@ class Gathering:
         self._ids = 0  # that those name
         self._ahead: asyncio.Task[list[Delivery]] | None = None  # come while others are read
 
-    async def serve(self, first: Delivery) -> Outcome | None:
+    async def serve(self, first: Delivery, prefetch: Prefetch) -> Outcome | None:
         """Fill a start, run it, and settle each of its messages.
 
         Args:
             first: Its first message.
+            prefetch: Asks for the first message of the next one.
 
         Returns:
             What the last message that was settled came to, or why all went back; None if nothing
@@ -85,6 +87,8 @@ class Gathering:
             finally:
                 self._leave_ahead()
             if start.held:
+                large = any(one.delivery.large for one in start.held)
+                prefetch.begin_run(large=large, bulk_first=start.urgent)
                 outcome = await consumer.run(start, self._lanes)
         return outcome
 

@@ -22,10 +22,11 @@ from aioworker.tasks.chunk import CHUNK_LIMIT
 from aioworker.words import count
 from aioworker.worker.gathering import Gathering
 from aioworker.worker.intake import Intake
+from aioworker.worker.prefetch import Prefetch
 from aioworker.worker.recovery import Recovery
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from aioworker.limits import Budget
     from aioworker.mysql.database import Database
@@ -365,20 +366,29 @@ class Session:
             Why the turn could not be had, and what the last message came to.
         """
         worker, outcome = self._worker, None
-        alone = partial(worker.consumer.serve, lanes=self._lanes)
-        serve = self._gathering.serve if worker.gathers else alone
+        serve = self._gathering.serve if worker.gathers else self._serve_alone
         async with worker.budget.turn() as wait:
-            starts, until = worker.consumer.starts, self._time() + POLL_SECONDS
-            bulk_next = worker.bulk_next
-            while wait is None and (first := await self._take(bulk_next)) is not None:
-                before = worker.consumer.starts
-                outcome = await serve(first) or outcome
-                if self._turn_ends(outcome, starts, until):
-                    break
-                # What needs nothing spends no start: an urgent one is next.
-                bulk_next = worker.bulk_next and worker.consumer.starts > before
-                await worker.presence.keep()
-        return [] if wait is None else [wait], outcome
+            if wait is not None:
+                return [wait], None
+            starts, bulk_next = worker.consumer.starts, worker.bulk_next
+            # Under a rate nothing is held while something runs, nor if the task may not work.
+            ask = not (worker.budget.limited or worker.consumer.breaker.reason)
+            async with Prefetch(self._take, self._stop, POLL_SECONDS, ask=ask) as prefetch:
+                while (first := await prefetch.take(bulk_first=bulk_next)) is not None:
+                    before = worker.consumer.starts
+                    outcome = await serve(first, prefetch) or outcome
+                    # After a while a pause is looked for, though nothing needs a start.
+                    if self._turn_ends(outcome, starts) or prefetch.over:
+                        break
+                    # What needs nothing spends no start: an urgent one is next.
+                    bulk_next = worker.bulk_next and worker.consumer.starts > before
+                    await worker.presence.keep()
+        return [], outcome
+
+    def _serve_alone(self, first: Delivery, prefetch: Prefetch) -> Awaitable[Outcome]:
+        """Serve a start of one message."""
+        prefetch.begin_run(large=first.large)
+        return self._worker.consumer.serve(first, self._lanes)
 
     async def _take(self, bulk_first: bool = False) -> Delivery | None:
         """Take a message, from the urgent lane first; None where there is none, or at a stop."""
@@ -403,17 +413,16 @@ class Session:
             self._worker.recovery.stall.end()
             self._worker.recovery.progress()
 
-    def _turn_ends(self, outcome: Outcome | None, starts: int, until: float) -> bool:
-        """Whether no more is to be taken in this turn.
+    def _turn_ends(self, outcome: Outcome | None, starts: int) -> bool:
+        """Whether no more may be taken in this turn.
 
         Under a rate it ends with a start; what needs no start goes beside it, free.
         """
         worker = self._worker
         started = worker.budget.limited and worker.consumer.starts > starts
-        # After a while a pause is looked for, though nothing needs a start.
         uncounted = outcome is not None and outcome.uncounted
         # If the connection is lost that held the turn, a message would fail for nothing.
-        return started or uncounted or worker.lost_database or self._time() >= until
+        return started or uncounted or worker.lost_database
 
     async def _take_several(self) -> tuple[list[Wait], Outcome | None]:
         """Take messages as RabbitMQ sends them, several at once, until none comes any more.

@@ -1,0 +1,213 @@
+"""Without a rate limit the next message comes while a short run is on; a long one lets it go."""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from aioworker.errors import BrokerError
+from aioworker.limits import POLL_SECONDS, Wait
+from aioworker.rabbitmq.message import SMALL_BYTES
+from aioworker.worker.prefetch import SHORT_SECONDS
+from tests.doubles.gathering import AWAY, PAUSED, Gathering, Ids
+from tests.doubles.heart import running
+from tests.doubles.lanes import QUEUES
+from tests.fakes import FakeClock
+
+SHORT, LONG = SHORT_SECONDS / 5, SHORT_SECONDS * 5
+CHUNK = 1000
+
+
+class Runs:
+    """Chunks that fill a start each, whose runs take a while.
+
+    Args:
+        seconds: How long a run takes.
+        options: Of the gathering.
+
+    Attributes:
+        held: How many messages the worker held at the end of each run, the run's own among them.
+    """
+
+    def __init__(self, seconds: float = SHORT, **options: Any) -> None:
+        self.seconds = seconds
+        self.held: list[int] = []
+        self.gathering = Gathering(self._run, **{"rate": None, **options})
+        self.heart = self.gathering.heart
+
+    async def _run(self, ids: Ids) -> None:
+        await asyncio.sleep(self.seconds)
+        self.held.append(len(self.heart.lanes.held))
+        if self.heart.probe.away is not None:
+            raise self.heart.probe.away
+
+    def send(self, chunks: int, lane: str = QUEUES.bulk) -> None:
+        """Publish so many chunks."""
+        first = sum(map(len, self.heart.broker.queues.values())) * CHUNK + 1
+        self.gathering.send_chunks(range(first, first + chunks * CHUNK, CHUNK))
+
+    async def run_for(self, clock: FakeClock, seconds: float) -> None:
+        """Run a session for so long."""
+        await self.heart.run_for(clock, seconds, SHORT / 4)
+
+    @property
+    def order(self) -> list[str]:
+        """The ids of what ran, in that order."""
+        return [str(ids[0]) for ids in self.gathering.runs]
+
+
+async def until_it_holds_two(clock: FakeClock, runs: Runs) -> None:
+    """Wait until a second message is there while one runs."""
+    while len(runs.heart.lanes.held) < 2:
+        await clock.advance(SHORT / 4, SHORT / 4)
+
+
+@pytest.mark.parametrize("gathers", [True, False], ids=["gathering", "one message a start"])
+async def test_the_next_message_is_there_when_a_short_run_ends(
+    clock: FakeClock, gathers: bool
+) -> None:
+    runs = Runs(gather_seconds=20 if gathers else 0)
+    runs.send(6)
+
+    await runs.run_for(clock, 0.5)
+
+    # How long the first one takes is not known before.
+    assert runs.held == [1, 2, 2, 2, 2, 1]
+    assert (
+        runs.gathering.acknowledged == runs.order == ["1", "1001", "2001", "3001", "4001", "5001"]
+    )
+    assert "give_back" not in runs.heart.settled
+
+
+async def test_none_is_held_beside_long_runs(clock: FakeClock) -> None:
+    runs = Runs(LONG)
+    runs.send(4)
+
+    await runs.run_for(clock, 4 * LONG + 1)
+
+    assert runs.held == [1, 1, 1, 1]
+    assert "give_back" not in runs.heart.settled
+
+
+async def test_what_came_for_the_end_of_a_run_that_is_long_goes_back(clock: FakeClock) -> None:
+    runs = Runs()
+    runs.send(6)
+
+    async with running(runs.heart):
+        await until_it_holds_two(clock, runs)
+        runs.seconds = LONG
+        await clock.advance(SHORT, SHORT / 4)
+        beside = len(runs.heart.lanes.held)
+        await clock.advance(SHORT_SECONDS, SHORT / 4)
+        left = len(runs.heart.lanes.held)
+        await clock.advance(4 * LONG, SHORT / 4)
+
+    assert (beside, left) == (2, 1)
+    assert runs.heart.settled.count("give_back") == 1
+    assert runs.gathering.acknowledged == ["1", "1001", "2001", "3001", "4001", "5001"]
+
+
+@pytest.mark.parametrize("case", ["a rate", "large messages", "an open breaker"])
+async def test_none_is_held_beside_a_run(clock: FakeClock, case: str) -> None:
+    runs = Runs(rate="20/s" if case == "a rate" else None, chunk_size=1)
+    if case == "large messages":
+        for one in range(6):
+            body = f"[[[{one + 1}]], {{}}, {{}}]{' ' * SMALL_BYTES}".encode()
+            runs.heart.broker.send(body, id=str(one))
+    else:
+        runs.send(6)
+    if case == "an open breaker":
+        runs.heart.consumer.breaker.reason = "all fail"
+
+    await runs.run_for(clock, 2)
+
+    assert len(runs.held) > 1
+    assert set(runs.held) == {1}
+
+
+async def test_a_pause_is_followed_and_nothing_is_given_back_for_looking(clock: FakeClock) -> None:
+    runs = Runs()
+    runs.send(1000)
+
+    async def paused(_contenders: int = 0) -> Wait:
+        return PAUSED
+
+    async with running(runs.heart):
+        await clock.advance(3 * POLL_SECONDS, SHORT / 4)
+        settled = list(runs.heart.settled)
+        runs.heart.budget.check = paused  # type: ignore[assignment,method-assign]
+        await clock.advance(POLL_SECONDS + 3 * SHORT, SHORT / 4)
+        ran = len(runs.held)
+        held = dict(runs.heart.lanes.held)
+        await clock.advance(2 * POLL_SECONDS, SHORT / 4)
+
+    assert ran > len(settled)
+    assert "give_back" not in settled
+    assert held == {}
+    assert len(runs.held) == ran
+
+
+async def test_after_a_start_of_urgent_ones_it_comes_from_the_bulk_lane(clock: FakeClock) -> None:
+    runs = Runs()
+    runs.send(3)
+    for first in (100_001, 200_001, 300_001):
+        runs.gathering.send(range(first, first + CHUNK), QUEUES.urgent)
+
+    await runs.run_for(clock, 1)
+
+    lanes = ["urgent" if int(one) > 100_000 else "bulk" for one in runs.order]
+    assert lanes == ["urgent", "bulk"] * 3
+
+
+async def test_at_a_stop_it_goes_back_at_the_end_of_the_run(clock: FakeClock) -> None:
+    runs = Runs()
+    runs.send(6)
+
+    async with running(runs.heart):
+        await until_it_holds_two(clock, runs)
+        runs.heart.stop.set()
+        await clock.advance(SHORT, SHORT / 4)
+
+        assert runs.heart.lanes.held == {}
+    assert runs.gathering.queued() == ["2001", "3001", "4001", "5001"]
+
+
+@pytest.mark.parametrize("seen_by", ["the run", "the worker's row"])
+async def test_it_goes_back_where_the_database_is_away(
+    clock: FakeClock, seen_by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = Runs()
+    runs.send(6)
+
+    async def away() -> None:
+        raise AWAY
+
+    async with running(runs.heart):
+        await until_it_holds_two(clock, runs)
+        runs.heart.probe.away = AWAY if seen_by == "the run" else None
+        if seen_by == "the worker's row":
+            monkeypatch.setattr(runs.heart.worker.presence, "keep", away)
+        await clock.advance(SHORT, SHORT / 4)
+
+        assert runs.heart.lanes.held == {}
+
+
+async def test_a_connection_that_is_lost_meanwhile_ends_the_session(clock: FakeClock) -> None:
+    runs = Runs()
+    runs.send(6)
+
+    before = asyncio.all_tasks()
+    async with running(runs.heart) as serving:
+        await until_it_holds_two(clock, runs)
+        runs.heart.lanes.lose()
+        await clock.advance(SHORT, SHORT / 4)
+        with pytest.raises(BrokerError):
+            await serving
+
+        assert asyncio.all_tasks() == before
+    assert runs.heart.consumer.under_way == []
+    order = list(map(int, runs.gathering.queued()))
+    assert all(one < other for one, other in pairwise(order))
