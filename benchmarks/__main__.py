@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import math
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
     from pymysql.connections import Connection
     from pymysql.cursors import Cursor
 
-ROUNDS = 5
-TIMED = ("s", "min to max", "ratio", "CPU s", "peak MiB")
+ROUNDS = 5  # unless --rounds says otherwise
+TIMED = ("s", "min to max", "ratio, in each round", "CPU s", "peak MiB")
 TASK = "update_current_version"
 GATHERING = "20"  # seconds: without a rate limit nothing is waited for, however long
 ONE_BY_ONE = "aioworker, one message a start"
@@ -50,7 +51,7 @@ STARTS = 300
 MARIADB = ("--innodb-buffer-pool-size=2G", "--innodb-log-file-size=1G")
 SIZES = (20_000, 200_000)
 SINGLES = 10_000
-PEER_ROWS, PEER_ROUNDS = 200_000, 15
+PEER_ROWS = 200_000
 BY_NAME = ("peers",)  # takes an hour
 GREAT = 5_000_000
 END = 100_000  # ids at either end of a great sweep
@@ -97,7 +98,8 @@ def run(command: list[str], environment: dict[str, str], stdin: Path | None = No
         out.seek(0)
         printed = out.read(100).decode().strip()
     if "benchmarks.runners" in command:
-        wall = float(printed)
+        started, ended = map(float, printed.split())
+        wall = ended - started
     return Run(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
 
 
@@ -130,39 +132,48 @@ class Report:
         self.add(f"| {' | '.join(map(str, values))} |")
 
 
-def alternately(programs: dict[str, Callable[[], Run]]) -> dict[str, list[Run]]:
-    """Run each program in turn, five times."""
-    runs: dict[str, list[Run]] = {name: [] for name in programs}
-    for _ in range(ROUNDS):
-        for name, program in programs.items():
-            runs[name].append(program())
-    return runs
-
-
 def compare(report: Report, what: str, runs: dict[str, list[Run]], limit: str) -> None:
     """Add a row for each program: medians, and the ratio to the one named *limit*."""
-    bound = statistics.median(one.wall for one in runs[limit])
+    bounds = [one.wall for one in runs[limit]]
     for name, several in runs.items():
-        wall = statistics.median(one.wall for one in several)
+        walls = [one.wall for one in several]
         report.row(
             what,
             name,
-            f"{wall:.3f}",
-            f"{min(one.wall for one in several):.3f} to {max(one.wall for one in several):.3f}",
-            f"{wall / bound:.2f}",
+            f"{statistics.median(walls):.3f}",
+            f"{min(walls):.3f} to {max(walls):.3f}",
+            in_each_round(walls, bounds),
             f"{statistics.median(one.cpu for one in several):.2f}",
             f"{statistics.median(one.memory for one in several):.1f}",
         )
 
 
 class Bench:
-    """The servers, a site and what is measured on them."""
+    """The servers, a site and what is measured on them.
 
-    def __init__(self, pair: servers.Servers, report: Report, folder: Path) -> None:
+    Args:
+        pair: The servers.
+        report: Gets the figures.
+        folder: For files of its own.
+        rounds: How often each of several programs runs that are compared.
+    """
+
+    def __init__(
+        self, pair: servers.Servers, report: Report, folder: Path, rounds: int = ROUNDS
+    ) -> None:
+        self.rounds = rounds
         self.pair = pair
         self.report = report
         self.environment = pair.environment
         self.folder = folder
+
+    def alternately(self, programs: dict[str, Callable[[], Run]]) -> dict[str, list[Run]]:
+        """Run each program in turn, in each round."""
+        runs: dict[str, list[Run]] = {name: [] for name in programs}
+        for _ in range(self.rounds):
+            for name, program in programs.items():
+                runs[name].append(program())
+        return runs
 
     def fill(self, addons: int) -> Connection[Cursor]:
         """Make a site whose every add-on is stale, and remember it so."""
@@ -190,6 +201,28 @@ class Bench:
         """Do the main job, its rate limit off, until the lanes are empty."""
         variables = {"AIOWORKER_GATHER_SECONDS": gather_seconds}
         return run(runner("consume"), self.environment | variables)
+
+    def consume_together(self, count: int) -> float:
+        """Do the main job by several processes at once; return the seconds it took them."""
+        waiting = [self.folder / f"ready-{number}" for number in range(count)]
+        workers = [
+            subprocess.Popen(
+                runner("consume"),
+                env=self.environment
+                | {"AIOWORKER_GATHER_SECONDS": GATHERING, "READY_FILE": str(ready)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+            for ready in waiting
+        ]
+        while not all(ready.exists() for ready in waiting):
+            time.sleep(0.01)
+        for ready in waiting:
+            ready.unlink()
+        printed = [worker.communicate()[0].split() for worker in workers]
+        if any(worker.returncode for worker in workers):
+            raise SystemExit("a worker failed: these figures are of a broken job")
+        return max(float(end) for _, end in printed) - min(float(began) for began, _ in printed)
 
     def sweep(self) -> None:
         """Publish all chunks."""
@@ -263,7 +296,7 @@ class Bench:
                     self.spoil(connection)
                 return self.client(statements)
 
-            runs = alternately(
+            runs = self.alternately(
                 {
                     "aioworker": partial(ours, GATHERING),
                     ONE_BY_ONE: partial(ours, "0"),
@@ -302,7 +335,7 @@ class Bench:
                 raise SystemExit("stale rows are left: these figures are of a broken job")
             return done
 
-        runs = alternately(
+        runs = self.alternately(
             {
                 "nothing": partial(self.consume, GATHERING),
                 ONE_BY_ONE: partial(work, "0"),
@@ -390,7 +423,7 @@ class Bench:
             name: partial(run, runner(name), self.environment)
             for name in ("publish", "publish-bare")
         }
-        compare(self.report, "200,000 ids", alternately(programs), "publish-bare")
+        compare(self.report, "200,000 ids", self.alternately(programs), "publish-bare")
         asyncio.run(self.purge())
         self.great_sweep()
 
@@ -402,7 +435,7 @@ class Bench:
         site.fill_plainly(connection, GREAT)
         connection.close()
         run([AIOWORKER, "init"], self.environment)
-        first, last = asyncio.run(read_ends(self.pair.mysql_url, GREAT, END, ROUNDS))
+        first, last = asyncio.run(read_ends(self.pair.mysql_url, GREAT, END, self.rounds))
         self.report.row(f"reading the first {END:,} ids", f"{first:.2f} s", "1.00")
         self.report.row(f"reading the last {END:,} ids", f"{last:.2f} s", f"{last / first:.2f}")
         bare = run([*runner("publish-bare"), str(GREAT)], self.environment)
@@ -453,7 +486,7 @@ class Bench:
             "UPDATE … JOIN": lambda: self.client(joins, ASIDE),
         }
         felt: dict[str, list[dict[str, float]]] = {name: [] for name in jobs}
-        for _ in range(ROUNDS):
+        for _ in range(self.rounds):
             for name, job in jobs.items():
                 self.spoil(connection)
                 if name == "aioworker":
@@ -478,7 +511,7 @@ class Bench:
             "by",
             "messages a second",
             "min to max",
-            "to Celery",
+            "aioworker to it, in each round",
             "peak MiB",
         )
         servers.connect(self.pair.mysql_url, create=True).close()
@@ -487,29 +520,29 @@ class Bench:
             noop.environment(self.pair, self.folder / "seconds"),
         )
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in noop.CONTENDERS}
-        for _ in range(ROUNDS):
+        for _ in range(self.rounds):
             for name, several in found.items():
                 several.append(noop.messages_a_second(self.pair, name, self.folder))
         rates = {name: [one for one, _peak in several] for name, several in found.items()}
         for name, several in found.items():
-            rate = statistics.median(rates[name])
             self.report.row(
                 name,
-                f"{rate:,.0f}",
+                f"{statistics.median(rates[name]):,.0f}",
                 f"{min(rates[name]):,.0f} to {max(rates[name]):,.0f}",
-                f"{rate / statistics.median(rates['Celery']):.2f}",
+                in_each_round(rates["aioworker"], rates[name]),
                 f"{statistics.median(peak for _rate, peak in several):.0f}",
             )
 
     def beside_peers(self) -> None:
         """Measure the whole job beside other task queues, round by round."""
         self.report.section(
-            f"{PEER_ROWS:,} add-ons, rate limit off, one process each, {PEER_ROUNDS} rounds",
+            f"{PEER_ROWS:,} add-ons, rate limit off, one process each, {self.rounds} rounds",
             "what",
             "by",
             "rows a second",
             "min to max",
             "aioworker to it, in each round",
+            "four processes to it",
         )
         connection = self.fill(PEER_ROWS)
         ids = site_ids(connection)
@@ -521,12 +554,13 @@ class Bench:
             )
         )
 
-        def ours() -> float:
+        def ours(processes: int) -> float:
             self.sweep()
-            return self.consume(GATHERING).wall
+            return self.consume_together(processes)
 
         jobs: dict[str, Callable[[], float]] = {
-            "aioworker": ours,
+            "aioworker": lambda: ours(1),
+            "aioworker, four processes": lambda: ours(4),
             "mariadb client": lambda: self.client(joins).wall,
         } | {
             name: partial(peers.seconds, self.pair, name, self.folder, ids, UPDATE_JOIN)
@@ -534,7 +568,7 @@ class Bench:
         }
         for what, changes in (("all change", True), ("none", False)):
             found: dict[str, list[float]] = {name: [] for name in jobs}
-            for _ in range(PEER_ROUNDS):
+            for _ in range(self.rounds):
                 for name, job in jobs.items():
                     if changes:
                         self.spoil(connection)
@@ -542,13 +576,13 @@ class Bench:
                     if site.count_stale(connection):
                         raise SystemExit(f"{name} left stale rows")
             for name, rates in found.items():
-                ratios = [a / b for a, b in zip(found["aioworker"], rates, strict=True)]
                 self.report.row(
                     what,
                     name,
                     f"{statistics.median(rates):,.0f}",
                     f"{min(rates):,.0f} to {max(rates):,.0f}",
-                    f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+                    in_each_round(found["aioworker"], rates),
+                    in_each_round(found["aioworker, four processes"], rates),
                 )
         connection.close()
 
@@ -662,10 +696,16 @@ class Bench:
             worker.terminate()
             worker.wait()
         self.report.row(f"CPU in {IDLE_SECONDS} s of waiting for the budget", f"{used:.2f} s")
-        helps = [run([AIOWORKER, "--help"], self.environment).cpu for _ in range(ROUNDS)]
+        helps = [run([AIOWORKER, "--help"], self.environment).cpu for _ in range(self.rounds)]
         self.report.row("CPU of aioworker --help", f"{statistics.median(helps):.2f} s")
         asyncio.run(self.purge())
         connection.close()
+
+
+def in_each_round(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """Return the ratios of rates, round by round: the median, the least and the most."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def connections_made(connection: Connection[Cursor]) -> int:
@@ -697,23 +737,26 @@ def site_changed(connection: Connection[Cursor]) -> bool:
 
 def main() -> None:
     """Run the benchmarks named on the command line, or all."""
-    real = "--real" in sys.argv
-    named = [name for name in sys.argv[1:] if name != "--real"]
+    parser = argparse.ArgumentParser(prog="script/bench", description=__doc__)
+    parser.add_argument("part", nargs="*", help="what to measure, as README.md names it")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of what is compared")
+    parser.add_argument("--real", action="store_true", help="the sweep at 2/m, for minutes")
+    asked = parser.parse_args()
     report = Report()
     report.add("# Figures")
     report.add()
     report.add(
         f"{platform.python_implementation()} {platform.python_version()}, {os.cpu_count()} cores,"
-        f" medians of {ROUNDS} alternating runs, by `script/bench`. Compare the ratios; seconds"
-        " differ from machine to machine."
+        f" medians of {asked.rounds} alternating runs, by `script/bench`. Compare the ratios;"
+        " seconds differ from machine to machine."
     )
     with servers.servers(*MARIADB) as pair, tempfile.TemporaryDirectory() as folder:
-        bench = Bench(pair, report, Path(folder))
+        bench = Bench(pair, report, Path(folder), asked.rounds)
         parts: dict[str, Callable[[], None]] = {
             "process": bench.process,
             "budget": bench.budget,
             "rate": bench.rate,
-            "sweep": partial(bench.little_stale, sweeps.REAL if real else sweeps.SCALED),
+            "sweep": partial(bench.little_stale, sweeps.REAL if asked.real else sweeps.SCALED),
             "publish": bench.publishing,
             "job": bench.jobs,
             "singles": bench.singles,
@@ -724,9 +767,9 @@ def main() -> None:
             "peers": bench.beside_peers,
         }
         for name, part in parts.items():
-            if name in named or (not named and name not in BY_NAME):
+            if name in asked.part or (not asked.part and name not in BY_NAME):
                 part()
-    if not named:
+    if not asked.part:
         RESULTS.write_text("\n".join(report.lines) + "\n")
 
 

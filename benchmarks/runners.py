@@ -1,7 +1,9 @@
 """Programs that the benchmarks time, each in a process of its own.
 
 `python -m benchmarks.runners NAME [IDS]` runs one on the servers that the environment names, with
-its settings, and prints the seconds its work took, connecting included, starting Python not.
+its settings, and prints when its work began and ended, connecting included, starting Python not:
+seconds by a clock that all processes share. With READY_FILE in the environment it makes that file
+once Python is there, and begins when the file is gone.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import uuid
 from collections import deque
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
+from pathlib import Path
 
 import aio_pika
 
@@ -110,6 +113,10 @@ async def publish_bare() -> None:
 
 if __name__ == "__main__":
     runner = {"consume": consume, "publish": publish, "publish-bare": publish_bare}[sys.argv[1]]
-    began = time.perf_counter()
+    if ready := os.environ.get("READY_FILE"):
+        Path(ready).touch()
+        while Path(ready).exists():
+            time.sleep(0.001)
+    began = time.monotonic()
     asyncio.run(runner())
-    print(time.perf_counter() - began)
+    print(began, time.monotonic())

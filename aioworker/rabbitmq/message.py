@@ -316,7 +316,7 @@ def _moment(found: Any) -> datetime:
 def _time_limit(headers: Mapping[str, Any]) -> float | None:
     """Return the shorter of the hard and the soft limit; to Celery, 0 is none."""
     limits = headers.get("timelimit")
-    if _says_nothing(limits):
+    if _says_nothing(limits) or limits == [None, None]:
         return None
     if isinstance(limits, dict):  # a list of PHP's, sent as a table
         limits = list(limits.values())

@@ -7,7 +7,6 @@ that this worker put back it knows the oldest, and when the lane is emptied so f
 
 from __future__ import annotations
 
-from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -71,7 +70,7 @@ class Taken:
     def _empty(self, lane: str, since: datetime) -> None:
         before = self._lanes[lane]
         over = before.until is not None and since >= before.until
-        self._lanes[lane] = Lane(since) if over else replace(before, since=since)
+        self._lanes[lane] = Lane(since) if over else Lane(since, before.back, before.until)
 
     def _put_back(self, delivery: Delivery, lane: str, at: datetime) -> None:
         published = utc(delivery.published)
