@@ -109,3 +109,31 @@ async def test_a_chunk_costs_what_is_of_its_own_add_ons(
     assert pytest.approx(first, rel=0.1) == last
     assert first < 10 * 1000
     assert written < 10 * 100
+
+
+async def test_only_the_files_of_a_newest_version_that_qualifies_are_looked_at(
+    database: Database, shop: Connection[Cursor]
+) -> None:
+    """Of an add-on with many versions, they would be most of what is read."""
+    simple_addons(shop, 10)
+    execute(
+        shop,
+        "INSERT INTO versions (addon_id, version, created, modified)"
+        " SELECT id, 'old', '2001-01-01', '2001-01-01' FROM addons JOIN"
+        " (WITH RECURSIVE n AS (SELECT 1 AS i UNION ALL SELECT i + 1 FROM n WHERE i < 100)"
+        " SELECT i FROM n) AS numbers",
+    )
+    execute(shop, "INSERT INTO files (version_id, status) SELECT id, 4 FROM versions")
+    execute(shop, "ANALYZE TABLE addons, versions, files")
+    ids = json.dumps([*range(1, 11)])
+
+    newest = await looked_at(database, repo.STALE, (ids,))
+    execute(
+        shop,
+        "UPDATE files JOIN versions ON versions.id = version_id SET status = 5"
+        " WHERE version <> 'old'",
+    )
+    others = await looked_at(database, repo.STALE, (ids,))
+
+    assert newest < 10 * 150  # a hundred versions each, and the files of one
+    assert others > 10 * 250
