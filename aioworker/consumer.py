@@ -41,7 +41,7 @@ from aioworker.tasks.context import Context
 from aioworker.words import count, duration
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from aioworker.limits import Budget
     from aioworker.mysql.database import Database
@@ -75,6 +75,7 @@ class Consumer:
         under_way: The starts whose messages are not settled. One that something else cut short, as
             no code of ours does but at the end, stays among them.
         taken: How far the lanes are emptied.
+        holds_another: Returns whether this worker holds a message beside those of its starts.
     """
 
     def __init__(  # noqa: PLR0913 - built at one place
@@ -93,6 +94,7 @@ class Consumer:
         self.breaker = Breaker()
         self.starts = 0
         self.under_way: list[Start] = []
+        self.holds_another: Callable[[], bool] = bool
         self._task = task
         self._database = database
         self._budget = budget
@@ -532,7 +534,9 @@ class Consumer:
                 rest of a round.
         """
         # One that has failed too shows nothing; of three the breaker opens, and decides.
-        others_run = any(not other.ended for other in self.under_way if other is not start)
+        others_run = self.holds_another() or any(
+            not other.ended for other in self.under_way if other is not start
+        )
         if len(self.under_way) >= STREAK or others_run or len(start.held) > 1:
             return False
         try:

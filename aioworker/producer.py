@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import aio_pika
+from pydantic_core import to_json
 
 from aioworker.addresses import BrokerAddress
 from aioworker.errors import ConnectionLostError, QueueMissingError, UsageError
@@ -149,10 +150,12 @@ class Producer:
             chunk: What the task can take, checked.
             sweep: The sweep's id.
         """
-        args = [chunk, *task.options.constants]
-        if not task.signature.takes_ids or task.options.constants:
-            args = as_json(args)  # ids are as JSON has them
-        outgoing = outgoing_message(task.name, args, sweep=sweep)
+        if task.signature.takes_ids and not task.options.constants:
+            # Ids are as JSON has them, and this writes them in a quarter of the time.
+            outgoing = outgoing_message(task.name, [chunk], sweep=sweep, dump=to_json)
+        else:
+            args = as_json([chunk, *task.options.constants])
+            outgoing = outgoing_message(task.name, args, sweep=sweep)
         return await self._send(task.name, outgoing, urgent=False)
 
     async def _send(self, task: str, outgoing: Outgoing, *, urgent: bool) -> str:
@@ -200,6 +203,7 @@ def outgoing_message(
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None = None,
     sweep: str | None = None,
+    dump: Callable[[object], bytes] = message.dump,
 ) -> Outgoing:
     """Return the message that runs *task* with these arguments, as aio-pika publishes it.
 
@@ -208,8 +212,9 @@ def outgoing_message(
         args: Positional arguments.
         kwargs: Keyword arguments.
         sweep: The id of the sweep that it belongs to; None of a single message.
+        dump: Writes them as JSON.
     """
-    encoded = message.encode(task, args, kwargs, sweep)
+    encoded = message.encode(task, args, kwargs, sweep, dump)
     return aio_pika.Message(
         encoded.body,
         headers=encoded.headers,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple, TypeAlias
 
@@ -29,31 +28,26 @@ ID_BYTES = 200  # of what others call their messages: AMQP has room for 255
 
 
 class Answers:
-    """Which deliveries of one channel RabbitMQ has an answer to; it numbers them from 1."""
+    """Which deliveries of one channel wait for an answer; RabbitMQ numbers them from 1."""
 
     def __init__(self) -> None:
-        self._all_until = 0  # so far all are answered
-        self._beyond: set[int] = set()
+        self._last = 0
+        self._waiting: set[int] = set()
+
+    def expect(self, tag: int) -> None:
+        """Note a delivery. One that aiormq dropped unseen before it waits, too."""
+        self._waiting.update(range(self._last + 1, tag + 1))
+        self._last = max(self._last, tag)
 
     def note(self, tag: int, *, with_earlier: bool = False) -> None:
         """Note an answer to a delivery, or to all until that one."""
-        self._beyond.add(tag)
+        self._waiting.discard(tag)
         if with_earlier:
-            self._all_until = tag
-            self._beyond = {other for other in self._beyond if other > tag}
-        while self._all_until + 1 in self._beyond:
-            self._all_until += 1
-            self._beyond.remove(self._all_until)
+            self._waiting = {other for other in self._waiting if other > tag}
 
     def reach(self, tags: set[int]) -> int:
-        """Return until which delivery none waits for its answer but these.
-
-        A delivery that aiormq dropped unseen waits, too.
-        """
-        last = self._all_until
-        while last + 1 in tags or last + 1 in self._beyond:
-            last += 1
-        return last
+        """Return until which delivery none waits for its answer but these."""
+        return min(self._waiting - tags, default=self._last + 1) - 1
 
     async def acknowledge(self, delivery: Delivery, *, with_earlier: bool = False) -> None:
         """Acknowledge a delivery, or all until that one.
@@ -76,7 +70,10 @@ class GroupedAnswers(Answers):
         self._sending: asyncio.Task[None] | None = None
 
     async def acknowledge(self, delivery: Delivery, *, with_earlier: bool = False) -> None:
-        """Acknowledge a delivery, with others that are done."""
+        """Acknowledge a delivery, with others that are done; or all until that one."""
+        if with_earlier:
+            await super().acknowledge(delivery, with_earlier=True)
+            return
         sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._done.append((delivery, sent))
         if len(self._done) == 1:
@@ -85,25 +82,22 @@ class GroupedAnswers(Answers):
 
     async def _send(self) -> None:
         # What was done in the same round has come by now.
-        done, self._done = self._done, []
+        done, self._done = sorted(self._done, key=lambda one: one[0].tag), []
+        reach = self.reach({delivery.tag for delivery, _ in done})
+        together = [one for one in done if one[0].tag <= reach]
+        steps = [together, *([one] for one in done[len(together) :])]
         try:
-            await self._acknowledge_all(sorted((one for one, _ in done), key=lambda one: one.tag))
-        except Exception as error:  # noqa: BLE001 - it is raised where each was done
+            for step in filter(None, steps):
+                await super().acknowledge(step[-1][0], with_earlier=len(step) > 1)
+                for _, sent in step:
+                    if not sent.done():  # who waited may be cut off
+                        sent.set_result(None)
+        except BaseException as error:
             for _, sent in done:
                 if not sent.done():
                     sent.set_exception(error)
-        for _, sent in done:
-            if not sent.done():
-                sent.set_result(None)
-
-    async def _acknowledge_all(self, done: Sequence[Delivery]) -> None:
-        """Acknowledge deliveries: in one step those before which no other waits for its answer."""
-        reach = self.reach({one.tag for one in done})
-        first = [one for one in done if one.tag <= reach]
-        if first:
-            await super().acknowledge(first[-1], with_earlier=len(first) > 1)
-        for one in done[len(first) :]:
-            await super().acknowledge(one)
+            if not isinstance(error, Exception):
+                raise
 
 
 class Delivery(NamedTuple):
@@ -158,6 +152,10 @@ class Delivery(NamedTuple):
         """
         headers = message.headers
         known = message_id(message)
+        if answers is None:
+            answers = Answers()
+        else:
+            answers.expect(message.delivery_tag or 0)
         return cls(
             message=message,
             id=known,
@@ -172,7 +170,7 @@ class Delivery(NamedTuple):
             together=max(_number(headers.get(TOGETHER)), 0) or None,
             published=moment(headers.get(PUBLISHED)) or aware(message.timestamp),
             timeout=timeout,
-            answers=Answers() if answers is None else answers,
+            answers=answers,
         )
 
     @property

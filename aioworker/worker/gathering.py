@@ -87,8 +87,7 @@ class Gathering:
             finally:
                 self._leave_ahead()
             if start.held:
-                large = any(one.delivery.large for one in start.held)
-                prefetch.begin_run(large=large, bulk_first=start.urgent)
+                prefetch.begin_run(start)
                 outcome = await consumer.run(start, self._lanes)
         return outcome
 

@@ -1,4 +1,4 @@
-"""The next message, asked for while a short run of a task without a rate limit is on.
+"""The first message of the next start, asked for while a short run of ids is on, without a rate.
 
 Behind a short run the wait for RabbitMQ would be much of the time. Behind a long one it is not, and
 another worker could run meanwhile what this one holds.
@@ -10,12 +10,15 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from aioworker.errors import DatabaseError
+from aioworker.rabbitmq.delivery import SUSPECT_RETURNS
+from aioworker.settling.rows import Ids
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
     from types import TracebackType
 
     from aioworker.rabbitmq.delivery import Delivery
+    from aioworker.settling.start import Start
 
 SHORT_SECONDS = 0.1  # a run may take so long, and a message may wait so long for its end
 
@@ -27,20 +30,23 @@ class Prefetch:
 
     Args:
         take: Takes a message, from the bulk lane first or the urgent one; None if there is none.
+        take_beside: Likewise, while others run.
         stop: Set when no more are to be taken.
-        seconds: After which it asks for no more ahead.
+        seconds: How long it lasts; then it asks for no more ahead.
         ask: Whether it asks ahead at all.
     """
 
     def __init__(
         self,
         take: Callable[[bool], Awaitable[Delivery | None]],
+        take_beside: Callable[[Sequence[Delivery], bool], Awaitable[Delivery | None]],
         stop: asyncio.Event,
         seconds: float,
         *,
         ask: bool,
     ) -> None:
         self._take = take
+        self._take_beside = take_beside
         self._stop = stop
         self._time = asyncio.get_running_loop().time
         self._until = self._time() + seconds
@@ -72,11 +78,16 @@ class Prefetch:
         """Whether its time is, and nothing was asked for that is still to be taken."""
         return self._asking is None and self._time() >= self._until
 
+    def holds(self) -> bool:
+        """Whether a message came ahead, or may come."""
+        asking = self._asking
+        return asking is not None and not (asking.done() and asking.result() is None)
+
     async def take(self, *, bulk_first: bool) -> Delivery | None:
         """Return what came ahead, or else take a message; None without any, or at a stop.
 
         Args:
-            bulk_first: Whether the bulk lane goes first, as `begin_run` had it.
+            bulk_first: Whether the bulk lane goes first, if none came ahead.
 
         Raises:
             BrokerError: As `Lanes.take`.
@@ -85,21 +96,21 @@ class Prefetch:
             return None
         return await self._came() or await self._take(bulk_first)
 
-    def begin_run(self, *, large: bool, bulk_first: bool = False) -> None:
-        """Ask for a message beside the run that begins now, if the one before was short.
-
-        Args:
-            large: Whether it holds a large message: the next one may be as large.
-            bulk_first: Whether the bulk lane goes first.
-        """
+    def begin_run(self, start: Start) -> None:
+        """Ask for a message beside the run that begins now, if the one before was short."""
         self._run_began = self._time()
-        if self._ask and self._short and not large and self._run_began < self._until:
+        running = [one.delivery for one in start.held]
+        # If the run's messages go back behind one that came ahead, the lane is in another order:
+        # that decides nothing of ids. What may kill its worker takes no other with it.
+        suspects = any(one.returns >= SUSPECT_RETURNS for one in running)
+        may = isinstance(start.rows, Ids) and not suspects
+        if may and self._ask and self._short and self._run_began < self._until:
             self._wanted.clear()
-            self._asking = asyncio.create_task(self._hold(bulk_first))
+            self._asking = asyncio.create_task(self._hold(running, start.urgent))
 
-    async def _hold(self, bulk_first: bool) -> Delivery | None:
+    async def _hold(self, running: Sequence[Delivery], bulk_first: bool) -> Delivery | None:
         """Take a message, and let it wait for the end of the run, but not for long."""
-        if (delivery := await self._take(bulk_first)) is None:
+        if (delivery := await self._take_beside(running, bulk_first)) is None:
             return None
         try:
             async with asyncio.timeout(SHORT_SECONDS):

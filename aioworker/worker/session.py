@@ -26,7 +26,7 @@ from aioworker.worker.prefetch import Prefetch
 from aioworker.worker.recovery import Recovery
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Callable, Sequence
 
     from aioworker.limits import Budget
     from aioworker.mysql.database import Database
@@ -366,17 +366,21 @@ class Session:
             Why the turn could not be had, and what the last message came to.
         """
         worker, outcome = self._worker, None
-        serve = self._gathering.serve if worker.gathers else self._serve_alone
+        alone = partial(worker.consumer.serve, lanes=self._lanes)
         async with worker.budget.turn() as wait:
             if wait is not None:
                 return [wait], None
             starts, bulk_next = worker.consumer.starts, worker.bulk_next
             # Under a rate nothing is held while something runs, nor if the task may not work.
             ask = not (worker.budget.limited or worker.consumer.breaker.reason)
-            async with Prefetch(self._take, self._stop, POLL_SECONDS, ask=ask) as prefetch:
+            taking = (self._take, self._take_beside, self._stop)
+            async with Prefetch(*taking, POLL_SECONDS, ask=ask) as prefetch:
+                worker.consumer.holds_another = prefetch.holds
+                fill = partial(self._gathering.serve, prefetch=prefetch)
+                serve = fill if worker.gathers else alone
                 while (first := await prefetch.take(bulk_first=bulk_next)) is not None:
                     before = worker.consumer.starts
-                    outcome = await serve(first, prefetch) or outcome
+                    outcome = await serve(first) or outcome
                     # After a while a pause is looked for, though nothing needs a start.
                     if self._turn_ends(outcome, starts) or prefetch.over:
                         break
@@ -385,17 +389,21 @@ class Session:
                     await worker.presence.keep()
         return [], outcome
 
-    def _serve_alone(self, first: Delivery, prefetch: Prefetch) -> Awaitable[Outcome]:
-        """Serve a start of one message."""
-        prefetch.begin_run(large=first.large)
-        return self._worker.consumer.serve(first, self._lanes)
-
     async def _take(self, bulk_first: bool = False) -> Delivery | None:
         """Take a message, from the urgent lane first; None where there is none, or at a stop."""
         if self._stop.is_set():
             return None
         delivery = await self._lanes.take(bulk_first=bulk_first)
         self._note_taken(took=delivery is not None)
+        return delivery
+
+    async def _take_beside(self, running: Sequence[Delivery], bulk_first: bool) -> Delivery | None:
+        """Take a message while others run; None where there is none, or at a stop."""
+        if self._stop.is_set():
+            return None
+        delivery = await self._lanes.take_beside(running, bulk_first=bulk_first)
+        if delivery is not None:
+            self._note_taken(took=True)
         return delivery
 
     async def _take_more(self, most: int) -> list[Delivery]:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from contextlib import asynccontextmanager
 from copy import copy
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ from aioworker.rabbitmq.lanes import BEHIND_LARGE
 from aioworker.rabbitmq.queues import Queues
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from aioworker.errors import BrokerError
 
@@ -106,8 +106,11 @@ class MemoryLanes:
         self.held: dict[int, tuple[str, Kept]] = {}
         self.lost = False
         self._at = at
-        self._tag = 0
+        self._number = 0  # of the last delivery, whatever its channel
+        self._tags: Counter[Answers] = Counter()  # of the last one of each channel
+        self._channels: dict[int, Answers] = {}
         self._answers = Answers()
+        self._sides: list[Answers] = []  # of the other channels
         self._flowing = QUEUES.urgent  # where the last message came from
         self._alone = 0  # how many messages are still to be taken one by one
 
@@ -125,6 +128,26 @@ class MemoryLanes:
                 one = self._deliver(lane)
                 self._alone = BEHIND_LARGE if one.large else max(0, self._alone - 1)
                 return one
+        return None
+
+    async def take_beside(
+        self, running: Sequence[Delivery], *, bulk_first: bool = False
+    ) -> Delivery | None:
+        """Take one small message while others run."""
+        self._step("take_beside")
+        lanes = (QUEUES.urgent, QUEUES.bulk)
+        used = [one.answers for one in running]
+        side = next((one for one in self._sides if one not in used), None)
+        if side is None:
+            self._sides.append(side := Answers())
+        for lane in reversed(lanes) if bulk_first else lanes:
+            if self._alone or not self.broker.queues[lane]:
+                continue
+            one = self._deliver(lane, side)
+            if not one.large:
+                return one
+            self._alone = BEHIND_LARGE
+            await one.give_back()
         return None
 
     async def take_more(self, most: int) -> list[Delivery]:
@@ -201,16 +224,18 @@ class MemoryLanes:
         for tag in sorted(self.held):
             self._put_back(tag)
 
-    def settle(self, tag: int, *, give_back: bool, with_earlier: bool = False) -> None:
+    def settle(self, number: int, *, give_back: bool, with_earlier: bool = False) -> None:
         """Take what a worker answers for a message that it holds, or for all up to that one."""
-        if tag not in self.held:
+        if number not in self.held:
             raise ChannelInvalidStateError("closed")  # as aio-pika does
         self._at("give_back" if give_back else "acknowledge")
         self.broker.changed.set()
         if give_back:
-            self._put_back(tag)
+            self._put_back(number)
         else:
-            for one in [one for one in self.held if one == tag or (with_earlier and one < tag)]:
+            earlier = [one for one in self.held if one < number and with_earlier]
+            channel = self._channels[number]
+            for one in [*(one for one in earlier if self._channels[one] is channel), number]:
                 _queue, kept = self.held.pop(one)
                 self.broker.acknowledged.append(str((kept.properties.headers or {}).get("id")))
 
@@ -228,21 +253,23 @@ class MemoryLanes:
     def _deliver(self, lane: str, answers: Answers | None = None) -> Delivery:
         kept = self.broker.queues[lane].popleft()
         self._flowing = lane
-        self._tag += 1
-        self.held[self._tag] = lane, kept
+        channel = answers or self._answers
+        self._number += 1
+        self._tags[channel] += 1
+        self.held[self._number], self._channels[self._number] = (lane, kept), channel
         properties = kept.properties
         if kept.deliveries:
             properties = copy(properties)
             properties.headers = {**(properties.headers or {}), "x-delivery-count": kept.deliveries}
         header = ContentHeader(body_size=len(kept.body), properties=properties)
         method = Basic.GetOk(
-            delivery_tag=self._tag,
+            delivery_tag=self._tags[channel],
             exchange="",
             routing_key=lane,
             redelivered=bool(kept.deliveries),
         )
         delivered = DeliveredMessage(delivery=method, header=header, body=kept.body, channel=None)  # type: ignore[arg-type]
-        return Delivery.of(_Message(self, delivered), answers=answers or self._answers)
+        return Delivery.of(_Message(self, delivered, self._number), answers=channel)
 
     def _put_back(self, tag: int) -> None:
         queue, kept = self.held.pop(tag)
@@ -255,12 +282,13 @@ class MemoryLanes:
 class _Message(aio_pika.IncomingMessage):
     """A message that is settled in memory."""
 
-    def __init__(self, lanes: MemoryLanes, delivered: DeliveredMessage) -> None:
+    def __init__(self, lanes: MemoryLanes, delivered: DeliveredMessage, number: int) -> None:
         super().__init__(delivered)
         self._lanes = lanes
+        self._number = number
 
     async def ack(self, multiple: bool = False) -> None:
-        self._lanes.settle(self.delivery_tag or 0, give_back=False, with_earlier=multiple)
+        self._lanes.settle(self._number, give_back=False, with_earlier=multiple)
 
     async def nack(self, multiple: bool = False, requeue: bool = True) -> None:
-        self._lanes.settle(self.delivery_tag or 0, give_back=True)
+        self._lanes.settle(self._number, give_back=True)

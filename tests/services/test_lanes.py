@@ -13,7 +13,7 @@ from aio_pika.abc import AbstractQueue
 
 from aioworker.addresses import BrokerAddress, Nodes
 from aioworker.clock import own_time
-from aioworker.errors import BrokerError
+from aioworker.errors import BrokerError, QueueMissingError
 from aioworker.rabbitmq import copies
 from aioworker.rabbitmq.connection import connected
 from aioworker.rabbitmq.delivery import Delivery
@@ -142,6 +142,14 @@ async def take(lanes: Lanes) -> Delivery:
     """Take a message that is there."""
     async with asyncio.timeout(SECONDS):
         while (delivery := await lanes.take()) is None:  # noqa: ASYNC110 - a moment later it is
+            await asyncio.sleep(0.01)
+    return delivery
+
+
+async def beside(lanes: Lanes, running: list[Delivery], *, bulk_first: bool = False) -> Delivery:
+    """Take a message that is there while others run."""
+    async with asyncio.timeout(SECONDS):
+        while (delivery := await lanes.take_beside(running, bulk_first=bulk_first)) is None:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     return delivery
 
@@ -605,3 +613,82 @@ async def test_what_a_flow_leaves_goes_back(place: Place, lanes: Lanes) -> None:
 
     again = await take(lanes)
     assert (again.id, again.message.redelivered) == ("two", True)
+
+
+async def test_one_that_is_taken_beside_others_comes_over_another_channel(
+    place: Place, lanes: Lanes
+) -> None:
+    for number in range(4):
+        await place.send(place.queues.bulk, str(number))
+    running = [await take(lanes)]
+
+    for _ in range(3):
+        another = await beside(lanes, running)
+        assert all(another.answers is not one.answers for one in running)
+        running.append(another)
+
+    assert [one.id for one in running] == ["0", "1", "2", "3"]
+    assert await lanes.take_beside(running) is None
+    await running[0].acknowledge(with_earlier=True)
+    await place.lose()
+    assert sorted(await place.lie(place.queues.bulk)) == ["1", "2", "3"]
+
+
+async def test_a_channel_is_used_again_beside_others(place: Place, lanes: Lanes) -> None:
+    for number in range(4):
+        await place.send(place.queues.bulk, str(number))
+    first = await take(lanes)
+    second = await beside(lanes, [first])
+    third = await beside(lanes, [second])
+
+    fourth = await beside(lanes, [third])
+
+    assert fourth.answers is second.answers
+
+
+async def test_beside_others_the_urgent_lane_goes_first_or_the_bulk_lane(
+    place: Place, lanes: Lanes
+) -> None:
+    for lane in (place.queues.bulk, place.queues.urgent):
+        for number in range(3):
+            await place.send(lane, f"{lane}-{number}")
+    first = await take(lanes)
+
+    urgent = await beside(lanes, [first])
+    bulk = await beside(lanes, [first], bulk_first=True)
+
+    assert (urgent.lane, bulk.lane) == ("urgent", "bulk")
+
+
+async def test_no_large_message_is_held_beside_others(place: Place, lanes: Lanes) -> None:
+    await place.send(place.queues.bulk, "small")
+    await place.send(place.queues.bulk, "large", body=b" " * LARGE)
+    await place.send(place.queues.bulk, "behind")
+    running = [await take(lanes)]
+
+    assert await lanes.take_beside(running) is None
+    assert await lanes.take_beside(running) is None
+
+    large = await take(lanes)
+    assert (large.id, len(large.message.body)) == ("large", LARGE)
+    assert await lanes.take_beside([large]) is None
+
+
+async def test_what_runs_can_be_acknowledged_where_a_lane_is_gone(pair: Servers) -> None:
+    """A `get` that RabbitMQ refuses closes the channel over which it was asked for."""
+    place = Real(pair)
+    lanes = await place.open()
+    await place.send(QUEUES.bulk, "one")
+    running = await take(lanes)
+    async with connected(Nodes(BrokerAddress.parse_all(pair.amqp_url)), 10, "test") as other:
+        channel = await other.channel()
+        await (await channel.get_queue(QUEUES.urgent, ensure=False)).delete(
+            if_unused=False, if_empty=False
+        )
+
+    with pytest.raises(QueueMissingError):
+        await lanes.take_beside([running])
+    await running.acknowledge()
+
+    assert await place.lie(QUEUES.bulk) == []
+    await place.close()

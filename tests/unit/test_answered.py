@@ -32,6 +32,7 @@ from tests.fakes import FakeClock, message_of
 )
 def test_what_else_waits_for_its_answer(answered: list[int], tags: set[int], only: bool) -> None:
     answers = Answers()
+    answers.expect(5)
     for tag in answered:
         answers.note(tag)
 
@@ -40,12 +41,31 @@ def test_what_else_waits_for_its_answer(answered: list[int], tags: set[int], onl
 
 def test_an_answer_may_be_for_all_before_it() -> None:
     answers = Answers()
+    answers.expect(8)
     answers.note(6)
 
     answers.note(4, with_earlier=True)
 
     assert answers.reach({5}) == 6
     assert answers.reach({8}) == 4
+
+
+def test_what_was_dropped_unseen_waits() -> None:
+    answers = Answers()
+    for tag in (1, 3, 4):
+        answers.expect(tag)
+
+    assert answers.reach({1, 3, 4}) == 1
+
+
+def test_what_is_answered_beside_one_that_waits_is_not_kept() -> None:
+    answers = Answers()
+    for tag in range(1, 10_000):
+        answers.expect(tag)
+        if tag > 1:
+            answers.note(tag)
+
+    assert answers._waiting == {1}
 
 
 async def test_what_is_done_of_a_start_is_acknowledged_in_one_step(clock: FakeClock) -> None:
@@ -149,7 +169,8 @@ class Answered:
 
     def __init__(self) -> None:
         self.sent: list[tuple[int, bool]] = []
-        self.lost = False
+        self.lost: BaseException | None = None
+        self.lost_at = 1
         self._answers = GroupedAnswers()
 
     def deliver(self, count: int) -> list[Delivery]:
@@ -166,8 +187,11 @@ class _Numbered(aio_pika.IncomingMessage):
         self._answered = answered
 
     async def ack(self, multiple: bool = False) -> None:
-        if self._answered.lost:
-            raise ChannelInvalidStateError("closed")
+        if (
+            self._answered.lost is not None
+            and len(self._answered.sent) + 1 >= self._answered.lost_at
+        ):
+            raise self._answered.lost
         self._answered.sent.append((self.delivery_tag or 0, multiple))
 
     async def nack(self, multiple: bool = False, requeue: bool = True) -> None:
@@ -210,15 +234,29 @@ async def test_those_behind_one_that_went_back_are_acknowledged_in_one_step() ->
     assert answered.sent == [(3, True)]
 
 
-async def test_where_the_connection_is_lost_each_is_told() -> None:
+async def test_where_the_connection_is_lost_each_is_told_that_is_not_acknowledged() -> None:
     answered = Answered()
-    answered.lost = True
+    answered.lost, answered.lost_at = ChannelInvalidStateError("closed"), 2
+    first, second, _third, fourth, fifth = answered.deliver(5)
 
     found = await asyncio.gather(
-        *(one.acknowledge() for one in answered.deliver(3)), return_exceptions=True
+        *(one.acknowledge() for one in (first, second, fourth, fifth)), return_exceptions=True
     )
 
-    assert [type(one) for one in found] == [ConnectionLostError] * 3
+    assert answered.sent == [(2, True)]
+    assert list(map(type, found)) == [type(None), type(None), *[ConnectionLostError] * 2]
+
+
+async def test_none_waits_for_ever_where_the_client_cuts_off_an_acknowledgement() -> None:
+    answered = Answered()
+    answered.lost = asyncio.CancelledError()
+
+    done, pending = await asyncio.wait(
+        [asyncio.create_task(one.acknowledge()) for one in answered.deliver(3)], timeout=1
+    )
+
+    assert not pending
+    assert all(one.cancelled() for one in done)
 
 
 async def test_one_that_is_cut_off_meanwhile_keeps_no_other_waiting() -> None:

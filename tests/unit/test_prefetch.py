@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 from itertools import pairwise
 from typing import Any
 
+import pymysql
 import pytest
 
 from aioworker.errors import BrokerError
 from aioworker.limits import POLL_SECONDS, Wait
+from aioworker.rabbitmq.delivery import SUSPECT_RETURNS
 from aioworker.rabbitmq.message import SMALL_BYTES
 from aioworker.worker.prefetch import SHORT_SECONDS
 from tests.doubles.gathering import AWAY, PAUSED, Gathering, Ids
-from tests.doubles.heart import running
+from tests.doubles.heart import Heart, running
 from tests.doubles.lanes import QUEUES
 from tests.fakes import FakeClock
 
@@ -35,6 +39,8 @@ class Runs:
     def __init__(self, seconds: float = SHORT, **options: Any) -> None:
         self.seconds = seconds
         self.held: list[int] = []
+        self.fail_from: float = math.inf  # so many runs are fine
+        self.error: Exception = KeyError("shop")
         self.gathering = Gathering(self._run, **{"rate": None, **options})
         self.heart = self.gathering.heart
 
@@ -43,6 +49,8 @@ class Runs:
         self.held.append(len(self.heart.lanes.held))
         if self.heart.probe.away is not None:
             raise self.heart.probe.away
+        if len(self.held) > self.fail_from:
+            raise self.error
 
     def send(self, chunks: int, lane: str = QUEUES.bulk) -> None:
         """Publish so many chunks."""
@@ -65,11 +73,8 @@ async def until_it_holds_two(clock: FakeClock, runs: Runs) -> None:
         await clock.advance(SHORT / 4, SHORT / 4)
 
 
-@pytest.mark.parametrize("gathers", [True, False], ids=["gathering", "one message a start"])
-async def test_the_next_message_is_there_when_a_short_run_ends(
-    clock: FakeClock, gathers: bool
-) -> None:
-    runs = Runs(gather_seconds=20 if gathers else 0)
+async def test_the_next_message_is_there_when_a_short_run_ends(clock: FakeClock) -> None:
+    runs = Runs()
     runs.send(6)
 
     await runs.run_for(clock, 0.5)
@@ -110,13 +115,24 @@ async def test_what_came_for_the_end_of_a_run_that_is_long_goes_back(clock: Fake
     assert runs.gathering.acknowledged == ["1", "1001", "2001", "3001", "4001", "5001"]
 
 
-@pytest.mark.parametrize("case", ["a rate", "large messages", "an open breaker"])
+CASES = ["a rate", "large messages", "an open breaker", "suspects", "one message a start"]
+
+
+@pytest.mark.parametrize("case", CASES)
 async def test_none_is_held_beside_a_run(clock: FakeClock, case: str) -> None:
-    runs = Runs(rate="20/s" if case == "a rate" else None, chunk_size=1)
+    options: dict[str, dict[str, Any]] = {
+        "a rate": {"rate": "20/s"},
+        "one message a start": {"gather_seconds": 0},
+    }
+    runs = Runs(chunk_size=1, **options.get(case, {}))
     if case == "large messages":
         for one in range(6):
             body = f"[[[{one + 1}]], {{}}, {{}}]{' ' * SMALL_BYTES}".encode()
             runs.heart.broker.send(body, id=str(one))
+    elif case == "suspects":  # what kills its worker takes no other with it
+        for one in range(6):
+            headers: dict[str, Any] = {"x-delivery-count": SUSPECT_RETURNS}
+            runs.gathering.send([one + 1], **headers)
     else:
         runs.send(6)
     if case == "an open breaker":
@@ -126,6 +142,35 @@ async def test_none_is_held_beside_a_run(clock: FakeClock, case: str) -> None:
 
     assert len(runs.held) > 1
     assert set(runs.held) == {1}
+
+
+async def test_of_rows_none_is_held_beside_a_run(clock: FakeClock) -> None:
+    """The order of two rows of one id may decide, and what goes back twice loses its own."""
+    held = []
+
+    async def move(rows: list[tuple[int, str]]) -> None:
+        await asyncio.sleep(SHORT)
+        held.append(len(heart.lanes.held))
+
+    heart = Heart(move, gather_seconds=20, chunk_size=1)
+    heart.task.needed(lambda rows: rows)
+    for one in range(6):
+        heart.broker.send(json.dumps([[[[one, "up"]]], {}, None]).encode(), id=str(one))
+
+    await heart.run_for(clock, 1, SHORT / 4)
+
+    assert held == [1] * 6
+
+
+async def test_one_that_is_there_may_show_that_the_task_works(clock: FakeClock) -> None:
+    """A failure that may be the task's costs no attempt while another message is in hand."""
+    runs = Runs(max_retries=0)
+    runs.send(3)
+    runs.fail_from, runs.error = 1, pymysql.err.ProgrammingError(1146, "no such table")
+
+    await runs.run_for(clock, 0.2)
+
+    assert runs.heart.broker.headers(QUEUES.dead) == []
 
 
 async def test_a_pause_is_followed_and_nothing_is_given_back_for_looking(clock: FakeClock) -> None:
