@@ -1,8 +1,8 @@
 """A task's queues over one connection: taken from the two lanes, put off and set aside.
 
-A message is taken by `get` once it may start, or 0.1 s before. A consumer's prefetch would hold
-messages unacknowledged for as long as the rate makes them wait, and RabbitMQ closes the channel
-after 30 minutes of that.
+A message is taken by `get` once it may start, or up to 0.1 s before. A consumer's prefetch would
+hold messages unacknowledged for as long as the rate makes them wait, and RabbitMQ closes the
+channel after 30 minutes of that.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ class OpenLanes:
 
     Args:
         connection: For a channel of its own, where messages flow.
-        channel: What both lanes are used over, and others beside it only where messages are taken
-            at once: a channel's answers come one after the other.
+        channel: What both lanes are used over. Others are used beside it only where messages are
+            taken at once, since a channel's answers come one after the other, or beside a run.
         publisher: Publishes the copies.
         queues: The task's.
         lanes: The two to take from, the one that is taken from first before the other.

@@ -173,6 +173,28 @@ async def test_one_that_is_there_may_show_that_the_task_works(clock: FakeClock) 
     assert runs.heart.broker.headers(QUEUES.dead) == []
 
 
+async def test_a_run_that_fails_where_none_can_be_asked_for_costs_an_attempt(
+    clock: FakeClock,
+) -> None:
+    runs = Runs()
+    runs.send(2)
+    runs.fail_from, runs.error = 1, pymysql.err.ProgrammingError(1146, "no such table")
+    at = runs.heart.lanes._at
+
+    def refuse(step: str) -> None:
+        at(step)
+        if step == "take_beside":
+            raise BrokerError("no permission")
+
+    runs.heart.lanes._at = refuse
+    async with running(runs.heart) as serving:
+        await clock.advance(0.2, SHORT / 4)
+        with pytest.raises(BrokerError):
+            await serving
+
+    assert [one["retries"] for one in runs.heart.broker.headers(QUEUES.retry)] == [1]
+
+
 async def test_a_pause_is_followed_and_nothing_is_given_back_for_looking(clock: FakeClock) -> None:
     runs = Runs()
     runs.send(1000)
