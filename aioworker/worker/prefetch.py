@@ -68,10 +68,12 @@ class Prefetch:
         if error is None or isinstance(error, DatabaseError):
             if (delivery := await self._came()) is not None:
                 await delivery.give_back()
-        elif self._asking is not None:
+            return
+        asking, self._asking = self._asking, None
+        if asking is not None:
             # The connection ends, and what comes by it goes back.
-            self._asking.cancel()
-            self._asking.add_done_callback(lambda one: one.cancelled() or one.exception())
+            asking.cancel()
+            asking.add_done_callback(lambda one: one.cancelled() or one.exception())
 
     @property
     def over(self) -> bool:

@@ -275,6 +275,7 @@ async def test_a_connection_that_is_lost_meanwhile_ends_the_session(clock: FakeC
             await serving
 
         assert asyncio.all_tasks() == before
+    assert not runs.heart.consumer.holds_another()
     assert runs.heart.consumer.under_way == []
     order = list(map(int, runs.gathering.queued()))
     assert all(one < other for one, other in pairwise(order))
