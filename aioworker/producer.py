@@ -150,8 +150,8 @@ class Producer:
             chunk: What the task can take, checked.
             sweep: The sweep's id.
         """
-        if task.signature.takes_ids and not task.options.constants:
-            # Ids are as JSON has them, and this writes them in a quarter of the time.
+        if set(map(type, chunk)) == {int} and not task.options.constants:
+            # Numbers are as JSON has them, and this writes them in a quarter of the time.
             outgoing = outgoing_message(task.name, [chunk], sweep=sweep, dump=to_json)
         else:
             args = as_json([chunk, *task.options.constants])

@@ -41,6 +41,7 @@ ANSWER_SECONDS = 3.0
 # So many messages are taken one by one behind a large one. It went back perhaps, and another worker
 # may hold it just then, and give it back, too.
 BEHIND_LARGE = 16
+CHANNELS = 8  # of a session, at most
 _LONG_AGO = datetime.min.replace(tzinfo=UTC)  # nobody knows when
 
 
@@ -69,7 +70,7 @@ class Lanes(Protocol):
     ) -> Delivery | None:
         """Take one message while others run, over a channel that none of those came over.
 
-        None if both lanes are empty, the next one may be large, or no other channel may be opened.
+        None if both lanes are empty, the next one may be large, or there is no other channel.
         """
 
     def consume(
@@ -313,7 +314,7 @@ class OpenLanes:
             return None
         used = {id(one.answers) for one in running}
         sides = [one for one in self._sides[1:] if id(self._answers[one[0].channel]) not in used]
-        if not sides and not self._may_open:
+        if not sides and not (self._may_open and len(self._sides) < CHANNELS):
             return None
         side = sides[0] if sides else await self._open_side()
         for queue in reversed(side) if bulk_first else side:

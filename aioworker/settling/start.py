@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from aioworker.rabbitmq.lanes import CHANNELS
 from aioworker.settling.outcome import UNDECIDED, Kind, Outcome
 from aioworker.settling.rows import Ids
 
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from aioworker.tasks.context import Context
 
 MOST_MESSAGES = 1000
+AT_ONCE = CHANNELS  # messages, over one each: the wait for RabbitMQ is no more the most of it then
 MOST_BYTES = 8 * 1024 * 1024  # of all messages together; the last one may be larger
-AT_ONCE = 8  # messages taken at once: the wait for RabbitMQ is no more the most of it then
 
 
 @dataclass(slots=True, eq=False)

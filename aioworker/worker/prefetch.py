@@ -83,9 +83,9 @@ class Prefetch:
     def holds(self) -> bool:
         """Whether a message came ahead, or may come."""
         asking = self._asking
-        if asking is None or not asking.done():
-            return asking is not None
-        return asking.exception() is None and asking.result() is not None
+        if asking is None or asking.cancelled():
+            return False
+        return not asking.done() or (asking.exception() is None and asking.result() is not None)
 
     async def take(self, *, bulk_first: bool) -> Delivery | None:
         """Return what came ahead, or else take a message; None without any, or at a stop.

@@ -20,7 +20,7 @@ from pamqp.header import ContentHeader
 
 from aioworker.errors import ConnectionLostError
 from aioworker.rabbitmq.delivery import Answers, Delivery, GroupedAnswers
-from aioworker.rabbitmq.lanes import BEHIND_LARGE
+from aioworker.rabbitmq.lanes import BEHIND_LARGE, CHANNELS
 from aioworker.rabbitmq.queues import Queues
 
 if TYPE_CHECKING:
@@ -138,6 +138,8 @@ class MemoryLanes:
         lanes = (QUEUES.urgent, QUEUES.bulk)
         used = [one.answers for one in running]
         side = next((one for one in self._sides if one not in used), None)
+        if side is None and len(self._sides) + 1 >= CHANNELS:
+            return None
         if side is None:
             self._sides.append(side := Answers())
         for lane in reversed(lanes) if bulk_first else lanes:

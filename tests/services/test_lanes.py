@@ -17,7 +17,7 @@ from aioworker.errors import BrokerError, QueueMissingError
 from aioworker.rabbitmq import copies
 from aioworker.rabbitmq.connection import connected
 from aioworker.rabbitmq.delivery import Delivery
-from aioworker.rabbitmq.lanes import BEHIND_LARGE, Lanes, OpenLanes
+from aioworker.rabbitmq.lanes import BEHIND_LARGE, CHANNELS, Lanes, OpenLanes
 from aioworker.rabbitmq.message import PUBLISHED, SMALL_BYTES, WITHHELD
 from aioworker.rabbitmq.publisher import Publisher
 from tests.conftest import QUEUES, declare
@@ -632,6 +632,21 @@ async def test_one_that_is_taken_beside_others_comes_over_another_channel(
     await running[0].acknowledge(with_earlier=True)
     await place.lose()
     assert sorted(await place.lie(place.queues.bulk)) == ["1", "2", "3"]
+
+
+async def test_no_more_channels_are_opened_beside_others_than_are_used_at_once(
+    place: Place, lanes: Lanes
+) -> None:
+    """RabbitMQ may allow a user so many, and ends the connection beyond that."""
+    for number in range(CHANNELS + 1):
+        await place.send(place.queues.bulk, str(number))
+    running = [await take(lanes)]
+    for _ in range(CHANNELS - 1):
+        running.append(await beside(lanes, running))
+
+    assert await lanes.take_beside(running) is None
+
+    assert (await take(lanes)).id == str(CHANNELS)
 
 
 async def test_a_channel_is_used_again_beside_others(place: Place, lanes: Lanes) -> None:

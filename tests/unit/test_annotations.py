@@ -9,9 +9,12 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Annotated, Any, NamedTuple, NewType, TypeAlias
 
 import pytest
+from pydantic import AfterValidator
 
-from aioworker.errors import TaskError
+from aioworker.errors import TaskError, UsageError
+from aioworker.producer import Producer, handing_to
 from aioworker.tasks.signature import Signature, plain
+from aioworker.tasks.task import Task
 
 ShopId = NewType("ShopId", int)
 Shops: TypeAlias = list[ShopId]
@@ -121,3 +124,14 @@ def test_an_alias_that_cannot_be_resolved_is_left_alone() -> None:
     assert plain(lost) is lost
     assert takes_ids(lost)
     assert not takes_ids(ALIASES["Many"][lost])
+
+
+async def test_a_sweep_publishes_no_id_that_json_cannot_hold() -> None:
+    async def refresh(ids: list[Annotated[int, AfterValidator(lambda _: float("nan"))]]) -> None:
+        pass
+
+    task = Task("shop", refresh, keys=lambda: [])
+    [chunk], _named = task.checked([[1, 2]], {})
+
+    with handing_to(lambda *_: None), pytest.raises(UsageError, match="that JSON can hold"):
+        await Producer.over([], 1, "aioworker").publish_swept(task, chunk, "a sweep")
