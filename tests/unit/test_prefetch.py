@@ -15,7 +15,7 @@ from aioworker.errors import BrokerError
 from aioworker.limits import POLL_SECONDS, Wait
 from aioworker.rabbitmq.delivery import SUSPECT_RETURNS
 from aioworker.rabbitmq.message import SMALL_BYTES
-from aioworker.worker.prefetch import SHORT_SECONDS
+from aioworker.worker.prefetch import SHORT_SECONDS, Prefetch
 from tests.doubles.gathering import AWAY, PAUSED, Gathering, Ids
 from tests.doubles.heart import Heart, running
 from tests.doubles.lanes import QUEUES
@@ -193,6 +193,18 @@ async def test_a_run_that_fails_where_none_can_be_asked_for_costs_an_attempt(
             await serving
 
     assert [one["retries"] for one in runs.heart.broker.headers(QUEUES.retry)] == [1]
+
+
+async def test_a_look_ahead_that_is_cut_off_holds_nothing() -> None:
+    async def cut_off(*_: object) -> None:
+        raise asyncio.CancelledError
+
+    async with Prefetch(cut_off, cut_off, asyncio.Event(), 1, ask=True) as prefetch:
+        prefetch._asking = asyncio.create_task(cut_off())
+        await asyncio.wait({prefetch._asking})
+
+        assert not prefetch.holds()
+        prefetch._asking = None
 
 
 async def test_a_pause_is_followed_and_nothing_is_given_back_for_looking(clock: FakeClock) -> None:
