@@ -39,10 +39,13 @@ BUDGET = """CREATE TABLE IF NOT EXISTS aioworker_budget (
     paused_by VARCHAR(190) NULL,
     paused_at DATETIME(6) NULL,
     paused_why VARCHAR(500) NULL,
+    paused_until DATETIME(6) NULL,
     gap_us BIGINT UNSIGNED NULL,
     set_by VARCHAR(190) NULL,
     set_at DATETIME(6) NULL,
     set_why VARCHAR(500) NULL,
+    set_until DATETIME(6) NULL,
+    gap_after_us BIGINT UNSIGNED NULL,
     running TEXT NULL,
     deaths TEXT NULL
 ) ENGINE=InnoDB ROW_FORMAT=DYNAMIC DEFAULT CHARACTER SET utf8mb4"""

@@ -27,7 +27,7 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from aioworker.budget import tables
+from aioworker.budget import run_time, tables
 from aioworker.budget.deaths import CAN_NOTE, NOTE, Deaths
 from aioworker.budget.first_write import SERVER_SECONDS, Due, FirstWrite, Habits, server_waits
 from aioworker.budget.other_server import OtherServer
@@ -161,6 +161,10 @@ class SharedBudget:
 
     async def _judge(self, row: Row, contenders: int = 0) -> Wait | None:
         """Follow the row, and return why no start may begin by it."""
+        if row.over:
+            with tables.explaining(self._database):
+                await run_time.clear_ended(self._database, self._task)
+                row = await self._read()
         if self._other_server.see(row) or (row.same_server and row.age_us < 0):
             if self._seldom.allows("adopted"):
                 log.warning(

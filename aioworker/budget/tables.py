@@ -42,14 +42,25 @@ _STARTED = _BOUNDED("last_start")
 CHARGED = _BOUNDED(f"IF({_OURS}, last_charge, last_start)")
 WROTE = _BOUNDED(f"IF({_OURS}, last_write, last_start)")
 
+# When what is set at run time ends; NULL for never. What was set later than its end, by plain SQL
+# or by a command of an earlier version, has another one's: that counts for nothing.
+PAUSE_END = "IF(paused_until > COALESCE(paused_at, '2000-01-01'), paused_until, NULL)"
+RATE_END = "IF(set_until > COALESCE(set_at, '2000-01-01'), set_until, NULL)"
+PAUSE_OVER = f"COALESCE(paused AND {PAUSE_END} <= SYSDATE(6), FALSE)"
+RATE_OVER = f"COALESCE({RATE_END} <= SYSDATE(6), FALSE)"
+_PAUSED_UNTIL = f"IF(paused AND {PAUSE_END} > SYSDATE(6), paused_until, NULL)"
+_SET_UNTIL = f"IF({RATE_END} > SYSDATE(6), set_until, NULL)"
+
 # Some users may write all the same, into what another server overwrites. MariaDB is about to
 # answer with words.
 _ONLY_READS = "CONCAT(@@read_only) NOT IN ('0', 'OFF') OR @@innodb_read_only"
 
-_FIND = f"""SELECT paused, gap_us, TIMESTAMPDIFF(MICROSECOND, {_STARTED}, SYSDATE(6)),
+_FIND = f"""SELECT paused AND NOT {PAUSE_OVER}, IF({RATE_OVER}, gap_after_us, gap_us),
+    TIMESTAMPDIFF(MICROSECOND, {_STARTED}, SYSDATE(6)),
     {_STARTED}, server = {SERVER}, server, {SERVER},
     COALESCE(IS_USED_LOCK(%(lock)s), 0), CONNECTION_ID(),
-    starts, holder, paused_by, paused_at, paused_why, set_by, set_at, set_why,
+    starts, holder, paused_by, paused_at, paused_why, {_PAUSED_UNTIL},
+    set_by, set_at, set_why, {_SET_UNTIL}, {PAUSE_OVER} OR {RATE_OVER},
     TIMESTAMPDIFF(MICROSECOND, {CHARGED}, SYSDATE(6)),
     TIMESTAMPDIFF(MICROSECOND, {WROTE}, SYSDATE(6)),
     bulk_next, runs_now IS NOT NULL, running, deaths, SYSDATE(6), {_ONLY_READS}
@@ -72,9 +83,6 @@ _NEED_INIT = frozenset({ER.NO_SUCH_TABLE, ER.BAD_FIELD_ERROR})
 LONGEST_GAP_US = 366 * 86_400 * 1_000_000
 
 
-_PAUSED_AT, _SET_AT = 12, 15  # where they stand in an answer
-
-
 class Row(NamedTuple):
     """A task's row of the budget, as the server answers.
 
@@ -93,9 +101,12 @@ class Row(NamedTuple):
         paused_by: Who paused it.
         paused_at: When.
         paused_why: Why.
+        paused_until: When the pause that holds ends, UTC; None for never.
         set_by: Who set or reset `gap_us` last.
         set_at: When.
         set_why: Why.
+        set_until: When the rate set at run time ends, UTC; None for never.
+        over: Whether an end has come, and nobody has cleared what was set until then.
         charge_age_us: Microseconds since the last charge.
         write_age_us: Microseconds since a run's last first write.
         bulk_next: Whether the next start begins with the bulk lane: the last one held messages
@@ -120,9 +131,12 @@ class Row(NamedTuple):
     paused_by: str | None
     paused_at: datetime | None
     paused_why: str | None
+    paused_until: datetime | None
     set_by: str | None
     set_at: datetime | None
     set_why: str | None
+    set_until: datetime | None
+    over: bool
     charge_age_us: int
     write_age_us: int
     bulk_next: bool
@@ -130,6 +144,10 @@ class Row(NamedTuple):
     running: list[str]
     deaths: dict[str, int]
     now: datetime
+
+    def seconds_until(self, moment: datetime | None) -> float | None:
+        """Return how long it is until a moment of this row; None for none."""
+        return None if moment is None else (moment.replace(tzinfo=UTC) - self.now).total_seconds()
 
     @property
     def charged_at(self) -> datetime:
@@ -143,8 +161,17 @@ class Row(NamedTuple):
             return ""
         by = f" by {self.paused_by}" if self.paused_by else ""
         since = f" since {self.paused_at:%Y-%m-%d %H:%M:%S} UTC" if self.paused_at else ""
+        until = f" until {self.paused_until:%Y-%m-%d %H:%M:%S} UTC" if self.paused_until else ""
         why = f": {self.paused_why}" if self.paused_why else ""
-        return " ".join(f"paused{by}{since}{why}".split())
+        return " ".join(f"paused{by}{since}{until}{why}".split())
+
+
+_FLAGS = [
+    Row._fields.index(name) for name in ("paused", "same_server", "over", "bulk_next", "runs")
+]
+_MOMENTS = [
+    Row._fields.index(name) for name in ("paused_at", "paused_until", "set_at", "set_until")
+]
 
 
 async def refuse_reader(database: Database) -> None:
@@ -286,13 +313,13 @@ def _row(database: Database, found: list[tuple[Any, ...]]) -> Row | None:
     values: list[Any]
     *values, only_reads = found[0]
     _leave(database, only_reads)
-    values[0], values[4] = bool(values[0]), bool(values[4])
+    for flag in _FLAGS:
+        values[flag] = bool(values[flag])
     if values[1] is not None:
         values[1] = min(values[1], LONGEST_GAP_US)
-    for moment in (_PAUSED_AT, _SET_AT):
+    for moment in _MOMENTS:
         if not isinstance(values[moment], datetime):
             values[moment] = None  # such as 0: text, as it is in no calendar
-    values[-5:-3] = map(bool, values[-5:-3])
     values[-3:] = _messages(values[-3]), _deaths(values[-2]), values[-1].replace(tzinfo=UTC)
     return Row(*values)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 import threading
 import time
@@ -49,6 +50,25 @@ App = Annotated[
     str | None,
     typer.Option("--app", metavar="MODULE", help="Module that registers tasks; several by commas."),
 ]
+
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+def seconds_of(text: str, what: str) -> int:
+    """Return how many seconds a text such as `30m`, `2h` or `7d` means.
+
+    Args:
+        text: The text.
+        what: What is expected, for the error: `an age`.
+
+    Raises:
+        UsageError: It means none.
+    """
+    match = re.fullmatch(r"([0-9]{1,6})([smhd])", text)
+    if match is None:
+        raise UsageError(f"expected {what} such as 30m, 2h or 7d, got: {text!r}")
+    return int(match[1]) * _UNITS[match[2]]
 
 
 def named(*words: list[str] | None) -> list[str]:

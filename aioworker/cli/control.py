@@ -7,10 +7,11 @@ from typing import Annotated
 import typer
 
 from aioworker.cli import console
-from aioworker.cli.common import App, TaskName, TaskOption, named, prepare, run
+from aioworker.cli.common import App, TaskName, TaskOption, named, prepare, run, seconds_of
 from aioworker.errors import UsageError
 
 REASON_LENGTH = 500
+LONGEST_DAYS = 366
 
 
 def _in_one_line(why: str | None) -> str | None:
@@ -26,6 +27,22 @@ def _in_one_line(why: str | None) -> str | None:
     return line
 
 
+def _checked(span: str | None) -> str | None:
+    """Refuse a time that is none, before anything is read."""
+    if span is not None:
+        _seconds(span)
+    return span
+
+
+def _seconds(span: str | None) -> int | None:
+    if span is None:
+        return None
+    seconds = seconds_of(span, "--for with a time")
+    if not 1 <= seconds <= LONGEST_DAYS * 86_400:
+        raise UsageError(f"expected --for from 1s to {LONGEST_DAYS}d, got: {span!r}")
+    return seconds
+
+
 Why = Annotated[
     str | None,
     typer.Option(
@@ -35,6 +52,17 @@ Why = Annotated[
         help="Why; kept, and shown by status.",
     ),
 ]
+
+Span = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        metavar="TIME",
+        callback=_checked,
+        help="For so long, and then as before: 30m, 2h, 7d.",
+    ),
+]
+Every = Annotated[bool, typer.Option("--all", help="All tasks of this database.")]
 
 
 def rate_limit(
@@ -47,44 +75,71 @@ def rate_limit(
         bool, typer.Option("--reset", help="Take the rate back: the workers' own counts again.")
     ] = False,
     why: Why = None,
+    span: Span = None,
     app_names: App = None,
 ) -> None:
     """Set the rate limit of all workers of a task while they run; it outlives them.
 
     They follow within 2 seconds or one interval, whichever is sooner. 0/m pauses, none is no
-    limit; a new rate does not end a pause, `resume` does.
+    limit; a new rate does not end a pause, `resume` does. At the end of --for the rate counts
+    that was set before without one, or else the workers' own.
     """
     given = list(words or [])
     if len(given) > (1 if reset else 2) or not (given or reset):
         usage = "[TASK] --reset" if reset else "[TASK] RATE"
         raise UsageError(f"expected rate-limit {usage}, got: {' '.join(given) or 'nothing'}")
+    if reset and span is not None:
+        raise UsageError("expected --reset or --for, got both: the workers' own rate has no end")
     from aioworker.limits import parse_limit
 
     rate = None if reset else parse_limit(given.pop())
     settings = prepare(app=app_names)
     from aioworker.commands import controls
 
-    console.say(run(controls.set_rate(settings, named(given, option), rate, why)))
+    order = controls.Order(why, _seconds(span))
+    console.say(run(controls.set_rate(settings, named(given, option), rate, order)))
 
 
 def pause(
-    name: TaskName = None, option: TaskOption = None, why: Why = None, app_names: App = None
+    name: TaskName = None,
+    option: TaskOption = None,
+    every: Every = False,
+    span: Span = None,
+    why: Why = None,
+    app_names: App = None,
 ) -> None:
     """Let no start of a task begin, on any worker, until `resume`; it outlives them.
 
-    What runs ends as usual. Messages stay queued.
+    What runs ends as usual. Messages stay queued. A pause is not replaced by a shorter one: that
+    exits 1.
     """
+    meant = _meant(name, option, every=every)
     settings = prepare(app=app_names)
     from aioworker.commands import controls
 
-    console.say(run(controls.pause(settings, named(name, option), why)))
+    order = controls.Order(why, _seconds(span))
+    console.say_all(run(controls.pause(settings, meant, order, every=every)))
 
 
 def resume(
-    name: TaskName = None, option: TaskOption = None, why: Why = None, app_names: App = None
+    name: TaskName = None,
+    option: TaskOption = None,
+    every: Every = False,
+    why: Why = None,
+    app_names: App = None,
 ) -> None:
     """End a pause of a task, on every worker."""
+    meant = _meant(name, option, every=every)
     settings = prepare(app=app_names)
     from aioworker.commands import controls
 
-    console.say(run(controls.resume(settings, named(name, option), why)))
+    order = controls.Order(why)
+    console.say_all(run(controls.resume(settings, meant, order, every=every)))
+
+
+def _meant(*words: list[str] | None, every: bool) -> list[str]:
+    """Return the task that is named; none for the only one, or for all."""
+    found = named(*words)
+    if found and every:
+        raise UsageError(f"expected a task or --all, got both: {found[0]}")
+    return found

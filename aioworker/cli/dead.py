@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import sys
 from contextlib import contextmanager
@@ -14,7 +13,16 @@ import typer
 
 from aioworker import words
 from aioworker.cli import console
-from aioworker.cli.common import App, TaskName, TaskOption, named, names_to_show, prepare, run
+from aioworker.cli.common import (
+    App,
+    TaskName,
+    TaskOption,
+    named,
+    names_to_show,
+    prepare,
+    run,
+    seconds_of,
+)
 from aioworker.errors import AioworkerError, UsageError
 from aioworker.words import count
 
@@ -30,8 +38,6 @@ if TYPE_CHECKING:
 app = typer.Typer(name="dead", invoke_without_command=True)
 INDENT = 4 * " "
 MANY = 500  # letters, and a look at them takes seconds: how far it is, is shown
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
-
 Ids = Annotated[
     list[str] | None,
     typer.Option(
@@ -274,8 +280,5 @@ def _filter(ids: list[str] | None, reason: str | None, older_than: str | None) -
             raise UsageError(f"expected {option} with a text, got: ''; without it, all are meant")
     age = None
     if older_than is not None:
-        match = re.fullmatch(r"([0-9]{1,6})([smhd])", older_than)
-        if match is None:
-            raise UsageError(f"expected an age such as 30m, 2h or 7d, got: {older_than!r}")
-        age = timedelta(**{_UNITS[match[2]]: int(match[1])})
+        age = timedelta(seconds=seconds_of(older_than, "an age"))
     return Filter(frozenset(ids or ()), reason or "", age)

@@ -28,6 +28,7 @@ from aioworker.worker import signals
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from datetime import datetime
 
     from aioworker.commands.status import Limit, Oldest, Status
     from aioworker.reasons import ReasonKind
@@ -178,8 +179,11 @@ def _budget_lines(limit: Limit, waits: ReasonKind) -> list[tuple[str, str]]:
     changed = ""
     if limit.set_by is not None and limit.set_at is not None:
         why = f": {limit.set_why}" if limit.set_why else ""
-        changed = f"; last change by {limit.set_by} at {limit.set_at:%Y-%m-%d %H:%M:%S} UTC{why}"
-    shown = [("rate", f"{_rate(limit)}{changed}")]
+        changed = f"; last change by {limit.set_by} at {_moment(limit.set_at)}{why}"
+    until = ""
+    if limit.set_until is not None and limit.set_until_seconds is not None:
+        until = f" until {_moment(limit.set_until)}, for {duration(limit.set_until_seconds)} more"
+    shown = [("rate", f"{_rate(limit)}{until}{changed}")]
     if limit.scope != "shared":
         return shown
     if limit.last_start is None:
@@ -187,7 +191,7 @@ def _budget_lines(limit: Limit, waits: ReasonKind) -> list[tuple[str, str]]:
         shown.append(("last start", "not counted without a rate limit" if unlimited else "never"))
     else:
         by = f" by {limit.last_worker}" if limit.last_worker else ""
-        shown.append(("last start", f"{limit.last_start:%Y-%m-%d %H:%M:%S} UTC{by}"))
+        shown.append(("last start", f"{_moment(limit.last_start)}{by}"))
     if limit.next_start is not None and limit.next_start_seconds is not None:
         at = f"{limit.next_start:%H:%M:%S} UTC, in {duration(limit.next_start_seconds)}"
         shown.append(("next start", at))
@@ -209,7 +213,9 @@ def _rate(limit: Limit) -> str:
 def _next_start(limit: Limit, waits: ReasonKind) -> str:
     """Return when the next start may begin, where no moment is known."""
     if limit.paused:
-        return "not while paused"
+        left = limit.paused_until_seconds
+        ends = "" if left is None else f", which ends in {duration(left)}"
+        return f"not while paused{ends}"
     if waits.timed:
         return "as the worker tells"
     if waits.red:
@@ -223,6 +229,10 @@ def _worker_line(worker: Worker) -> str:
         f"{worker.host}:{worker.pid} {worker.version}, rate {worker.rate or 'none'},"
         f" {worker.state} since {worker.since:%H:%M:%S} UTC: {worker.reason}{seen}"
     )
+
+
+def _moment(moment: datetime) -> str:
+    return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _number(messages: int | None) -> str:

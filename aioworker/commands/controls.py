@@ -1,4 +1,4 @@
-"""What an operator sets while the workers run: the rate limit, a pause.
+"""What an operator sets while the workers run: the rate limit, a pause; for a while, or for good.
 
 It is kept in the task's row of `aioworker_budget`, with who, when and why. Every worker
 reads the row at least every two seconds, and all of it outlives them.
@@ -9,29 +9,44 @@ from __future__ import annotations
 import getpass
 import os
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from aioworker.budget import tables
+from aioworker.budget import run_time, tables
+from aioworker.budget.run_time import Change
 from aioworker.commands import which_tasks
-from aioworker.errors import UsageError
+from aioworker.errors import AioworkerError, UsageError
 from aioworker.limits import InForce, NoLimit, RateLimit, Source, in_force
 from aioworker.tasks.registry import find, registered
+from aioworker.words import duration
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
+    from datetime import datetime
 
     from aioworker.budget.tables import Row
     from aioworker.mysql.database import Database
     from aioworker.settings import Settings
 
-_SET_RATE = """UPDATE aioworker_budget SET gap_us = %(value)s,
-    set_by = %(who)s, set_at = SYSDATE(6), set_why = %(why)s WHERE task = %(task)s"""
-_SET_PAUSED = """UPDATE aioworker_budget SET paused = %(value)s,
-    paused_by = %(who)s, paused_at = SYSDATE(6), paused_why = %(why)s WHERE task = %(task)s"""
+
+class Order(NamedTuple):
+    """What an operator says beside what is to be done.
+
+    Args:
+        why: Why, in one line; None if that is not said.
+        seconds: For how long; None for good.
+    """
+
+    why: str | None = None
+    seconds: int | None = None
+
+    @property
+    def change(self) -> Change:
+        """The same, with who says so."""
+        return Change(_operator(), self.why, self.seconds)
 
 
 async def set_rate(
-    settings: Settings, names: Sequence[str], rate: RateLimit | NoLimit | None, why: str | None
+    settings: Settings, names: Sequence[str], rate: RateLimit | NoLimit | None, order: Order
 ) -> str:
     """Set the rate limit of all workers of the task that is meant, or take it back (None).
 
@@ -40,56 +55,84 @@ async def set_rate(
 
     Raises:
         DatabaseError: The row cannot be written; nothing was changed.
+        AioworkerError: It is a pause, and a longer one is set.
         UsageError: No one task is meant, or the budget is each worker's own.
     """
     gap = None if rate is None else 0
     if isinstance(rate, RateLimit):
         if rate.paused:
-            return await pause(settings, names, why)
+            return await pause(settings, names, order)
         gap = rate.gap_us
-    async with _row(settings, names) as (database, name, before):
-        await _set(database, name, _SET_RATE, gap, why)
+    async with _tasks(settings, names) as (database, [name]):
+        before = await _read(database, name)
+        await run_time.set_rate(database, name, gap, order.change)
+        row = await tables.read(database, name)
         own = await tables.rates(database, name)
     was = _shown(rate_in_force(settings, name, before, own))
-    now = _shown(rate_in_force(settings, name, before._replace(gap_us=gap), own))
-    still = f"; still {before.pause}" if before.pause else ""
-    return f"{name}: rate limit {now} (was {was}){still}"
+    now = _shown(rate_in_force(settings, name, row, own))
+    still = f"; still {row.pause}" if row.pause else ""
+    return f"{name}: rate limit {now}{_until(row.set_until, order)} (was {was}){still}"
 
 
-async def pause(settings: Settings, names: Sequence[str], why: str | None) -> str:
+async def pause(
+    settings: Settings, names: Sequence[str], order: Order, *, every: bool = False
+) -> str:
     """Let no start of the task that is meant begin any more; one that runs ends as usual.
 
-    Returns:
-        What was done, in one line.
-
-    Raises:
-        DatabaseError: The row cannot be written; nothing was changed.
-        UsageError: No one task is meant, or the budget is each worker's own.
-    """
-    async with _row(settings, names) as (database, name, before):
-        if before.paused:
-            return f"{name}: {before.pause}; nothing was changed"
-        await _set(database, name, _SET_PAUSED, True, why)
-    return f"{name}: paused; what runs ends, nothing new begins"
-
-
-async def resume(settings: Settings, names: Sequence[str], why: str | None) -> str:
-    """End a pause of the task that is meant.
+    Args:
+        settings: The settings.
+        names: The task's name; none for the only one.
+        order: Why, and for how long.
+        every: Whether all tasks of the database are meant, one after the other.
 
     Returns:
-        What was done, in one line.
+        What was done, in a line for each.
 
     Raises:
-        DatabaseError: The row cannot be written; nothing was changed.
+        DatabaseError: A row cannot be written; nothing of it was changed.
+        AioworkerError: A longer pause of the only one that is meant is set.
         UsageError: No one task is meant, or the budget is each worker's own.
     """
-    async with _row(settings, names) as (database, name, before):
-        own = await tables.rates(database, name)
-        rate = _shown(rate_in_force(settings, name, before, own))
-        if not before.paused:
-            return f"{name}: not paused, rate limit {rate}; nothing was changed"
-        await _set(database, name, _SET_PAUSED, False, why)
-    return f"{name}: resumed, rate limit {rate}"
+    lines = []
+    async with _tasks(settings, names, every=every) as (database, meant):
+        for name in meant:
+            await _read(database, name)
+            new = await run_time.pause(database, name, order.change)
+            row = await tables.read(database, name)
+            if new:
+                until = _until(row.paused_until, order)
+                lines.append(f"{name}: paused{until}; what runs ends, nothing new begins")
+                continue
+            lines.append(f"{name}: {row.pause}; nothing was changed")
+            if order.seconds is not None and not every:
+                raise AioworkerError(f"{lines[-1]}: a pause is not replaced by a shorter one")
+    return "\n".join(lines)
+
+
+async def resume(
+    settings: Settings, names: Sequence[str], order: Order, *, every: bool = False
+) -> str:
+    """End a pause of the task that is meant, or of all of the database.
+
+    Returns:
+        What was done, in a line for each.
+
+    Raises:
+        DatabaseError: A row cannot be written; nothing of it was changed.
+        UsageError: No one task is meant, or the budget is each worker's own.
+    """
+    lines = []
+    async with _tasks(settings, names, every=every) as (database, meant):
+        for name in meant:
+            before = await _read(database, name)
+            own = await tables.rates(database, name)
+            rate = _shown(rate_in_force(settings, name, before, own))
+            if before.paused:
+                await run_time.resume(database, name, order.change)
+                lines.append(f"{name}: resumed, rate limit {rate}")
+            else:
+                lines.append(f"{name}: not paused, rate limit {rate}; nothing was changed")
+    return "\n".join(lines)
 
 
 def rate_in_force(settings: Settings, name: str, row: Row | None, workers: set[str]) -> InForce:
@@ -112,11 +155,18 @@ def _shown(force: InForce) -> str:
     return f"{force.rate}, {force.source}"
 
 
+def _until(moment: datetime | None, order: Order) -> str:
+    """Return when what was ordered ends, in words."""
+    if moment is None or order.seconds is None:
+        return ""
+    return f" until {moment:%Y-%m-%d %H:%M:%S} UTC, in {duration(order.seconds)}"
+
+
 @asynccontextmanager
-async def _row(
-    settings: Settings, names: Sequence[str]
-) -> AsyncIterator[tuple[Database, str, Row]]:
-    """Yield the database, the task that is meant, and its row.
+async def _tasks(
+    settings: Settings, names: Sequence[str], *, every: bool = False
+) -> AsyncIterator[tuple[Database, list[str]]]:
+    """Yield the database, and the task that is meant, or all.
 
     Raises:
         UsageError: The budget is each worker's own, and none would follow a row.
@@ -127,16 +177,18 @@ async def _row(
             " at run time"
         )
     async with settings.database(locks=False) as database:
-        name = which_tasks.only(await which_tasks.of_table(database, names))
+        meant = await which_tasks.of_table(database, names)
         with tables.explaining(database):
-            yield database, name, await tables.read(database, name)
+            yield database, meant if every else [which_tasks.only(meant)]
 
 
-async def _set(
-    database: Database, name: str, statement: str, value: object, why: str | None
-) -> None:
-    arguments = {"value": value, "who": _operator(), "why": why, "task": name}
-    await database.execute(statement, arguments)
+async def _read(database: Database, name: str) -> Row:
+    """Return a task's row, once what was set until now is cleared."""
+    row = await tables.read(database, name)
+    if row.over:
+        await run_time.clear_ended(database, name)
+        row = await tables.read(database, name)
+    return row
 
 
 def _operator() -> str:

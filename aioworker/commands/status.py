@@ -81,9 +81,13 @@ class Limit:
         paused_by: Who paused it last, or ended a pause.
         paused_at: When.
         paused_why: Why.
+        paused_until: When the pause ends; None for never.
+        paused_until_seconds: Seconds until then.
         set_by: Who set the rate at run time last, or took it back.
         set_at: When.
         set_why: Why.
+        set_until: When that ends; None for never.
+        set_until_seconds: Seconds until then.
         rates_differ: Whether the workers' own rates do.
         starts: Starts charged ever.
         last_start: When the last one was charged; None before the first.
@@ -103,9 +107,13 @@ class Limit:
     paused_by: str | None = None
     paused_at: datetime | None = None
     paused_why: str | None = None
+    paused_until: datetime | None = None
+    paused_until_seconds: float | None = None
     set_by: str | None = None
     set_at: datetime | None = None
     set_why: str | None = None
+    set_until: datetime | None = None
+    set_until_seconds: float | None = None
     starts: int | None = None
     last_start: datetime | None = None
     last_worker: str | None = None
@@ -394,9 +402,13 @@ def _limit(scope: str, force: InForce, stored: Stored) -> Limit:
         paused_by=row.paused_by,
         paused_at=row.paused_at,
         paused_why=row.paused_why,
+        paused_until=row.paused_until,
+        paused_until_seconds=row.seconds_until(row.paused_until),
         set_by=row.set_by,
         set_at=row.set_at,
         set_why=row.set_why,
+        set_until=row.set_until,
+        set_until_seconds=row.seconds_until(row.set_until),
         starts=row.starts,
         last_start=row.charged_at if row.starts else None,
         last_worker=row.holder,

@@ -30,10 +30,11 @@ if TYPE_CHECKING:
     from aioworker.mysql.database import Database
 
 ONE_START = EARLIER[3]  # the last version whose budget had one moment for charge and first write
-ADDED = "added last_charge, last_write, bulk_next"  # to that
+ADDED = "added last_charge, last_write, bulk_next, paused_until, set_until, gap_after_us"  # to that
 NO_KIND = EARLIER[4]  # the last version whose workers gave no kind of their reason
 NO_LANES = EARLIER[6]  # the last version whose workers told nothing of their lanes
 NO_TURNS = EARLIER[7]  # the last version whose starts did not tell which lane is next
+NO_ENDS = EARLIER[8]  # the last version of which nothing set at run time had an end
 VERSIONS = pytest.mark.parametrize("version", EARLIER, ids=lambda path: path.name)
 # What a DBA, and the workers, have written into it.
 KEPT = {
@@ -52,6 +53,7 @@ KEPT = {
     "set_by": "'dba'",
     "set_at": "'2026-11-24 02:09:00'",
     "set_why": "'night window'",
+    "bulk_next": "TRUE",
     "running": """'["a"]'""",
     "deaths": """'{"a": 4}'""",
 }
@@ -111,7 +113,7 @@ async def test_an_upgrade_keeps_all_that_an_earlier_version_knew(
 
     told = await upgrade(database)
 
-    assert "bulk_next" in told[0]
+    assert "set_until" in told[0]
     assert [columns(shop, name) for name in schema.NAMES] == wanted
     assert rows(shop, kept) == before
     assert await upgrade(database) == ["was there"] * len(schema.NAMES)
@@ -182,8 +184,8 @@ async def test_an_upgrade_tells_workers_of_the_first_version_apart(
     execute(shop, *map(WORKER.format, (1, 2)))
 
     assert await upgrade(database) == [
-        "added last_charge, last_write, bulk_next, paused_by, paused_at, paused_why, running,"
-        " deaths",
+        "added last_charge, last_write, bulk_next, paused_by, paused_at, paused_why, paused_until,"
+        " set_until, gap_after_us, running, deaths",
         "added id, kind, lanes",
         "made",
     ]
@@ -201,8 +203,9 @@ async def test_an_upgrade_tells_workers_of_the_first_version_apart(
         (NO_KIND, "aioworker_worker"),
         (NO_LANES, "aioworker_worker"),
         (NO_TURNS, "aioworker_budget"),
+        (NO_ENDS, "aioworker_budget"),
     ],
-    ids=["budget", "kind", "lanes", "bulk_next"],
+    ids=["budget", "kind", "lanes", "bulk_next", "ends"],
 )
 async def test_the_newest_columns_are_added_without_copying_a_row(
     shop: Connection[Cursor], database: Database, version: Path, table: str

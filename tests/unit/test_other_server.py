@@ -18,7 +18,7 @@ def row(server: str, here: str = OURS, session: int = 7) -> Row:
     at = datetime(2026, 11, 29, tzinfo=UTC)
     return Row(
         *(False, None, 0, at, server == here, server, here, 0, session, 0, None),
-        *(None, None, None, None, None, None, 0, 0),
+        *(None, None, None, None, None, None, None, None, False, 0, 0),
         bulk_next=False,
         runs=False,
         running=[],

@@ -12,7 +12,7 @@ def test_the_statements_of_every_module_with_sql_are_found() -> None:
     found = {one.where.partition(":")[0] for one in statements()}
 
     assert found >= {
-        *("budget.shared", "budget.deaths", "budget.tables", "commands.controls"),
+        *("budget.shared", "budget.deaths", "budget.tables", "budget.run_time"),
         *("commands.publish", "mysql.database", "repo", "status.presence", "status.read"),
     }
 
