@@ -1,8 +1,9 @@
 """Refreshes database rows in the background, no faster than the database can stand.
 
-What is here is all there is to import: `task` registers a function, which may take a
-`Context` and raise `Retry` or `DeadLetter`; `Producer` and `publish_sync` publish to it;
-whatever they raise is an `AioworkerError`. `aioworker.testing` is for tests of your tasks.
+What is here is all there is to import: `task` registers a function, which may share a `Budget`
+with others, take a `Context` and raise `Retry` or `DeadLetter`; `Producer` and `publish_sync`
+publish to it; whatever they raise is an `AioworkerError`. `aioworker.testing` is for tests of your
+tasks.
 """
 
 # Before all else; even `__future__` is a file that might lie in the current folder.
@@ -12,6 +13,7 @@ from aioworker import early  # noqa: F401 - for what it does
 from typing import TYPE_CHECKING, Any
 
 from aioworker.errors import AioworkerError, DeadLetter, Retry
+from aioworker.tasks.budget import Budget
 from aioworker.tasks.context import Context
 from aioworker.tasks.registry import task
 from aioworker.tasks.task import Task
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AioworkerError",
+    "Budget",
     "Context",
     "DeadLetter",
     "Producer",

@@ -43,7 +43,7 @@ from aioworker.words import count, duration
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from aioworker.limits import Budget
+    from aioworker.limits import TaskBudget
     from aioworker.mysql.database import Database
     from aioworker.rabbitmq.delivery import Delivery
     from aioworker.rabbitmq.lanes import Lanes
@@ -82,7 +82,7 @@ class Consumer:
         self,
         task: AnyTask,
         database: Database,
-        budget: Budget,
+        budget: TaskBudget,
         presence: Presence,
         probe: Probe,
         *,
@@ -366,7 +366,8 @@ class Consumer:
                 self._presence.report(self._doing(start))
                 await self._presence.keep()
             keys = [one.delivery.key for one in held]
-            refusal = await self._budget.charge(keys, bulk_next=start.urgent)
+            ids = len(start.rows) if self._task.takes_chunks else None
+            refusal = await self._budget.charge(keys, ids=ids, bulk_next=start.urgent)
         except DatabaseError as error:
             outcome = Outcome(Kind.RELEASED, str(error), away=error)
         else:

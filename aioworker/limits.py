@@ -329,7 +329,19 @@ class Wait(NamedTuple):
     seconds: float
 
 
-class Budget(Protocol):
+class End(NamedTuple):
+    """What a start came to.
+
+    Args:
+        outcome: The kind of its messages' outcome, `mixed` if they have several.
+        changed: Rows that it has changed, as far as it counts them; None if it does not.
+    """
+
+    outcome: str
+    changed: int | None = None
+
+
+class TaskBudget(Protocol):
     """What a consumer asks before each start."""
 
     @property
@@ -349,6 +361,13 @@ class Budget(Protocol):
         Args:
             contenders: How many other workers wait for the same.
         """
+
+    @property
+    def shares(self) -> bool:
+        """Whether other tasks share it, so that what waits in the lanes decides who is next."""
+
+    async def want(self, *, urgent: bool, bulk: bool) -> None:
+        """Say what waits in the lanes, where other tasks share the budget."""
 
     def turn(self) -> AbstractAsyncContextManager[Wait | None]:
         """Hold the turn inside an `async with`; its value is why not, None where it is held."""
@@ -373,17 +392,25 @@ class Budget(Protocol):
     def reading(self, message: str) -> AbstractAsyncContextManager[None]:
         """Inside, in the turn, a message is read that may kill its worker: it is noted so long."""
 
-    async def charge(self, messages: Sequence[str], *, bulk_next: bool = False) -> Wait | None:
+    async def charge(
+        self, messages: Sequence[str], *, ids: int | None = None, bulk_next: bool = False
+    ) -> Wait | None:
         """Begin a start, at the moment it is due; return why not, None where it began.
 
         Args:
             messages: What runs, by their keys.
+            ids: How many ids or rows they are to write; None of a task without chunks.
             bulk_next: Whether the next start begins with the bulk lane, since this one has nothing
                 of it; where no start begins, that stays as it was.
         """
 
-    async def ended(self, messages: Sequence[str]) -> None:
-        """Note that messages are settled, or given back, and their worker lives."""
+    async def ended(self, messages: Sequence[str], end: End | None = None) -> None:
+        """Note that messages are settled, or given back, and their worker lives.
+
+        Args:
+            messages: Their keys.
+            end: What their start came to; None if they were not charged.
+        """
 
 
 class WorkerBudget:
@@ -397,7 +424,7 @@ class WorkerBudget:
         gather_seconds: How long before a start is due messages are gathered for it, at most.
 
     Attributes:
-        bulk_next: As for `Budget`.
+        bulk_next: As for `TaskBudget`.
     """
 
     def __init__(self, rate: RateLimit | None, gather_seconds: float = 0.0) -> None:
@@ -436,6 +463,14 @@ class WorkerBudget:
         reason = next_start(self.now() + timedelta(seconds=seconds))
         return Wait(reason, min(seconds - self._lead, POLL_SECONDS))
 
+    @property
+    def shares(self) -> bool:
+        """Whether other tasks share it: none does."""
+        return False
+
+    async def want(self, *, urgent: bool, bulk: bool) -> None:
+        """Nobody else is asked."""
+
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[Wait | None]:
         """Nobody else is asked: the turn is always ours."""
@@ -463,7 +498,9 @@ class WorkerBudget:
         """Nothing is noted."""
         yield
 
-    async def charge(self, messages: Sequence[str], *, bulk_next: bool = False) -> Wait | None:
+    async def charge(
+        self, messages: Sequence[str], *, ids: int | None = None, bulk_next: bool = False
+    ) -> Wait | None:
         """Begin a start, at the moment it is due."""
         if (wait := await self.check()) is not None:
             return wait
@@ -473,7 +510,7 @@ class WorkerBudget:
         self.bulk_next = bulk_next
         return None
 
-    async def ended(self, messages: Sequence[str]) -> None:
+    async def ended(self, messages: Sequence[str], end: End | None = None) -> None:
         """Nothing was noted."""
 
 
@@ -487,6 +524,12 @@ def lead_seconds(gather_seconds: float, interval: float) -> float:
     return max(LEAD_SECONDS, min(gather_seconds, interval * 2 / 3))
 
 
-def next_start(moment: datetime) -> Reason:
-    """Return the reason to wait for a start that is due at a moment, UTC."""
-    return Reason(ReasonKind.BUDGET, f"budget: next start at {moment:%H:%M:%S} UTC")
+def next_start(moment: datetime, name: str | None = None) -> Reason:
+    """Return the reason to wait for a start that is due at a moment, UTC.
+
+    Args:
+        moment: The moment.
+        name: The budget's that tasks share; None of the task's own.
+    """
+    budget = "budget" if name is None else f"budget {name}"
+    return Reason(ReasonKind.BUDGET, f"{budget}: next start at {moment:%H:%M:%S} UTC")

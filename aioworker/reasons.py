@@ -44,6 +44,7 @@ class ReasonKind(StrEnum):
     TURN = "turn", INFO, "steady", "routine"
     TURN_UNOWNED = "turn_unowned", INFO, "steady", "routine"  # it is no live worker's
     PAUSED = "paused", INFO, "ends_burst", "fails_burst"
+    OTHER_BUDGET = "other_budget", WARNING, "ends_burst", "fails_burst"  # until old code ends
     BREAKER = "breaker", ERROR, "red", "ends_burst"
     TWO_SERVERS = (
         "two_servers",

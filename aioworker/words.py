@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from typing import Any
+from datetime import UTC, datetime
 
 MINUTE, HOUR = 60, 3600  # seconds
 _app = ""  # as the user gave it to this command, for those that a hint names
@@ -52,6 +51,16 @@ def printable(line: str) -> str:
     )
 
 
-def as_json(value: object, default: Callable[[Any], str] | None = None) -> str:
-    """Return JSON in one line, of which all is printable."""
-    return json.dumps(value, default=default).replace("\x7f", "\\u007f")
+def as_json(value: object) -> str:
+    """Return JSON in one line, all of it printable; a time, UTC if it has no zone, as ISO 8601.
+
+    Raises:
+        TypeError: JSON has no such value.
+    """
+    return json.dumps(value, default=_moment).replace("\x7f", "\\u007f")
+
+
+def _moment(value: object) -> str:
+    if isinstance(value, datetime):
+        return (value if value.tzinfo else value.replace(tzinfo=UTC)).isoformat()
+    raise TypeError(f"expected a value of JSON, got: {value!r}")

@@ -20,7 +20,7 @@ from aioworker.budget import schema, tables
 from aioworker.budget.shared import SharedBudget
 from aioworker.clock import Clock
 from aioworker.consumer import Consumer
-from aioworker.limits import Budget, RateLimit, WorkerBudget
+from aioworker.limits import RateLimit, TaskBudget, WorkerBudget
 from aioworker.mysql.database import Database
 from aioworker.producer import Producer
 from aioworker.rabbitmq.queues import Queues
@@ -228,7 +228,7 @@ def make_worker(  # noqa: PLR0913 - each has a default, and a test names what it
     max_retries: int = 5,
 ) -> InProcess:
     """Make a worker that ends once the lanes are empty."""
-    budget: Budget = WorkerBudget(None)
+    budget: TaskBudget = WorkerBudget(None)
     if rate_limit is not None:
         budget = SharedBudget(database, task.name, RateLimit.parse(rate_limit), "test", clock)
     where = database if keeps_row else None
@@ -358,7 +358,7 @@ EARLIER = sorted((Path(__file__).parent / "data/schema").iterdir())
 
 def make_tables(connection: Connection[Cursor], version: Path) -> None:
     """Put the tables of an earlier version, empty, in the place of those that are there."""
-    execute(connection, "DROP TABLE aioworker_budget, aioworker_worker, aioworker_run")
+    execute(connection, f"DROP TABLE {', '.join(schema.NAMES)}")
     execute(connection, *filter(str.strip, (version / "tables.sql").read_text().split(";\n")))
 
 

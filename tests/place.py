@@ -290,6 +290,12 @@ class Place:
         """Return how many rows are right."""
         return len(rows(self.shop, "SELECT 1 FROM addons WHERE current_version = id + 10000"))
 
+    def audit(self) -> dict[str, dict[str, Any]]:
+        """Return what `aioworker audit` tells of each task, and of each budget that tasks share."""
+        told = self.run("audit", "--json").stdout.splitlines()
+        found = [json.loads(line) for line in told]
+        return {one["task"] or f"budget:{one['budget']}": one for one in found}
+
     def all_done(self) -> bool:
         """Whether every row is right."""
         return not rows(self.shop, "SELECT 1 FROM addons WHERE current_version IS NULL LIMIT 1")

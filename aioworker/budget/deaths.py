@@ -39,8 +39,8 @@ SELECT %(task)s, message, %(together)s, %(worker)s, SYSDATE(6)
 FROM JSON_TABLE(%(messages)s, '$[*]' COLUMNS (message VARCHAR(64) PATH '$')) AS noted
 WHERE {}
 ON DUPLICATE KEY UPDATE together = %(together)s, worker = %(worker)s, since = SYSDATE(6)"""
-# Behind the charge, in one packet: only if that has let them run.
-NOTE = _NOTE.format("ROW_COUNT() = 1")
+# Behind the charge, in its transaction: only if that has let them run.
+NOTE = _NOTE.format("@aioworker_charged")
 _NOTE_NOW = _NOTE.format(_MINE)
 _DIED = f"""UPDATE aioworker_run
 SET deaths = deaths + (together = 1), most = GREATEST(together DIV 2, 1), worker = NULL

@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, NamedTuple
 
+from aioworker.budget.history import WROTE
+from aioworker.budget.tables import MINE, ROWS
 from aioworker.errors import TurnLostError
 from aioworker.reasons import Reason, ReasonKind
 
@@ -33,10 +35,10 @@ NOTED = 16  # of a run's transactions, for each of which a habit is kept
 
 # The time first: to find and lock the row takes a tenth of a millisecond.
 _NOW = "SET @aioworker_now = SYSDATE(6)"
-_STAMP = """UPDATE aioworker_budget
+_STAMP = f"""UPDATE aioworker_budget
 SET last_write = @aioworker_now - INTERVAL %(passed_us)s MICROSECOND,
     last_start = GREATEST(last_charge, last_write)
-WHERE task = %(task)s AND IS_USED_LOCK(%(lock)s) = CONNECTION_ID()"""
+WHERE {ROWS} AND {MINE}"""
 
 
 def server_waits(moment: str) -> tuple[str, ...]:
@@ -103,7 +105,7 @@ class FirstWrite:
 
     Args:
         database: The connection that holds the turn.
-        arguments: `task` and `lock`, for the statement.
+        arguments: Of statements about the rows that it was charged to, and how many those are.
         due: When the write is due.
         habits: What such runs usually take.
         charged_at: When it was charged at the earliest, by the event loop's clock.
@@ -159,9 +161,11 @@ class FirstWrite:
         """
         passed = (self._clock() - self._wrote_at) * (1 - APART)
         stamped = {**self._arguments, "passed_us": int(passed * 1e6)}
-        await cursor.execute(f"{_NOW}; {_STAMP}", stamped)
+        await cursor.execute(f"{_NOW}; {_STAMP}; {WROTE}", stamped)
         await cursor.nextset()
-        if not cursor.rowcount:
+        mine = cursor.rowcount
+        await cursor.nextset()
+        if mine != self._arguments["rows"]:
             task = self._arguments["task"]
             raise TurnLostError(f"the turn of {task} was lost before its first write")
 

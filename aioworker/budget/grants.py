@@ -15,6 +15,8 @@ PRIVILEGES = (
     ("SELECT, INSERT, UPDATE", "aioworker_budget"),
     ("SELECT, INSERT, UPDATE, DELETE", "aioworker_worker"),
     ("SELECT, INSERT, UPDATE, DELETE", "aioworker_run"),
+    ("SELECT, INSERT, UPDATE, DELETE", "aioworker_start"),
+    ("SELECT, INSERT, DELETE", "aioworker_change"),
 )
 
 # Without a table: on all of them. A user sees those of others only as far as it may read them.

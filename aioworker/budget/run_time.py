@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, NamedTuple
 
+from aioworker.budget import history
 from aioworker.budget.tables import PAUSE_END, PAUSE_OVER, RATE_END, RATE_OVER
 from aioworker.mysql import errors
 from aioworker.mysql.errors import ErrorKind, MySQLError
@@ -39,26 +40,32 @@ SET paused = FALSE, paused_until = NULL,
 WHERE task = %(task)s"""
 _END_RATE = f"""UPDATE aioworker_budget
 SET gap_us = gap_after_us, gap_after_us = NULL, set_until = NULL,
-    set_by = 'end', set_at = SYSDATE(6), set_why = NULL
+    set_by = %(who)s, set_at = SYSDATE(6), set_why = NULL
 WHERE task = %(task)s AND {RATE_OVER}"""
 _END_PAUSE = f"""UPDATE aioworker_budget
 SET paused = FALSE, paused_until = NULL,
-    paused_by = 'end', paused_at = SYSDATE(6), paused_why = NULL
+    paused_by = %(who)s, paused_at = SYSDATE(6), paused_why = NULL
 WHERE task = %(task)s AND {PAUSE_OVER}"""
 
 
 class Change(NamedTuple):
-    """Who changes something, why, and for how long.
+    """Who changes what, why, and for how long.
 
     Args:
         who: Who.
+        what: What, in a few words.
         why: Why, in one line; None if that is not said.
         seconds: After how many seconds it ends; None for never.
     """
 
     who: str
+    what: str
     why: str | None = None
     seconds: float | None = None
+
+
+_RATE_ENDED = Change("end", "the rate limit set until then ended")
+_PAUSE_ENDED = Change("end", "the pause ended")
 
 
 async def set_rate(database: Database, task: str, gap_us: int | None, change: Change) -> None:
@@ -73,7 +80,7 @@ async def set_rate(database: Database, task: str, gap_us: int | None, change: Ch
     Raises:
         MySQLError: The row cannot be written; nothing was changed.
     """
-    await _write(database, _SET_RATE, {**change._asdict(), "task": task, "gap_us": gap_us})
+    await _change(database, task, _SET_RATE, change, gap_us=gap_us)
 
 
 async def pause(database: Database, task: str, change: Change) -> bool:
@@ -82,7 +89,7 @@ async def pause(database: Database, task: str, change: Change) -> bool:
     Raises:
         MySQLError: The row cannot be written; nothing was changed.
     """
-    return bool(await _write(database, _PAUSE, {**change._asdict(), "task": task}))
+    return await _change(database, task, _PAUSE, change)
 
 
 async def resume(database: Database, task: str, change: Change) -> None:
@@ -91,7 +98,7 @@ async def resume(database: Database, task: str, change: Change) -> None:
     Raises:
         MySQLError: The row cannot be written; nothing was changed.
     """
-    await _write(database, _RESUME, {**change._asdict(), "task": task})
+    await _change(database, task, _RESUME, change)
 
 
 async def clear_ended(database: Database, task: str) -> None:
@@ -100,17 +107,30 @@ async def clear_ended(database: Database, task: str) -> None:
     Raises:
         MySQLError: The row cannot be written.
     """
-    for statement in (_END_RATE, _END_PAUSE):
-        await _write(database, statement, {"task": task})
+    await _change(database, task, _END_RATE, _RATE_ENDED)
+    await _change(database, task, _END_PAUSE, _PAUSE_ENDED)
 
 
-async def _write(database: Database, statement: str, arguments: dict[str, object]) -> int:
-    """Run a statement, again if it lost a deadlock; return how many rows it matched."""
-    for _ in range(TRIES - 1):
+async def _change(
+    database: Database, task: str, statement: str, change: Change, **values: object
+) -> bool:
+    """Change the row, again if that lost a deadlock; return whether there was one to change."""
+    arguments = {"task": task, **change._asdict(), **values}
+    tries = 0
+    while True:
         try:
-            return await database.execute(statement, arguments)
+            return await _change_once(database, statement, arguments)
         except MySQLError as error:
-            if errors.kind(error) is not ErrorKind.CONTENTION:
+            tries += 1
+            if tries == TRIES or errors.kind(error) is not ErrorKind.CONTENTION:
                 raise
         await asyncio.sleep(TRY_SECONDS)
-    return await database.execute(statement, arguments)
+
+
+async def _change_once(database: Database, statement: str, arguments: dict[str, object]) -> bool:
+    """Change the row, and note who did."""
+    async with database.transaction() as cursor:
+        changed = await cursor.execute(statement, arguments) > 0
+        for note in history.CHANGED if changed else ():
+            await cursor.execute(note, arguments)
+    return changed

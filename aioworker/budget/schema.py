@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 
     from aioworker.mysql.database import Database
 
-NAMES = ("aioworker_budget", "aioworker_worker", "aioworker_run")
+NAMES = (
+    "aioworker_budget",
+    "aioworker_worker",
+    "aioworker_run",
+    "aioworker_start",
+    "aioworker_change",
+)
 
 # One column a line: these are also what a table of an earlier version is held against.
 BUDGET = """CREATE TABLE IF NOT EXISTS aioworker_budget (
@@ -47,7 +53,11 @@ BUDGET = """CREATE TABLE IF NOT EXISTS aioworker_budget (
     set_until DATETIME(6) NULL,
     gap_after_us BIGINT UNSIGNED NULL,
     running TEXT NULL,
-    deaths TEXT NULL
+    deaths TEXT NULL,
+    shares VARCHAR(100) CHARACTER SET ascii COLLATE ascii_bin NULL,
+    wants_urgent DATETIME(6) NULL,
+    wants_bulk DATETIME(6) NULL,
+    urgent_starts BIGINT UNSIGNED NOT NULL DEFAULT 0
 ) ENGINE=InnoDB ROW_FORMAT=DYNAMIC DEFAULT CHARACTER SET utf8mb4"""
 
 # The first version had no `id`: its rows, and those that its workers write, are told apart by
@@ -66,7 +76,8 @@ WORKER = """CREATE TABLE IF NOT EXISTS aioworker_worker (
     since DATETIME(6) NOT NULL,
     seen DATETIME(6) NOT NULL,
     kind VARCHAR(40) NULL,
-    lanes TEXT NULL
+    lanes TEXT NULL,
+    shares VARCHAR(100) CHARACTER SET ascii COLLATE ascii_bin NULL
 ) ENGINE=InnoDB ROW_FORMAT=DYNAMIC DEFAULT CHARACTER SET utf8mb4"""
 
 RUN = """CREATE TABLE IF NOT EXISTS aioworker_run (
@@ -80,7 +91,36 @@ RUN = """CREATE TABLE IF NOT EXISTS aioworker_run (
     PRIMARY KEY (task, message)
 ) ENGINE=InnoDB ROW_FORMAT=DYNAMIC DEFAULT CHARACTER SET utf8mb4"""
 
-STATEMENTS = dict(zip(NAMES, (BUDGET, WORKER, RUN), strict=True))
+START = """CREATE TABLE IF NOT EXISTS aioworker_start (
+    task VARCHAR(190) CHARACTER SET ascii COLLATE ascii_bin NOT NULL,
+    number BIGINT UNSIGNED NOT NULL,
+    charged DATETIME(6) NOT NULL,
+    gap_us BIGINT UNSIGNED NULL,
+    shared VARCHAR(190) CHARACTER SET ascii COLLATE ascii_bin NULL,
+    shared_gap_us BIGINT UNSIGNED NULL,
+    worker VARCHAR(190) NOT NULL,
+    messages SMALLINT UNSIGNED NOT NULL,
+    ids INT UNSIGNED NULL,
+    first_write DATETIME(6) NULL,
+    ended DATETIME(6) NULL,
+    changed INT UNSIGNED NULL,
+    outcome VARCHAR(20) NULL,
+    PRIMARY KEY (task, number),
+    KEY charged (task, charged),
+    KEY shared (shared, charged)
+) ENGINE=InnoDB ROW_FORMAT=DYNAMIC DEFAULT CHARACTER SET utf8mb4"""
+
+CHANGE = """CREATE TABLE IF NOT EXISTS aioworker_change (
+    id BIGINT UNSIGNED NOT NULL AUTO_INCREMENT PRIMARY KEY,
+    task VARCHAR(190) CHARACTER SET ascii COLLATE ascii_bin NOT NULL,
+    changed DATETIME(6) NOT NULL,
+    who VARCHAR(190) NOT NULL,
+    what VARCHAR(190) NOT NULL,
+    why VARCHAR(500) NULL,
+    KEY changed (task, changed)
+) ENGINE=InnoDB ROW_FORMAT=DYNAMIC DEFAULT CHARACTER SET utf8mb4"""
+
+STATEMENTS = dict(zip(NAMES, (BUDGET, WORKER, RUN, START, CHANGE), strict=True))
 
 # Whoever reads the row waits behind an ALTER that waits, so it gives way to them again and again.
 LOCK_SECONDS = 2
@@ -207,7 +247,8 @@ def _lacking(name: str, found: Collection[str]) -> dict[str, str]:
     """Return the definitions of the columns that a table lacks, by their names."""
     columns = STATEMENTS[name].partition("(\n    ")[2].rpartition("\n)")[0]
     wanted = dict(column.split(" ", 1) for column in re.split(r",\n    (?=\w)", columns))
-    wanted.pop("PRIMARY", None)  # the key of several columns is none of them
+    for key in ("PRIMARY", "KEY"):  # no column
+        wanted.pop(key, None)
     return {name: definition for name, definition in wanted.items() if name not in found}
 
 

@@ -21,29 +21,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import time
 from contextlib import asynccontextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from aioworker.budget import run_time, tables
+from aioworker.budget import history, run_time, tables
 from aioworker.budget.deaths import CAN_NOTE, NOTE, Deaths
 from aioworker.budget.first_write import SERVER_SECONDS, Due, FirstWrite, Habits, server_waits
-from aioworker.budget.other_server import OtherServer
-from aioworker.budget.tables import Row, holder
+from aioworker.budget.order import FRESH_SECONDS, Order, place_seconds
+from aioworker.budget.pace import Pace, budget_key
+from aioworker.budget.tables import Found, Row, holder
 from aioworker.clock import Clock
 from aioworker.errors import DatabaseError, TurnLostError
 from aioworker.limits import (
+    LEAD_SECONDS,
     POLL_SECONDS,
-    InForce,
-    Limiter,
-    NoLimit,
+    End,
     RateLimit,
     Wait,
-    in_force,
     lead_seconds,
-    next_start,
 )
 from aioworker.logs import Seldom, fields
 from aioworker.mysql.errors import MySQLError
@@ -65,35 +64,58 @@ LONGEST_JITTER_SECONDS = 1.0
 REST_SECONDS = 10  # of a session that holds the turn and only waits, between two uses
 
 _ADOPT = f"""UPDATE aioworker_budget SET last_start = SYSDATE(6), server = {tables.SERVER}
-WHERE task = %(task)s AND (last_start > SYSDATE(6) OR server <> {tables.SERVER})"""
-_GAP = "INTERVAL COALESCE(gap_us, %(gap)s) MICROSECOND"
+WHERE {tables.ROWS} AND (last_start > SYSDATE(6) OR server <> {tables.SERVER})"""
+# The task's own row may have no limit, where that of the budget that it shares has one.
+_GAP = (
+    f"""INTERVAL COALESCE(gap_us, IF({tables.IS_SHARED}, %(shared_gap)s, %(gap)s), 0) MICROSECOND"""
+)
 _DUE = f"""GREATEST({tables.CHARGED} + {_GAP},
     {tables.WROTE} + {_GAP} - INTERVAL %(usual_us)s MICROSECOND)"""
-_UNTIL_DUE = server_waits(f"(SELECT {_DUE} FROM aioworker_budget WHERE task = %(task)s)")
+_UNTIL_DUE = server_waits(f"(SELECT MAX({_DUE}) FROM aioworker_budget WHERE {tables.ROWS})")
+# The rows are locked in the order of their keys, before it is seen whether all let a start begin.
+_LOCK = f"SELECT task FROM aioworker_budget WHERE {tables.ROWS} ORDER BY task FOR UPDATE"
+_MAY = f"""SET @aioworker_charged = %(rows)s = (SELECT COUNT(*) FROM aioworker_budget
+WHERE {tables.ROWS} AND NOT paused AND server = {tables.SERVER} AND {tables.MINE}
+AND last_start <= SYSDATE(6) AND {_DUE} <= SYSDATE(6))"""
 # Assigned from left to right, each by what stands to its left.
 _CHARGE = f"""UPDATE aioworker_budget
 SET last_write = {tables.WROTE}, last_charge = SYSDATE(6), last_start = last_charge,
-    starts = starts + 1, holder = %(worker)s, bulk_next = %(bulk_next)s
-WHERE task = %(task)s AND NOT paused AND server = {tables.SERVER}
-AND IS_USED_LOCK(%(lock)s) = CONNECTION_ID()
-AND last_start <= SYSDATE(6) AND {_DUE} <= SYSDATE(6)"""
+    starts = starts + 1, holder = %(worker)s, bulk_next = %(bulk_next)s,
+    urgent_starts = IF(%(bulk_next)s, urgent_starts + 1, 0)
+WHERE {tables.ROWS} AND @aioworker_charged"""
+# In one packet and one transaction; without a charge nothing else is noted.
+_CHARGING = ("START TRANSACTION", _LOCK, _MAY, _CHARGE, NOTE, history.CHARGED, "COMMIT")
 # SYSDATE() stands still like NOW() on a server that is started so; the budget needs it to move.
 _SYSDATE_MOVES = "SELECT TIMESTAMPDIFF(MICROSECOND, NOW(6), SYSDATE(6)) FROM (SELECT SLEEP(0.02)) s"
 
 
-class SharedBudget:
-    """The budget of all workers, in the task's row.
+class Shared(NamedTuple):
+    """A budget that several tasks share, beside their own limits.
 
     Args:
-        database: The database that is protected; the turn's lock lives on its connection.
+        name: Its name.
+        rate: How often all of them together may start, where its row says nothing; None is no
+            limit.
+    """
+
+    name: str
+    rate: RateLimit | None
+
+
+class SharedBudget:
+    """The budget of all workers, in the task's row, and in that of a budget that it shares.
+
+    Args:
+        database: The database that is protected; the turn's locks live on its connection.
         task: The task's name.
         rate: How often it may start where the row says nothing; None is no limit.
         worker: This worker's name.
         clock: Goes by the database's time; None makes one.
         gather_seconds: How long before a start is due messages are gathered for it, at most.
+        shared: What it shares with other tasks; None for nothing.
 
     Attributes:
-        bulk_next: As for `Budget`.
+        bulk_next: As for `TaskBudget`.
     """
 
     def __init__(
@@ -104,36 +126,49 @@ class SharedBudget:
         worker: str,
         clock: Clock | None = None,
         gather_seconds: float = 0.0,
+        shared: Shared | None = None,
     ) -> None:
         self.bulk_next = False
         self._gather_seconds = gather_seconds
         self._resting = False
         self._clock = clock or Clock(task)
         self._database = database
-        self._own = rate or NoLimit.NONE
         self._task = task
-        self._limiter: Limiter | None = None
+        self._shares = None if shared is None else shared.name
+        self._own = Pace(task, rate)
+        self._shared = None if shared is None else Pace(budget_key(shared.name), shared.rate)
+        self._paces = [self._own, *([] if self._shared is None else [self._shared])]
+        self._keys = tables.Keys(*(pace.key for pace in self._paces))
         self._seldom = Seldom()
-        self._other_server = OtherServer()
-        self._gap_us: int | None = None
-        own = in_force(self._own)
-        self._shown = own.rate
         self._due_at = 0.0
         self._habits = Habits()
         self._write_due = Due(0.0, self._clock.now(), 0.0)
         self._checked_session = 0
-        self._arguments: dict[str, object] = {"task": task, "worker": worker, "gap": own.gap_us}
+        self._arguments: dict[str, object] = {
+            **self._keys._asdict(),
+            "rows": len(self._paces),
+            "worker": worker,
+            "gap": self._own.own.gap_us,
+            "shared_gap": None if self._shared is None else self._shared.own.gap_us,
+        }
         self._deaths = Deaths(database, self._arguments)
+        self._order = Order.of([], 0)
+        self._waits_for_own = False
+        self._has_turn = False
+        self._wanted = (False, False)  # as the row says it
+        self._wanted_at = -math.inf
+        self._end: End | None = None  # of a start, which is not noted yet
+        self._charges = 0
 
     @property
     def limited(self) -> bool:
         """Whether starts are counted at all, as of the last look."""
-        return self._gap_us is not None
+        return any(pace.gap_us is not None for pace in self._paces)
 
     @property
     def interval(self) -> float:
         """Seconds between two starts, as of the last look; 0 without a limit."""
-        return (self._gap_us or 0) / 1e6
+        return max(pace.interval for pace in self._paces)
 
     @property
     def due_at(self) -> float:
@@ -156,43 +191,113 @@ class SharedBudget:
             DatabaseError: The row cannot be read.
         """
         with tables.explaining(self._database):
-            row = await self._read()
-        return await self._judge(row, contenders)
+            found = await self._read()
+        return await self._judge(found, contenders)
 
-    async def _judge(self, row: Row, contenders: int = 0) -> Wait | None:
-        """Follow the row, and return why no start may begin by it."""
-        if row.over:
+    async def _judge(self, found: Found, contenders: int = 0) -> Wait | None:
+        """Follow the rows, and return why no start may begin by them."""
+        found = await self._settled(found)
+        rows = found.rows
+        for pace, row in zip(self._paces, rows, strict=True):
+            await pace.follow(row)
+        if rows[0].shares != self._shares:
             with tables.explaining(self._database):
-                await run_time.clear_ended(self._database, self._task)
-                row = await self._read()
-        if self._other_server.see(row) or (row.same_server and row.age_us < 0):
-            if self._seldom.allows("adopted"):
-                log.warning(
-                    "budget adopted: the row is another server's, or the clock was set back",
-                    extra=fields(task=self._task, last_start=row.last_start),
-                )
-            with tables.explaining(self._database):
-                await self._database.execute(_ADOPT, self._arguments)
-                row = await self._read()
-            self._other_server.took_over(row)
-        if (force := await self._follow(row)).paused:
-            return Wait(Reason(ReasonKind.PAUSED, force.pause), self._poll())
-        if self._gap_us is None or self._limiter is None:
-            return None
-        if (two := self._other_server.reason) is not None:
-            return Wait(Reason(ReasonKind.TWO_SERVERS, two), POLL_SECONDS)
-        now = asyncio.get_running_loop().time()
-        write_in_us = self._gap_us - row.write_age_us
-        moment = row.now + timedelta(microseconds=write_in_us)
-        self._write_due = Due(now + write_in_us / 1e6, moment, now)
-        due_in_us = max(self._gap_us - row.charge_age_us, write_in_us - self._usual_us)
-        seconds = max(due_in_us / 1e6, self._limiter.due_in())
-        self._due_at = now + seconds
-        ahead = seconds - lead_seconds(self._gather_seconds, self.interval)
+                why = await tables.share(self._database, self._task, self._shares)
+            if why is not None:
+                return Wait(Reason(ReasonKind.OTHER_BUDGET, why), POLL_SECONDS)
+        for pace in self._paces:
+            if pace.force.paused:
+                return Wait(Reason(ReasonKind.PAUSED, pace.words + pace.force.pause), self._poll())
+        if not self.limited:
+            return None  # no charge writes into a row
+        self._order = Order.of(found.wants, rows[-1].urgent_starts)
+        self.bulk_next = rows[0].bulk_next if self._shared is None else self._order.bulk
+        for pace in self._paces:
+            if (two := pace.other_server.reason) is not None:
+                return Wait(Reason(ReasonKind.TWO_SERVERS, two), POLL_SECONDS)
+        return self._until_due(rows, contenders)
+
+    def _until_due(self, rows: Sequence[Row], contenders: int) -> Wait | None:
+        """Return the wait until the turn is to be taken, None where it is."""
+        looks = [
+            pace.look(row, self._usual_us) for pace, row in zip(self._paces, rows, strict=True)
+        ]
+        now, moment = asyncio.get_running_loop().time(), rows[0].now
+        write_in_us = max(look.write_in_us for look in looks)
+        self._write_due = Due(
+            now + write_in_us / 1e6, moment + timedelta(microseconds=write_in_us), now
+        )
+        seconds = [look.seconds for look in looks]
+        self._due_at = now + max(seconds)
+        # The turn that tasks share is taken by its own interval, and only for a task whose own
+        # limit is due by then: one that waits for that blocks nobody.
+        place = max(n for n, pace in enumerate(self._paces) if pace.gap_us is not None)
+        pace, due = self._paces[place], seconds[place]
+        # Who has the turn keeps it, whatever comes into other lanes.
+        before = [] if self._has_turn else self._order.before(self._task)
+        ahead = due - lead_seconds(self._gather_seconds, pace.interval)
+        ahead += place_seconds(pace.interval) * len(before)
+        self._waits_for_own = seconds[0] > max(due, LEAD_SECONDS)
+        if self._waits_for_own:
+            pace, before, ahead = self._own, [], seconds[0] - LEAD_SECONDS
         if ahead <= 0:
             return None
-        reason = next_start(row.now + timedelta(seconds=seconds))
-        return Wait(reason, min(ahead + _jitter(contenders, self._gap_us), POLL_SECONDS))
+        reason = pace.reason(moment, max(seconds))
+        if before:
+            reason = reason._replace(words=f"{reason}, of {before[0]} first")
+        jitter = _jitter(contenders, pace.gap_us or 0)
+        return Wait(reason, min(ahead + jitter, POLL_SECONDS))
+
+    @property
+    def shares(self) -> bool:
+        """Whether other tasks share it, so that what waits in the lanes decides who is next."""
+        return self._shared is not None and self._shared.gap_us is not None
+
+    async def want(self, *, urgent: bool, bulk: bool) -> None:
+        """Say what waits in the task's lanes, where that decides which task starts next.
+
+        A task that waits for its own limit wants nothing yet.
+
+        Raises:
+            DatabaseError: The row cannot be written.
+        """
+        if not self.shares:
+            return
+        said = (urgent and not self._waits_for_own, bulk and not self._waits_for_own)
+        now = time.monotonic()
+        if said == self._wanted and now - self._wanted_at < FRESH_SECONDS / 2:
+            return
+        with tables.explaining(self._database):
+            await tables.want(self._database, self._task, urgent=said[0], bulk=said[1])
+        self._wanted, self._wanted_at = said, now
+
+    async def _settled(self, found: Found) -> Found:
+        """Return the rows, once what is over is cleared, and what another server wrote is ours."""
+        if any(row.over for row in found.rows):
+            with tables.explaining(self._database):
+                for pace in self._paces:
+                    await run_time.clear_ended(self._database, pace.key)
+                found = await self._read()
+        pairs = list(zip(self._paces, found.rows, strict=True))
+        theirs = [
+            pace
+            for pace, row in pairs
+            if pace.other_server.see(row) or (row.same_server and row.age_us < 0)
+        ]
+        if not theirs:
+            return found
+        if self._seldom.allows("adopted"):
+            log.warning(
+                "budget adopted: the row is another server's, or the clock was set back",
+                extra=fields(task=self._task, last_start=found.rows[0].last_start),
+            )
+        with tables.explaining(self._database):
+            await self._database.execute(_ADOPT, self._arguments)
+            found = await self._read()
+        for pace, row in zip(self._paces, found.rows, strict=True):
+            if pace in theirs:
+                pace.other_server.took_over(row)
+        return found
 
     @property
     def _usual_us(self) -> int:
@@ -218,29 +323,36 @@ class SharedBudget:
         patience = QUEUE_SECONDS if self._database.timeout > 2 * QUEUE_SECONDS else 0
         with tables.explaining(self._database):
             began = time.monotonic()
-            held, row, notes = await tables.take(self._database, self._task, patience)
-            await self._seen(row, time.monotonic() - began)
-        if not held:
-            with tables.explaining(self._database):
-                who = await holder(self._database, self._task, row.turn)
-            name = who.name if who else "another worker"
-            unowned = who is not None and not who.alive
-            kind = ReasonKind.TURN_UNOWNED if unowned else ReasonKind.TURN
-            yield Wait(Reason(kind, f"turn: held by {name}"), TURN_SECONDS)
+            found = await tables.take(self._database, self._keys, patience)
+            await self._seen(found.rows[0], time.monotonic() - began)
+        if found.held < len(found.rows):
+            yield await self._taken(self._paces[found.held], found.rows[found.held])
             return
         try:
             with self._database.without_reconnect():
                 with tables.explaining(self._database):
-                    await self._deaths.review(row, notes)
+                    await self._deaths.review(found.rows[0], found.notes)
                 self._resting = False
-                yield await self._judge(row)
+                wait = await self._judge(found)
+                self._has_turn = wait is None
+                yield wait
                 await self._give_back()
         except BaseException:
             self._database.close()
             raise
         finally:
+            self._has_turn = False
             self._database.expect(None)
             await self._deaths.withdraw()
+
+    async def _taken(self, pace: Pace, row: Row) -> Wait:
+        """Return the wait for a turn that somebody else holds."""
+        with tables.explaining(self._database):
+            who = await holder(self._database, row.turn)
+        name = who.name if who else "another worker"
+        unowned = who is not None and not who.alive
+        kind = ReasonKind.TURN_UNOWNED if unowned else ReasonKind.TURN
+        return Wait(Reason(kind, f"{pace.words}turn: held by {name}"), TURN_SECONDS)
 
     def deaths(self, message: str) -> int:
         """Return how often a worker died while a message ran, as the last turn read it.
@@ -283,19 +395,22 @@ class SharedBudget:
         finally:
             await self._deaths.withdraw()
 
-    async def charge(self, messages: Sequence[str], *, bulk_next: bool = False) -> Wait | None:
+    async def charge(
+        self, messages: Sequence[str], *, ids: int | None = None, bulk_next: bool = False
+    ) -> Wait | None:
         """Begin a start at the moment it is due; return why not, None where it began.
 
         Only inside the turn. One that is cut off may have been charged: it counts as spent.
 
         Args:
             messages: What runs, by their keys: noted until `ended`.
-            bulk_next: As for `Budget`.
+            ids: As for `TaskBudget`.
+            bulk_next: As for `TaskBudget`.
 
         Raises:
             DatabaseError: The row cannot be written.
         """
-        if self._limiter is None or self._gap_us is None:
+        if not self.limited:
             self.bulk_next = bulk_next
             return None
         now = asyncio.get_running_loop().time
@@ -309,14 +424,16 @@ class SharedBudget:
                 **self._deaths.note(messages),
                 "usual_us": self._usual_us,
                 "bulk_next": bulk_next,
+                "ids": ids,
             }
-            *_waits, charged, _noted = await self._database.each(
-                *_UNTIL_DUE, _CHARGE, NOTE, args=charging
-            )
-        if not charged.matched:
+            answers = await self._database.each(*_UNTIL_DUE, *_CHARGING, args=charging)
+        if not answers[len(_UNTIL_DUE) + _CHARGING.index(_CHARGE)].matched:
             return await self._refused(messages)
+        self._charges += 1
         began_at = max(sent_at, self._due_at)
-        await self._limiter.charge(began_at)
+        for pace in self._paces:
+            if pace.limiter is not None:
+                await pace.limiter.charge(began_at)
         self._database.expect(
             FirstWrite(self._database, self._arguments, self._write_due, self._habits, began_at)
         )
@@ -330,17 +447,18 @@ class SharedBudget:
         """
         self._deaths.void(messages)
         with tables.explaining(self._database):
-            row = await self._read()
-        if row.turn != row.session:
+            found = await self._read()
+        if any(row.turn != row.session for row in found.rows):
             raise TurnLostError(f"the turn of {self._task} was lost before its start")
-        wait = await self._judge(row)
+        wait = await self._judge(found)
         changed = Reason(ReasonKind.BUDGET, "budget: its row was changed meanwhile")
         return wait or Wait(changed, TURN_SECONDS)
 
-    async def ended(self, messages: Sequence[str]) -> None:
+    async def ended(self, messages: Sequence[str], end: End | None = None) -> None:
         """Note that messages are settled, or given back, and their worker lives."""
         self._database.expect(None)
         self._deaths.ended(messages)
+        self._end = end or self._end
 
     async def _give_back(self) -> None:
         """Release the turn, with what is owed to the row; a lost connection has given it back.
@@ -350,25 +468,38 @@ class SharedBudget:
         """
         if not self._database.is_open:
             return
-        statements, arguments = self._deaths.owed()
+        statements, arguments = self._owed()
         try:
             await self.rest(resting=False)
-            *_forgotten, released = await self._database.each(
-                *statements, "SELECT RELEASE_LOCK(%(lock)s)", args=arguments
+            *_owed, released = await self._database.each(
+                *statements, tables.RELEASE, args=arguments
             )
         except (DatabaseError, MySQLError, TimeoutError):
             self._database.close()  # whoever needs it next says what is wrong
             return
-        if released.rows != [(1,)]:
+        if released.rows != [(len(self._paces),)]:
             raise TurnLostError(f"the turn of {self._task} was lost while it ran")
         self._deaths.paid()
+        self._end = None
 
-    async def _read(self) -> Row:
-        """Return the row."""
+    def _owed(self) -> tuple[list[str], dict[str, object]]:
+        """Return what is to be run before the turn is given back, and its arguments."""
+        statements, arguments = self._deaths.owed()
+        if self._end is not None:
+            statements.append(history.ENDED)
+            arguments |= self._end._asdict()
+            if self._charges % history.CLEAN_EVERY == 1:
+                statements += history.CLEAN
+        if len(statements) > 1:
+            statements = ["START TRANSACTION", *statements, "COMMIT"]
+        return statements, arguments
+
+    async def _read(self) -> Found:
+        """Return what the rows say."""
         began = time.monotonic()
-        row = await tables.read(self._database, self._task)
-        await self._seen(row, time.monotonic() - began)
-        return row
+        found = await tables.read_all(self._database, self._keys)
+        await self._seen(found.rows[0], time.monotonic() - began)
+        return found
 
     async def _seen(self, row: Row, took: float) -> None:
         """Go by the row's clock; the first time on a connection, see that this server will do.
@@ -379,8 +510,8 @@ class SharedBudget:
         self._clock.set(row.now, took)
         if row.session == self._checked_session:
             return
-        self._arguments["lock"] = tables.lock_name(await self._database.schema(), self._task)
-        await self._database.each(*CAN_NOTE)
+        self._arguments |= tables.locks(await self._database.schema(), self._keys)
+        await self._database.each(*CAN_NOTE, *history.CAN_NOTE)
         [[moved]] = await self._database.query(_SYSDATE_MOVES)
         if not moved:
             raise DatabaseError(
@@ -389,40 +520,11 @@ class SharedBudget:
             )
         self._checked_session = row.session
 
-    async def _follow(self, row: Row) -> InForce:
-        """Take over the row's rate, and return what is in force; log what is new."""
-        force = in_force(self._own, row=row)
-        self._gap_us = force.gap_us
-        if self._gap_us is not None:  # else no charge writes into the row
-            self.bulk_next = row.bulk_next
-            interval = self._gap_us / 1e6
-            if self._limiter is None:
-                self._limiter = Limiter(interval)
-            elif self._limiter.interval != interval:
-                await self._limiter.change(interval)
-        limit = "paused" if row.paused else force.rate
-        if limit != self._shown:
-            by, why = row.set_by, row.set_why
-            if "paused" in (limit, self._shown):
-                by, why = row.paused_by, row.paused_why
-            log.warning(
-                "rate limit changed",
-                extra=fields(
-                    task=self._task,
-                    old=self._shown,
-                    new=limit,
-                    by=by or "unknown",
-                    why=why or "not said",
-                ),
-            )
-            self._shown = limit
-        return force
-
     def _poll(self) -> float:
         """Return the seconds after which a change of the row is looked for."""
-        if self._gap_us is None:
+        if not self.limited:
             return POLL_SECONDS
-        return min(POLL_SECONDS, max(self._gap_us / 1e6, SHORTEST_POLL_SECONDS))
+        return min(POLL_SECONDS, max(self.interval, SHORTEST_POLL_SECONDS))
 
 
 def _jitter(contenders: int, gap_us: int) -> float:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from aioworker.budget.order import FRESH_SECONDS, Want
 from aioworker.errors import DatabaseError
 from aioworker.mysql import errors
 from aioworker.mysql.errors import ER, MySQLError
@@ -55,18 +56,46 @@ _SET_UNTIL = f"IF({RATE_END} > SYSDATE(6), set_until, NULL)"
 # answer with words.
 _ONLY_READS = "CONCAT(@@read_only) NOT IN ('0', 'OFF') OR @@innodb_read_only"
 
-_FIND = f"""SELECT paused AND NOT {PAUSE_OVER}, IF({RATE_OVER}, gap_after_us, gap_us),
+# The rows that a start is charged to: the task's own, and that of the budget that it shares, if it
+# does: else %(shared)s is NULL.
+ROWS = "task IN (%(task)s, %(shared)s)"
+IS_SHARED = "task <=> %(shared)s"
+_LOCK = f"IF({IS_SHARED}, %(shared_lock)s, %(lock)s)"
+MINE = f"IS_USED_LOCK({_LOCK}) = CONNECTION_ID()"
+# How many locks were held: the last one taken goes first.
+RELEASE = """SELECT IF(%(shared_lock)s IS NULL, 0, RELEASE_LOCK(COALESCE(%(shared_lock)s, '-')))
+    + RELEASE_LOCK(%(lock)s)"""
+# A turn is the task's lock, then that of the budget that it shares; without that one, none.
+_TAKE = (
+    "SET @aioworker_held = COALESCE(GET_LOCK(%(lock)s, %(patience)s), 0)",
+    """SET @aioworker_held = @aioworker_held + IF(@aioworker_held AND %(shared_lock)s IS NOT NULL,
+    COALESCE(GET_LOCK(COALESCE(%(shared_lock)s, '-'), %(patience)s), 0), 0)""",
+    "SELECT @aioworker_held, IF(@aioworker_held = 1 AND %(shared_lock)s IS NOT NULL,"
+    " RELEASE_LOCK(%(lock)s), 0)",
+)
+
+_FIND = f"""SELECT task, paused AND NOT {PAUSE_OVER}, IF({RATE_OVER}, gap_after_us, gap_us),
     TIMESTAMPDIFF(MICROSECOND, {_STARTED}, SYSDATE(6)),
     {_STARTED}, server = {SERVER}, server, {SERVER},
-    COALESCE(IS_USED_LOCK(%(lock)s), 0), CONNECTION_ID(),
+    COALESCE(IS_USED_LOCK({_LOCK}), 0), CONNECTION_ID(),
     starts, holder, paused_by, paused_at, paused_why, {_PAUSED_UNTIL},
     set_by, set_at, set_why, {_SET_UNTIL}, {PAUSE_OVER} OR {RATE_OVER},
     TIMESTAMPDIFF(MICROSECOND, {CHARGED}, SYSDATE(6)),
     TIMESTAMPDIFF(MICROSECOND, {WROTE}, SYSDATE(6)),
-    bulk_next, runs_now IS NOT NULL, running, deaths, SYSDATE(6), {_ONLY_READS}
+    bulk_next, runs_now IS NOT NULL, shares, urgent_starts, running, deaths, SYSDATE(6),
+    {_ONLY_READS}
 FROM aioworker_budget LEFT JOIN (
     SELECT DISTINCT task AS runs_now FROM aioworker_run WHERE worker IS NOT NULL
 ) AS run ON runs_now = task
+WHERE {ROWS} ORDER BY {IS_SHARED}"""
+
+# What the tasks have waiting that share a budget.
+_WANTS = f"""SELECT task, COALESCE(wants_urgent > SYSDATE(6) - INTERVAL {FRESH_SECONDS} SECOND, 0),
+    COALESCE(wants_bulk > SYSDATE(6) - INTERVAL {FRESH_SECONDS} SECOND, 0),
+    TIMESTAMPDIFF(MICROSECOND, {CHARGED}, SYSDATE(6))
+FROM aioworker_budget WHERE CONCAT('budget:', shares) = %(shared)s"""
+_WANT = """UPDATE aioworker_budget
+SET wants_urgent = IF(%(urgent)s, SYSDATE(6), NULL), wants_bulk = IF(%(bulk)s, SYSDATE(6), NULL)
 WHERE task = %(task)s"""
 
 NOTES = """SELECT message, together, most, deaths, worker FROM aioworker_run
@@ -74,8 +103,15 @@ WHERE task = %(task)s"""
 
 ALIVE_SECONDS = 90  # a worker not seen for so long counts for nothing
 _HOLDER = f"""SELECT host, pid, seen > SYSDATE(6) - INTERVAL {ALIVE_SECONDS} SECOND
-FROM aioworker_worker WHERE session = %s AND task = %s ORDER BY seen DESC LIMIT 1"""
-_TASKS = "SELECT task FROM aioworker_budget ORDER BY task"
+FROM aioworker_worker WHERE session = %s ORDER BY seen DESC LIMIT 1"""
+_TASKS = "SELECT task FROM aioworker_budget WHERE task NOT LIKE 'budget:%' ORDER BY task"
+_BUDGETS = "SELECT SUBSTR(task, 8) FROM aioworker_budget WHERE task LIKE 'budget:%' ORDER BY task"
+# A worker of an earlier version names no budget.
+_SHARES_OTHERWISE = f"""SELECT host, pid, shares FROM aioworker_worker
+WHERE task = %(task)s AND NOT (shares <=> %(shares)s)
+AND seen > SYSDATE(6) - INTERVAL {ALIVE_SECONDS} SECOND ORDER BY seen DESC LIMIT 1"""
+_SHARING = "SELECT task FROM aioworker_budget WHERE shares = %s ORDER BY task"
+_SHARE = "UPDATE aioworker_budget SET shares = %(shares)s WHERE task = %(task)s"
 _RATES = f"""SELECT DISTINCT COALESCE(rate, 'none') FROM aioworker_worker
 WHERE task = %s AND seen > SYSDATE(6) - INTERVAL {ALIVE_SECONDS} SECOND"""
 _NEED_INIT = frozenset({ER.NO_SUCH_TABLE, ER.BAD_FIELD_ERROR})
@@ -84,9 +120,10 @@ LONGEST_GAP_US = 366 * 86_400 * 1_000_000
 
 
 class Row(NamedTuple):
-    """A task's row of the budget, as the server answers.
+    """A row of the budget, as the server answers.
 
     Args:
+        task: Its key: the task's name, or `budget:NAME`.
         paused: Whether an operator stopped all starts.
         gap_us: The interval set at run time, in microseconds; None where none is set.
         age_us: Microseconds since the last start; below 0 after a step of the clock back.
@@ -112,11 +149,14 @@ class Row(NamedTuple):
         bulk_next: Whether the next start begins with the bulk lane: the last one held messages
             of the urgent lane alone.
         runs: Whether a run is on, or its worker died in it and nobody has had the turn since.
+        shares: The budget that the task shares with others, by its name; None for none.
+        urgent_starts: How many starts in a row held nothing of a bulk lane.
         running: The message of such a run, as a worker of an earlier version noted it.
         deaths: How often a message's worker died while it ran, by its key; likewise.
         now: What time it was there, UTC, with its zone.
     """
 
+    task: str
     paused: bool
     gap_us: int | None
     age_us: int
@@ -141,6 +181,8 @@ class Row(NamedTuple):
     write_age_us: int
     bulk_next: bool
     runs: bool
+    shares: str | None
+    urgent_starts: int
     running: list[str]
     deaths: dict[str, int]
     now: datetime
@@ -169,6 +211,7 @@ class Row(NamedTuple):
 _FLAGS = [
     Row._fields.index(name) for name in ("paused", "same_server", "over", "bulk_next", "runs")
 ]
+_GAP = Row._fields.index("gap_us")
 _MOMENTS = [
     Row._fields.index(name) for name in ("paused_at", "paused_until", "set_at", "set_until")
 ]
@@ -210,7 +253,7 @@ def explaining(database: Database) -> Iterator[None]:
             words = f"{errors.describe(error).partition(';')[0]} at {database.address.shown}"
             if errors.code(error) == ER.NO_SUCH_TABLE:
                 cure = f"run `{command('init')}`, or set AIOWORKER_BUDGET=worker"
-                if "aioworker_run" in words:  # the newest of them
+                if "aioworker_budget" not in words:  # the oldest of them
                     cure = f"the tables are {older()}"
                 raise DatabaseError(f"{words}: {cure}") from error
             if errors.code(error) == ER.BAD_FIELD_ERROR:
@@ -244,43 +287,119 @@ def lock_name(schema: str, task: str, purpose: str = "aioworker") -> str:
     return f"{purpose}:{task[: 45 - len(purpose)]}:{digest}"
 
 
+class Keys(NamedTuple):
+    """Which rows a start is charged to.
+
+    Args:
+        task: The task's own.
+        shared: That of the budget that it shares with other tasks; None if it shares none.
+    """
+
+    task: str
+    shared: str | None = None
+
+
+def locks(schema: str, keys: Keys) -> dict[str, object]:
+    """Return the names of the locks that are a turn together, as arguments of statements."""
+    shared = None if keys.shared is None else lock_name(schema, keys.shared)
+    return {"lock": lock_name(schema, keys.task), "shared_lock": shared}
+
+
 async def read(database: Database, task: str) -> Row:
-    """Return the task's row.
+    """Return a row.
 
     Raises:
         DatabaseError: There is none, and only `aioworker init` makes one; or this server only
             reads.
     """
-    return _there(await find_row(database, task), task)
+    [row] = (await read_all(database, Keys(task))).rows
+    return row
 
 
-async def take(
-    database: Database, task: str, patience: int
-) -> tuple[bool, Row, list[tuple[Any, ...]]]:
-    """Ask for the task's turn, and read the row and the notes once that is answered.
+class Found(NamedTuple):
+    """What a budget's rows say.
+
+    Args:
+        rows: Those that a start is charged to, the task's own first.
+        wants: What the tasks have waiting that share the budget; empty without one.
+        held: How many of the turn's locks could be had, of which all or none are held.
+        notes: The answer to `NOTES`.
+    """
+
+    rows: list[Row]
+    wants: list[Want]
+    held: int = 0
+    notes: Sequence[tuple[Any, ...]] = ()
+
+
+async def read_all(database: Database, keys: Keys) -> Found:
+    """Return what the rows say that a start is charged to.
+
+    Raises:
+        DatabaseError: One is not there, and only `aioworker init` makes it; or this server only
+            reads.
+    """
+    arguments = {**keys._asdict(), **locks(await database.schema(), keys)}
+    found, wants = await database.each(_FIND, _WANTS, args=arguments)
+    return Found(_there(_rows(database, found.rows), keys), _wants(wants.rows))
+
+
+async def take(database: Database, keys: Keys, patience: int) -> Found:
+    """Ask for the task's turn, and read the rows and the notes once that is answered.
 
     Args:
         database: The connection that is to hold it.
-        task: The task's name.
-        patience: Seconds that the server lets it wait while somebody else has the turn.
-
-    Returns:
-        Whether it holds the turn, the row, and the answer to `NOTES`.
+        keys: The rows' keys.
+        patience: Seconds that the server lets it wait for each lock that somebody else has.
 
     Raises:
-        DatabaseError: There is no row, or this server only reads.
+        DatabaseError: A row is not there, or this server only reads.
     """
-    lock = lock_name(await database.schema(), task)
-    arguments = {"task": task, "lock": lock, "patience": patience}
-    asked = "SELECT GET_LOCK(%(lock)s, %(patience)s)"
-    answers = await database.each(asked, _FIND, NOTES, args=arguments)
-    [[[got]], found, notes] = [one.rows for one in answers]
-    return got == 1, _there(_row(database, found), task), notes
+    arguments = {**keys._asdict(), **locks(await database.schema(), keys), "patience": patience}
+    answers = await database.each(*_TAKE, _FIND, _WANTS, NOTES, args=arguments)
+    [[[held, _released]], found, wants, notes] = [one.rows for one in answers[len(_TAKE) - 1 :]]
+    return Found(_there(_rows(database, found), keys), _wants(wants), held, notes)
+
+
+async def want(database: Database, task: str, *, urgent: bool, bulk: bool) -> None:
+    """Have a task's row say what waits in its lanes."""
+    await database.execute(_WANT, {"task": task, "urgent": urgent, "bulk": bulk})
 
 
 async def tasks(database: Database) -> list[str]:
     """Return the names of all tasks that have a row, in order."""
     return [name for [name] in await database.query(_TASKS)]
+
+
+async def budgets(database: Database) -> list[str]:
+    """Return the names of all budgets that tasks share, in order."""
+    return [name for [name] in await database.query(_BUDGETS)]
+
+
+async def sharing(database: Database, name: str) -> list[str]:
+    """Return the names of the tasks that share a budget, in order."""
+    return [task for [task] in await database.query(_SHARING, (name,))]
+
+
+async def share(database: Database, task: str, shares: str | None) -> str | None:
+    """Have a task share a budget from now on, unless a live worker of it shares another one.
+
+    Args:
+        database: Where the rows are.
+        task: The task's name.
+        shares: The budget's name; None for none.
+
+    Returns:
+        Why not yet, in words; None if it does now.
+    """
+    arguments = {"task": task, "shares": shares}
+    found = await database.query(_SHARES_OTHERWISE, arguments)
+    if not found:
+        await database.execute(_SHARE, arguments)
+        return None
+    [(host, pid, other)] = found
+    theirs = "no budget" if other is None else f"budget {other}"
+    return f"waiting for the end of {host}:{pid}, by whose code {task} shares {theirs}"
 
 
 async def rates(database: Database, task: str) -> set[str]:
@@ -289,34 +408,42 @@ async def rates(database: Database, task: str) -> set[str]:
 
 
 async def find_row(database: Database, task: str) -> Row | None:
-    """Return the task's row, None if there is none.
+    """Return a row, None if there is none.
 
     Raises:
         DatabaseError: This server only reads.
     """
-    lock = lock_name(await database.schema(), task)
-    [answer] = await database.each(_FIND, args={"task": task, "lock": lock})
-    return _row(database, answer.rows)
+    keys = Keys(task)
+    arguments = {**keys._asdict(), **locks(await database.schema(), keys)}
+    [answer] = await database.each(_FIND, args=arguments)
+    return next(iter(_rows(database, answer.rows)), None)
 
 
-def _there(row: Row | None, task: str) -> Row:
-    if row is None:
-        raise DatabaseError(
-            f"task {task!r} has no row in aioworker_budget: run `{command('init')}`"
-        )
-    return row
+def _there(rows: list[Row], keys: Keys) -> list[Row]:
+    """Return the rows, of which none is missing."""
+    for key in keys:
+        if key is not None and key not in {row.task for row in rows}:
+            kind, _, name = key.rpartition(":")
+            raise DatabaseError(
+                f"{kind or 'task'} {name!r} has no row in aioworker_budget: run `{command('init')}`"
+            )
+    return rows
 
 
-def _row(database: Database, found: list[tuple[Any, ...]]) -> Row | None:
-    if not found:
-        return None
-    values: list[Any]
-    *values, only_reads = found[0]
-    _leave(database, only_reads)
+def _rows(database: Database, found: list[tuple[Any, ...]]) -> list[Row]:
+    return [_row(database, list(values)) for values in found]
+
+
+def _wants(found: list[tuple[Any, ...]]) -> list[Want]:
+    return [Want(task, bool(urgent), bool(bulk), age) for task, urgent, bulk, age in found]
+
+
+def _row(database: Database, values: list[Any]) -> Row:
+    _leave(database, values.pop())
     for flag in _FLAGS:
         values[flag] = bool(values[flag])
-    if values[1] is not None:
-        values[1] = min(values[1], LONGEST_GAP_US)
+    if values[_GAP] is not None:
+        values[_GAP] = min(values[_GAP], LONGEST_GAP_US)
     for moment in _MOMENTS:
         if not isinstance(values[moment], datetime):
             values[moment] = None  # such as 0: text, as it is in no calendar
@@ -367,14 +494,14 @@ class Holder(NamedTuple):
     alive: bool
 
 
-async def holder(database: Database, task: str, session: int) -> Holder | None:
-    """Return whose session holds a task's turn, None for nobody.
+async def holder(database: Database, session: int) -> Holder | None:
+    """Return whose session holds a turn, None for nobody.
 
     Sessions are counted anew when the server starts: the one seen last is meant.
     """
     if not session:
         return None
-    found = await database.query(_HOLDER, (session, task))
+    found = await database.query(_HOLDER, (session,))
     if not found:
         return Holder(f"session {session}", alive=False)
     host, pid, alive = found[0]

@@ -46,6 +46,10 @@ TaskOption = Annotated[
     list[str] | None,
     typer.Option("--task", metavar="TASK", callback=_checked, help="The same as TASK."),
 ]
+BudgetName = Annotated[
+    str | None,
+    typer.Option("--budget", metavar="NAME", help="The budget that tasks share, not a task."),
+]
 App = Annotated[
     str | None,
     typer.Option("--app", metavar="MODULE", help="Module that registers tasks; several by commas."),
@@ -80,6 +84,19 @@ def named(*words: list[str] | None) -> list[str]:
     found = [name for names in words for name in names or []]
     if len(found) > 1:
         raise UsageError(f"expected one task, got: {' '.join(found)}")
+    return found
+
+
+def one_of(*words: list[str] | None, budget: str | None, every: bool = False) -> list[str]:
+    """Return the task that is named; none for the only one, for a budget, or for all.
+
+    Raises:
+        UsageError: More than one of these is.
+    """
+    found = named(*words)
+    said = [*found, *([] if budget is None else [f"--budget {budget}"]), *["--all"][: int(every)]]
+    if len(said) > 1:
+        raise UsageError(f"expected a task, --budget or --all, got: {', '.join(said)}")
     return found
 
 

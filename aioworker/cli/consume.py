@@ -40,7 +40,7 @@ def init(
 ) -> None:
     """Make or upgrade the budget's tables and declare the queues; can be run again.
 
-    Makes two tables in the database (none with AIOWORKER_BUDGET=worker), or adds what those of
+    Makes its tables in the database (none with AIOWORKER_BUDGET=worker), or adds what those of
     an earlier version lack, declares each task's four queues and waits until they outlive a
     broker that is killed. A queue that is there and differs is reported, and not changed.
     Without a TASK: all that the app registers, or the main job.
@@ -90,6 +90,7 @@ def consume(
     origin = reload.Origin.of_this_process()
     settings = prepare(app=app_names, rate_limit=rate_limit)
     tasks = app_tasks(settings, [*(names or []), *(option or [])])
+    process.refuse_shared_budgets(settings, tasks)
     settings.nodes()  # what their files lack is said before anything is done
     if settings.budget == "shared" or any(task.needs_database for task in tasks):
         settings.database()

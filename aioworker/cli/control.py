@@ -7,7 +7,16 @@ from typing import Annotated
 import typer
 
 from aioworker.cli import console
-from aioworker.cli.common import App, TaskName, TaskOption, named, prepare, run, seconds_of
+from aioworker.cli.common import (
+    App,
+    BudgetName,
+    TaskName,
+    TaskOption,
+    one_of,
+    prepare,
+    run,
+    seconds_of,
+)
 from aioworker.errors import UsageError
 
 REASON_LENGTH = 500
@@ -62,7 +71,9 @@ Span = Annotated[
         help="For so long, and then as before: 30m, 2h, 7d.",
     ),
 ]
-Every = Annotated[bool, typer.Option("--all", help="All tasks of this database.")]
+Every = Annotated[
+    bool, typer.Option("--all", help="All tasks of this database, and the budgets they share.")
+]
 
 
 def rate_limit(
@@ -71,6 +82,7 @@ def rate_limit(
         typer.Argument(metavar="[TASK] RATE", help="The task, and its rate: 10/m, or none."),
     ] = None,
     option: TaskOption = None,
+    budget: BudgetName = None,
     reset: Annotated[
         bool, typer.Option("--reset", help="Take the rate back: the workers' own counts again.")
     ] = False,
@@ -93,16 +105,18 @@ def rate_limit(
     from aioworker.limits import parse_limit
 
     rate = None if reset else parse_limit(given.pop())
+    meant = one_of(given, option, budget=budget)
     settings = prepare(app=app_names)
     from aioworker.commands import controls
 
-    order = controls.Order(why, _seconds(span))
-    console.say(run(controls.set_rate(settings, named(given, option), rate, order)))
+    order = controls.Order(why, _seconds(span), budget)
+    console.say(run(controls.set_rate(settings, meant, rate, order)))
 
 
 def pause(
     name: TaskName = None,
     option: TaskOption = None,
+    budget: BudgetName = None,
     every: Every = False,
     span: Span = None,
     why: Why = None,
@@ -113,33 +127,26 @@ def pause(
     What runs ends as usual. Messages stay queued. A pause is not replaced by a shorter one: that
     exits 1.
     """
-    meant = _meant(name, option, every=every)
+    meant = one_of(name, option, budget=budget, every=every)
     settings = prepare(app=app_names)
     from aioworker.commands import controls
 
-    order = controls.Order(why, _seconds(span))
-    console.say_all(run(controls.pause(settings, meant, order, every=every)))
+    order = controls.Order(why, _seconds(span), budget, every)
+    console.say_all(run(controls.pause(settings, meant, order)))
 
 
 def resume(
     name: TaskName = None,
     option: TaskOption = None,
+    budget: BudgetName = None,
     every: Every = False,
     why: Why = None,
     app_names: App = None,
 ) -> None:
     """End a pause of a task, on every worker."""
-    meant = _meant(name, option, every=every)
+    meant = one_of(name, option, budget=budget, every=every)
     settings = prepare(app=app_names)
     from aioworker.commands import controls
 
-    order = controls.Order(why)
-    console.say_all(run(controls.resume(settings, meant, order, every=every)))
-
-
-def _meant(*words: list[str] | None, every: bool) -> list[str]:
-    """Return the task that is named; none for the only one, or for all."""
-    found = named(*words)
-    if found and every:
-        raise UsageError(f"expected a task or --all, got both: {found[0]}")
-    return found
+    order = controls.Order(why, None, budget, every)
+    console.say_all(run(controls.resume(settings, meant, order)))

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from aioworker.cli import console, consume, control, dead, publish, status
+from aioworker.cli import console, consume, control, dead, history, publish, status
 from aioworker.cli.common import end_process
 from aioworker.errors import AioworkerError, UsageError, told
 from aioworker.logs import journal_mark
@@ -57,6 +57,8 @@ app.command()(status.health)
 app.command(context_settings={"ignore_unknown_options": True})(control.rate_limit)
 app.command()(control.pause)
 app.command()(control.resume)
+app.command()(history.audit)
+app.command()(history.history)
 app.add_typer(dead.app)
 
 

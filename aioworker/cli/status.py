@@ -12,17 +12,20 @@ import typer
 from aioworker.cli import console
 from aioworker.cli.common import (
     App,
+    BudgetName,
     TaskName,
     TaskOption,
     app_tasks,
     named,
     names_to_show,
+    one_of,
     prepare,
     run,
 )
 from aioworker.clock import APART_SECONDS
 from aioworker.errors import UsageError
 from aioworker.limits import Source
+from aioworker.reasons import ReasonKind
 from aioworker.words import count, duration
 from aioworker.worker import signals
 
@@ -30,8 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import datetime
 
-    from aioworker.commands.status import Limit, Oldest, Status
-    from aioworker.reasons import ReasonKind
+    from aioworker.commands.status import Limit, Oldest, SharedStatus, Status
     from aioworker.settings import Settings
     from aioworker.status.read import Worker
     from aioworker.tasks.task import AnyTask
@@ -48,6 +50,7 @@ _SOURCES = {
 def status(
     name: TaskName = None,
     option: TaskOption = None,
+    budget: BudgetName = None,
     app_names: App = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object a line and task, for programs.")
@@ -70,15 +73,20 @@ def status(
 
     if counting and watching:
         raise UsageError("expected --stale or --watch, got both: --stale reads whole tables")
+    meant = one_of(name, option, budget=budget)
+    if counting and budget is not None:
+        raise UsageError("expected --stale or --budget, got both: a budget sweeps nothing")
     settings = prepare(app=app_names)
-    meant = named(name, option)
-    names = names_to_show(settings, meant)
+    names = [] if budget is not None else names_to_show(settings, meant)
     counted = _tasks_to_count(settings, meant) if counting else []
     complete = True
     before: list[str] = []
 
     async def show() -> str:
         nonlocal before, complete
+        if budget is not None:
+            shared = await asking.look_at_budget(settings, budget)
+            return shared.as_json() if as_json else aligned(shared_lines(shared))
         found = await asking.look(settings, names, before, counted)
         before = [one.task for one in found]
         complete = all(one.complete for one in found)
@@ -128,8 +136,21 @@ def health(name: TaskName = None, option: TaskOption = None, app_names: App = No
 
 
 def text(status: Status) -> str:
-    """Return the lines as one text, values aligned."""
-    return "\n".join(f"{name:<11}{' '.join(value.split())}" for name, value in lines(status))
+    """Return the lines of a task's status as one text."""
+    return aligned(lines(status))
+
+
+def aligned(shown: Sequence[tuple[str, str]]) -> str:
+    """Return lines as one text, values aligned."""
+    return "\n".join(f"{name:<11}{' '.join(value.split())}" for name, value in shown)
+
+
+def shared_lines(shared: SharedStatus) -> list[tuple[str, str]]:
+    """Return what a person reads of a budget that tasks share: names and values, in order."""
+    tasks = ", ".join(shared.tasks) or "none has a worker that says so"
+    paused = [("paused", shared.limit.pause)] if shared.limit.pause else []
+    limit = _budget_lines(shared.limit, ReasonKind.UNKNOWN)
+    return [("budget", shared.budget), ("tasks", tasks), *paused, *limit]
 
 
 def lines(status: Status) -> list[tuple[str, str]]:
@@ -184,6 +205,8 @@ def _budget_lines(limit: Limit, waits: ReasonKind) -> list[tuple[str, str]]:
     if limit.set_until is not None and limit.set_until_seconds is not None:
         until = f" until {_moment(limit.set_until)}, for {duration(limit.set_until_seconds)} more"
     shown = [("rate", f"{_rate(limit)}{until}{changed}")]
+    if limit.shares is not None:
+        shown.append(("shares", f"budget {limit.shares}"))
     if limit.scope != "shared":
         return shown
     if limit.last_start is None:

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from aioworker.budget import run_time, tables
+from aioworker.budget.pace import budget_name
 from aioworker.budget.run_time import Change
 from aioworker.commands import which_tasks
 from aioworker.errors import AioworkerError, UsageError
@@ -34,15 +35,19 @@ class Order(NamedTuple):
     Args:
         why: Why, in one line; None if that is not said.
         seconds: For how long; None for good.
+        budget: The budget that tasks share which is meant; None if it is a task.
+        every: Whether all tasks and budgets of the database are meant, one after the other.
     """
 
     why: str | None = None
     seconds: int | None = None
+    budget: str | None = None
+    every: bool = False
 
-    @property
-    def change(self) -> Change:
-        """The same, with who says so."""
-        return Change(_operator(), self.why, self.seconds)
+    def change(self, what: str) -> Change:
+        """Return the same, with who does what."""
+        span = "" if self.seconds is None else f" for {duration(self.seconds)}"
+        return Change(_operator(), what + span, self.why, self.seconds)
 
 
 async def set_rate(
@@ -63,27 +68,20 @@ async def set_rate(
         if rate.paused:
             return await pause(settings, names, order)
         gap = rate.gap_us
-    async with _tasks(settings, names) as (database, [name]):
+    async with _rows(settings, names, order) as (database, [name]):
         before = await _read(database, name)
-        await run_time.set_rate(database, name, gap, order.change)
+        what = "rate limit reset" if rate is None else f"rate limit {rate}"
+        await run_time.set_rate(database, name, gap, order.change(what))
         row = await tables.read(database, name)
         own = await tables.rates(database, name)
     was = _shown(rate_in_force(settings, name, before, own))
     now = _shown(rate_in_force(settings, name, row, own))
     still = f"; still {row.pause}" if row.pause else ""
-    return f"{name}: rate limit {now}{_until(row.set_until, order)} (was {was}){still}"
+    return f"{shown(name)}: rate limit {now}{_until(row.set_until, order)} (was {was}){still}"
 
 
-async def pause(
-    settings: Settings, names: Sequence[str], order: Order, *, every: bool = False
-) -> str:
-    """Let no start of the task that is meant begin any more; one that runs ends as usual.
-
-    Args:
-        settings: The settings.
-        names: The task's name; none for the only one.
-        order: Why, and for how long.
-        every: Whether all tasks of the database are meant, one after the other.
+async def pause(settings: Settings, names: Sequence[str], order: Order) -> str:
+    """Let no start of what is meant begin any more; one that runs ends as usual.
 
     Returns:
         What was done, in a line for each.
@@ -94,25 +92,23 @@ async def pause(
         UsageError: No one task is meant, or the budget is each worker's own.
     """
     lines = []
-    async with _tasks(settings, names, every=every) as (database, meant):
+    async with _rows(settings, names, order) as (database, meant):
         for name in meant:
             await _read(database, name)
-            new = await run_time.pause(database, name, order.change)
+            new = await run_time.pause(database, name, order.change("paused"))
             row = await tables.read(database, name)
             if new:
                 until = _until(row.paused_until, order)
-                lines.append(f"{name}: paused{until}; what runs ends, nothing new begins")
+                lines.append(f"{shown(name)}: paused{until}; what runs ends, nothing new begins")
                 continue
-            lines.append(f"{name}: {row.pause}; nothing was changed")
-            if order.seconds is not None and not every:
+            lines.append(f"{shown(name)}: {row.pause}; nothing was changed")
+            if order.seconds is not None and not order.every:
                 raise AioworkerError(f"{lines[-1]}: a pause is not replaced by a shorter one")
     return "\n".join(lines)
 
 
-async def resume(
-    settings: Settings, names: Sequence[str], order: Order, *, every: bool = False
-) -> str:
-    """End a pause of the task that is meant, or of all of the database.
+async def resume(settings: Settings, names: Sequence[str], order: Order) -> str:
+    """End a pause of what is meant.
 
     Returns:
         What was done, in a line for each.
@@ -122,16 +118,16 @@ async def resume(
         UsageError: No one task is meant, or the budget is each worker's own.
     """
     lines = []
-    async with _tasks(settings, names, every=every) as (database, meant):
+    async with _rows(settings, names, order) as (database, meant):
         for name in meant:
             before = await _read(database, name)
             own = await tables.rates(database, name)
             rate = _shown(rate_in_force(settings, name, before, own))
             if before.paused:
-                await run_time.resume(database, name, order.change)
-                lines.append(f"{name}: resumed, rate limit {rate}")
+                await run_time.resume(database, name, order.change("resumed"))
+                lines.append(f"{shown(name)}: resumed, rate limit {rate}")
             else:
-                lines.append(f"{name}: not paused, rate limit {rate}; nothing was changed")
+                lines.append(f"{shown(name)}: not paused, rate limit {rate}; nothing was changed")
     return "\n".join(lines)
 
 
@@ -144,6 +140,8 @@ def rate_in_force(settings: Settings, name: str, row: Row | None, workers: set[s
         row: The task's row; None where there is none.
         workers: The rates that its workers have of their own.
     """
+    if budget_name(name) is not None:
+        return in_force(None, None, row, workers)  # the setting is a task's
     own = find(name).rate_limit or NoLimit.NONE if name in registered() else None
     return in_force(own, settings.rate_limit, row, workers)
 
@@ -155,6 +153,12 @@ def _shown(force: InForce) -> str:
     return f"{force.rate}, {force.source}"
 
 
+def shown(key: str) -> str:
+    """Return what a row is called: a task by its name, a budget as such."""
+    name = budget_name(key)
+    return key if name is None else f"budget {name}"
+
+
 def _until(moment: datetime | None, order: Order) -> str:
     """Return when what was ordered ends, in words."""
     if moment is None or order.seconds is None:
@@ -163,12 +167,13 @@ def _until(moment: datetime | None, order: Order) -> str:
 
 
 @asynccontextmanager
-async def _tasks(
-    settings: Settings, names: Sequence[str], *, every: bool = False
+async def _rows(
+    settings: Settings, names: Sequence[str], order: Order
 ) -> AsyncIterator[tuple[Database, list[str]]]:
-    """Yield the database, and the task that is meant, or all.
+    """Yield the database, and the keys of the rows that are meant.
 
     Raises:
+        UnknownTaskError: There is no such task, or no such budget.
         UsageError: The budget is each worker's own, and none would follow a row.
     """
     if settings.budget != "shared":
@@ -177,9 +182,14 @@ async def _tasks(
             " at run time"
         )
     async with settings.database(locks=False) as database:
-        meant = await which_tasks.of_table(database, names)
+        if order.budget is not None:
+            meant = [await which_tasks.of_budgets(database, order.budget)]
+        elif order.every:
+            meant = await which_tasks.every_row(database)
+        else:
+            meant = [which_tasks.only(await which_tasks.of_table(database, names))]
         with tables.explaining(database):
-            yield database, meant if every else [which_tasks.only(meant)]
+            yield database, meant
 
 
 async def _read(database: Database, name: str) -> Row:

@@ -12,6 +12,7 @@ from typing import Any
 from aioworker import repo
 from aioworker.addresses import BrokerAddress, DatabaseAddress
 from aioworker.budget import grants, schema, tables
+from aioworker.budget.pace import budget_key
 from aioworker.errors import AioworkerError, BrokerError, DatabaseError
 from aioworker.rabbitmq.connection import Connection, connected
 from aioworker.rabbitmq.queues import (
@@ -80,11 +81,18 @@ async def init(
                     say(f"lacking: {grant}")
         await _declare(connection, queues, found, timeout, say)
         if database is not None:  # last: a row lets its task start
-            await tables.add_rows(database, [task.name for task in tasks])
+            await tables.add_rows(database, _keys(tasks))
         # Also when they were there: another init may have made them a moment ago.
         note(POLICIES)
         note(f"waiting {SAFE_AFTER_SECONDS:g} s until the queues are safe")
         await wait_until_safe(connection, queues, timeout)
+
+
+def _keys(tasks: Sequence[AnyTask]) -> list[str]:
+    """Return the keys of the budget's rows: of each task, and of each budget that they share."""
+    shared = [task.options.budget for task in tasks]
+    names = dict.fromkeys(one.name for one in shared if one is not None)
+    return [*(task.name for task in tasks), *map(budget_key, names)]
 
 
 def _arguments(settings: Settings, tasks: Sequence[AnyTask]) -> dict[str, dict[str, Any]]:
@@ -191,7 +199,7 @@ def _granting(address: DatabaseAddress, needed: Sequence[tuple[str, str]]) -> li
 
 def _creating(tasks: Sequence[AnyTask]) -> list[str]:
     """Return the statements that make what is not there."""
-    rows = [tables.FIRST_ROW % {"task": grants.text(task.name)} for task in tasks]
+    rows = [tables.FIRST_ROW % {"task": grants.text(key)} for key in _keys(tasks)]
     return [
         "# MySQL: the tables that init makes; its user needs CREATE beside what follows",
         *(f"{statement};" for statement in (*schema.STATEMENTS.values(), *rows)),

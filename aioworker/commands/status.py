@@ -9,16 +9,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple
+from datetime import datetime, timedelta
+from typing import NamedTuple
 
 from aioworker.budget import tables
+from aioworker.budget.pace import budget_key
 from aioworker.budget.tables import Row, find_row, holder
 from aioworker.clock import own_time
 from aioworker.commands import which_tasks
-from aioworker.commands.controls import rate_in_force
+from aioworker.commands.controls import rate_in_force, shown
 from aioworker.commands.publish import count_all
-from aioworker.errors import BrokerError, DatabaseError, QueueMissingError, TaskError
+from aioworker.errors import BrokerError, DatabaseError, QueueMissingError, TaskError, UsageError
 from aioworker.limits import InForce
 from aioworker.mysql.database import TOLD_SECONDS, Database
 from aioworker.rabbitmq.connection import Connection, connected
@@ -78,6 +79,7 @@ class Limit:
             differ, and the task's module is not read here.
         interval_seconds: Between two starts; None without a limit, or where it is unknown.
         paused: Whether no start may begin.
+        pause: Why, in words; empty if one may.
         paused_by: Who paused it last, or ended a pause.
         paused_at: When.
         paused_why: Why.
@@ -96,6 +98,7 @@ class Limit:
             none may begin at all. A worker may wait longer: its first write is due later.
         next_start_seconds: Seconds until then.
         turn: Who holds the turn; None for nobody.
+        shares: The budget that it shares with other tasks, by its name; None for none.
     """
 
     scope: str
@@ -104,6 +107,7 @@ class Limit:
     interval_seconds: float | None
     paused: bool
     rates_differ: bool
+    pause: str = ""
     paused_by: str | None = None
     paused_at: datetime | None = None
     paused_why: str | None = None
@@ -120,6 +124,7 @@ class Limit:
     next_start: datetime | None = None
     next_start_seconds: float | None = None
     turn: str | None = None
+    shares: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,16 +175,52 @@ class Status:
 
     def as_json(self) -> str:
         """Return it as one JSON object in one line; times are ISO 8601."""
-        return as_json(asdict(self), default=_encoded)
+        return as_json(asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class SharedStatus:
+    """All that is known of a budget that tasks share.
+
+    Args:
+        budget: Its name.
+        at: The moment, UTC, by the database's clock.
+        tasks: Those whose workers share it.
+        limit: Its rate limit, and the starts under it.
+    """
+
+    budget: str
+    at: datetime
+    tasks: list[str]
+    limit: Limit
+
+    def as_json(self) -> str:
+        """Return it as one JSON object in one line; times are ISO 8601."""
+        return as_json(asdict(self))
 
 
 class Stored(NamedTuple):
-    """What the database tells of a task; nothing where it cannot be asked."""
+    """What the database tells of a task; nothing where it cannot be asked.
+
+    Args:
+        row: Its row; None where there is none.
+        turn: Who holds the turn; None for nobody.
+        workers: Its workers, as their rows have them.
+        ahead: Seconds by which this machine's clock is ahead of the database's.
+        shared: The row of the budget that it shares; None without one.
+    """
 
     row: Row | None = None
     turn: str | None = None
     workers: list[Worker] | None = None
     ahead: float | None = None
+    shared: Row | None = None
+
+    @property
+    def shared_pause(self) -> str:
+        """Who paused the budget that it shares; empty if nobody did, or it shares none."""
+        pause = "" if self.shared is None else self.shared.pause
+        return f"{shown(self.shared.task)}: {pause}" if self.shared and pause else ""
 
     @property
     def rates(self) -> set[str]:
@@ -253,7 +294,8 @@ async def look(
         answer = unreachable or answers[name]
         broker_error = answer if isinstance(answer, BrokerError) else None
         queued = answer if isinstance(answer, Queued) else None
-        waits = why(name, queues, answer, limit, force.pause, of_task)
+        pause = force.pause or of_task.shared_pause
+        waits = why(name, queues, answer, limit, pause, of_task)
         rows, stale_error = stale.get(name, (None, None))
         found.append(
             Status(
@@ -385,14 +427,36 @@ async def _ask_database(
 async def _stored(database: Database, name: str) -> Stored:
     row = await find_row(database, name)
     ahead = None if row is None else (own_time() - row.now).total_seconds()
-    turn = await holder(database, name, row.turn if row else 0)
-    return Stored(row, turn and turn.name, await workers(database, name), ahead)
+    turn = await holder(database, row.turn if row else 0)
+    shares = None if row is None or row.shares is None else budget_key(row.shares)
+    shared = None if shares is None else await find_row(database, shares)
+    return Stored(row, turn and turn.name, await workers(database, name), ahead, shared)
+
+
+async def look_at_budget(settings: Settings, name: str) -> SharedStatus:
+    """Ask the database about a budget that tasks share.
+
+    Raises:
+        UnknownTaskError: There is none of that name.
+        DatabaseError: It cannot be asked.
+        UsageError: The budget is each worker's own.
+    """
+    if settings.budget != "shared":
+        raise UsageError("AIOWORKER_BUDGET=worker: no budget is shared")
+    async with settings.database(locks=False) as database:
+        key = await which_tasks.of_budgets(database, name)
+        with tables.explaining(database):
+            stored = await _stored(database, key)
+            tasks = await tables.sharing(database, name)
+            row = await tables.read(database, key)
+    force = rate_in_force(settings, key, row, set())
+    return SharedStatus(name, row.now, tasks, _limit(settings.budget, force, stored))
 
 
 def _limit(scope: str, force: InForce, stored: Stored) -> Limit:
     """Return the rate limit in force, and the starts under it."""
     row, interval, differ = stored.row, force.interval, len(stored.rates) > 1
-    limit = Limit(scope, force.rate, force.source, interval, force.paused, differ)
+    limit = Limit(scope, force.rate, force.source, interval, force.paused, differ, force.pause)
     if row is None:
         return limit
     ahead = 0.0 if interval is None else interval - row.charge_age_us / 1e6
@@ -415,6 +479,7 @@ def _limit(scope: str, force: InForce, stored: Stored) -> Limit:
         next_start=row.charged_at + timedelta(seconds=interval or 0) if waiting else None,
         next_start_seconds=ahead if waiting else None,
         turn=stored.turn,
+        shares=row.shares,
     )
 
 
@@ -481,12 +546,24 @@ def _why_workers_wait(task: str, limit: Limit, alive: list[Worker], row: Row | N
     for one in alive:
         if one.fails or _gathers(one, limit):
             return one.why
+    return _why_not_begun(limit, min(alive, key=lambda one: one.seen_seconds), row)
+
+
+def _why_not_begun(limit: Limit, last: Worker, row: Row | None) -> Reason:
+    """Return why no start is under way, though workers are well.
+
+    Args:
+        limit: The rate limit.
+        last: The worker that was seen last.
+        row: The task's row.
+    """
+    if row is not None and row.shares is not None:
+        return last.why  # which of two limits is waited for, it knows
     if limit.next_start_seconds is not None:
         words = f"budget: next start in {duration(limit.next_start_seconds)}"
         return Reason(ReasonKind.BUDGET, words)
     if limit.turn is not None:
         return Reason(ReasonKind.TURN, f"turn: held by {limit.turn}")
-    last = min(alive, key=lambda one: one.seen_seconds)
     if last.kind.timed and _may_wait_for_first_write(limit, row):
         return last.why
     # Whoever waits has not seen that yet: its row tells what it waited for before.
@@ -516,9 +593,3 @@ def _until_first_write(limit: Limit, row: Row | None) -> str:
         return ""
     ahead = limit.interval_seconds - row.write_age_us / 1e6
     return f"; its first write is due in {duration(ahead)}" if ahead >= TOLD_SECONDS else ""
-
-
-def _encoded(value: Any) -> str:
-    if isinstance(value, datetime):
-        return value.replace(tzinfo=UTC).isoformat()
-    raise TypeError(f"expected a time, got: {value!r}")

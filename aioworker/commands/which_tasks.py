@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from aioworker import addons
 from aioworker.budget import tables
+from aioworker.budget.pace import budget_key
 from aioworker.errors import (
     AioworkerError,
     DatabaseError,
@@ -21,7 +22,8 @@ from aioworker.errors import (
     UsageError,
 )
 from aioworker.tasks import load
-from aioworker.tasks.registry import check_name, find, registered
+from aioworker.tasks.names import check_name
+from aioworker.tasks.registry import find, registered
 from aioworker.words import command
 
 if TYPE_CHECKING:
@@ -84,6 +86,33 @@ async def of_table(database: Database, names: Sequence[str]) -> list[str]:
         if name not in known:
             raise UnknownTaskError(_unknown(name, known))
     return list(names) or known
+
+
+async def every_row(database: Database) -> list[str]:
+    """Return the keys of all rows, those of budgets that tasks share behind the tasks'.
+
+    Raises:
+        AioworkerError: There is none.
+        DatabaseError: The table cannot be read.
+    """
+    known = await of_table(database, ())
+    with tables.explaining(database):
+        return known + [budget_key(name) for name in await tables.budgets(database)]
+
+
+async def of_budgets(database: Database, name: str) -> str:
+    """Return the key of a budget that tasks share.
+
+    Raises:
+        UnknownTaskError: There is no such budget.
+        DatabaseError: The table cannot be read.
+    """
+    with tables.explaining(database):
+        known = await tables.budgets(database)
+    if name in known:
+        return budget_key(name)
+    there = f"there are: {_listed(known)}" if known else "no task shares one"
+    raise UnknownTaskError(f"unknown budget {name!r}: {there}")
 
 
 async def of_queues(

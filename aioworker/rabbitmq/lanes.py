@@ -78,6 +78,9 @@ class Lanes(Protocol):
     ) -> AbstractAsyncContextManager[None]:
         """Inside, messages come by themselves."""
 
+    async def count_queued(self) -> tuple[int, int]:
+        """Return how many messages wait in the urgent lane, and in the bulk lane."""
+
     async def count_put_off(self) -> int:
         """Return how many messages wait in the retry queue."""
 
@@ -198,6 +201,15 @@ class OpenLanes:
         if delivery is not None:
             await delivery.give_back()
         return delivery is not None
+
+    async def count_queued(self) -> tuple[int, int]:
+        """Return how many messages wait in the urgent and in the bulk lane, by RabbitMQ's count.
+
+        Raises:
+            BrokerError: A lane is gone, or the connection is lost.
+        """
+        urgent, bulk = self._queues
+        return await self._count(urgent.name), await self._count(bulk.name)
 
     async def count_put_off(self) -> int:
         """Return how many messages wait in the retry queue, by RabbitMQ's count.

@@ -10,13 +10,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from aioworker.errors import BrokerError, let_go
+from aioworker.limits import End
 from aioworker.rabbitmq import copies
 from aioworker.settling.outcome import Kind, Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from aioworker.limits import Budget
+    from aioworker.limits import TaskBudget
     from aioworker.rabbitmq.delivery import Delivery
     from aioworker.rabbitmq.lanes import Lanes
     from aioworker.settling.ended_runs import EndedRuns
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from aioworker.settling.start import Held, Start
     from aioworker.settling.taken import Taken
 
+MOST_CHANGED = 2**32 - 1  # rows, as the start's row can tell
 MOST_RETURNS = 10  # to its lane, before a message is moved: RabbitMQ sets it aside at a hundred
 
 
@@ -43,7 +45,7 @@ class Settler:
     """
 
     def __init__(
-        self, budget: Budget, report: Report, ends: EndedRuns, worker: str, taken: Taken
+        self, budget: TaskBudget, report: Report, ends: EndedRuns, worker: str, taken: Taken
     ) -> None:
         self.settled: Counter[Kind] = Counter()
         self.failures = 0
@@ -70,7 +72,7 @@ class Settler:
         finally:
             # The deaths of one that did not even run are not forgotten before it is settled.
             if over := [one.delivery.key for one in held if start.began or one.gone]:
-                await self._budget.ended(over)
+                await self._budget.ended(over, _end(start) if start.began else None)
         settled = [one for one in held if one.settled]
         self._report.settled(start, settled)
         start.let_go()
@@ -179,6 +181,14 @@ class Settler:
             if over:
                 self._ends.remember(one.delivery, one.outcome)
             self._report.unsettled(start, one, error)
+
+
+def _end(start: Start) -> End:
+    """Return what a start came to that ran."""
+    kinds = {one.outcome.kind for one in start.runs}
+    changed = start.ctx.counts.get("changed") if start.ctx is not None else None
+    counted = type(changed) is int and 0 <= changed <= MOST_CHANGED  # by a user's code
+    return End(kinds.pop() if len(kinds) == 1 else "mixed", changed if counted else None)
 
 
 def _steps(held: Sequence[Held]) -> list[list[Held]]:

@@ -39,9 +39,9 @@ SET since = IF(state = %(state)s AND reason = %(reason)s, since, SYSDATE(6)), st
     session = CONNECTION_ID(), lanes = %(lanes)s
 WHERE id = %(id)s"""
 _INSERT = """INSERT INTO aioworker_worker
-(id, host, pid, task, version, rate, session, state, kind, reason, since, seen, lanes)
-VALUES (%(id)s, %(host)s, %(pid)s, %(task)s, %(version)s, %(rate)s, CONNECTION_ID(), %(state)s,
-    %(kind)s, %(reason)s, SYSDATE(6), SYSDATE(6), %(lanes)s)"""
+(id, host, pid, task, version, rate, shares, session, state, kind, reason, since, seen, lanes)
+VALUES (%(id)s, %(host)s, %(pid)s, %(task)s, %(version)s, %(rate)s, %(shares)s, CONNECTION_ID(),
+    %(state)s, %(kind)s, %(reason)s, SYSDATE(6), SYSDATE(6), %(lanes)s)"""
 _OTHERS = f"""SELECT rate FROM aioworker_worker WHERE task = %(task)s AND id <> %(id)s
 AND seen > SYSDATE(6) - INTERVAL {ALIVE_SECONDS} SECOND"""
 _SWEEP = f"DELETE FROM aioworker_worker WHERE seen < SYSDATE(6) - INTERVAL {KEPT_SECONDS} SECOND"
@@ -59,13 +59,14 @@ class Presence:
         notify: Called with the words whenever they change.
         database: Where the worker's row is kept; None keeps none.
         run_seconds: How long a run may take.
+        shares: The budget that the task shares with others, by its name; None for none.
 
     Attributes:
         others: How many other workers of the task were alive at the last heartbeat.
         waiting: Returns what is known of the messages that wait, for the row.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what its row says, built at one place
         self,
         task: str,
         host: str,
@@ -74,6 +75,7 @@ class Presence:
         notify: Callable[[str], None],
         database: Database | None,
         run_seconds: float = 0.0,
+        shares: str | None = None,
     ) -> None:
         self.others = 0
         self.waiting: Callable[[], Waiting] = Waiting
@@ -96,6 +98,7 @@ class Presence:
             "pid": pid,
             "task": task,
             "rate": rate,
+            "shares": shares,
             "version": version("aioworker"),
         }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Sequence
 from types import CodeType
 from typing import Any, NamedTuple, overload
@@ -11,12 +10,10 @@ from typing import Any, NamedTuple, overload
 from aioworker.errors import RateLimitError, TaskError, UnknownTaskError, UsageError
 from aioworker.limits import NoLimit, parse_limit
 from aioworker.rabbitmq.message import LONGEST_RUN_SECONDS, RETRIES_LIMIT, brief
+from aioworker.tasks.budget import Budget
 from aioworker.tasks.chunk import CHUNK_LIMIT
+from aioworker.tasks.names import check_name
 from aioworker.tasks.task import AnyTask, Keys, Options, P, R, Task
-
-NAME_LENGTH = 100
-_NAME = re.compile(rf"[A-Za-z0-9_.-]{{1,{NAME_LENGTH}}}")
-_RESERVED = (".urgent", ".retry", ".dead")
 
 _registry: dict[str, AnyTask] = {}
 _places: dict[str, _Place] = {}
@@ -31,6 +28,7 @@ def task(
     *,
     name: str | None = None,
     rate_limit: str | None = None,
+    budget: Budget | None = None,
     keys: Keys | None = None,
     constants: Sequence[Any] = (),
     max_retries: int | None = None,
@@ -46,6 +44,7 @@ def task(  # noqa: PLR0913 - a task's options, by their names
     *,
     name: str | None = None,
     rate_limit: str | None = None,
+    budget: Budget | None = None,
     keys: Keys | None = None,
     constants: Sequence[Any] = (),
     max_retries: int | None = None,
@@ -66,6 +65,7 @@ def task(  # noqa: PLR0913 - a task's options, by their names
             to 100; the function's name without it.
         rate_limit: Starts in a unit of time over all workers, such as `"2/m"` or `"20/h"`;
             `"0/m"` is a pause; `"none"`, like None, no limit.
+        budget: What it shares with other tasks: one turn, and one rate beside its own.
         keys: A function that yields the ids (or rows) of a sweep in pages, as lists; plain
             or async, called with a `Context` where its first parameter is annotated so, and
             with `after`, the id behind which to begin, where it has a parameter of that
@@ -91,7 +91,10 @@ def task(  # noqa: PLR0913 - a task's options, by their names
             raise TaskError(f"expected @task, or @task(name=…, …), got: @task({registered!r})")
         called = name if name is not None else getattr(registered, "__name__", "")
         options = _checked_options(called, rate_limit, max_retries, timeout, constants)
-        options = options._replace(gather=gather, chunk_size=_checked_size(called, chunk_size))
+        if budget is not None and not isinstance(budget, Budget):
+            raise TaskError(f"task {called!r}: expected budget as a Budget, got: {brief(budget)}")
+        size = _checked_size(called, chunk_size)
+        options = options._replace(gather=gather, chunk_size=size, budget=budget)
         # Under a second name it is the same function.
         function = registered.function if isinstance(registered, Task) else registered
         made = Task(called, function, options, keys)
@@ -149,20 +152,26 @@ def _checked_size(name: str, size: int | None) -> int | None:
     return size
 
 
-def check_name(name: object) -> None:
-    """Refuse what no task can be called.
+def _check_budget(made: AnyTask) -> None:
+    """Refuse a budget of the name of another one that has another rate.
 
     Raises:
-        TaskError: It is that.
+        TaskError: It is one.
     """
-    if not isinstance(name, str) or _NAME.fullmatch(name) is None or name.endswith(_RESERVED):
-        raise TaskError(
-            f"expected a task's name of 1 to {NAME_LENGTH} letters, digits, '_', '-' and '.', not"
-            f" ending in {', '.join(_RESERVED)}, got: {brief(name)}"
-        )
+    ours = made.options.budget
+    for other in _registry.values():
+        theirs = other.options.budget
+        if ours is None or theirs is None or ours.name != theirs.name or other.name == made.name:
+            continue
+        if ours.rate_limit != theirs.rate_limit:
+            raise TaskError(
+                f"budget {ours.name!r} has two rate limits: {theirs} for task {other.name!r} and"
+                f" {ours} for {made.name!r}; make it once, and import it"
+            )
 
 
 def _register(made: AnyTask) -> None:
+    _check_budget(made)
     place = _module_under_way()
     before = _registry.get(made.name)
     if before is not None and not place.executes_again(_places.get(made.name)):

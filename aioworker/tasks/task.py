@@ -28,6 +28,7 @@ from aioworker.tasks.signature import Signature
 
 if TYPE_CHECKING:
     from aioworker.mysql.database import Database
+    from aioworker.tasks.budget import Budget
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -56,6 +57,7 @@ class Options(NamedTuple):
         gather: Whether several messages may go into one start.
         chunk_size: Ids that need a write, before a start takes no more messages; None is the
             worker's setting.
+        budget: What it shares with other tasks; None for nothing.
     """
 
     rate_limit: RateLimit | None = None
@@ -64,6 +66,7 @@ class Options(NamedTuple):
     constants: tuple[Any, ...] = ()
     gather: bool = True
     chunk_size: int | None = None
+    budget: Budget | None = None
 
 
 @dataclass(eq=False)

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from aioworker.budget.shared import SharedBudget
-from aioworker.errors import AioworkerError, DatabaseError, WorkerCutOffError
+from aioworker.budget.shared import Shared, SharedBudget
+from aioworker.errors import AioworkerError, DatabaseError, UsageError, WorkerCutOffError
 from aioworker.limits import NoLimit, RateLimit, WorkerBudget, in_force
 from aioworker.logs import fields
 from aioworker.rabbitmq.queues import Queues
@@ -38,6 +38,21 @@ CUT_OFF_SECONDS = 5.0  # for what is cut off to say goodbye
 MOST_NAMED = 10  # messages, if the worker is cut off
 _CANCELLED = "something in this process cancelled the worker's own asyncio tasks"
 _STOPPED = "something in this process stopped the worker's event loop"
+
+
+def refuse_shared_budgets(settings: Settings, tasks: Sequence[AnyTask]) -> None:
+    """See that no task shares a budget where each worker keeps its own.
+
+    Raises:
+        UsageError: One does.
+    """
+    for task in tasks:
+        budget = task.options.budget
+        if settings.budget != "shared" and budget is not None:
+            raise UsageError(
+                f"task {task.name!r} shares budget {budget.name!r} with others, and"
+                " AIOWORKER_BUDGET=worker keeps each worker's own: unset it"
+            )
 
 
 class Done(NamedTuple):
@@ -192,10 +207,20 @@ class Process:
             partial(self._report, task.name),
             database if shared else None,
             timeout,
+            None if options.budget is None else options.budget.name,
         )
         gather_seconds = settings.gather_seconds if task.gathers else 0.0
+        both = options.budget
+        shared_with_others = None if both is None else Shared(both.name, both.rate_limit)
         budget = (
-            SharedBudget(database, task.name, rate, name, gather_seconds=gather_seconds)
+            SharedBudget(
+                database,
+                task.name,
+                rate,
+                name,
+                gather_seconds=gather_seconds,
+                shared=shared_with_others,
+            )
             if shared
             else WorkerBudget(rate, gather_seconds)
         )

@@ -28,7 +28,7 @@ from aioworker.worker.recovery import Recovery
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from aioworker.limits import Budget
+    from aioworker.limits import TaskBudget
     from aioworker.mysql.database import Database
     from aioworker.rabbitmq.delivery import Delivery
     from aioworker.rabbitmq.lanes import Lanes
@@ -67,7 +67,7 @@ class Worker:
 
     task: AnyTask
     database: Database
-    budget: Budget
+    budget: TaskBudget
     consumer: Consumer
     presence: Presence
     probe: Probe
@@ -83,7 +83,7 @@ class Worker:
         name: str,
         task: AnyTask,
         database: Database,
-        budget: Budget,
+        budget: TaskBudget,
         presence: Presence,
         *,
         timeout: float,
@@ -236,6 +236,9 @@ class Session:
         if all(wait.reason.kind.timed for wait in waits) and await self._is_idle(held=bool(waits)):
             self._worker.consumer.taken.found_nothing(self._worker.budget.now())
             return [Wait(Reason(ReasonKind.EMPTY, "nothing queued"), IDLE_SECONDS)]
+        if self._worker.budget.shares:
+            urgent, bulk = await self._lanes.count_queued()
+            await self._worker.budget.want(urgent=urgent > 0, bulk=bulk > 0)
         return waits
 
     async def _held(self) -> list[Wait]:

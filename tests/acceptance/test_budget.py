@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pytest
 
 from support import servers
-from tests.conftest import eventually, execute, rows
+from tests.conftest import TASK, eventually, execute, rows
 from tests.place import Place, Start
 
 RATE = ("--rate-limit", "60/m")
@@ -29,6 +29,7 @@ LEAST_USED = 0.95
 TRIES = 6
 FULL = 40  # starts
 LONGEST_SECONDS = 90
+AUDIT_SECONDS = 0.02  # from a first write to the trigger of its first row, and back
 NOTED = (
     "CREATE TABLE noted (at DECIMAL(18, 6) NOT NULL, session BIGINT NOT NULL, start BIGINT)",
     "CREATE TRIGGER noted AFTER UPDATE ON addons FOR EACH ROW INSERT INTO noted"
@@ -67,6 +68,17 @@ def starts_of(place: Place, size: int = CHUNK) -> list[Start]:
     # The last message of a start may overshoot. Two runs by one charge would have more rows.
     assert max([count for *_, count in found], default=0) < 1.5 * size
     return [Start(float(first), float(last)) for first, last, _ in found]
+
+
+def assert_audited(place: Place, starts: list[Start], interval: float = INTERVAL) -> None:
+    """What the starts' own rows say is what the trigger has noted."""
+    told = place.audit()[TASK]
+    noted = "SELECT COUNT(*) FROM aioworker_start WHERE first_write IS NOT NULL"
+    least = min(other.first - one.first for one, other in pairwise(starts))
+
+    assert told["kept"], told
+    assert rows(place.shop, noted) == [(len(starts),)]
+    assert told["least_write"] * interval == pytest.approx(least, abs=AUDIT_SECONDS)
 
 
 def until_done(place: Place, each: Callable[[], None]) -> None:
@@ -163,7 +175,9 @@ def violent(
         place = MODES[request.param].make(private, folder, STARTS[scenario])
         try:
             scenario(place)
-            return starts_of(place)
+            starts = starts_of(place)
+            assert_audited(place, starts)
+            return starts
         finally:
             place.end()
 
@@ -187,6 +201,7 @@ def test_three_workers_share_one_budget_and_use_it(
     try:
         calm(place, *RATE)
         starts = starts_of(place)
+        assert_audited(place, starts)
     finally:
         place.end()
 
@@ -209,6 +224,7 @@ def test_twenty_starts_a_second_are_used_as_well(
         try:
             calm(place, "--rate-limit", "20/s")
             starts = starts_of(place, size)
+            assert_audited(place, starts, interval)
         finally:
             place.end()
         assert_strict(starts, interval)

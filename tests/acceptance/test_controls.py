@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from aioworker.budget import schema
 from tests.conftest import (
     Lanes,
     Run,
@@ -337,7 +338,7 @@ async def test_a_budget_of_its_own_begins_with_one_interval_of_waiting(
 ) -> None:
     """The process cannot know what the one before it has started."""
     simple_addons(shop, 1)
-    execute(shop, "DROP TABLE aioworker_budget, aioworker_worker, aioworker_run")
+    execute(shop, f"DROP TABLE {', '.join(schema.NAMES)}")
     await chunk(lanes, 1)
 
     worker = start("consume", "--rate-limit", "1/h", AIOWORKER_BUDGET="worker")

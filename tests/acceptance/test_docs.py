@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from aioworker.budget import schema
+from aioworker.commands.history import AUDIT
 from aioworker.mysql import session
 from aioworker.settings import Settings
-from tests.conftest import Run, execute, rows
+from tests.conftest import TASK, Run, execute, rows
 
 if TYPE_CHECKING:
     from pymysql.connections import Connection
@@ -132,12 +133,16 @@ def test_the_statements_for_a_dba_run_as_written(shop: Connection[Cursor]) -> No
         for statement in block.split(";\n")
         if statement.strip()
     ]
-    assert len(statements) == 8
+    assert len(statements) == 9
 
     execute(shop, *statements)
 
     found = rows(shop, "SELECT gap_us, paused, set_why, paused_why FROM aioworker_budget")
     assert found == [(None, 0, "night window", "backup")]
+
+
+def test_the_audit_can_be_repeated_by_the_statement_in_the_docs() -> None:
+    assert AUDIT % {"key": f"'{TASK}'", "seconds": 86_400} in OPERATIONS
 
 
 @pytest.mark.parametrize("table", schema.NAMES)

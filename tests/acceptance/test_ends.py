@@ -228,8 +228,11 @@ def test_all_tasks_of_the_database(run: Run, shop: Connection[Cursor]) -> None:
             ("rate-limit", "--reset", "--for", "2h"),
             "expected --reset or --for, got both: the workers' own rate has no end",
         ),
-        (("pause", TASK, "--all"), f"expected a task or --all, got both: {TASK}"),
-        (("resume", "--task", TASK, "--all"), f"expected a task or --all, got both: {TASK}"),
+        (("pause", TASK, "--all"), f"expected a task, --budget or --all, got: {TASK}, --all"),
+        (
+            ("resume", "--task", TASK, "--all"),
+            f"expected a task, --budget or --all, got: {TASK}, --all",
+        ),
     ],
 )
 def test_a_wrong_end_is_refused_in_one_line(

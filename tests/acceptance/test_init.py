@@ -77,7 +77,7 @@ def test_the_queues_are_declared_once_and_again(
     queue_type: str,
 ) -> None:
     """The second time it finds them, and changes nothing."""
-    execute(shop, "DROP TABLE aioworker_budget, aioworker_worker, aioworker_run")
+    execute(shop, f"DROP TABLE {', '.join(schema.NAMES)}")
     variables = {"AIOWORKER_AMQP_URL": vhost, "AIOWORKER_QUEUE_TYPE": queue_type}
 
     first = run("init", **variables)
@@ -189,7 +189,7 @@ def test_no_table_is_changed_on_a_server_that_only_reads(
 def test_no_queue_is_declared_by_a_user_who_may_make_no_table(
     run: Run, vhost: str, broker: servers.Broker, maria: servers.Maria, shop: Connection[Cursor]
 ) -> None:
-    execute(shop, "DROP TABLE aioworker_budget, aioworker_worker, aioworker_run")
+    execute(shop, f"DROP TABLE {', '.join(schema.NAMES)}")
     execute(
         shop, "DROP USER IF EXISTS reader", "CREATE USER reader", "GRANT SELECT ON *.* TO reader"
     )
@@ -280,6 +280,9 @@ async def test_with_exactly_the_printed_privileges_everything_works(
                 " TO `worker`@`%`",
                 "GRANT SELECT, INSERT, UPDATE, DELETE ON `aioworker`.`aioworker_worker`"
                 " TO `worker`@`%`",
+                "GRANT SELECT, INSERT, UPDATE, DELETE ON `aioworker`.`aioworker_start`"
+                " TO `worker`@`%`",
+                "GRANT SELECT, INSERT, DELETE ON `aioworker`.`aioworker_change` TO `worker`@`%`",
                 "GRANT SELECT, UPDATE (`current_version`) ON `aioworker`.`addons` TO `worker`@`%`",
             ]
         )

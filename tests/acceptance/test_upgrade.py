@@ -115,7 +115,7 @@ def test_what_init_would_change_is_printed_and_not_done(
     assert [one.split()[:3] for one in statements if one.strip()] == [
         ["ALTER", "TABLE", "aioworker_budget"],
         ["ALTER", "TABLE", "aioworker_worker"],
-        ["CREATE", "TABLE", "IF"],
+        *[["CREATE", "TABLE", "IF"]] * 3,
     ]
     assert rows(older, "SHOW COLUMNS FROM aioworker_budget LIKE 'deaths'") == []
 
@@ -143,6 +143,8 @@ def test_init_prints_the_grants_that_a_worker_lacks(
         "GRANT UPDATE ON `aioworker`.`aioworker_budget` TO 'o''neil'@'%';",
         "GRANT DELETE ON `aioworker`.`aioworker_worker` TO 'o''neil'@'%';",
         "GRANT SELECT, INSERT, UPDATE, DELETE ON `aioworker`.`aioworker_run` TO 'o''neil'@'%';",
+        "GRANT SELECT, INSERT, UPDATE, DELETE ON `aioworker`.`aioworker_start` TO 'o''neil'@'%';",
+        "GRANT SELECT, INSERT, DELETE ON `aioworker`.`aioworker_change` TO 'o''neil'@'%';",
     ]
 
     printed = run("init", "--print").stdout
@@ -151,7 +153,7 @@ def test_init_prints_the_grants_that_a_worker_lacks(
     after = run("init").stdout
 
     execute(shop, "DROP USER 'o''neil', reader, whole")
-    assert printed.partition("users lack that work already\n")[2].splitlines()[:4] == [*wanted, ""]
+    assert printed.partition("users lack that work already\n")[2].splitlines()[:6] == [*wanted, ""]
     assert [line for line in done.splitlines() if "lacking" in line] == [
         f"lacking: {grant}" for grant in wanted
     ]
@@ -172,7 +174,7 @@ def test_init_prints_the_grants_that_a_worker_with_rights_on_all_tables_lacks(
     )
     wanted = [
         f"GRANT DELETE ON `aioworker`.`aioworker_{table}` TO 'most'@'%';"
-        for table in ("worker", "run")
+        for table in ("worker", "run", "start", "change")
     ]
 
     try:
@@ -183,7 +185,7 @@ def test_init_prints_the_grants_that_a_worker_with_rights_on_all_tables_lacks(
     finally:
         execute(shop, "DROP USER most, whole, reader")
 
-    assert printed.partition("users lack that work already\n")[2].splitlines()[:3] == [*wanted, ""]
+    assert printed.partition("users lack that work already\n")[2].splitlines()[:5] == [*wanted, ""]
     lacking = [line for line in done.splitlines() if "lacking" in line]
     assert lacking == [f"lacking: {grant}" for grant in wanted]
     assert "lacking" not in after

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from aioworker.clock import own_time
 from aioworker.errors import DatabaseError
-from aioworker.limits import POLL_SECONDS, RateLimit, Wait, lead_seconds, next_start
+from aioworker.limits import POLL_SECONDS, End, RateLimit, Wait, lead_seconds, next_start
 from aioworker.reasons import Reason, ReasonKind
 
 if TYPE_CHECKING:
@@ -39,11 +39,12 @@ class MemoryBudget:
         starts: How many messages each start had.
         moments: When each was, by the event loop's clock.
         forgotten: The keys of what ended, in that order.
+        ends: What each start came to.
         most: With how many a message may run, by its key.
         asked: How often somebody looked.
         turns: How many turns are held now.
         resting: Whether who has the turn only waits.
-        bulk_next: As for `Budget`.
+        bulk_next: As for `TaskBudget`.
     """
 
     def __init__(self, rate: str | None = None, gather_seconds: float = 0.0) -> None:
@@ -58,6 +59,7 @@ class MemoryBudget:
         self.starts: list[int] = []
         self.moments: list[float] = []
         self.forgotten: list[str] = []
+        self.ends: list[End] = []
         self.asked = 0
         self.turns = 0
         self.resting = False
@@ -131,7 +133,9 @@ class MemoryBudget:
         self.noted.append(message)
         yield
 
-    async def charge(self, messages: Sequence[str], *, bulk_next: bool = False) -> Wait | None:
+    async def charge(
+        self, messages: Sequence[str], *, ids: int | None = None, bulk_next: bool = False
+    ) -> Wait | None:
         """Begin a start, at the moment it is due; return why not."""
         if isinstance(self.refusal, DatabaseError):
             raise self.refusal
@@ -145,9 +149,19 @@ class MemoryBudget:
         self.moments.append(asyncio.get_running_loop().time())
         return None
 
-    async def ended(self, messages: Sequence[str]) -> None:
+    @property
+    def shares(self) -> bool:
+        """Whether other tasks share it: none does."""
+        return False
+
+    async def want(self, *, urgent: bool, bulk: bool) -> None:
+        """Nobody else is asked."""
+
+    async def ended(self, messages: Sequence[str], end: End | None = None) -> None:
         """Note that messages are settled, and their worker lives."""
         self.forgotten += messages
+        if end is not None:
+            self.ends.append(end)
         for message in messages:
             self.died.pop(message, None)
 

@@ -199,6 +199,11 @@ class MemoryLanes:
             for tag in sorted(set(self.held) - before):
                 self._put_back(tag)
 
+    async def count_queued(self) -> tuple[int, int]:
+        """Return how many messages wait in the urgent lane, and in the bulk lane."""
+        self._step("count_queued")
+        return len(self.broker.queues[QUEUES.urgent]), len(self.broker.queues[QUEUES.bulk])
+
     async def count_put_off(self) -> int:
         """Return how many messages wait in the retry queue."""
         self._step("count_put_off")

@@ -101,7 +101,7 @@ async def test_one_turn_at_a_time(make: Fleet, shop: Connection[Cursor]) -> None
     execute(
         shop,
         "INSERT INTO aioworker_worker SELECT 'id', 'host', 77, task, '1', NULL, 0, 'running', '',"
-        " SYSDATE(6), SYSDATE(6), 'running', NULL FROM aioworker_budget",
+        " SYSDATE(6), SYSDATE(6), 'running', NULL, NULL FROM aioworker_budget",
     )
 
     async with budget.turn() as wait:

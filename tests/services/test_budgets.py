@@ -12,7 +12,7 @@ import pytest
 
 from aioworker.budget.shared import SharedBudget
 from aioworker.clock import own_time
-from aioworker.limits import POLL_SECONDS, Budget, RateLimit, Wait, WorkerBudget
+from aioworker.limits import POLL_SECONDS, RateLimit, TaskBudget, Wait, WorkerBudget
 from aioworker.reasons import ReasonKind
 from tests.conftest import TASK, make_database
 from tests.doubles.budget import MemoryBudget
@@ -20,7 +20,7 @@ from tests.doubles.budget import MemoryBudget
 if TYPE_CHECKING:
     from aioworker.mysql.database import Database
 
-Make = Callable[[str | None], Budget]
+Make = Callable[[str | None], TaskBudget]
 SECONDS = 20
 
 
@@ -34,7 +34,7 @@ async def make(request: pytest.FixtureRequest) -> AsyncIterator[Make]:
     """Make a worker's budget of a rate."""
     databases: list[Database] = []
 
-    def shared(rate: str | None) -> Budget:
+    def shared(rate: str | None) -> TaskBudget:
         databases.append(make_database(request.getfixturevalue("pair")))
         return SharedBudget(databases[-1], TASK, parsed(rate), "test")
 
@@ -49,7 +49,9 @@ async def make(request: pytest.FixtureRequest) -> AsyncIterator[Make]:
         database.close()
 
 
-async def start(budget: Budget, message: str = "one", *, bulk_next: bool = False) -> Wait | None:
+async def start(
+    budget: TaskBudget, message: str = "one", *, bulk_next: bool = False
+) -> Wait | None:
     """Begin a start as a session does: look, have the turn, charge; return why not."""
     if (wait := await budget.check()) is not None:
         return wait
@@ -60,7 +62,7 @@ async def start(budget: Budget, message: str = "one", *, bulk_next: bool = False
     return wait
 
 
-async def start_when_due(budget: Budget, *, bulk_next: bool = False) -> float:
+async def start_when_due(budget: TaskBudget, *, bulk_next: bool = False) -> float:
     """Begin a start once it is due; return when that was, by the event loop's clock."""
     async with asyncio.timeout(SECONDS):
         while (wait := await start(budget, bulk_next=bulk_next)) is not None:  # noqa: ASYNC110

@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from aioworker.mysql.database import Database
 
 ONE_START = EARLIER[3]  # the last version whose budget had one moment for charge and first write
-ADDED = "added last_charge, last_write, bulk_next, paused_until, set_until, gap_after_us"  # to that
+ADDED = (  # to that
+    "added last_charge, last_write, bulk_next, paused_until, set_until, gap_after_us, shares,"
+    " wants_urgent, wants_bulk, urgent_starts"
+)
 NO_KIND = EARLIER[4]  # the last version whose workers gave no kind of their reason
 NO_LANES = EARLIER[6]  # the last version whose workers told nothing of their lanes
 NO_TURNS = EARLIER[7]  # the last version whose starts did not tell which lane is next
@@ -113,7 +116,7 @@ async def test_an_upgrade_keeps_all_that_an_earlier_version_knew(
 
     told = await upgrade(database)
 
-    assert "set_until" in told[0]
+    assert "shares" in told[0]
     assert [columns(shop, name) for name in schema.NAMES] == wanted
     assert rows(shop, kept) == before
     assert await upgrade(database) == ["was there"] * len(schema.NAMES)
@@ -185,8 +188,11 @@ async def test_an_upgrade_tells_workers_of_the_first_version_apart(
 
     assert await upgrade(database) == [
         "added last_charge, last_write, bulk_next, paused_by, paused_at, paused_why, paused_until,"
-        " set_until, gap_after_us, running, deaths",
-        "added id, kind, lanes",
+        " set_until, gap_after_us, running, deaths, shares, wants_urgent, wants_bulk,"
+        " urgent_starts",
+        "added id, kind, lanes, shares",
+        "made",
+        "made",
         "made",
     ]
 

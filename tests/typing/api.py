@@ -13,6 +13,7 @@ from typing import Any, assert_type
 import aioworker
 from aioworker import (
     AioworkerError,
+    Budget,
     Context,
     DeadLetter,
     Producer,
@@ -58,6 +59,19 @@ async def calls(ctx: Context) -> None:
     double(number=None)  # type: ignore[arg-type]
     note("x")  # type: ignore[arg-type, call-arg]
     note(ctx, 1)  # type: ignore[arg-type]
+
+
+writes = Budget("writes", rate_limit="6/m")
+Budget("writes")  # type: ignore[call-arg]
+Budget("writes", rate_limit=6)  # type: ignore[arg-type]
+
+
+@task(budget=writes, rate_limit="2/m")
+def shared(ctx: Context) -> None: ...
+
+
+@task(budget="writes")  # type: ignore[call-overload, untyped-decorator]
+def budget_is_an_object() -> None: ...
 
 
 @task(rate_limit=2)  # type: ignore[call-overload, untyped-decorator]

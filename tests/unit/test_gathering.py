@@ -294,9 +294,11 @@ async def test_a_moment_of_the_wait_is_left_to_the_charge(
     budget = gathering.heart.budget
     charge, early = budget.charge, list[float]()
 
-    async def noting(messages: Sequence[str], *, bulk_next: bool = False) -> Wait | None:
+    async def noting(
+        messages: Sequence[str], *, ids: int | None = None, bulk_next: bool = False
+    ) -> Wait | None:
         early.append(budget.due_at - clock.now)
-        return await charge(messages, bulk_next=bulk_next)
+        return await charge(messages, ids=ids, bulk_next=bulk_next)
 
     budget.charge = noting  # type: ignore[method-assign]
     gathering.send([1])

@@ -17,10 +17,12 @@ def row(server: str, here: str = OURS, session: int = 7) -> Row:
     """Return a row that one server wrote, as another one answers."""
     at = datetime(2026, 11, 29, tzinfo=UTC)
     return Row(
-        *(False, None, 0, at, server == here, server, here, 0, session, 0, None),
+        *("shop", False, None, 0, at, server == here, server, here, 0, session, 0, None),
         *(None, None, None, None, None, None, None, None, False, 0, 0),
         bulk_next=False,
         runs=False,
+        shares=None,
+        urgent_starts=0,
         running=[],
         deaths={},
         now=at,

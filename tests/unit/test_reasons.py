@@ -42,6 +42,7 @@ MEANINGS = {
     ReasonKind.TURN: Meaning(INFO, WAITS, "steady routine"),
     ReasonKind.TURN_UNOWNED: Meaning(INFO, WAITS, "steady routine"),
     ReasonKind.PAUSED: Meaning(INFO, WAITS, "ends_burst fails_burst"),
+    ReasonKind.OTHER_BUDGET: Meaning(WARNING, WAITS, "ends_burst fails_burst"),
     ReasonKind.BREAKER: Meaning(ERROR, STALLS, "red ends_burst"),
     ReasonKind.TWO_SERVERS: Meaning(ERROR, STALLS, "red ends_burst fails_burst"),
     ReasonKind.STALLED: Meaning(ERROR, STALLS, "red ends_burst fails_burst"),

@@ -13,6 +13,7 @@ def test_the_statements_of_every_module_with_sql_are_found() -> None:
 
     assert found >= {
         *("budget.shared", "budget.deaths", "budget.tables", "budget.run_time"),
+        *("budget.history", "budget.first_write", "commands.history"),
         *("commands.publish", "mysql.database", "repo", "status.presence", "status.read"),
     }
 

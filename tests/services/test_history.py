@@ -1,0 +1,262 @@
+"""A row for each start, and what `audit` and `history` tell by them, on a real server."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from aioworker.budget import run_time
+from aioworker.budget.run_time import Change
+from aioworker.budget.shared import SharedBudget
+from aioworker.limits import End, RateLimit
+from tests.conftest import TASK, Run, execute, rows, simple_addons
+
+if TYPE_CHECKING:
+    from pymysql.connections import Connection
+    from pymysql.cursors import Cursor
+
+    from aioworker.mysql.database import Database
+
+COLUMNS = "number, gap_us, worker, messages, ids, changed, outcome"
+WRITE = "UPDATE addons SET current_version = NULL WHERE id = 1"
+
+
+@pytest.fixture
+async def budget(database: Database, shop: Connection[Cursor]) -> SharedBudget:
+    """A worker's budget at a start a second, on the row that init makes."""
+    simple_addons(shop, 1)
+    made = SharedBudget(database, TASK, RateLimit.parse("1/s"), "web1:7")
+    await made.check()
+    return made
+
+
+def noted(shop: Connection[Cursor], columns: str = COLUMNS) -> list[tuple[Any, ...]]:
+    return list(rows(shop, f"SELECT {columns} FROM aioworker_start ORDER BY charged"))
+
+
+async def test_a_start_has_a_row(budget: SharedBudget, shop: Connection[Cursor]) -> None:
+    async with budget.turn():
+        assert await budget.charge(["one", "two"], ids=12) is None
+        [[charged, last_charge]] = rows(
+            shop, "SELECT charged, last_charge FROM aioworker_start JOIN aioworker_budget"
+        )
+        assert charged == last_charge
+        assert noted(shop, "first_write, ended") == [(None, None)]
+        await budget.ended(["one", "two"], End("ack", 9))
+
+    assert noted(shop) == [(1, 1_000_000, "web1:7", 2, 12, 9, "ack")]
+    assert noted(shop, "ended > charged, first_write") == [(1, None)]
+
+
+async def test_a_refused_charge_has_none(budget: SharedBudget, shop: Connection[Cursor]) -> None:
+    async with budget.turn():
+        execute(shop, "UPDATE aioworker_budget SET paused = TRUE")
+        assert await budget.charge(["one"]) is not None
+
+    assert noted(shop) == []
+    assert rows(shop, "SELECT * FROM aioworker_run") == []
+
+
+@pytest.mark.parametrize("commits", [True, False])
+async def test_the_first_write_is_noted_by_its_own_transaction(
+    budget: SharedBudget, database: Database, shop: Connection[Cursor], commits: bool
+) -> None:
+    async with budget.turn():
+        await budget.charge(["one"])
+        with nullcontext() if commits else pytest.raises(ZeroDivisionError):
+            async with database.transaction() as cursor:
+                await cursor.execute(WRITE)
+                _ = 1 / commits
+        await budget.ended(["one"], End("ack"))
+
+    [[written, last_write]] = rows(
+        shop, "SELECT first_write, last_write FROM aioworker_start JOIN aioworker_budget"
+    )
+    assert (written == last_write) is commits
+    assert (written is None) is not commits
+
+
+async def test_a_worker_that_dies_leaves_no_end(
+    budget: SharedBudget, database: Database, shop: Connection[Cursor]
+) -> None:
+    async with budget.turn():
+        await budget.charge(["one"])
+        database.close()
+
+    assert noted(shop, "number, ended") == [(1, None)]
+
+
+async def test_the_rate_that_an_operator_set_is_noted(
+    budget: SharedBudget, shop: Connection[Cursor]
+) -> None:
+    execute(shop, "UPDATE aioworker_budget SET gap_us = 250000")
+    await budget.check()
+    async with budget.turn():
+        await budget.charge(["one"])
+
+    assert noted(shop, "gap_us") == [(250_000,)]
+
+
+async def test_a_budget_that_was_made_again_counts_from_one(
+    budget: SharedBudget, shop: Connection[Cursor]
+) -> None:
+    """The row of a number that was there before is replaced."""
+    note(shop, (1, "2026-11-01", 1))
+    async with budget.turn():
+        assert await budget.charge(["one"]) is None
+
+    assert noted(shop, "number, worker") == [(1, "web1:7")]
+
+
+@pytest.mark.parametrize(
+    ("old", "left"),
+    [
+        (
+            "(199001, SYSDATE(6) - INTERVAL 8 DAY, 1), (199002, SYSDATE(6) - INTERVAL 6 DAY, 1)",
+            [199_002, 200_001],
+        ),
+        ("(100001, SYSDATE(6), 1), (100002, SYSDATE(6), 1)", [100_002, 200_001]),
+    ],
+    ids=["a week", "a hundred thousand"],
+)
+async def test_old_rows_go(
+    budget: SharedBudget, shop: Connection[Cursor], old: str, left: list[int]
+) -> None:
+    execute(shop, "UPDATE aioworker_budget SET starts = 200000")
+    insert(shop, old)
+    async with budget.turn():
+        await budget.charge(["one"])
+        await budget.ended(["one"], End("ack"))
+
+    assert sorted(number for [number] in noted(shop, "number")) == left
+
+
+def insert(shop: Connection[Cursor], values: str) -> None:
+    """Insert rows: number, charge, interval in seconds."""
+    for value in values.split("), ("):
+        number, charged, seconds = value.strip("()").split(", ")
+        execute(
+            shop,
+            "INSERT INTO aioworker_start"
+            " (task, number, charged, gap_us, worker, messages, ended, first_write)"
+            f" VALUES ('{TASK}', {number}, {charged}, {seconds} * 1000000, 'web1:7', 1,"
+            " charged, charged)",
+        )
+
+
+def note(shop: Connection[Cursor], *starts: tuple[int, str, float]) -> None:
+    """Insert rows: number, charge, interval in seconds."""
+    for number, charged, seconds in starts:
+        insert(shop, f"({number}, '{charged}', {seconds})")
+
+
+@pytest.mark.parametrize(
+    ("starts", "found"),
+    [
+        ([(0, 30), (30, 30), (60, 30)], {"least_charge": 1.0, "most_in_minute": 2, "kept": True}),
+        ([(0, 30), (29.7, 30)], {"least_charge": 0.99, "least_write": 0.99, "kept": False}),
+        # By the rate that was in force at the later one.
+        ([(0, 30), (1, 1), (2, 1)], {"least_charge": 1.0, "most_in_minute": 3, "kept": True}),
+        ([(0, 1), (1, 30)], {"least_charge": 1 / 30, "kept": False}),
+        # A rate of which no whole number of intervals makes a minute: 7/m.
+        ([(0, 8.571429), (8.571429, 8.571429)], {"least_charge": 1.0, "kept": True}),
+        ([(9 * n, 30) for n in range(3)], {"most_in_minute": 3, "excess_in_minute": 1}),
+        ([(61 * n, 3600) for n in range(3)], {"most_in_hour": 3, "excess_in_hour": 2}),
+        ([(0, 30)], {"least_charge": None, "starts": 1, "unfinished": 0, "kept": True}),
+        ([], {"starts": 0, "since": None, "kept": True}),
+    ],
+)
+def test_an_audit_states_the_least_distance(
+    run: Run, shop: Connection[Cursor], starts: list[tuple[float, float]], found: dict[str, Any]
+) -> None:
+    [[began]] = rows(shop, "SELECT SYSDATE(6) - INTERVAL 1 HOUR")
+    for number, (at, seconds) in enumerate(starts, 1):
+        charged = f"'{began}' + INTERVAL {round(at * 1e6)} MICROSECOND"
+        insert(shop, f"({number}, {charged}, {seconds})")
+
+    audit = run("audit", "--json")
+
+    told = json.loads(audit.stdout)
+    assert {name: told[name] for name in found} == pytest.approx(found)
+    assert audit.returncode == (0 if told["kept"] else 1)
+
+
+def test_an_audit_tells_what_is_not_in_it(run: Run, shop: Connection[Cursor]) -> None:
+    """Starts of earlier workers, which write no row; runs without an end; what is older."""
+    insert(shop, "(1, SYSDATE(6) - INTERVAL 3 HOUR, 1), (2, SYSDATE(6) - INTERVAL 1 HOUR, 1)")
+    insert(shop, "(7, SYSDATE(6) - INTERVAL 30 MINUTE, 1)")
+    execute(shop, "UPDATE aioworker_start SET ended = NULL WHERE number = 7")
+
+    shown = run("audit", "--since", "2h").stdout.splitlines()
+
+    assert shown[:2] == [f"task          {TASK}", "rate          kept"]
+    assert shown[2].startswith("starts        2, from ")
+    assert "without end   1: the worker died, or runs still" in shown
+    assert (
+        "not noted     4 starts by workers of an earlier version, or of rows that are gone" in shown
+    )
+    assert shown[3].startswith("charges       at least 1800.0")
+
+
+async def test_the_history_has_starts_and_changes_in_order(
+    run: Run, database: Database, budget: SharedBudget, shop: Connection[Cursor]
+) -> None:
+    await run_time.set_rate(database, TASK, 500_000, Change("dba", "rate limit 2/s", "night", 60))
+    await budget.check()
+    async with budget.turn():
+        await budget.charge(["one"], ids=1)
+        await budget.ended(["one"], End("ack", 1))
+    assert await run_time.pause(database, TASK, Change("dba", "paused"))
+    assert not await run_time.pause(database, TASK, Change("dba", "paused for 1 s", seconds=1))
+    await run_time.resume(database, TASK, Change("dba", "resumed"))
+
+    shown = [line[25:] for line in run("history").stdout.splitlines()]
+    told = [
+        json.loads(line) for line in run("history", "--json", "--last", "2").stdout.splitlines()
+    ]
+
+    assert shown == [
+        "rate limit 2/s, by dba: night",
+        "start 1 by web1:7: 1 message, 1 id, 1 changed; ack after 1 s",
+        "paused, by dba",
+        "resumed, by dba",
+    ]
+    assert [(one["kind"], one["what"]) for one in told] == [
+        ("change", "paused"),
+        ("change", "resumed"),
+    ]
+
+
+async def test_an_end_is_a_change(
+    run: Run, database: Database, budget: SharedBudget, shop: Connection[Cursor]
+) -> None:
+    """Of several that see it one notes it."""
+    for command in (("pause", "--for", "1h"), ("rate-limit", "2/s", "--for", "1h")):
+        run(*command)
+    execute(
+        shop,
+        "UPDATE aioworker_budget SET paused_at = '2026-01-01', paused_until = '2026-01-02',"
+        " set_at = '2026-01-01', set_until = '2026-01-02'",
+    )
+
+    await budget.check()
+    await budget.check()
+    await run_time.clear_ended(database, TASK)
+
+    found = rows(shop, "SELECT who, what FROM aioworker_change ORDER BY id")[2:]
+    assert found == [
+        ("end", "the rate limit set until then ended"),
+        ("end", "the pause ended"),
+    ]
+
+
+def test_nothing_is_noted_in_scope_worker(run: Run) -> None:
+    for command in ("audit", "history"):
+        refused = run(command, AIOWORKER_BUDGET="worker")
+        assert (refused.returncode, refused.stderr) == (
+            2,
+            "aioworker: AIOWORKER_BUDGET=worker: starts are noted nowhere\n",
+        )

@@ -1,0 +1,251 @@
+"""A budget that tasks share: two rows, two locks, one charge, on a real server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+from aioworker.budget import run_time, tables
+from aioworker.budget.pace import budget_key
+from aioworker.budget.run_time import Change
+from aioworker.budget.shared import Shared, SharedBudget
+from aioworker.errors import DatabaseError, TurnLostError
+from aioworker.limits import RateLimit
+from aioworker.reasons import ReasonKind
+from tests.conftest import execute, make_database, rows, simple_addons
+
+if TYPE_CHECKING:
+    from pymysql.connections import Connection
+    from pymysql.cursors import Cursor
+
+    from aioworker.mysql.database import Database
+    from support.servers import Servers
+
+KEY = budget_key("writes")
+LEFT, RIGHT = "shop.left", "shop.right"
+LONG_AGO = "UPDATE aioworker_budget SET last_start = '2000-01-01', last_charge = last_start"
+
+
+class Fleet:
+    """Makes workers' budgets of tasks, each on a connection of its own."""
+
+    def __init__(self, pair: Servers) -> None:
+        self.databases: dict[SharedBudget, Database] = {}
+        self._pair = pair
+
+    def __call__(
+        self, task: str, own: str | None = None, shared: str | None = "1/h"
+    ) -> SharedBudget:
+        """Make one more."""
+        database = make_database(self._pair)
+        rate = None if own is None else RateLimit.parse(own)
+        both = None if shared is None else Shared("writes", RateLimit.parse(shared))
+        name = f"worker:{len(self.databases) + 1}"
+        budget = SharedBudget(database, task, rate, name, shared=both)
+        self.databases[budget] = database
+        return budget
+
+
+@pytest.fixture
+async def make(pair: Servers, shop: Connection[Cursor], database: Database) -> AsyncIterator[Fleet]:
+    """Budgets on the rows that init makes."""
+    simple_addons(shop, 1)
+    await tables.add_rows(database, [LEFT, RIGHT, KEY])
+    fleet = Fleet(pair)
+    yield fleet
+    for opened in fleet.databases.values():
+        opened.close()
+
+
+async def start(budget: SharedBudget) -> str:
+    """Begin a start in a turn of its own; return why not, without the moment."""
+    wait = await budget.check()
+    if wait is None:
+        async with budget.turn() as wait:
+            wait = wait or await budget.charge(["one"])
+    return "" if wait is None else wait.reason.words.partition(" at ")[0]
+
+
+def charged(shop: Connection[Cursor]) -> dict[str, int]:
+    """Return how many starts each row counts."""
+    found = rows(shop, "SELECT task, starts FROM aioworker_budget WHERE task LIKE '%:%' OR starts")
+    return dict(found)
+
+
+async def test_starts_of_all_tasks_are_an_interval_apart(
+    make: Fleet, shop: Connection[Cursor]
+) -> None:
+    left, right = make(LEFT), make(RIGHT)
+    assert await start(left) == ""
+
+    assert await start(right) == "budget writes: next start"
+
+    assert charged(shop) == {KEY: 1, LEFT: 1}
+    [[one, other]] = rows(
+        shop,
+        "SELECT MIN(last_charge), MAX(last_charge) FROM aioworker_budget WHERE starts > 0",
+    )
+    assert (other - one).total_seconds() < 0.1
+
+
+async def test_a_tasks_own_limit_holds_besides(make: Fleet, shop: Connection[Cursor]) -> None:
+    left, right = make(LEFT, "1/h", "1000/s"), make(RIGHT, None, "1000/s")
+    assert await start(left) == ""
+    await asyncio.sleep(0.01)
+
+    assert await start(left) == "budget: next start"
+    assert await start(right) == ""
+    assert charged(shop) == {KEY: 2, LEFT: 1, RIGHT: 1}
+
+
+async def test_never_two_at_once(make: Fleet) -> None:
+    """The lock of the task is given back if the other one cannot be had: it blocks no third."""
+    left, right = make(LEFT, None, "1000/s"), make(RIGHT, None, "1000/s")
+    await left.check()
+    await right.check()
+    async with left.turn() as wait:
+        assert wait is None
+        async with right.turn() as refused:
+            assert refused is not None
+            assert refused.reason.kind is ReasonKind.TURN_UNOWNED
+            assert refused.reason.words.startswith("budget writes: turn: held by session ")
+        again = make(RIGHT, None, "1000/s")
+        await again.check()
+        async with again.turn() as refused:
+            assert refused is not None
+            assert refused.reason.words.startswith("budget writes: ")
+
+    async with right.turn() as wait:
+        assert wait is None
+
+
+@pytest.mark.parametrize("row", [LEFT, KEY])
+@pytest.mark.parametrize(
+    "hindrance",
+    ["paused = TRUE", "gap_us = 3600000000", "server = 'elsewhere'"],
+    ids=["paused", "slower", "another server"],
+)
+async def test_both_rows_are_charged_or_none(
+    make: Fleet, shop: Connection[Cursor], row: str, hindrance: str
+) -> None:
+    """Whatever comes between the look and the charge."""
+    left = make(LEFT, "100/s", "100/s")
+    assert await start(left) == ""
+    await asyncio.sleep(0.05)
+    before = charged(shop)
+    assert await left.check() is None
+    async with left.turn() as wait:
+        assert wait is None
+        execute(shop, f"UPDATE aioworker_budget SET {hindrance} WHERE task = '{row}'")
+        assert await left.charge(["two"]) is not None
+
+    assert charged(shop) == before
+    assert rows(shop, "SELECT message FROM aioworker_run WHERE message = 'two'") == []
+    assert rows(shop, "SELECT COUNT(*) FROM aioworker_start") == [(1,)]
+
+
+async def test_the_first_write_stamps_both_rows(make: Fleet, shop: Connection[Cursor]) -> None:
+    left = make(LEFT, "100/s", "100/s")
+    await left.check()
+    async with left.turn():
+        await left.charge(["one"])
+        async with make.databases[left].transaction() as cursor:
+            await cursor.execute("UPDATE addons SET current_version = NULL")
+
+    found = rows(
+        shop,
+        "SELECT last_write, last_start = last_write FROM aioworker_budget"
+        f" WHERE task IN ('{LEFT}', '{KEY}')",
+    )
+    assert len({write for write, _ in found}) == 1
+    assert all(same for _, same in found)
+
+
+@pytest.mark.parametrize("lost", [LEFT, KEY])
+async def test_a_lock_that_is_lost_ends_the_run(
+    make: Fleet, shop: Connection[Cursor], lost: str
+) -> None:
+    """Of either row: whoever has it may run."""
+    left = make(LEFT, "100/s", "100/s")
+    await left.check()
+    database = make.databases[left]
+    name = tables.lock_name(await database.schema(), lost)
+    with pytest.raises(TurnLostError):
+        async with left.turn():
+            await left.charge(["one"])
+            await database.query("SELECT RELEASE_LOCK(%s)", (name,))
+            async with database.transaction() as cursor:
+                await cursor.execute("UPDATE addons SET current_version = 10001")
+
+    assert rows(shop, "SELECT current_version FROM addons") == [(None,)]
+
+
+async def test_a_pause_of_the_budget_holds_all_its_tasks(
+    make: Fleet, shop: Connection[Cursor]
+) -> None:
+    left, right, alone = make(LEFT), make(RIGHT), make("update_current_version", "1/s", None)
+    await run_time.pause(make.databases[left], KEY, Change("dba", "paused"))
+
+    assert (await start(left)).startswith("budget writes: paused by dba since ")
+    assert (await start(right)).startswith("budget writes: paused by dba since ")
+    assert await start(alone) == ""
+
+
+async def test_a_rate_of_the_budget_at_run_time_acts_on_all(make: Fleet) -> None:
+    left, right = make(LEFT), make(RIGHT)
+    assert await start(left) == ""
+    await run_time.set_rate(make.databases[left], KEY, 1000, Change("dba", "faster"))
+    await asyncio.sleep(0.01)
+
+    assert await start(right) == ""
+
+
+async def test_without_any_limit_nothing_is_counted(make: Fleet, shop: Connection[Cursor]) -> None:
+    left = make(LEFT)
+    await run_time.set_rate(make.databases[left], KEY, 0, Change("dba", "none"))
+
+    assert await start(left) == ""
+
+    assert not left.limited
+    assert charged(shop) == {KEY: 0}
+
+
+async def test_its_row_is_missed_by_its_name(make: Fleet, shop: Connection[Cursor]) -> None:
+    execute(shop, f"DELETE FROM aioworker_budget WHERE task = '{KEY}'")
+
+    with pytest.raises(DatabaseError, match="budget 'writes' has no row in aioworker_budget"):
+        await make(LEFT).check()
+
+
+async def test_a_worker_of_other_code_waits_for_those_of_the_old(
+    make: Fleet, shop: Connection[Cursor]
+) -> None:
+    """From no budget to one and back: by the rows of the workers that are alive."""
+    alive = (
+        "INSERT INTO aioworker_worker (id, host, pid, task, version, session, state, reason, since,"
+        f" seen, shares) VALUES ('a', 'web1', 7, '{LEFT}', '1', 1, 'waiting', '', SYSDATE(6),"
+        " SYSDATE(6), {})"
+    )
+    execute(shop, alive.format("NULL"))
+    wait = await make(LEFT).check()
+    assert wait is not None
+    assert wait.reason.kind is ReasonKind.OTHER_BUDGET
+    assert wait.reason.words == (
+        "waiting for the end of web1:7, by whose code shop.left shares no budget"
+    )
+    assert await start(make(LEFT, "1/h", None)) == "", "the old ones go on"
+
+    execute(shop, "DELETE FROM aioworker_worker")
+    assert await make(LEFT).check() is None
+    assert rows(shop, f"SELECT shares FROM aioworker_budget WHERE task = '{LEFT}'") == [("writes",)]
+
+    execute(shop, LONG_AGO, alive.format("'writes'"))
+    back = await make(LEFT, "1/h", None).check()
+    assert back is not None
+    assert back.reason.words.endswith("shares budget writes")
+    execute(shop, "UPDATE aioworker_worker SET seen = SYSDATE(6) - INTERVAL 91 SECOND")
+    assert await start(make(LEFT, "1/h", None)) == "", "the old one has not been seen for long"
+    assert rows(shop, f"SELECT shares FROM aioworker_budget WHERE task = '{LEFT}'") == [(None,)]
