@@ -48,6 +48,9 @@ CAN_NOTE = (
     " SELECT task, number, charged, gap_us, worker, messages FROM aioworker_start WHERE FALSE",
     "UPDATE aioworker_start SET ended = NULL WHERE FALSE",
     "DELETE FROM aioworker_start WHERE FALSE",
+    "INSERT INTO aioworker_change (task, changed, who, what)"
+    " SELECT task, changed, who, what FROM aioworker_change WHERE FALSE",
+    "DELETE FROM aioworker_change WHERE FALSE",
 )
 
 # What somebody has changed in the budget's row, in the same transaction.

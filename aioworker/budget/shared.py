@@ -66,9 +66,8 @@ REST_SECONDS = 10  # of a session that holds the turn and only waits, between tw
 _ADOPT = f"""UPDATE aioworker_budget SET last_start = SYSDATE(6), server = {tables.SERVER}
 WHERE {tables.ROWS} AND (last_start > SYSDATE(6) OR server <> {tables.SERVER})"""
 # The task's own row may have no limit, where that of the budget that it shares has one.
-_GAP = (
-    f"""INTERVAL COALESCE(gap_us, IF({tables.IS_SHARED}, %(shared_gap)s, %(gap)s), 0) MICROSECOND"""
-)
+_GAP = f"""INTERVAL COALESCE(
+    gap_us, IF({tables.IS_SHARED}, %(shared_gap)s, %(gap)s), 0) MICROSECOND"""
 _DUE = f"""GREATEST({tables.CHARGED} + {_GAP},
     {tables.WROTE} + {_GAP} - INTERVAL %(usual_us)s MICROSECOND)"""
 _UNTIL_DUE = server_waits(f"(SELECT MAX({_DUE}) FROM aioworker_budget WHERE {tables.ROWS})")
@@ -341,7 +340,7 @@ class SharedBudget:
             self._database.close()
             raise
         finally:
-            self._has_turn = False
+            self._has_turn, self._end = False, None
             self._database.expect(None)
             await self._deaths.withdraw()
 
@@ -480,7 +479,6 @@ class SharedBudget:
         if released.rows != [(len(self._paces),)]:
             raise TurnLostError(f"the turn of {self._task} was lost while it ran")
         self._deaths.paid()
-        self._end = None
 
     def _owed(self) -> tuple[list[str], dict[str, object]]:
         """Return what is to be run before the turn is given back, and its arguments."""

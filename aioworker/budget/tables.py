@@ -22,7 +22,7 @@ from aioworker.words import command
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from aioworker.mysql.database import Database
+    from aioworker.mysql.database import Answer, Database
 
 # Which server wrote a row: another one has another clock.
 SERVER = "CONCAT(@@hostname, ':', @@port, ':', @@server_id)"
@@ -298,6 +298,11 @@ class Keys(NamedTuple):
     task: str
     shared: str | None = None
 
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """What is read of them."""
+        return (_FIND,) if self.shared is None else (_FIND, _WANTS)
+
 
 def locks(schema: str, keys: Keys) -> dict[str, object]:
     """Return the names of the locks that are a turn together, as arguments of statements."""
@@ -340,8 +345,8 @@ async def read_all(database: Database, keys: Keys) -> Found:
             reads.
     """
     arguments = {**keys._asdict(), **locks(await database.schema(), keys)}
-    found, wants = await database.each(_FIND, _WANTS, args=arguments)
-    return Found(_there(_rows(database, found.rows), keys), _wants(wants.rows))
+    found, *wants = await database.each(*keys.asked, args=arguments)
+    return Found(_there(_rows(database, found.rows), keys), _wants(wants))
 
 
 async def take(database: Database, keys: Keys, patience: int) -> Found:
@@ -356,9 +361,10 @@ async def take(database: Database, keys: Keys, patience: int) -> Found:
         DatabaseError: A row is not there, or this server only reads.
     """
     arguments = {**keys._asdict(), **locks(await database.schema(), keys), "patience": patience}
-    answers = await database.each(*_TAKE, _FIND, _WANTS, NOTES, args=arguments)
-    [[[held, _released]], found, wants, notes] = [one.rows for one in answers[len(_TAKE) - 1 :]]
-    return Found(_there(_rows(database, found), keys), _wants(wants), held, notes)
+    answers = await database.each(*_TAKE, *keys.asked, NOTES, args=arguments)
+    took, found, *wants, notes = answers[len(_TAKE) - 1 :]
+    [[held, _released]] = took.rows
+    return Found(_there(_rows(database, found.rows), keys), _wants(wants), held, notes.rows)
 
 
 async def want(database: Database, task: str, *, urgent: bool, bulk: bool) -> None:
@@ -434,7 +440,8 @@ def _rows(database: Database, found: list[tuple[Any, ...]]) -> list[Row]:
     return [_row(database, list(values)) for values in found]
 
 
-def _wants(found: list[tuple[Any, ...]]) -> list[Want]:
+def _wants(answers: Sequence[Answer]) -> list[Want]:
+    found = [row for answer in answers for row in answer.rows]
     return [Want(task, bool(urgent), bool(bulk), age) for task, urgent, bulk, age in found]
 
 

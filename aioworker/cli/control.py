@@ -109,8 +109,8 @@ def rate_limit(
     settings = prepare(app=app_names)
     from aioworker.commands import controls
 
-    order = controls.Order(why, _seconds(span), budget)
-    console.say(run(controls.set_rate(settings, meant, rate, order)))
+    instruction = controls.Instruction(why, _seconds(span), budget)
+    console.say(run(controls.set_rate(settings, meant, rate, instruction)))
 
 
 def pause(
@@ -131,8 +131,8 @@ def pause(
     settings = prepare(app=app_names)
     from aioworker.commands import controls
 
-    order = controls.Order(why, _seconds(span), budget, every)
-    console.say_all(run(controls.pause(settings, meant, order)))
+    instruction = controls.Instruction(why, _seconds(span), budget, every)
+    console.say_all(run(controls.pause(settings, meant, instruction)))
 
 
 def resume(
@@ -148,5 +148,5 @@ def resume(
     settings = prepare(app=app_names)
     from aioworker.commands import controls
 
-    order = controls.Order(why, None, budget, every)
-    console.say_all(run(controls.resume(settings, meant, order)))
+    instruction = controls.Instruction(why, None, budget, every)
+    console.say_all(run(controls.resume(settings, meant, instruction)))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from aioworker.settings import Settings
 
 
-class Order(NamedTuple):
+class Instruction(NamedTuple):
     """What an operator says beside what is to be done.
 
     Args:
@@ -51,7 +51,10 @@ class Order(NamedTuple):
 
 
 async def set_rate(
-    settings: Settings, names: Sequence[str], rate: RateLimit | NoLimit | None, order: Order
+    settings: Settings,
+    names: Sequence[str],
+    rate: RateLimit | NoLimit | None,
+    instruction: Instruction,
 ) -> str:
     """Set the rate limit of all workers of the task that is meant, or take it back (None).
 
@@ -66,21 +69,21 @@ async def set_rate(
     gap = None if rate is None else 0
     if isinstance(rate, RateLimit):
         if rate.paused:
-            return await pause(settings, names, order)
+            return await pause(settings, names, instruction)
         gap = rate.gap_us
-    async with _rows(settings, names, order) as (database, [name]):
+    async with _rows(settings, names, instruction) as (database, [name]):
         before = await _read(database, name)
         what = "rate limit reset" if rate is None else f"rate limit {rate}"
-        await run_time.set_rate(database, name, gap, order.change(what))
+        await run_time.set_rate(database, name, gap, instruction.change(what))
         row = await tables.read(database, name)
         own = await tables.rates(database, name)
     was = _shown(rate_in_force(settings, name, before, own))
     now = _shown(rate_in_force(settings, name, row, own))
     still = f"; still {row.pause}" if row.pause else ""
-    return f"{shown(name)}: rate limit {now}{_until(row.set_until, order)} (was {was}){still}"
+    return f"{shown(name)}: rate limit {now}{_until(row.set_until, instruction)} (was {was}){still}"
 
 
-async def pause(settings: Settings, names: Sequence[str], order: Order) -> str:
+async def pause(settings: Settings, names: Sequence[str], instruction: Instruction) -> str:
     """Let no start of what is meant begin any more; one that runs ends as usual.
 
     Returns:
@@ -92,22 +95,22 @@ async def pause(settings: Settings, names: Sequence[str], order: Order) -> str:
         UsageError: No one task is meant, or the budget is each worker's own.
     """
     lines = []
-    async with _rows(settings, names, order) as (database, meant):
+    async with _rows(settings, names, instruction) as (database, meant):
         for name in meant:
             await _read(database, name)
-            new = await run_time.pause(database, name, order.change("paused"))
+            new = await run_time.pause(database, name, instruction.change("paused"))
             row = await tables.read(database, name)
             if new:
-                until = _until(row.paused_until, order)
+                until = _until(row.paused_until, instruction)
                 lines.append(f"{shown(name)}: paused{until}; what runs ends, nothing new begins")
                 continue
             lines.append(f"{shown(name)}: {row.pause}; nothing was changed")
-            if order.seconds is not None and not order.every:
+            if instruction.seconds is not None and not instruction.every:
                 raise AioworkerError(f"{lines[-1]}: a pause is not replaced by a shorter one")
     return "\n".join(lines)
 
 
-async def resume(settings: Settings, names: Sequence[str], order: Order) -> str:
+async def resume(settings: Settings, names: Sequence[str], instruction: Instruction) -> str:
     """End a pause of what is meant.
 
     Returns:
@@ -118,13 +121,13 @@ async def resume(settings: Settings, names: Sequence[str], order: Order) -> str:
         UsageError: No one task is meant, or the budget is each worker's own.
     """
     lines = []
-    async with _rows(settings, names, order) as (database, meant):
+    async with _rows(settings, names, instruction) as (database, meant):
         for name in meant:
             before = await _read(database, name)
             own = await tables.rates(database, name)
             rate = _shown(rate_in_force(settings, name, before, own))
             if before.paused:
-                await run_time.resume(database, name, order.change("resumed"))
+                await run_time.resume(database, name, instruction.change("resumed"))
                 lines.append(f"{shown(name)}: resumed, rate limit {rate}")
             else:
                 lines.append(f"{shown(name)}: not paused, rate limit {rate}; nothing was changed")
@@ -159,16 +162,16 @@ def shown(key: str) -> str:
     return key if name is None else f"budget {name}"
 
 
-def _until(moment: datetime | None, order: Order) -> str:
-    """Return when what was ordered ends, in words."""
-    if moment is None or order.seconds is None:
+def _until(moment: datetime | None, instruction: Instruction) -> str:
+    """Return when what was asked for ends, in words."""
+    if moment is None or instruction.seconds is None:
         return ""
-    return f" until {moment:%Y-%m-%d %H:%M:%S} UTC, in {duration(order.seconds)}"
+    return f" until {moment:%Y-%m-%d %H:%M:%S} UTC, in {duration(instruction.seconds)}"
 
 
 @asynccontextmanager
 async def _rows(
-    settings: Settings, names: Sequence[str], order: Order
+    settings: Settings, names: Sequence[str], instruction: Instruction
 ) -> AsyncIterator[tuple[Database, list[str]]]:
     """Yield the database, and the keys of the rows that are meant.
 
@@ -182,9 +185,9 @@ async def _rows(
             " at run time"
         )
     async with settings.database(locks=False) as database:
-        if order.budget is not None:
-            meant = [await which_tasks.of_budgets(database, order.budget)]
-        elif order.every:
+        if instruction.budget is not None:
+            meant = [await which_tasks.of_budgets(database, instruction.budget)]
+        elif instruction.every:
             meant = await which_tasks.every_row(database)
         else:
             meant = [which_tasks.only(await which_tasks.of_table(database, names))]
