@@ -10,6 +10,8 @@ of an earlier version. Without a rate limit nothing is charged, and nothing is n
 
 from __future__ import annotations
 
+from aioworker.budget.tables import GAP_US
+
 KEPT_DAYS = 7
 MOST_ROWS = 100_000  # of all tasks together
 CLEAN_EVERY = 100  # starts of a worker
@@ -17,12 +19,12 @@ PORTION = 500  # rows that go at once
 
 # Of a start that was charged in the same transaction. One of that number may be there: of a budget
 # whose row was deleted, and made again by `init`.
-CHARGED = """REPLACE INTO aioworker_start
+CHARGED = f"""REPLACE INTO aioworker_start
     (task, number, charged, gap_us, shared, shared_gap_us, worker, messages, ids)
-SELECT own.task, own.starts, own.last_charge, COALESCE(own.gap_us, %(gap)s),
-    shared.task, COALESCE(shared.gap_us, %(shared_gap)s), %(worker)s, %(together)s, %(ids)s
-FROM aioworker_budget AS own LEFT JOIN aioworker_budget AS shared ON shared.task = %(shared)s
-WHERE own.task = %(task)s AND @aioworker_charged"""
+SELECT task, starts, last_charge, COALESCE({GAP_US}, %(gap)s), %(shared)s, (
+    SELECT COALESCE({GAP_US}, %(shared_gap)s) FROM aioworker_budget WHERE task = %(shared)s
+), %(worker)s, %(together)s, %(ids)s
+FROM aioworker_budget WHERE task = %(task)s AND @aioworker_charged"""
 # The turn is held: nobody else counts a start.
 _NUMBER = "(SELECT starts FROM aioworker_budget WHERE task = %(task)s)"
 WROTE = f"""UPDATE aioworker_start
@@ -34,8 +36,7 @@ WHERE task = %(task)s AND ended IS NULL AND number = {_NUMBER}
 AND IS_USED_LOCK(%(lock)s) = CONNECTION_ID()"""
 CLEAN = (
     f"""DELETE FROM aioworker_start
-WHERE task = %(task)s AND charged < SYSDATE(6) - INTERVAL {KEPT_DAYS} DAY
-ORDER BY charged LIMIT {PORTION}""",
+WHERE charged < SYSDATE(6) - INTERVAL {KEPT_DAYS} DAY ORDER BY charged LIMIT {PORTION}""",
     f"""DELETE FROM aioworker_start
 WHERE task = %(task)s AND number <= (
     SELECT CAST(starts AS SIGNED) - {MOST_ROWS} DIV (SELECT COUNT(*) FROM aioworker_budget)

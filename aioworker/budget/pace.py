@@ -39,7 +39,7 @@ class Look(NamedTuple):
     """What a row says of the next start.
 
     Args:
-        seconds: Until it may be charged; 0 or less where it may now.
+        seconds: Until it may be charged; below 0 where it might have been so long ago.
         write_in_us: Microseconds until it may first write.
     """
 
@@ -117,7 +117,8 @@ class Pace:
             return Look(0.0, 0)
         write_in_us = self.gap_us - row.write_age_us
         due_in_us = max(self.gap_us - row.charge_age_us, write_in_us - usual_us)
-        return Look(max(due_in_us / 1e6, self.limiter.due_in()), write_in_us)
+        left = self.limiter.due_in()  # never below 0
+        return Look(max(due_in_us / 1e6, left) if left else due_in_us / 1e6, write_in_us)
 
     def reason(self, now: datetime, seconds: float) -> Reason:
         """Return the reason to wait for a start that is due in so many seconds."""

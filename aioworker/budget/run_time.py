@@ -26,12 +26,13 @@ TRY_SECONDS = 0.05
 _SET_RATE = f"""UPDATE aioworker_budget
 SET gap_after_us = IF(%(seconds)s IS NULL, NULL, IF({RATE_END} IS NULL, gap_us, gap_after_us)),
     gap_us = %(gap_us)s, set_by = %(who)s, set_why = %(why)s,
-    set_at = SYSDATE(6), set_until = set_at + INTERVAL %(seconds)s SECOND
+    set_at = SYSDATE(6), set_until = set_at + INTERVAL %(seconds)s SECOND, set_until_of = set_at
 WHERE task = %(task)s"""
 # A pause is not replaced by a shorter one.
 _PAUSE = f"""UPDATE aioworker_budget
 SET paused = TRUE, paused_by = %(who)s, paused_why = %(why)s,
-    paused_at = SYSDATE(6), paused_until = paused_at + INTERVAL %(seconds)s SECOND
+    paused_at = SYSDATE(6), paused_until = paused_at + INTERVAL %(seconds)s SECOND,
+    paused_until_of = paused_at
 WHERE task = %(task)s AND (NOT paused
     OR {PAUSE_END} <= COALESCE(SYSDATE(6) + INTERVAL %(seconds)s SECOND, {PAUSE_END}))"""
 _RESUME = """UPDATE aioworker_budget

@@ -46,11 +46,13 @@ BUDGET = """CREATE TABLE IF NOT EXISTS aioworker_budget (
     paused_at DATETIME(6) NULL,
     paused_why VARCHAR(500) NULL,
     paused_until DATETIME(6) NULL,
+    paused_until_of DATETIME(6) NULL,
     gap_us BIGINT UNSIGNED NULL,
     set_by VARCHAR(190) NULL,
     set_at DATETIME(6) NULL,
     set_why VARCHAR(500) NULL,
     set_until DATETIME(6) NULL,
+    set_until_of DATETIME(6) NULL,
     gap_after_us BIGINT UNSIGNED NULL,
     running TEXT NULL,
     deaths TEXT NULL,
@@ -106,8 +108,9 @@ START = """CREATE TABLE IF NOT EXISTS aioworker_start (
     changed INT UNSIGNED NULL,
     outcome VARCHAR(20) NULL,
     PRIMARY KEY (task, number),
-    KEY charged (task, charged),
-    KEY shared (shared, charged)
+    KEY task_charged (task, charged),
+    KEY shared_charged (shared, charged),
+    KEY charged (charged)
 ) ENGINE=InnoDB ROW_FORMAT=DYNAMIC DEFAULT CHARACTER SET utf8mb4"""
 
 CHANGE = """CREATE TABLE IF NOT EXISTS aioworker_change (

@@ -67,7 +67,7 @@ _ADOPT = f"""UPDATE aioworker_budget SET last_start = SYSDATE(6), server = {tabl
 WHERE {tables.ROWS} AND (last_start > SYSDATE(6) OR server <> {tables.SERVER})"""
 # The task's own row may have no limit, where that of the budget that it shares has one.
 _GAP = f"""INTERVAL COALESCE(
-    gap_us, IF({tables.IS_SHARED}, %(shared_gap)s, %(gap)s), 0) MICROSECOND"""
+    {tables.GAP_US}, IF({tables.IS_SHARED}, %(shared_gap)s, %(gap)s), 0) MICROSECOND"""
 _DUE = f"""GREATEST({tables.CHARGED} + {_GAP},
     {tables.WROTE} + {_GAP} - INTERVAL %(usual_us)s MICROSECOND)"""
 _UNTIL_DUE = server_waits(f"(SELECT MAX({_DUE}) FROM aioworker_budget WHERE {tables.ROWS})")
@@ -75,6 +75,7 @@ _UNTIL_DUE = server_waits(f"(SELECT MAX({_DUE}) FROM aioworker_budget WHERE {tab
 _LOCK = f"SELECT task FROM aioworker_budget WHERE {tables.ROWS} ORDER BY task FOR UPDATE"
 _MAY = f"""SET @aioworker_charged = %(rows)s = (SELECT COUNT(*) FROM aioworker_budget
 WHERE {tables.ROWS} AND NOT paused AND server = {tables.SERVER} AND {tables.MINE}
+AND ({tables.IS_SHARED} OR shares <=> %(shares)s)
 AND last_start <= SYSDATE(6) AND {_DUE} <= SYSDATE(6))"""
 # Assigned from left to right, each by what stands to its left.
 _CHARGE = f"""UPDATE aioworker_budget
@@ -84,6 +85,7 @@ SET last_write = {tables.WROTE}, last_charge = SYSDATE(6), last_start = last_cha
 WHERE {tables.ROWS} AND @aioworker_charged"""
 # In one packet and one transaction; without a charge nothing else is noted.
 _CHARGING = ("START TRANSACTION", _LOCK, _MAY, _CHARGE, NOTE, history.CHARGED, "COMMIT")
+_CHANGED = Reason(ReasonKind.BUDGET, "budget: its row was changed meanwhile")
 # SYSDATE() stands still like NOW() on a server that is started so; the budget needs it to move.
 _SYSDATE_MOVES = "SELECT TIMESTAMPDIFF(MICROSECOND, NOW(6), SYSDATE(6)) FROM (SELECT SLEEP(0.02)) s"
 
@@ -144,8 +146,8 @@ class SharedBudget:
         self._write_due = Due(0.0, self._clock.now(), 0.0)
         self._checked_session = 0
         self._arguments: dict[str, object] = {
-            **self._keys._asdict(),
-            "rows": len(self._paces),
+            "task": task,
+            "shares": self._shares,
             "worker": worker,
             "gap": self._own.own.gap_us,
             "shared_gap": None if self._shared is None else self._shared.own.gap_us,
@@ -153,7 +155,7 @@ class SharedBudget:
         self._deaths = Deaths(database, self._arguments)
         self._order = Order.of([], 0)
         self._waits_for_own = False
-        self._has_turn = False
+        self._keys_held: tables.Keys | None = None  # of the turn
         self._wanted = (False, False)  # as the row says it
         self._wanted_at = -math.inf
         self._end: End | None = None  # of a start, which is not noted yet
@@ -199,22 +201,35 @@ class SharedBudget:
         rows = found.rows
         for pace, row in zip(self._paces, rows, strict=True):
             await pace.follow(row)
-        if rows[0].shares != self._shares:
-            with tables.explaining(self._database):
-                why = await tables.share(self._database, self._task, self._shares)
-            if why is not None:
-                return Wait(Reason(ReasonKind.OTHER_BUDGET, why), POLL_SECONDS)
+        if (other := await self._share(rows[0])) is not None:
+            return other
         for pace in self._paces:
             if pace.force.paused:
                 return Wait(Reason(ReasonKind.PAUSED, pace.words + pace.force.pause), self._poll())
         if not self.limited:
             return None  # no charge writes into a row
+        if self._keys_held is not None and (self._keys_held.number > 1) is not self.shares:
+            return Wait(_CHANGED, TURN_SECONDS)  # it is not the turn that a start needs now
         self._order = Order.of(found.wants, rows[-1].urgent_starts)
-        self.bulk_next = rows[0].bulk_next if self._shared is None else self._order.bulk
+        self.bulk_next = self._order.bulk if self.shares else rows[0].bulk_next
         for pace in self._paces:
             if (two := pace.other_server.reason) is not None:
                 return Wait(Reason(ReasonKind.TWO_SERVERS, two), POLL_SECONDS)
         return self._until_due(rows, contenders)
+
+    async def _share(self, row: Row) -> Wait | None:
+        """Go by what this code shares; return the wait for a worker by whose code it is another.
+
+        A worker by whose code it was another cannot charge a start any more.
+        """
+        if row.shares == self._shares:
+            return None
+        with tables.explaining(self._database):
+            why = await tables.who_shares(self._database, row)
+            if why is not None:
+                return Wait(Reason(ReasonKind.OTHER_BUDGET, why), POLL_SECONDS)
+            await tables.share(self._database, row, self._shares)
+        return None
 
     def _until_due(self, rows: Sequence[Row], contenders: int) -> Wait | None:
         """Return the wait until the turn is to be taken, None where it is."""
@@ -227,21 +242,23 @@ class SharedBudget:
             now + write_in_us / 1e6, moment + timedelta(microseconds=write_in_us), now
         )
         seconds = [look.seconds for look in looks]
-        self._due_at = now + max(seconds)
+        self._due_at = now + max(*seconds, 0.0)
         # The turn that tasks share is taken by its own interval, and only for a task whose own
         # limit is due by then: one that waits for that blocks nobody.
         place = max(n for n, pace in enumerate(self._paces) if pace.gap_us is not None)
         pace, due = self._paces[place], seconds[place]
         # Who has the turn keeps it, whatever comes into other lanes.
-        before = [] if self._has_turn else self._order.before(self._task)
+        shares = self.shares and self._keys_held is None
+        before = self._order.before(self._task) if shares else []
         ahead = due - lead_seconds(self._gather_seconds, pace.interval)
-        ahead += place_seconds(pace.interval) * len(before)
+        if before:  # they might gather for a shorter time
+            ahead = due - LEAD_SECONDS + place_seconds(pace.interval) * len(before)
         self._waits_for_own = seconds[0] > max(due, LEAD_SECONDS)
         if self._waits_for_own:
             pace, before, ahead = self._own, [], seconds[0] - LEAD_SECONDS
         if ahead <= 0:
             return None
-        reason = pace.reason(moment, max(seconds))
+        reason = pace.reason(moment, max(*seconds, 0.0))
         if before:
             reason = reason._replace(words=f"{reason}, of {before[0]} first")
         jitter = _jitter(contenders, pace.gap_us or 0)
@@ -264,7 +281,8 @@ class SharedBudget:
             return
         said = (urgent and not self._waits_for_own, bulk and not self._waits_for_own)
         now = time.monotonic()
-        if said == self._wanted and now - self._wanted_at < FRESH_SECONDS / 2:
+        fresh = now - self._wanted_at < FRESH_SECONDS / 2 or not any(said)
+        if said == self._wanted and fresh:
             return
         with tables.explaining(self._database):
             await tables.want(self._database, self._task, urgent=said[0], bulk=said[1])
@@ -291,7 +309,7 @@ class SharedBudget:
                 extra=fields(task=self._task, last_start=found.rows[0].last_start),
             )
         with tables.explaining(self._database):
-            await self._database.execute(_ADOPT, self._arguments)
+            await self._database.execute(_ADOPT, self._keys._asdict())
             found = await self._read()
         for pace, row in zip(self._paces, found.rows, strict=True):
             if pace in theirs:
@@ -319,28 +337,29 @@ class SharedBudget:
         if not self.limited:
             yield None
             return
-        patience = QUEUE_SECONDS if self._database.timeout > 2 * QUEUE_SECONDS else 0
+        # A budget that has no limit is nobody's to wait for.
+        keys = self._keys if self.shares else tables.Keys(self._task)
+        patience = QUEUE_SECONDS if self._database.timeout > 4 * QUEUE_SECONDS else 0
         with tables.explaining(self._database):
             began = time.monotonic()
-            found = await tables.take(self._database, self._keys, patience)
+            found = await tables.take(self._database, self._keys, patience, both=self.shares)
             await self._seen(found.rows[0], time.monotonic() - began)
-        if found.held < len(found.rows):
+            self._arguments |= tables.arguments(await self._database.schema(), keys)
+        if found.held < keys.number:
             yield await self._taken(self._paces[found.held], found.rows[found.held])
             return
         try:
             with self._database.without_reconnect():
                 with tables.explaining(self._database):
                     await self._deaths.review(found.rows[0], found.notes)
-                self._resting = False
-                wait = await self._judge(found)
-                self._has_turn = wait is None
-                yield wait
+                self._resting, self._keys_held = False, keys
+                yield await self._judge(found)
                 await self._give_back()
         except BaseException:
             self._database.close()
             raise
         finally:
-            self._has_turn, self._end = False, None
+            self._keys_held, self._end = None, None
             self._database.expect(None)
             await self._deaths.withdraw()
 
@@ -431,7 +450,7 @@ class SharedBudget:
         self._charges += 1
         began_at = max(sent_at, self._due_at)
         for pace in self._paces:
-            if pace.limiter is not None:
+            if pace.gap_us is not None and pace.limiter is not None:
                 await pace.limiter.charge(began_at)
         self._database.expect(
             FirstWrite(self._database, self._arguments, self._write_due, self._habits, began_at)
@@ -447,11 +466,10 @@ class SharedBudget:
         self._deaths.void(messages)
         with tables.explaining(self._database):
             found = await self._read()
-        if any(row.turn != row.session for row in found.rows):
+        number = 1 if self._keys_held is None else self._keys_held.number
+        if any(row.turn != row.session for row in found.rows[:number]):
             raise TurnLostError(f"the turn of {self._task} was lost before its start")
-        wait = await self._judge(found)
-        changed = Reason(ReasonKind.BUDGET, "budget: its row was changed meanwhile")
-        return wait or Wait(changed, TURN_SECONDS)
+        return await self._judge(found) or Wait(_CHANGED, TURN_SECONDS)
 
     async def ended(self, messages: Sequence[str], end: End | None = None) -> None:
         """Note that messages are settled, or given back, and their worker lives."""
@@ -476,7 +494,7 @@ class SharedBudget:
         except (DatabaseError, MySQLError, TimeoutError):
             self._database.close()  # whoever needs it next says what is wrong
             return
-        if released.rows != [(len(self._paces),)]:
+        if released.rows != [(self._arguments["rows"],)]:
             raise TurnLostError(f"the turn of {self._task} was lost while it ran")
         self._deaths.paid()
 
@@ -508,7 +526,7 @@ class SharedBudget:
         self._clock.set(row.now, took)
         if row.session == self._checked_session:
             return
-        self._arguments |= tables.locks(await self._database.schema(), self._keys)
+        self._arguments |= tables.arguments(await self._database.schema(), self._keys)
         await self._database.each(*CAN_NOTE, *history.CAN_NOTE)
         [[moved]] = await self._database.query(_SYSDATE_MOVES)
         if not moved:

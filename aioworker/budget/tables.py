@@ -43,12 +43,14 @@ _STARTED = _BOUNDED("last_start")
 CHARGED = _BOUNDED(f"IF({_OURS}, last_charge, last_start)")
 WROTE = _BOUNDED(f"IF({_OURS}, last_write, last_start)")
 
-# When what is set at run time ends; NULL for never. What was set later than its end, by plain SQL
-# or by a command of an earlier version, has another one's: that counts for nothing.
-PAUSE_END = "IF(paused_until > COALESCE(paused_at, '2000-01-01'), paused_until, NULL)"
-RATE_END = "IF(set_until > COALESCE(set_at, '2000-01-01'), set_until, NULL)"
+# When what is set at run time ends; NULL for never. What plain SQL, or a command of an earlier
+# version, set since then has no end: it changed the moment that the end belongs to.
+PAUSE_END = "IF(paused_until_of = paused_at, paused_until, NULL)"
+RATE_END = "IF(set_until_of = set_at, set_until, NULL)"
 PAUSE_OVER = f"COALESCE(paused AND {PAUSE_END} <= SYSDATE(6), FALSE)"
 RATE_OVER = f"COALESCE({RATE_END} <= SYSDATE(6), FALSE)"
+# The interval set at run time, as it is now.
+GAP_US = f"IF({RATE_OVER}, gap_after_us, gap_us)"
 _PAUSED_UNTIL = f"IF(paused AND {PAUSE_END} > SYSDATE(6), paused_until, NULL)"
 _SET_UNTIL = f"IF({RATE_END} > SYSDATE(6), set_until, NULL)"
 
@@ -68,13 +70,13 @@ RELEASE = """SELECT IF(%(shared_lock)s IS NULL, 0, RELEASE_LOCK(COALESCE(%(share
 # A turn is the task's lock, then that of the budget that it shares; without that one, none.
 _TAKE = (
     "SET @aioworker_held = COALESCE(GET_LOCK(%(lock)s, %(patience)s), 0)",
-    """SET @aioworker_held = @aioworker_held + IF(@aioworker_held AND %(shared_lock)s IS NOT NULL,
-    COALESCE(GET_LOCK(COALESCE(%(shared_lock)s, '-'), %(patience)s), 0), 0)""",
-    "SELECT @aioworker_held, IF(@aioworker_held = 1 AND %(shared_lock)s IS NOT NULL,"
+    """SET @aioworker_held = @aioworker_held + IF(@aioworker_held AND %(second)s IS NOT NULL,
+    COALESCE(GET_LOCK(COALESCE(%(second)s, '-'), %(patience)s), 0), 0)""",
+    "SELECT @aioworker_held, IF(@aioworker_held = 1 AND %(second)s IS NOT NULL,"
     " RELEASE_LOCK(%(lock)s), 0)",
 )
 
-_FIND = f"""SELECT task, paused AND NOT {PAUSE_OVER}, IF({RATE_OVER}, gap_after_us, gap_us),
+_FIND = f"""SELECT task, paused AND NOT {PAUSE_OVER}, {GAP_US},
     TIMESTAMPDIFF(MICROSECOND, {_STARTED}, SYSDATE(6)),
     {_STARTED}, server = {SERVER}, server, {SERVER},
     COALESCE(IS_USED_LOCK({_LOCK}), 0), CONNECTION_ID(),
@@ -106,12 +108,13 @@ _HOLDER = f"""SELECT host, pid, seen > SYSDATE(6) - INTERVAL {ALIVE_SECONDS} SEC
 FROM aioworker_worker WHERE session = %s ORDER BY seen DESC LIMIT 1"""
 _TASKS = "SELECT task FROM aioworker_budget WHERE task NOT LIKE 'budget:%' ORDER BY task"
 _BUDGETS = "SELECT SUBSTR(task, 8) FROM aioworker_budget WHERE task LIKE 'budget:%' ORDER BY task"
-# A worker of an earlier version names no budget.
-_SHARES_OTHERWISE = f"""SELECT host, pid, shares FROM aioworker_worker
-WHERE task = %(task)s AND NOT (shares <=> %(shares)s)
+# Who is alive and goes by what the row says; a worker of an earlier version names no budget.
+_SHARES_AS_BEFORE = f"""SELECT host, pid FROM aioworker_worker
+WHERE task = %(task)s AND shares <=> %(before)s
 AND seen > SYSDATE(6) - INTERVAL {ALIVE_SECONDS} SECOND ORDER BY seen DESC LIMIT 1"""
 _SHARING = "SELECT task FROM aioworker_budget WHERE shares = %s ORDER BY task"
-_SHARE = "UPDATE aioworker_budget SET shares = %(shares)s WHERE task = %(task)s"
+_SHARE = """UPDATE aioworker_budget SET shares = %(shares)s
+WHERE task = %(task)s AND shares <=> %(before)s"""
 _RATES = f"""SELECT DISTINCT COALESCE(rate, 'none') FROM aioworker_worker
 WHERE task = %s AND seen > SYSDATE(6) - INTERVAL {ALIVE_SECONDS} SECOND"""
 _NEED_INIT = frozenset({ER.NO_SUCH_TABLE, ER.BAD_FIELD_ERROR})
@@ -299,15 +302,21 @@ class Keys(NamedTuple):
     shared: str | None = None
 
     @property
+    def number(self) -> int:
+        """How many rows those are."""
+        return 1 if self.shared is None else 2
+
+    @property
     def asked(self) -> tuple[str, ...]:
         """What is read of them."""
         return (_FIND,) if self.shared is None else (_FIND, _WANTS)
 
 
-def locks(schema: str, keys: Keys) -> dict[str, object]:
-    """Return the names of the locks that are a turn together, as arguments of statements."""
+def arguments(schema: str, keys: Keys) -> dict[str, object]:
+    """Return what statements about these rows are given: keys, locks, and how many they are."""
     shared = None if keys.shared is None else lock_name(schema, keys.shared)
-    return {"lock": lock_name(schema, keys.task), "shared_lock": shared}
+    locks = {"lock": lock_name(schema, keys.task), "shared_lock": shared}
+    return {**keys._asdict(), **locks, "rows": keys.number}
 
 
 async def read(database: Database, task: str) -> Row:
@@ -344,24 +353,26 @@ async def read_all(database: Database, keys: Keys) -> Found:
         DatabaseError: One is not there, and only `aioworker init` makes it; or this server only
             reads.
     """
-    arguments = {**keys._asdict(), **locks(await database.schema(), keys)}
-    found, *wants = await database.each(*keys.asked, args=arguments)
+    given = arguments(await database.schema(), keys)
+    found, *wants = await database.each(*keys.asked, args=given)
     return Found(_there(_rows(database, found.rows), keys), _wants(wants))
 
 
-async def take(database: Database, keys: Keys, patience: int) -> Found:
+async def take(database: Database, keys: Keys, patience: int, *, both: bool) -> Found:
     """Ask for the task's turn, and read the rows and the notes once that is answered.
 
     Args:
         database: The connection that is to hold it.
         keys: The rows' keys.
         patience: Seconds that the server lets it wait for each lock that somebody else has.
+        both: Whether the turn is that of the shared budget, too.
 
     Raises:
         DatabaseError: A row is not there, or this server only reads.
     """
-    arguments = {**keys._asdict(), **locks(await database.schema(), keys), "patience": patience}
-    answers = await database.each(*_TAKE, *keys.asked, NOTES, args=arguments)
+    given = arguments(await database.schema(), keys)
+    given |= {"second": given["shared_lock"] if both else None, "patience": patience}
+    answers = await database.each(*_TAKE, *keys.asked, NOTES, args=given)
     took, found, *wants, notes = answers[len(_TAKE) - 1 :]
     [[held, _released]] = took.rows
     return Found(_there(_rows(database, found.rows), keys), _wants(wants), held, notes.rows)
@@ -387,25 +398,26 @@ async def sharing(database: Database, name: str) -> list[str]:
     return [task for [task] in await database.query(_SHARING, (name,))]
 
 
-async def share(database: Database, task: str, shares: str | None) -> str | None:
-    """Have a task share a budget from now on, unless a live worker of it shares another one.
+async def who_shares(database: Database, row: Row) -> str | None:
+    """Return in words which live worker goes by what a task's row says it shares; None for none."""
+    found = await database.query(_SHARES_AS_BEFORE, {"task": row.task, "before": row.shares})
+    if not found:
+        return None
+    [(host, pid)] = found
+    theirs = "no budget" if row.shares is None else f"budget {row.shares}"
+    return f"waiting for the end of {host}:{pid}, by whose code {row.task} shares {theirs}"
+
+
+async def share(database: Database, row: Row, shares: str | None) -> None:
+    """Have a task share another budget from now on, unless somebody was first.
 
     Args:
         database: Where the rows are.
-        task: The task's name.
+        row: The task's row.
         shares: The budget's name; None for none.
-
-    Returns:
-        Why not yet, in words; None if it does now.
     """
-    arguments = {"task": task, "shares": shares}
-    found = await database.query(_SHARES_OTHERWISE, arguments)
-    if not found:
-        await database.execute(_SHARE, arguments)
-        return None
-    [(host, pid, other)] = found
-    theirs = "no budget" if other is None else f"budget {other}"
-    return f"waiting for the end of {host}:{pid}, by whose code {task} shares {theirs}"
+    arguments = {"task": row.task, "before": row.shares, "shares": shares}
+    await database.execute(_SHARE, arguments)
 
 
 async def rates(database: Database, task: str) -> set[str]:
@@ -419,9 +431,8 @@ async def find_row(database: Database, task: str) -> Row | None:
     Raises:
         DatabaseError: This server only reads.
     """
-    keys = Keys(task)
-    arguments = {**keys._asdict(), **locks(await database.schema(), keys)}
-    [answer] = await database.each(_FIND, args=arguments)
+    given = arguments(await database.schema(), Keys(task))
+    [answer] = await database.each(_FIND, args=given)
     return next(iter(_rows(database, answer.rows)), None)
 
 

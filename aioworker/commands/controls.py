@@ -15,7 +15,7 @@ from aioworker.budget import run_time, tables
 from aioworker.budget.pace import budget_name
 from aioworker.budget.run_time import Change
 from aioworker.commands import which_tasks
-from aioworker.errors import AioworkerError, UsageError
+from aioworker.errors import AioworkerError, DatabaseError, UsageError
 from aioworker.limits import InForce, NoLimit, RateLimit, Source, in_force
 from aioworker.tasks.registry import find, registered
 from aioworker.words import duration
@@ -94,8 +94,8 @@ async def pause(settings: Settings, names: Sequence[str], instruction: Instructi
         AioworkerError: A longer pause of the only one that is meant is set.
         UsageError: No one task is meant, or the budget is each worker's own.
     """
-    lines = []
-    async with _rows(settings, names, instruction) as (database, meant):
+    lines: list[str] = []
+    async with _rows(settings, names, instruction, lines) as (database, meant):
         for name in meant:
             await _read(database, name)
             new = await run_time.pause(database, name, instruction.change("paused"))
@@ -120,8 +120,8 @@ async def resume(settings: Settings, names: Sequence[str], instruction: Instruct
         DatabaseError: A row cannot be written; nothing of it was changed.
         UsageError: No one task is meant, or the budget is each worker's own.
     """
-    lines = []
-    async with _rows(settings, names, instruction) as (database, meant):
+    lines: list[str] = []
+    async with _rows(settings, names, instruction, lines) as (database, meant):
         for name in meant:
             before = await _read(database, name)
             own = await tables.rates(database, name)
@@ -171,9 +171,18 @@ def _until(moment: datetime | None, instruction: Instruction) -> str:
 
 @asynccontextmanager
 async def _rows(
-    settings: Settings, names: Sequence[str], instruction: Instruction
+    settings: Settings,
+    names: Sequence[str],
+    instruction: Instruction,
+    done: Sequence[str] = (),
 ) -> AsyncIterator[tuple[Database, list[str]]]:
     """Yield the database, and the keys of the rows that are meant.
+
+    Args:
+        settings: The settings.
+        names: The task's name; none for the only one.
+        instruction: Whether a budget, or every row, is meant.
+        done: What was done so far, which an error tells as well.
 
     Raises:
         UnknownTaskError: There is no such task, or no such budget.
@@ -191,8 +200,13 @@ async def _rows(
             meant = await which_tasks.every_row(database)
         else:
             meant = [which_tasks.only(await which_tasks.of_table(database, names))]
-        with tables.explaining(database):
-            yield database, meant
+        try:
+            with tables.explaining(database):
+                yield database, meant
+        except DatabaseError as error:
+            for line in done:
+                error.add_note(line)
+            raise
 
 
 async def _read(database: Database, name: str) -> Row:

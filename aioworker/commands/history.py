@@ -50,11 +50,15 @@ FROM (
 AUDIT = _AUDIT.format(number="number", gap="gap_us", whose="task")
 # Of all tasks that share a budget; how many starts are not noted, their own audits tell.
 AUDIT_SHARED = _AUDIT.format(number="NULL", gap="shared_gap_us", whose="shared")
-_STARTS = """SELECT charged, number, worker, messages, ids, gap_us / 1e6, SUBSTR(shared, 8),
+_STARTS = f"""SELECT charged, number, worker, messages, ids, gap_us / 1e6, SUBSTR(shared, 8),
     first_write, ended, changed, outcome
-FROM aioworker_start WHERE task = %(task)s ORDER BY charged DESC LIMIT %(most)s"""
-_CHANGES = """SELECT changed, who, what, why
-FROM aioworker_change WHERE task = %(task)s ORDER BY changed DESC, id DESC LIMIT %(most)s"""
+FROM aioworker_start
+WHERE task = %(task)s AND charged >= SYSDATE(6) - INTERVAL {KEPT_DAYS} DAY
+ORDER BY charged DESC LIMIT %(most)s"""
+_CHANGES = f"""SELECT changed, who, what, why
+FROM aioworker_change
+WHERE task = %(task)s AND changed >= SYSDATE(6) - INTERVAL {KEPT_DAYS} DAY
+ORDER BY changed DESC, id DESC LIMIT %(most)s"""
 
 
 @dataclass(frozen=True, slots=True)

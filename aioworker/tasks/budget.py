@@ -17,8 +17,8 @@ class Budget:
 
     Args:
         name: What `status` and `--budget` call it: up to 100 letters, digits, `_`, `-` and `.`.
-        rate_limit: Starts in a unit of time, such as `"6/m"`; `"0/m"` is a pause, `"none"` no
-            limit, so that only what is set at run time counts.
+        rate_limit: Starts in a unit of time, such as `"6/m"`; `"0/m"` is a pause; with `"none"`
+            nothing is shared, unless a rate is set at run time.
 
     Attributes:
         rate_limit: The same, parsed; None is no limit.

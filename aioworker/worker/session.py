@@ -233,13 +233,20 @@ class Session:
         await self._worker.presence.keep()
         waits = await self._held()
         # If a start waits for its moment alone, it is worth asking whether there is one to make.
-        if all(wait.reason.kind.timed for wait in waits) and await self._is_idle(held=bool(waits)):
+        able = all(wait.reason.kind.timed for wait in waits)
+        idle = able and await self._is_idle(held=bool(waits))
+        await self._want(able=able and not idle)
+        if idle:
             self._worker.consumer.taken.found_nothing(self._worker.budget.now())
             return [Wait(Reason(ReasonKind.EMPTY, "nothing queued"), IDLE_SECONDS)]
-        if self._worker.budget.shares:
-            urgent, bulk = await self._lanes.count_queued()
-            await self._worker.budget.want(urgent=urgent > 0, bulk=bulk > 0)
         return waits
+
+    async def _want(self, *, able: bool) -> None:
+        """Say what waits in the lanes, where tasks share a budget; nothing where none can begin."""
+        if not self._worker.budget.shares:
+            return
+        urgent, bulk = await self._lanes.count_queued() if able else (0, 0)
+        await self._worker.budget.want(urgent=urgent > 0, bulk=bulk > 0)
 
     async def _held(self) -> list[Wait]:
         """Return all that holds a start now, whether or not there is one to make."""

@@ -22,7 +22,8 @@ MOMENT = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC"
 # As if the server's clock had been set forward by three hours: what is noted was earlier by them.
 FORWARD = "UPDATE aioworker_budget SET " + ", ".join(
     f"{column} = {column} - INTERVAL 3 HOUR"
-    for column in ("paused_at", "paused_until", "set_at", "set_until")
+    for setting in ("paused", "set")
+    for column in (f"{setting}_at", f"{setting}_until", f"{setting}_until_of")
 )
 BACK = FORWARD.replace("- INTERVAL", "+ INTERVAL")
 
@@ -172,25 +173,26 @@ def test_status_shows_the_time_that_is_left(run: Run, shop: Connection[Cursor]) 
     assert re.search(r"^next start +not while paused, which ends in (2 h|1 h 59 min)$", shown, re.M)
 
 
-@pytest.mark.parametrize(
-    "by_hand",
-    [
-        "paused = TRUE, paused_at = UTC_TIMESTAMP(6)",
-        "paused = TRUE, paused_at = UTC_TIMESTAMP(6), paused_until = NULL",
-    ],
-)
-def test_a_pause_by_plain_sql_does_not_end_with_an_earlier_one(
-    run: Run, shop: Connection[Cursor], by_hand: str
+@pytest.mark.parametrize("ends", [True, False])
+def test_what_plain_sql_sets_meanwhile_has_no_end(
+    run: Run, shop: Connection[Cursor], ends: bool
 ) -> None:
-    """As by a command of an earlier version, which knows of no end."""
+    """As by a command of an earlier version, which knows of none."""
     run("pause", "--for", "2h")
-    execute(shop, "UPDATE aioworker_budget SET paused = FALSE")
+    run("rate-limit", "10/m", "--for", "2h")
+    if not ends:
+        execute(
+            shop,
+            "UPDATE aioworker_budget SET paused = FALSE",
+            "UPDATE aioworker_budget SET paused = TRUE, paused_at = UTC_TIMESTAMP(6),"
+            " gap_us = 1000000, set_at = UTC_TIMESTAMP(6)",
+        )
+
     execute(shop, FORWARD)
 
-    execute(shop, f"UPDATE aioworker_budget SET {by_hand}")
-
     found = budget(run)
-    assert (found["paused"], found["paused_until"]) == (True, None)
+    assert (found["paused"], found["rate"]) == ((False, "2/m") if ends else (True, "1/s"))
+    assert (found["paused_until"], found["set_until"]) == (None, None)
 
 
 def test_all_tasks_of_the_database(run: Run, shop: Connection[Cursor]) -> None:

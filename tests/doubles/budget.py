@@ -40,6 +40,8 @@ class MemoryBudget:
         moments: When each was, by the event loop's clock.
         forgotten: The keys of what ended, in that order.
         ends: What each start came to.
+        shares: Whether other tasks share it.
+        wants: What was said to wait in the lanes, urgent and bulk.
         most: With how many a message may run, by its key.
         asked: How often somebody looked.
         turns: How many turns are held now.
@@ -60,6 +62,8 @@ class MemoryBudget:
         self.moments: list[float] = []
         self.forgotten: list[str] = []
         self.ends: list[End] = []
+        self.shares = False
+        self.wants: list[tuple[bool, bool]] = []
         self.asked = 0
         self.turns = 0
         self.resting = False
@@ -149,13 +153,9 @@ class MemoryBudget:
         self.moments.append(asyncio.get_running_loop().time())
         return None
 
-    @property
-    def shares(self) -> bool:
-        """Whether other tasks share it: none does."""
-        return False
-
     async def want(self, *, urgent: bool, bulk: bool) -> None:
-        """Nobody else is asked."""
+        """Note what waits in the lanes."""
+        self.wants.append((urgent, bulk))
 
     async def ended(self, messages: Sequence[str], end: End | None = None) -> None:
         """Note that messages are settled, and their worker lives."""

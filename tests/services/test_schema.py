@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 ONE_START = EARLIER[3]  # the last version whose budget had one moment for charge and first write
 ADDED = (  # to that
-    "added last_charge, last_write, bulk_next, paused_until, set_until, gap_after_us, shares,"
+    "added last_charge, last_write, bulk_next, paused_until, paused_until_of,"
+    " set_until, set_until_of, gap_after_us, shares,"
     " wants_urgent, wants_bulk, urgent_starts"
 )
 NO_KIND = EARLIER[4]  # the last version whose workers gave no kind of their reason
@@ -188,8 +189,8 @@ async def test_an_upgrade_tells_workers_of_the_first_version_apart(
 
     assert await upgrade(database) == [
         "added last_charge, last_write, bulk_next, paused_by, paused_at, paused_why, paused_until,"
-        " set_until, gap_after_us, running, deaths, shares, wants_urgent, wants_bulk,"
-        " urgent_starts",
+        " paused_until_of, set_until, set_until_of, gap_after_us, running, deaths, shares,"
+        " wants_urgent, wants_bulk, urgent_starts",
         "added id, kind, lanes, shares",
         "made",
         "made",

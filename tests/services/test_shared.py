@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 
 KEY = budget_key("writes")
 LEFT, RIGHT = "shop.left", "shop.right"
+ALIVE = (
+    "INSERT INTO aioworker_worker (id, host, pid, task, version, session, state, reason, since,"
+    f" seen, shares) VALUES ('{{}}', 'web1', 7, '{LEFT}', '1', 1, 'waiting', '', SYSDATE(6),"
+    " SYSDATE(6), {})"
+)
 LONG_AGO = "UPDATE aioworker_budget SET last_start = '2000-01-01', last_charge = last_start"
 
 
@@ -37,14 +42,26 @@ class Fleet:
         self._pair = pair
 
     def __call__(
-        self, task: str, own: str | None = None, shared: str | None = "1/h"
+        self,
+        task: str,
+        own: str | None = None,
+        shared: str | None = "1/h",
+        *,
+        name: str = "writes",
+        gather_seconds: float = 0.0,
     ) -> SharedBudget:
         """Make one more."""
         database = make_database(self._pair)
         rate = None if own is None else RateLimit.parse(own)
-        both = None if shared is None else Shared("writes", RateLimit.parse(shared))
-        name = f"worker:{len(self.databases) + 1}"
-        budget = SharedBudget(database, task, rate, name, shared=both)
+        both = None if shared is None else Shared(name, RateLimit.parse(shared))
+        budget = SharedBudget(
+            database,
+            task,
+            rate,
+            f"worker:{len(self.databases) + 1}",
+            gather_seconds=gather_seconds,
+            shared=both,
+        )
         self.databases[budget] = database
         return budget
 
@@ -122,11 +139,14 @@ async def test_never_two_at_once(make: Fleet) -> None:
         assert wait is None
 
 
-@pytest.mark.parametrize("row", [LEFT, KEY])
 @pytest.mark.parametrize(
-    "hindrance",
-    ["paused = TRUE", "gap_us = 3600000000", "server = 'elsewhere'"],
-    ids=["paused", "slower", "another server"],
+    ("row", "hindrance"),
+    [
+        *((row, "paused = TRUE") for row in (LEFT, KEY)),
+        *((row, "gap_us = 3600000000") for row in (LEFT, KEY)),
+        *((row, "server = 'elsewhere'") for row in (LEFT, KEY)),
+        (LEFT, "shares = NULL"),
+    ],
 )
 async def test_both_rows_are_charged_or_none(
     make: Fleet, shop: Connection[Cursor], row: str, hindrance: str
@@ -220,16 +240,91 @@ async def test_its_row_is_missed_by_its_name(make: Fleet, shop: Connection[Curso
         await make(LEFT).check()
 
 
+async def test_a_budget_without_a_limit_is_nobodys_to_wait_for(make: Fleet) -> None:
+    left, right = make(LEFT, "100/s"), make(RIGHT, "100/s")
+    await run_time.set_rate(make.databases[left], KEY, 0, Change("dba", "none"))
+    await left.check()
+    await right.check()
+
+    async with left.turn() as wait:
+        assert wait is None
+        assert await left.charge(["one"]) is None
+        async with right.turn() as other:
+            assert other is None
+
+
+async def test_a_limit_that_comes_in_a_turn_of_the_task_alone_is_waited_for(make: Fleet) -> None:
+    left = make(LEFT, "100/s")
+    await run_time.set_rate(make.databases[left], KEY, 0, Change("dba", "none"))
+    await left.check()
+    await run_time.set_rate(make.databases[left], KEY, None, Change("dba", "reset"))
+
+    async with left.turn() as wait:
+        assert wait is not None
+        assert wait.reason.words == "budget: its row was changed meanwhile"
+
+    assert await start(left) == ""
+
+
+async def test_who_wants_and_cannot_start_keeps_nobody_waiting(
+    make: Fleet, shop: Connection[Cursor]
+) -> None:
+    """Its place in the order passes, as that of a task whose workers have died."""
+    right = make(RIGHT, None, "6/m")
+    assert await start(right) == ""
+    execute(shop, f"UPDATE aioworker_budget SET shares = 'writes' WHERE task = '{LEFT}'", LONG_AGO)
+    await tables.want(make.databases[right], LEFT, urgent=True, bulk=True)
+    await right.want(urgent=False, bulk=True)
+
+    later = make(RIGHT, None, "6/m")
+
+    assert await start(later) == ""
+
+
+async def test_who_goes_first_takes_the_turn_first_however_long_others_gather(
+    make: Fleet,
+) -> None:
+    """A long lead would else win every start."""
+    left = make(LEFT, None, "6/m", gather_seconds=20)
+    right = make(RIGHT, None, "6/m")
+    assert await start(left) == ""
+    await left.want(urgent=False, bulk=True)
+    assert await right.check() is not None
+    await right.want(urgent=True, bulk=False)
+
+    first, second = await right.check(), await left.check()
+    await left.want(urgent=True, bulk=False)
+
+    assert first is not None
+    assert second is not None
+    assert first.reason.words.endswith(" UTC")
+    assert second.reason.words.endswith(f" UTC, of {RIGHT} first")
+    assert left.due_at == pytest.approx(right.due_at, abs=0.1)
+
+
+async def test_workers_of_two_new_codes_do_not_wait_for_each_other(
+    make: Fleet, shop: Connection[Cursor], database: Database
+) -> None:
+    """The first one's counts; the other one waits for it."""
+    await tables.add_rows(database, [budget_key("others")])
+    for name in ("writes", "others"):
+        execute(shop, ALIVE.format(name[0], f"'{name}'"))
+    one, other = make(LEFT, None, "1000/s"), make(LEFT, None, "1000/s", name="others")
+
+    assert await start(one) == ""
+
+    wait = await other.check()
+    assert wait is not None
+    assert wait.reason.words.endswith("by whose code shop.left shares budget writes")
+    await asyncio.sleep(0.01)
+    assert await start(one) == ""
+
+
 async def test_a_worker_of_other_code_waits_for_those_of_the_old(
     make: Fleet, shop: Connection[Cursor]
 ) -> None:
     """From no budget to one and back: by the rows of the workers that are alive."""
-    alive = (
-        "INSERT INTO aioworker_worker (id, host, pid, task, version, session, state, reason, since,"
-        f" seen, shares) VALUES ('a', 'web1', 7, '{LEFT}', '1', 1, 'waiting', '', SYSDATE(6),"
-        " SYSDATE(6), {})"
-    )
-    execute(shop, alive.format("NULL"))
+    execute(shop, ALIVE.format("a", "NULL"))
     wait = await make(LEFT).check()
     assert wait is not None
     assert wait.reason.kind is ReasonKind.OTHER_BUDGET
@@ -239,10 +334,10 @@ async def test_a_worker_of_other_code_waits_for_those_of_the_old(
     assert await start(make(LEFT, "1/h", None)) == "", "the old ones go on"
 
     execute(shop, "DELETE FROM aioworker_worker")
-    assert await make(LEFT).check() is None
+    assert await start(make(LEFT)) == ""
     assert rows(shop, f"SELECT shares FROM aioworker_budget WHERE task = '{LEFT}'") == [("writes",)]
 
-    execute(shop, LONG_AGO, alive.format("'writes'"))
+    execute(shop, LONG_AGO, ALIVE.format("a", "'writes'"))
     back = await make(LEFT, "1/h", None).check()
     assert back is not None
     assert back.reason.words.endswith("shares budget writes")

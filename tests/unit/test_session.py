@@ -113,6 +113,27 @@ async def test_what_needs_no_start_goes_beside_one_in_the_same_turn(clock: FakeC
         assert heart.budget.charged == ["3"]
 
 
+async def test_where_tasks_share_a_budget_it_says_what_waits_and_can_start(
+    clock: FakeClock,
+) -> None:
+    """Others leave the next start to it meanwhile."""
+    heart = Heart(rate="2/m")
+    heart.budget.shares = True
+    heart.broker.send()
+    heart.broker.send()
+    async with running(heart):
+        await clock.advance(10)
+        assert heart.budget.wants[-1] == (False, True), "the second one waits for its start"
+
+        heart.budget.refusal = PAUSED
+        await clock.advance(5)
+        assert heart.budget.wants[-1] == (False, False), "paused, it wants nothing"
+
+        heart.budget.refusal = None
+        await clock.advance(60)
+        assert heart.budget.wants[-1] == (False, False), "nothing is left"
+
+
 async def test_a_paused_task_takes_nothing_until_it_is_resumed(clock: FakeClock) -> None:
     heart = Heart(rate="2/m")
     heart.budget.refusal = PAUSED
