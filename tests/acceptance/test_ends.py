@@ -191,7 +191,7 @@ def test_what_plain_sql_sets_meanwhile_has_no_end(
     execute(shop, FORWARD)
 
     found = budget(run)
-    assert (found["paused"], found["rate"]) == ((False, "2/m") if ends else (True, "1/s"))
+    assert (found["paused"], found["rate"]) == ((False, "2/m") if ends else (True, "60/m"))
     assert (found["paused_until"], found["set_until"]) == (None, None)
 
 

@@ -155,7 +155,7 @@ def test_no_worker_tells_that_nothing_is_queued_while_the_broker_is_down(
     execute(
         shop,
         "INSERT INTO aioworker_worker SELECT 'id', 'here', 9, task, '1', NULL, 0, 'waiting',"
-        f" '{reason}', SYSDATE(6), SYSDATE(6), '{kind}', NULL FROM aioworker_budget",
+        f" '{reason}', SYSDATE(6), SYSDATE(6), '{kind}', NULL, NULL FROM aioworker_budget",
     )
     unsure = "RabbitMQ cannot be asked whether messages wait"
     shown, shown_kind = (unsure, "unknown") if kind == "empty" else (reason, kind)
@@ -325,7 +325,7 @@ def test_a_worker_that_waits_for_its_first_write_is_believed(
     execute(
         shop,
         "INSERT INTO aioworker_worker SELECT 'id', 'web1', 77, task, '1', '2/m', 0, 'waiting',"
-        f" '{waits}', SYSDATE(6), SYSDATE(6), 'budget', NULL FROM aioworker_budget",
+        f" '{waits}', SYSDATE(6), SYSDATE(6), 'budget', NULL, NULL FROM aioworker_budget",
         "UPDATE aioworker_budget SET starts = 2, holder = 'web1:76',"
         " last_charge = SYSDATE(6) - INTERVAL 40 SECOND,"
         f" last_write = SYSDATE(6) - INTERVAL {since_write} SECOND, last_start = last_write",
@@ -349,7 +349,7 @@ def test_a_turn_names_its_holder(
         shop,
         f"DO GET_LOCK('{lock}', 0)",
         "INSERT INTO aioworker_worker SELECT 'id', 'frozen', 9, task, '1', NULL, CONNECTION_ID(),"
-        " 'waiting', 'budget', SYSDATE(6), SYSDATE(6), 'budget', NULL FROM aioworker_budget",
+        " 'waiting', 'budget', SYSDATE(6), SYSDATE(6), 'budget', NULL, NULL FROM aioworker_budget",
     )
 
     found = status()
@@ -366,7 +366,7 @@ def test_a_worker_that_has_not_seen_the_queue_yet_tells_nothing_of_it(
     execute(
         shop,
         "INSERT INTO aioworker_worker SELECT 'id', 'here', 9, task, '1', NULL, 0, 'waiting',"
-        " 'nothing queued', SYSDATE(6), SYSDATE(6) - INTERVAL 20 SECOND, 'empty', NULL"
+        " 'nothing queued', SYSDATE(6), SYSDATE(6) - INTERVAL 20 SECOND, 'empty', NULL, NULL"
         " FROM aioworker_budget",
     )
 
