@@ -19,7 +19,7 @@ from aioworker.cli.common import (
     run,
     seconds_of,
 )
-from aioworker.words import count, duration
+from aioworker.words import count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -139,7 +139,8 @@ def _words(one: Start | Change) -> str:
     changed = "" if one.changed is None else f", {one.changed:,} changed"
     ran = "no end is noted"
     if one.ended is not None:
-        ran = f"{one.outcome} after {duration((one.ended - one.at).total_seconds())}"
+        seconds = (one.ended - one.at).total_seconds()
+        ran = f"{one.outcome} after {seconds:.1f} s"
     messages = count(one.messages, "message")
     return f"start {one.number} by {one.worker}: {messages}{ids}{changed}; {ran}"
 

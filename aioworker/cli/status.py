@@ -149,8 +149,10 @@ def shared_lines(shared: SharedStatus) -> list[tuple[str, str]]:
     """Return what a person reads of a budget that tasks share: names and values, in order."""
     tasks = ", ".join(shared.tasks) or "none has a worker that says so"
     paused = [("paused", shared.limit.pause)] if shared.limit.pause else []
-    limit = _budget_lines(shared.limit, ReasonKind.UNKNOWN)
-    return [("budget", shared.budget), ("tasks", tasks), *paused, *limit]
+    limit = dict(_budget_lines(shared.limit, ReasonKind.UNKNOWN))
+    if shared.limit.source == Source.UNKNOWN:  # no worker says which
+        limit |= {"rate": "what the tasks' code says", "next start": "as that allows"}
+    return [("budget", shared.budget), ("tasks", tasks), *paused, *limit.items()]
 
 
 def lines(status: Status) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from aioworker.budget import tables
 from aioworker.budget.history import KEPT_DAYS
 from aioworker.budget.pace import budget_name
 from aioworker.commands import which_tasks
+from aioworker.commands.controls import shown
 from aioworker.errors import UsageError
 from aioworker.mysql.database import Database
 from aioworker.settings import Settings
@@ -151,7 +152,7 @@ class Change:
     """What an operator changed at run time, or its end; times are UTC.
 
     Args:
-        task: The task's name.
+        task: The task's name; `budget NAME` of a budget that tasks share.
         at: When.
         who: Who; `end` where the time was up that was set before.
         what: What, in words.
@@ -226,7 +227,7 @@ async def last(settings: Settings, names: Sequence[str], most: int) -> list[Star
 
     Args:
         settings: The settings.
-        names: The tasks' names; none for all that have a budget.
+        names: The tasks' names; none for all that have a budget, and the budgets that they share.
         most: How many.
 
     Raises:
@@ -236,12 +237,15 @@ async def last(settings: Settings, names: Sequence[str], most: int) -> list[Star
     _expect_shared(settings)
     found: list[Start | Change] = []
     async with settings.database(locks=False) as database:
-        tasks = await which_tasks.of_table(database, names)
+        if names:
+            keys = await which_tasks.of_table(database, names)
+        else:
+            keys = await which_tasks.every_row(database)
         with tables.explaining(database):
-            for task in tasks:
-                asked = {"task": task, "most": most}
-                found += [Start(task, *_start(row)) for row in await database.query(_STARTS, asked)]
-                found += [Change(task, *row) for row in await database.query(_CHANGES, asked)]
+            for key in keys:
+                asked = {"task": key, "most": most}
+                found += [Start(key, *_start(row)) for row in await database.query(_STARTS, asked)]
+                found += [Change(shown(key), *row) for row in await database.query(_CHANGES, asked)]
     return sorted(found, key=attrgetter("at"))[-most:]
 
 

@@ -557,7 +557,7 @@ def _why_not_begun(limit: Limit, last: Worker, row: Row | None) -> Reason:
         last: The worker that was seen last.
         row: The task's row.
     """
-    if row is not None and row.shares is not None:
+    if row is not None and row.shares is not None and last.kind is not ReasonKind.RUNNING:
         return last.why  # which of two limits is waited for, it knows
     if limit.next_start_seconds is not None:
         words = f"budget: next start in {duration(limit.next_start_seconds)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,27 @@ async def test_a_worker_that_dies_leaves_no_end(
         database.close()
 
     assert noted(shop, "number, ended") == [(1, None)]
+
+
+async def test_an_end_that_was_not_noted_is_no_other_starts(
+    budget: SharedBudget, database: Database, shop: Connection[Cursor]
+) -> None:
+    """Of a worker that loses its connection, while another one's start has no end yet."""
+    async with budget.turn():
+        await budget.charge(["one"])
+        await budget.ended(["one"], End("ack", 9))
+        database.close()
+    insert(shop, "(2, SYSDATE(6), 1)")
+    execute(
+        shop,
+        "UPDATE aioworker_start SET ended = NULL",
+        "UPDATE aioworker_budget SET starts = 2, last_start = '2000-01-01'",
+    )
+
+    async with budget.turn() as wait:
+        assert wait is None
+
+    assert noted(shop, "number, ended, outcome") == [(1, None, None), (2, None, None)]
 
 
 async def test_the_rate_that_an_operator_set_is_noted(
@@ -218,9 +240,10 @@ async def test_the_history_has_starts_and_changes_in_order(
         json.loads(line) for line in run("history", "--json", "--last", "2").stdout.splitlines()
     ]
 
+    shown = [re.sub(r"after \d+\.\d s", "after 0.0 s", line) for line in shown]
     assert shown == [
         "rate limit 2/s, by dba: night",
-        "start 1 by web1:7: 1 message, 1 id, 1 changed; ack after 1 s",
+        "start 1 by web1:7: 1 message, 1 id, 1 changed; ack after 0.0 s",
         "paused, by dba",
         "resumed, by dba",
     ]

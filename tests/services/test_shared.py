@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from aioworker.budget.shared import Shared, SharedBudget
 from aioworker.errors import DatabaseError, TurnLostError
 from aioworker.limits import RateLimit
 from aioworker.reasons import ReasonKind
-from tests.conftest import execute, make_database, rows, simple_addons
+from tests.conftest import Run, execute, make_database, rows, simple_addons
 
 if TYPE_CHECKING:
     from pymysql.connections import Connection
@@ -344,3 +345,44 @@ async def test_a_worker_of_other_code_waits_for_those_of_the_old(
     execute(shop, "UPDATE aioworker_worker SET seen = SYSDATE(6) - INTERVAL 91 SECOND")
     assert await start(make(LEFT, "1/h", None)) == "", "the old one has not been seen for long"
     assert rows(shop, f"SELECT shares FROM aioworker_budget WHERE task = '{LEFT}'") == [(None,)]
+
+
+async def test_the_commands_name_a_budget(make: Fleet, run: Run, shop: Connection[Cursor]) -> None:
+    """By an option of its own, beside tasks in what shows all."""
+    assert await start(make(LEFT, None, "1/s")) == ""
+
+    paused = run("pause", "--budget", "writes", "--for", "2h", "--reason", "copy").stdout
+    status = run("status", "--budget", "writes").stdout.splitlines()
+    rate = run("rate-limit", "--budget", "writes", "10/m").stdout
+    told = json.loads(run("status", "--budget", "writes", "--json").stdout)
+    history = run("history").stdout.splitlines()
+    audit = run("audit", "--budget", "writes").stdout.splitlines()
+    resumed = run("resume", "--all").stdout.splitlines()
+
+    assert paused.startswith("budget writes: paused until ")
+    assert status[:2] == ["budget     writes", f"tasks      {LEFT}"]
+    assert status[2].startswith("paused     paused by ")
+    assert status[3] == "rate       what the tasks' code says"
+    assert rate.startswith(
+        "budget writes: rate limit 10/m, run time (was each worker's own); still"
+    )
+    assert (told["tasks"], told["limit"]["rate"], told["limit"]["starts"]) == ([LEFT], "10/m", 1)
+    assert [line[25:].partition(" by ")[0] for line in history] == [
+        f"{LEFT}  start 1",
+        "budget writes  paused for 2 h,",
+        "budget writes  rate limit 10/m,",
+    ]
+    assert audit[:2] == ["budget        writes", "rate          kept"]
+    assert resumed[-1] == "budget writes: resumed, rate limit 10/m, run time"
+
+
+@pytest.mark.parametrize("command", [("pause",), ("status",), ("audit",), ("rate-limit", "2/m")])
+def test_a_budget_that_is_not_there_is_refused_in_one_line(
+    make: Fleet, run: Run, command: tuple[str, ...]
+) -> None:
+    refused = run(*command, "--budget", "wirtes")
+
+    assert (refused.returncode, refused.stderr) == (
+        2,
+        "aioworker: unknown budget 'wirtes': there are: writes\n",
+    )
