@@ -303,6 +303,24 @@ async def test_who_goes_first_takes_the_turn_first_however_long_others_gather(
     assert left.due_at == pytest.approx(right.due_at, abs=0.1)
 
 
+@pytest.mark.parametrize(("urgent_starts", "bulk"), [(1, False), (2, True)])
+async def test_after_urgent_starts_of_all_tasks_one_begins_with_the_bulk_lane(
+    make: Fleet, shop: Connection[Cursor], urgent_starts: int, bulk: bool
+) -> None:
+    left, right = make(LEFT, None, "1000/s"), make(RIGHT, None, "1000/s")
+    for budget in (left, right):
+        await budget.check()
+        await budget.want(urgent=True, bulk=True)
+    for _ in range(urgent_starts):
+        async with left.turn():
+            assert await left.charge(["one"], bulk_next=True) is None
+
+    await left.check()
+    await right.check()
+
+    assert (left.bulk_next, right.bulk_next) == (bulk, bulk)
+
+
 async def test_workers_of_two_new_codes_do_not_wait_for_each_other(
     make: Fleet, shop: Connection[Cursor], database: Database
 ) -> None:
