@@ -38,6 +38,11 @@ def duration(seconds: float) -> str:
     return f"{hours} h {rest // MINUTE} min" if rest >= MINUTE else f"{hours} h"
 
 
+def moment(at: datetime) -> str:
+    """Return a moment, UTC, as a person reads it: `2026-11-24 02:10:00 UTC`."""
+    return f"{at:%Y-%m-%d %H:%M:%S} UTC"
+
+
 def printable(line: str) -> str:
     r"""Return a line as a terminal may have it: what is not printable, as what it is, `\x1b`.
 
@@ -57,10 +62,10 @@ def as_json(value: object) -> str:
     Raises:
         TypeError: JSON has no such value.
     """
-    return json.dumps(value, default=_moment).replace("\x7f", "\\u007f")
+    return json.dumps(value, default=_encoded).replace("\x7f", "\\u007f")
 
 
-def _moment(value: object) -> str:
+def _encoded(value: object) -> str:
     if isinstance(value, datetime):
         return (value if value.tzinfo else value.replace(tzinfo=UTC)).isoformat()
     raise TypeError(f"expected a value of JSON, got: {value!r}")

@@ -85,7 +85,7 @@ async def set_rate(database: Database, task: str, gap_us: int | None, change: Ch
 
 
 async def pause(database: Database, task: str, change: Change) -> bool:
-    """Let no start begin; return whether that was set: a longer pause, or as long a one, stays.
+    """Let no start begin; return whether that was set: a longer pause stays.
 
     Raises:
         MySQLError: The row cannot be written; nothing was changed.

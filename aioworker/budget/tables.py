@@ -17,7 +17,7 @@ from aioworker.budget.order import FRESH_SECONDS, Want
 from aioworker.errors import DatabaseError
 from aioworker.mysql import errors
 from aioworker.mysql.errors import ER, MySQLError
-from aioworker.words import command
+from aioworker.words import command, moment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -190,9 +190,9 @@ class Row(NamedTuple):
     deaths: dict[str, int]
     now: datetime
 
-    def seconds_until(self, moment: datetime | None) -> float | None:
+    def seconds_until(self, end: datetime | None) -> float | None:
         """Return how long it is until a moment of this row; None for none."""
-        return None if moment is None else (moment.replace(tzinfo=UTC) - self.now).total_seconds()
+        return None if end is None else (end.replace(tzinfo=UTC) - self.now).total_seconds()
 
     @property
     def charged_at(self) -> datetime:
@@ -205,8 +205,8 @@ class Row(NamedTuple):
         if not self.paused:
             return ""
         by = f" by {self.paused_by}" if self.paused_by else ""
-        since = f" since {self.paused_at:%Y-%m-%d %H:%M:%S} UTC" if self.paused_at else ""
-        until = f" until {self.paused_until:%Y-%m-%d %H:%M:%S} UTC" if self.paused_until else ""
+        since = f" since {moment(self.paused_at)}" if self.paused_at else ""
+        until = f" until {moment(self.paused_until)}" if self.paused_until else ""
         why = f": {self.paused_why}" if self.paused_why else ""
         return " ".join(f"paused{by}{since}{until}{why}".split())
 
@@ -416,8 +416,8 @@ async def share(database: Database, row: Row, shares: str | None) -> None:
         row: The task's row.
         shares: The budget's name; None for none.
     """
-    arguments = {"task": row.task, "before": row.shares, "shares": shares}
-    await database.execute(_SHARE, arguments)
+    given = {"task": row.task, "before": row.shares, "shares": shares}
+    await database.execute(_SHARE, given)
 
 
 async def rates(database: Database, task: str) -> set[str]:
@@ -462,9 +462,9 @@ def _row(database: Database, values: list[Any]) -> Row:
         values[flag] = bool(values[flag])
     if values[_GAP] is not None:
         values[_GAP] = min(values[_GAP], LONGEST_GAP_US)
-    for moment in _MOMENTS:
-        if not isinstance(values[moment], datetime):
-            values[moment] = None  # such as 0: text, as it is in no calendar
+    for place in _MOMENTS:
+        if not isinstance(values[place], datetime):
+            values[place] = None  # such as 0: text, as it is in no calendar
     values[-3:] = _messages(values[-3]), _deaths(values[-2]), values[-1].replace(tzinfo=UTC)
     return Row(*values)
 

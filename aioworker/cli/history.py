@@ -19,11 +19,10 @@ from aioworker.cli.common import (
     run,
     seconds_of,
 )
-from aioworker.words import count
+from aioworker.words import count, moment
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from datetime import datetime
 
     from aioworker.commands.history import Audit, Change, Start
 
@@ -89,7 +88,7 @@ def audited(found: Sequence[Audit]) -> str:
 def _audit_lines(audit: Audit) -> list[tuple[str, str]]:
     if audit.since is None or audit.until is None:
         return [("rate", "no start is noted")]
-    between = f"from {_moment(audit.since)} to {_moment(audit.until)}"
+    between = f"from {moment(audit.since)} to {moment(audit.until)}"
     lines = [
         ("rate", "kept" if audit.kept else "not kept"),
         ("starts", f"{audit.starts:,}, {between}"),
@@ -125,7 +124,7 @@ def shown(found: Sequence[Start | Change]) -> str:
     lines = []
     for one in found:
         task = f"{one.task}  " if len(tasks) > 1 else ""
-        lines.append(f"{_moment(one.at)}  {task}{_words(one)}")
+        lines.append(f"{moment(one.at)}  {task}{_words(one)}")
     return "\n".join(lines)
 
 
@@ -143,7 +142,3 @@ def _words(one: Start | Change) -> str:
         ran = f"{one.outcome} after {seconds:.1f} s"
     messages = count(one.messages, "message")
     return f"start {one.number} by {one.worker}: {messages}{ids}{changed}; {ran}"
-
-
-def _moment(moment: datetime) -> str:
-    return f"{moment:%Y-%m-%d %H:%M:%S} UTC"

@@ -26,12 +26,11 @@ from aioworker.clock import APART_SECONDS
 from aioworker.errors import UsageError
 from aioworker.limits import Source
 from aioworker.reasons import ReasonKind
-from aioworker.words import count, duration
+from aioworker.words import count, duration, moment
 from aioworker.worker import signals
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from datetime import datetime
 
     from aioworker.commands.status import Limit, Oldest, SharedStatus, Status
     from aioworker.settings import Settings
@@ -202,10 +201,10 @@ def _budget_lines(limit: Limit, waits: ReasonKind) -> list[tuple[str, str]]:
     changed = ""
     if limit.set_by is not None and limit.set_at is not None:
         why = f": {limit.set_why}" if limit.set_why else ""
-        changed = f"; last change by {limit.set_by} at {_moment(limit.set_at)}{why}"
+        changed = f"; last change by {limit.set_by} at {moment(limit.set_at)}{why}"
     until = ""
     if limit.set_until is not None and limit.set_until_seconds is not None:
-        until = f" until {_moment(limit.set_until)}, for {duration(limit.set_until_seconds)} more"
+        until = f" until {moment(limit.set_until)}, for {duration(limit.set_until_seconds)} more"
     shown = [("rate", f"{_rate(limit)}{until}{changed}")]
     if limit.shares is not None:
         shown.append(("shares", f"budget {limit.shares}"))
@@ -216,7 +215,7 @@ def _budget_lines(limit: Limit, waits: ReasonKind) -> list[tuple[str, str]]:
         shown.append(("last start", "not counted without a rate limit" if unlimited else "never"))
     else:
         by = f" by {limit.last_worker}" if limit.last_worker else ""
-        shown.append(("last start", f"{_moment(limit.last_start)}{by}"))
+        shown.append(("last start", f"{moment(limit.last_start)}{by}"))
     if limit.next_start is not None and limit.next_start_seconds is not None:
         at = f"{limit.next_start:%H:%M:%S} UTC, in {duration(limit.next_start_seconds)}"
         shown.append(("next start", at))
@@ -254,10 +253,6 @@ def _worker_line(worker: Worker) -> str:
         f"{worker.host}:{worker.pid} {worker.version}, rate {worker.rate or 'none'},"
         f" {worker.state} since {worker.since:%H:%M:%S} UTC: {worker.reason}{seen}"
     )
-
-
-def _moment(moment: datetime) -> str:
-    return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _number(messages: int | None) -> str:

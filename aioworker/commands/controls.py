@@ -18,7 +18,7 @@ from aioworker.commands import which_tasks
 from aioworker.errors import AioworkerError, DatabaseError, UsageError
 from aioworker.limits import InForce, NoLimit, RateLimit, Source, in_force
 from aioworker.tasks.registry import find, registered
-from aioworker.words import duration
+from aioworker.words import duration, moment
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -162,11 +162,11 @@ def shown(key: str) -> str:
     return key if name is None else f"budget {name}"
 
 
-def _until(moment: datetime | None, instruction: Instruction) -> str:
+def _until(end: datetime | None, instruction: Instruction) -> str:
     """Return when what was asked for ends, in words."""
-    if moment is None or instruction.seconds is None:
+    if end is None or instruction.seconds is None:
         return ""
-    return f" until {moment:%Y-%m-%d %H:%M:%S} UTC, in {duration(instruction.seconds)}"
+    return f" until {moment(end)}, in {duration(instruction.seconds)}"
 
 
 @asynccontextmanager
