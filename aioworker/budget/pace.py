@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
 from aioworker.budget.other_server import OtherServer
-from aioworker.limits import InForce, Limiter, NoLimit, RateLimit, in_force, next_start
+from aioworker.limits import Limiter, NoLimit, RateLimit, in_force, next_start
 from aioworker.logs import fields
 
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ class Pace:
         """What a reason names it: the budget that is shared, or nothing."""
         return f"budget {self._budget}: " if self._budget else ""
 
-    async def follow(self, row: Row) -> InForce:
-        """Take over the row's rate, and return what is in force; log what is new."""
+    async def follow(self, row: Row) -> None:
+        """Take over the row's rate, and log what is new."""
         self.force = force = in_force(self._limit, row=row)
         self.gap_us = force.gap_us
         if self.gap_us is not None:
@@ -104,7 +104,6 @@ class Pace:
                 ),
             )
             self._shown = limit
-        return force
 
     def look(self, row: Row, usual_us: int) -> Look:
         """Return when the next start may be charged, and first write.

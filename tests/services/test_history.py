@@ -66,6 +66,7 @@ async def test_a_refused_charge_has_none(budget: SharedBudget, shop: Connection[
 async def test_the_first_write_is_noted_by_its_own_transaction(
     budget: SharedBudget, database: Database, shop: Connection[Cursor], commits: bool
 ) -> None:
+    insert(shop, "(7, SYSDATE(6) - INTERVAL 1 HOUR, 1)")
     async with budget.turn():
         await budget.charge(["one"])
         with nullcontext() if commits else pytest.raises(ZeroDivisionError):
@@ -75,10 +76,13 @@ async def test_the_first_write_is_noted_by_its_own_transaction(
         await budget.ended(["one"], End("ack"))
 
     [[written, last_write]] = rows(
-        shop, "SELECT first_write, last_write FROM aioworker_start JOIN aioworker_budget"
+        shop,
+        "SELECT first_write, last_write FROM aioworker_start JOIN aioworker_budget"
+        " WHERE number = 1",
     )
     assert (written == last_write) is commits
     assert (written is None) is not commits
+    assert noted(shop, "first_write = charged, ended = charged")[0] == (1, 1), "of another start"
 
 
 async def test_a_worker_that_dies_leaves_no_end(
