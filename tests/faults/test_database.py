@@ -403,8 +403,10 @@ def test_a_database_without_a_free_connection(
         while not re.match(f"{UNREACHABLE} .+Too many connections", manager.states[-1]):
             manager.states += manager.socket.recv(4096).decode().splitlines()
         left = CHUNKS - place.done()
-        assert place.queued() == NOTHING | {QUEUES.bulk: (left, 0)}
+        given_back = place.queued()
 
+    # One more than is left, if the reset took the answer to a commit: its message comes again.
+    assert given_back in [NOTHING | {QUEUES.bulk: (left + lost, 0)} for lost in (0, 1)]
     assert 0 < left < CHUNKS
     assert_each_done_once(place, CHUNKS)
 
