@@ -350,6 +350,7 @@ class Consumer:
                 async with start.may_take(first.seconds or self._task_timeout, spent):
                     with self._bounded(start):
                         await self._task.run(start.ctx, args, first.kwargs)
+                start.refuse_stopped()
                 self._decide(held, DONE)
                 self._finish(start)
                 self.breaker.succeed(self._budget.now())
@@ -385,8 +386,20 @@ class Consumer:
             return _UNBOUNDED
         doing = self._doing(start)
         return self._database.bounded(
-            start.limit, lambda wait: self._presence.report(wait or doing)
+            start.limit,
+            lambda wait: self._presence.report(wait or doing),
+            lambda: self._go_on(start),
         )
+
+    async def _go_on(self, start: Start) -> None:
+        """See that a run may begin a further transaction.
+
+        Raises:
+            RunStoppedError: It may not, nor any behind that.
+        """
+        if start.stopped is None:
+            start.stopped = await self._budget.stops_run()
+        start.refuse_stopped()
 
     def _doing(self, start: Start) -> Reason:
         ids = f", {count(len(start.rows), 'id')}" if self._task.takes_chunks else ""
@@ -398,6 +411,11 @@ class Consumer:
         self, start: Start, held: Sequence[Held], error: BaseException, lanes: Lanes
     ) -> None:
         """Note in plain values what went wrong with messages, and decide what they come to."""
+        if start.stopped is not None:  # whatever the task made of that
+            let_go(error)
+            self._finish(start)
+            self._decide(held, Outcome(Kind.RELEASED, start.stopped.words))
+            return
         # By its type: what a user's class says of itself may be code that raises.
         if start.limit.expired() and issubclass(type(error), TimeoutError):
             start.cut_off = True

@@ -99,6 +99,10 @@ class NestedTransactionError(AioworkerError, RuntimeError):
     """A transaction inside another one: the inner one's end would commit both."""
 
 
+class RunStoppedError(AioworkerError):
+    """A run may begin no further transaction; its messages are given back, uncounted."""
+
+
 class CrashLoopError(AioworkerError):
     """A message killed its worker again and again."""
 

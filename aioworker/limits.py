@@ -404,6 +404,9 @@ class TaskBudget(Protocol):
                 of it; where no start begins, that stays as it was.
         """
 
+    async def stops_run(self) -> Reason | None:
+        """Return why the run that is on may begin no further transaction; None if it may."""
+
     async def ended(self, messages: Sequence[str], end: End | None = None) -> None:
         """Note that messages are settled, or given back, and their worker lives.
 
@@ -509,6 +512,9 @@ class WorkerBudget:
             await self._limiter.charge()
         self.bulk_next = bulk_next
         return None
+
+    async def stops_run(self) -> Reason | None:
+        """Return None: nobody pauses a process alone."""
 
     async def ended(self, messages: Sequence[str], end: End | None = None) -> None:
         """Nothing was noted."""

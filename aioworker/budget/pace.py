@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from aioworker.budget.other_server import OtherServer
 from aioworker.limits import Limiter, NoLimit, RateLimit, in_force, next_start
 from aioworker.logs import fields
+from aioworker.reasons import Reason, ReasonKind
 
 if TYPE_CHECKING:
     from datetime import datetime
 
     from aioworker.budget.tables import Row
-    from aioworker.reasons import Reason
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +118,10 @@ class Pace:
         due_in_us = max(self.gap_us - row.charge_age_us, write_in_us - usual_us)
         left = self.limiter.due_in()  # never below 0
         return Look(max(due_in_us / 1e6, left) if left else due_in_us / 1e6, write_in_us)
+
+    def paused(self, words: str) -> Reason:
+        """Return the reason to begin nothing, by what is said of the pause."""
+        return Reason(ReasonKind.PAUSED, self.words + words)
 
     def reason(self, now: datetime, seconds: float) -> Reason:
         """Return the reason to wait for a start that is due in so many seconds."""

@@ -61,6 +61,7 @@ SHORTEST_POLL_SECONDS = 0.2
 QUEUE_SECONDS = 1  # how long the server lets a contender wait for the turn
 TURN_SECONDS = 0.05  # until the next try
 LONGEST_JITTER_SECONDS = 1.0
+LOOK_SECONDS = 1.0  # after which a run looks for a pause before its next transaction
 REST_SECONDS = 10  # of a session that holds the turn and only waits, between two uses
 
 _ADOPT = f"""UPDATE aioworker_budget SET last_start = SYSDATE(6), server = {tables.SERVER}
@@ -160,6 +161,7 @@ class SharedBudget:
         self._wanted_at = -math.inf
         self._end: End | None = None  # of a start, which is not noted yet
         self._charges = 0
+        self._looked_at = -math.inf  # when the rows were read, or charged, by the monotonic clock
 
     @property
     def limited(self) -> bool:
@@ -205,7 +207,7 @@ class SharedBudget:
             return other
         for pace in self._paces:
             if pace.force.paused:
-                return Wait(Reason(ReasonKind.PAUSED, pace.words + pace.force.pause), self._poll())
+                return Wait(pace.paused(pace.force.pause), self._poll())
         if not self.limited:
             return None  # no charge writes into a row
         if self._keys_held is not None and (self._keys_held.number > 1) is not self.shares:
@@ -448,6 +450,7 @@ class SharedBudget:
         if not answers[len(_UNTIL_DUE) + _CHARGING.index(_CHARGE)].matched:
             return await self._refused(messages)
         self._charges += 1
+        self._looked_at = time.monotonic()
         began_at = max(sent_at, self._due_at)
         for pace in self._paces:
             if pace.gap_us is not None and pace.limiter is not None:
@@ -470,6 +473,23 @@ class SharedBudget:
         if any(row.turn != row.session for row in found.rows[:number]):
             raise TurnLostError(f"the turn of {self._task} was lost before its start")
         return await self._judge(found) or Wait(_CHANGED, TURN_SECONDS)
+
+    async def stops_run(self) -> Reason | None:
+        """Return why the run that is on may begin no further transaction: a pause.
+
+        The rows are read if that was not done for `LOOK_SECONDS`.
+
+        Raises:
+            DatabaseError: They cannot be read.
+        """
+        if time.monotonic() - self._looked_at < LOOK_SECONDS:
+            return None
+        with tables.explaining(self._database):
+            found = await self._read()
+        for pace, row in zip(self._paces, found.rows, strict=True):
+            if row.paused:
+                return pace.paused(row.pause)
+        return None
 
     async def ended(self, messages: Sequence[str], end: End | None = None) -> None:
         """Note that messages are settled, or given back, and their worker lives."""
@@ -524,6 +544,7 @@ class SharedBudget:
             DatabaseError: The clock stands still there in a statement.
         """
         self._clock.set(row.now, took)
+        self._looked_at = time.monotonic()
         if row.session == self._checked_session:
             return
         self._arguments |= tables.arguments(await self._database.schema(), self._keys)

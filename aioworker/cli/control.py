@@ -124,8 +124,8 @@ def pause(
 ) -> None:
     """Let no start of a task begin, on any worker, until `resume`; it outlives them.
 
-    What runs ends as usual. Messages stay queued. A pause is not replaced by a shorter one: that
-    exits 1.
+    What runs stops before its next transaction: what it has committed stays, and its messages go
+    back to their queues, uncounted. A pause is not replaced by a shorter one: that exits 1.
     """
     meant = one_of(name, option, budget=budget, every=every)
     settings = prepare(app=app_names)

@@ -25,7 +25,7 @@ from aioworker.mysql import errors, login, session
 from aioworker.mysql.errors import ErrorKind
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
     from contextlib import AbstractAsyncContextManager
     from types import TracebackType
 
@@ -158,14 +158,16 @@ class _Run:
 
     Args:
         database: Whose connection.
+        go_on: Awaited before each of its transactions; None for nobody.
 
     Attributes:
         uses: How many of its asyncio tasks use it.
         ended: Whether the run is over.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, go_on: Callable[[], Awaitable[None]] | None) -> None:
         self.database = database
+        self.go_on = go_on
         self.uses = 0
         self.ended = False
 
@@ -284,6 +286,8 @@ class Database:
             async with self.transaction() as cursor:
                 await cursor.execute(statement, args)
                 return list(await cursor.fetchall())
+        if not _reads(statement):
+            await self._go_on()
         async with self._use() as connection, connection.cursor() as cursor:
             await cursor.execute(statement, args)
             return list(await cursor.fetchall())
@@ -293,6 +297,7 @@ class Database:
         if self._first_write is not None:
             async with self.transaction() as cursor:
                 return await cursor.execute(statement, args)
+        await self._go_on()
         async with self._use() as connection, connection.cursor() as cursor:
             return int(await cursor.execute(statement, args))
 
@@ -330,6 +335,7 @@ class Database:
         try:
             if first is not None:
                 await first.before_opening()
+            await self._go_on(mine)
             async with self._use() as connection:
                 await self._begin(connection)
                 async with connection.cursor(Cursor) as cursor:
@@ -358,8 +364,23 @@ class Database:
         """Have *first* wait for the next transaction that writes, and write along; None forgets."""
         self._first_write = first
 
+    async def _go_on(self, transaction: object | None = None) -> None:
+        """Ask the run that is on, if one is, whether it may begin a further transaction.
+
+        Args:
+            transaction: Which one; None for that of a single statement, which may be part of an
+                open one.
+        """
+        run = _current.get()
+        begins = self._transaction_of is transaction
+        if begins and run is not None and run.database is self and run.go_on is not None:
+            await run.go_on()
+
     def bounded(
-        self, limit: asyncio.Timeout, report: Callable[[Reason | None], None] | None = None
+        self,
+        limit: asyncio.Timeout,
+        report: Callable[[Reason | None], None] | None = None,
+        go_on: Callable[[], Awaitable[None]] | None = None,
     ) -> ExitStack:
         """Inside is a run: its wait for a first write is no part of its limit.
 
@@ -370,11 +391,12 @@ class Database:
             limit: The limit.
             report: Called with the reason when a wait begins that lasts a second or more, and
                 with None when it is over.
+            go_on: Awaited before each transaction of the run; raises if that may not begin.
         """
         # No generator of contextlib's, which sets the traceback of an error that passes: an
         # exception of a task's may be a frozen dataclass, and refuse.
         inside = self._limited(limit, report)
-        _current.set(run := _Run(self))
+        _current.set(run := _Run(self, go_on))
         inside.callback(self._end, run)
         return inside
 
@@ -439,7 +461,7 @@ class Database:
         """Lend the connection: what belongs to a run has it until that ends."""
         run = _current.get()
         if run is None or run.database is not self:
-            run = _Run(self)
+            run = _Run(self, None)
         run.uses += 1
         try:
             async with self._lend(run) as connection:

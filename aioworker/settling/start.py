@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from aioworker.errors import RunStoppedError
 from aioworker.rabbitmq.lanes import CHANNELS
 from aioworker.settling.outcome import UNDECIDED, Kind, Outcome
 from aioworker.settling.rows import Ids
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from aioworker.rabbitmq.delivery import Delivery
+    from aioworker.reasons import Reason
     from aioworker.settling.failure import Failure
     from aioworker.settling.rows import Rows
     from aioworker.tasks.context import Context
@@ -93,6 +95,7 @@ class Start:
         began: When its run began.
         ended: When its last step ended.
         cut_off: Whether that ended because its time was up.
+        stopped: Why its run may begin no further transaction; None if it may.
     """
 
     rows: Ids | Rows
@@ -109,6 +112,7 @@ class Start:
     began: float = 0.0
     ended: float = 0.0
     cut_off: bool = False
+    stopped: Reason | None = None
     _bytes: int = 0
     _largest: int = 1
 
@@ -121,6 +125,15 @@ class Start:
         """Let the next step take so long, less what was spent before."""
         self.seconds, self.limit, self.cut_off = seconds, asyncio.timeout(seconds - spent), False
         return self.limit
+
+    def refuse_stopped(self) -> None:
+        """See that the run may begin a further transaction, and be done.
+
+        Raises:
+            RunStoppedError: It may not: what it has committed stays.
+        """
+        if self.stopped is not None:
+            raise RunStoppedError(f"no further transaction in this run: {self.stopped.words}")
 
     def weigh(self, one: Held) -> None:
         """Count what the message that was taken last keeps in memory."""

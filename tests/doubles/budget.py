@@ -43,6 +43,7 @@ class MemoryBudget:
         shares: Whether other tasks share it.
         wants: What was said to wait in the lanes, urgent and bulk.
         most: With how many a message may run, by its key.
+        stop: Why the run that is on may begin no further transaction.
         asked: How often somebody looked.
         turns: How many turns are held now.
         resting: Whether who has the turn only waits.
@@ -64,6 +65,7 @@ class MemoryBudget:
         self.ends: list[End] = []
         self.shares = False
         self.wants: list[tuple[bool, bool]] = []
+        self.stop: Reason | None = None
         self.asked = 0
         self.turns = 0
         self.resting = False
@@ -152,6 +154,10 @@ class MemoryBudget:
         self.starts.append(len(messages))
         self.moments.append(asyncio.get_running_loop().time())
         return None
+
+    async def stops_run(self) -> Reason | None:
+        """Return why no further transaction may begin."""
+        return self.stop
 
     async def want(self, *, urgent: bool, bulk: bool) -> None:
         """Note what waits in the lanes."""

@@ -172,6 +172,26 @@ async def test_a_transaction_that_writes_nothing_does_not_use_up_the_stamp(
     assert read < written
 
 
+async def test_a_run_looks_for_a_pause_once_a_second(
+    make: Fleet, shop: Connection[Cursor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By itself, or of the budget; a look costs one statement, and a start none."""
+    budget = make()
+    await budget.check()
+
+    async with budget.turn():
+        await budget.charge(["one"])
+        execute(shop, "UPDATE aioworker_budget SET paused = TRUE, paused_by = 'alice'")
+        at_once = await budget.stops_run()
+        monkeypatch.setattr("aioworker.budget.shared.LOOK_SECONDS", 0)
+        later = await budget.stops_run()
+        execute(shop, "UPDATE aioworker_budget SET paused = FALSE")
+        resumed = await budget.stops_run()
+
+    assert (at_once, resumed) == (None, None)
+    assert later == Reason(ReasonKind.PAUSED, "paused by alice")
+
+
 async def test_a_rate_taken_back_in_a_turn_is_not_charged_any_more(
     make: Fleet, shop: Connection[Cursor], database: Database
 ) -> None:

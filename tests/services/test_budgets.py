@@ -187,3 +187,16 @@ async def test_a_budget_tells_the_time_of_day(make: Make) -> None:
     await budget.check()
 
     assert abs(budget.now() - own_time()) < timedelta(seconds=SECONDS)
+
+
+async def test_nothing_stops_a_run_that_nobody_paused(make: Make) -> None:
+    budget = make("1/h")
+    if isinstance(budget, WorkerBudget):
+        assert await budget.stops_run() is None  # it waits an interval before its first start
+        return
+    assert await budget.check() is None
+
+    async with budget.turn():
+        assert await budget.charge(["one"]) is None
+        assert await budget.stops_run() is None
+        await budget.ended(["one"])

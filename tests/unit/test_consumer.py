@@ -8,6 +8,7 @@ import logging
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 from unittest.mock import Mock
@@ -24,9 +25,10 @@ from aioworker.errors import (
     DatabaseError,
     DeadLetter,
     RowsRefusedError,
+    RunStoppedError,
     TurnLostError,
 )
-from aioworker.limits import Wait
+from aioworker.limits import End, Wait
 from aioworker.mysql.database import Database
 from aioworker.rabbitmq.message import PUBLISHED, milliseconds
 from aioworker.reasons import Reason, ReasonKind
@@ -450,6 +452,56 @@ async def test_while_the_breaker_is_open_one_beside_what_was_put_off_is_not_alon
     kinds = [(await heart.serve()).kind for _ in range(STREAK + 1)]
 
     assert kinds == [Kind.POSTPONED] * (STREAK + 1)
+
+
+async def test_a_run_that_is_stopped_gives_its_message_back_uncounted() -> None:
+    """Whatever it catches, or raises; and one that is refused has changed nothing."""
+    refused: list[str] = []
+
+    async def catches(ctx: Context) -> None:
+        for change in (ctx.database.execute, ctx.database.query):
+            with pytest.raises(RunStoppedError) as raised:
+                await change("UPDATE addons SET slug = ''")
+            refused.append(str(raised.value))
+        with pytest.raises(RunStoppedError):
+            async with ctx.transaction():
+                refused.append("begun")
+
+    async def raises(ctx: Context) -> None:
+        try:
+            await ctx.database.execute("UPDATE addons SET slug = ''")
+        except RunStoppedError as error:
+            raise ValueError("shop") from error
+
+    for work in (catches, raises):
+        heart = Heart(work, rate="2/m", max_retries=0)
+        heart.budget.stop = PAUSED.reason
+        heart.broker.send(id="one")
+
+        outcome = await heart.serve()
+
+        assert (outcome.kind, outcome.reason) == (Kind.RELEASED, "paused by alice")
+        assert not outcome.failed
+        assert heart.consumer.failures == 0
+        assert heart.probe.asked == 0
+        assert heart.budget.ends == [End("released")]
+        assert heart.broker.headers(QUEUES.dead) == heart.broker.headers(QUEUES.retry) == []
+    assert refused == ["no further transaction in this run: paused by alice"] * 2
+
+
+async def test_a_run_that_is_stopped_is_no_proof_that_the_task_works() -> None:
+    async def run(ctx: Context) -> None:
+        with suppress(RunStoppedError):
+            await ctx.database.execute("UPDATE addons SET slug = ''")
+
+    heart = Heart(run, rate="2/m")
+    heart.consumer.breaker.reason = "3 messages in a row failed"
+    heart.budget.stop = PAUSED.reason
+    heart.broker.send()
+
+    await heart.serve()
+
+    assert heart.consumer.breaker.reason == "3 messages in a row failed"
 
 
 async def test_the_wait_for_a_first_write_is_no_part_of_a_runs_time() -> None:
