@@ -611,7 +611,7 @@ class Bench:
             await budget.check()
             async with budget.turn():
                 charging = time.perf_counter()
-                await budget.charge("bench")
+                await budget.charge(["bench"])
                 charged = time.perf_counter()
                 async with database.transaction():
                     pass

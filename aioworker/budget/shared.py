@@ -72,12 +72,11 @@ _GAP = f"""INTERVAL COALESCE(
 _DUE = f"""GREATEST({tables.CHARGED} + {_GAP},
     {tables.WROTE} + {_GAP} - INTERVAL %(usual_us)s MICROSECOND)"""
 _UNTIL_DUE = server_waits(f"(SELECT MAX({_DUE}) FROM aioworker_budget WHERE {tables.ROWS})")
-# The rows are locked in the order of their keys, before it is seen whether all let a start begin.
-_LOCK = f"SELECT task FROM aioworker_budget WHERE {tables.ROWS} ORDER BY task FOR UPDATE"
+# Whether all rows let a start begin; they are locked as they are read, in the order of their keys.
 _MAY = f"""SET @aioworker_charged = %(rows)s = (SELECT COUNT(*) FROM aioworker_budget
 WHERE {tables.ROWS} AND NOT paused AND server = {tables.SERVER} AND {tables.MINE}
 AND ({tables.IS_SHARED} OR shares <=> %(shares)s)
-AND last_start <= SYSDATE(6) AND {_DUE} <= SYSDATE(6))"""
+AND last_start <= SYSDATE(6) AND {_DUE} <= SYSDATE(6) FOR UPDATE)"""
 # Assigned from left to right, each by what stands to its left.
 _CHARGE = f"""UPDATE aioworker_budget
 SET last_write = {tables.WROTE}, last_charge = SYSDATE(6), last_start = last_charge,
@@ -85,7 +84,7 @@ SET last_write = {tables.WROTE}, last_charge = SYSDATE(6), last_start = last_cha
     urgent_starts = IF(%(bulk_next)s, urgent_starts + 1, 0)
 WHERE {tables.ROWS} AND @aioworker_charged"""
 # In one packet and one transaction; without a charge nothing else is noted.
-_CHARGING = ("START TRANSACTION", _LOCK, _MAY, _CHARGE, NOTE, history.CHARGED, "COMMIT")
+_CHARGING = ("START TRANSACTION", _MAY, _CHARGE, NOTE, history.CHARGED, "COMMIT")
 _CHANGED = Reason(ReasonKind.BUDGET, "budget: its row was changed meanwhile")
 # SYSDATE() stands still like NOW() on a server that is started so; the budget needs it to move.
 _SYSDATE_MOVES = "SELECT TIMESTAMPDIFF(MICROSECOND, NOW(6), SYSDATE(6)) FROM (SELECT SLEEP(0.02)) s"

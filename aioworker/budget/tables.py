@@ -68,12 +68,12 @@ MINE = f"IS_USED_LOCK({_LOCK}) = CONNECTION_ID()"
 RELEASE = """SELECT IF(%(shared_lock)s IS NULL, 0, RELEASE_LOCK(COALESCE(%(shared_lock)s, '-')))
     + RELEASE_LOCK(%(lock)s)"""
 # A turn is the task's lock, then that of the budget that it shares; without that one, none.
-_TAKE = (
+_TAKE = ("SELECT COALESCE(GET_LOCK(%(lock)s, %(patience)s), 0), NULL",)
+_TAKE_BOTH = (
     "SET @aioworker_held = COALESCE(GET_LOCK(%(lock)s, %(patience)s), 0)",
-    """SET @aioworker_held = @aioworker_held + IF(@aioworker_held AND %(second)s IS NOT NULL,
-    COALESCE(GET_LOCK(COALESCE(%(second)s, '-'), %(patience)s), 0), 0)""",
-    "SELECT @aioworker_held, IF(@aioworker_held = 1 AND %(second)s IS NOT NULL,"
-    " RELEASE_LOCK(%(lock)s), 0)",
+    """SET @aioworker_held = @aioworker_held
+    + IF(@aioworker_held, COALESCE(GET_LOCK(%(shared_lock)s, %(patience)s), 0), 0)""",
+    "SELECT @aioworker_held, IF(@aioworker_held = 1, RELEASE_LOCK(%(lock)s), NULL)",
 )
 
 _FIND = f"""SELECT task, paused AND NOT {PAUSE_OVER}, {GAP_US},
@@ -370,10 +370,10 @@ async def take(database: Database, keys: Keys, patience: int, *, both: bool) -> 
     Raises:
         DatabaseError: A row is not there, or this server only reads.
     """
-    given = arguments(await database.schema(), keys)
-    given |= {"second": given["shared_lock"] if both else None, "patience": patience}
-    answers = await database.each(*_TAKE, *keys.asked, NOTES, args=given)
-    took, found, *wants, notes = answers[len(_TAKE) - 1 :]
+    given = {**arguments(await database.schema(), keys), "patience": patience}
+    taking = _TAKE_BOTH if both else _TAKE
+    answers = await database.each(*taking, *keys.asked, NOTES, args=given)
+    took, found, *wants, notes = answers[len(taking) - 1 :]
     [[held, _released]] = took.rows
     return Found(_there(_rows(database, found.rows), keys), _wants(wants), held, notes.rows)
 
