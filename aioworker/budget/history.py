@@ -34,6 +34,10 @@ ENDED = f"""UPDATE aioworker_start
 SET ended = SYSDATE(6), changed = %(changed)s, outcome = %(outcome)s
 WHERE task = %(task)s AND ended IS NULL AND number = {_NUMBER}
 AND IS_USED_LOCK(%(lock)s) = CONNECTION_ID()"""
+# The interval of a budget's last start, unless a rate was set at run time, or reset, since then.
+LAST_GAP = """SELECT shared_gap_us FROM aioworker_start
+WHERE shared = %(key)s AND charged > COALESCE(%(set_at)s, '2000-01-01')
+ORDER BY charged DESC LIMIT 1"""
 CLEAN = (
     f"""DELETE FROM aioworker_start
 WHERE charged < SYSDATE(6) - INTERVAL {KEPT_DAYS} DAY ORDER BY charged LIMIT {PORTION}""",

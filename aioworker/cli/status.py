@@ -150,7 +150,8 @@ def shared_lines(shared: SharedStatus) -> list[tuple[str, str]]:
     paused = [("paused", shared.limit.pause)] if shared.limit.pause else []
     limit = dict(_budget_lines(shared.limit, ReasonKind.UNKNOWN))
     if shared.limit.source == Source.UNKNOWN:  # no worker says which
-        limit |= {"rate": "what the tasks' code says", "next start": "as that allows"}
+        rate = "what the tasks' code says; no start has told it yet"
+        limit |= {"rate": rate, "next start": "as that allows"}
     return [("budget", shared.budget), ("tasks", tasks), *paused, *limit.items()]
 
 
@@ -230,6 +231,8 @@ def _rate(limit: Limit) -> str:
     if limit.source == Source.UNKNOWN:
         which = "they differ" if limit.rates_differ else "none is here to tell it"
         return f"each worker's own; {which}"
+    if limit.shares is not None and limit.rate == "none":
+        return "the budget's alone"
     whose = "of all workers" if limit.scope == "shared" else "of each worker alone"
     return f"{limit.rate} {whose}, {_SOURCES[Source(limit.source)]}"
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
-from aioworker.budget import tables
+from aioworker.budget import history, tables
 from aioworker.budget.pace import budget_key
 from aioworker.budget.tables import Row, find_row, holder
 from aioworker.clock import own_time
@@ -20,7 +20,7 @@ from aioworker.commands import which_tasks
 from aioworker.commands.controls import rate_in_force, shown
 from aioworker.commands.publish import count_all
 from aioworker.errors import BrokerError, DatabaseError, QueueMissingError, TaskError, UsageError
-from aioworker.limits import InForce
+from aioworker.limits import InForce, Interval, Source
 from aioworker.mysql.database import TOLD_SECONDS, Database
 from aioworker.rabbitmq.connection import Connection, connected
 from aioworker.rabbitmq.dead_letters import DeadLetters, count_letters
@@ -449,7 +449,10 @@ async def look_at_budget(settings: Settings, name: str) -> SharedStatus:
             stored = await _stored(database, key)
             tasks = await tables.sharing(database, name)
             row = await tables.read(database, key)
+            last = await database.query(history.LAST_GAP, {"key": key, "set_at": row.set_at})
     force = rate_in_force(settings, key, row, set())
+    if force.source is Source.UNKNOWN and last and last[0][0]:  # only the tasks' code names it
+        force = force._replace(limit=Interval(last[0][0]), source=Source.WORKERS)
     return SharedStatus(name, row.now, tasks, _limit(settings.budget, force, stored))
 
 

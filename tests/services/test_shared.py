@@ -382,7 +382,7 @@ async def test_the_commands_name_a_budget(make: Fleet, run: Run, shop: Connectio
     assert paused.startswith("budget writes: paused until ")
     assert status[:2] == ["budget     writes", f"tasks      {LEFT}"]
     assert status[2].startswith("paused     paused by ")
-    assert status[3] == "rate       what the tasks' code says"
+    assert status[3] == "rate       60/m of all workers, the workers' own"
     assert rate.startswith(
         "budget writes: rate limit 10/m, run time (was each worker's own); still"
     )
@@ -394,6 +394,28 @@ async def test_the_commands_name_a_budget(make: Fleet, run: Run, shop: Connectio
     ]
     assert audit[:2] == ["budget        writes", "rate          kept"]
     assert resumed[-1] == "budget writes: resumed, rate limit 10/m, run time"
+
+
+async def test_the_rate_of_a_budget_is_that_of_its_last_start(
+    make: Fleet, run: Run, shop: Connection[Cursor]
+) -> None:
+    """Only the tasks' code names it; what was set, or reset, since that start hides it."""
+
+    def rate(*meant: str) -> str:
+        found = run("status", *meant).stdout.splitlines()
+        return next(line for line in found if line.startswith("rate ")).split(maxsplit=1)[1]
+
+    none_yet = rate("--budget", "writes")
+    assert await start(make(LEFT, None, "1/s")) == ""
+    execute(shop, ALIVE.format("a", "'writes'"))
+    of_all, of_the_task = rate("--budget", "writes"), rate(LEFT)
+    for change in ("10/m", "--reset"):
+        run("rate-limit", "--budget", "writes", change)
+
+    assert none_yet.startswith("what the tasks' code says; no start has told it yet")
+    assert of_all == "60/m of all workers, the workers' own"
+    assert of_the_task == "the budget's alone"
+    assert rate("--budget", "writes").startswith("what the tasks' code says")
 
 
 @pytest.mark.parametrize("command", [("pause",), ("status",), ("audit",), ("rate-limit", "2/m")])
