@@ -9,7 +9,7 @@ import pytest
 from pymysql.err import OperationalError
 
 from aioworker.addresses import DatabaseAddress
-from aioworker.errors import DatabaseError
+from aioworker.errors import DatabaseError, RunStoppedError
 from aioworker.mysql import session
 from aioworker.mysql.database import KILL_SECONDS, OWN_SECONDS, Database
 from aioworker.mysql.errors import ErrorKind, kind
@@ -152,3 +152,35 @@ async def test_a_server_that_stands_still_is_left_before_a_task_would_have_to_en
         assert not database.is_open
         assert [one.rows for one in await database.each("SELECT 1")] == [[(1,)]]
         database.close()
+
+
+async def test_a_run_that_is_stopped_ends_its_open_transaction_and_begins_no_other(
+    database: Database, shop: Connection[Cursor]
+) -> None:
+    """Reads are no transactions of their own; another run's statements are not this one's."""
+    simple_addons(shop, 4)
+    write = "UPDATE addons SET current_version = id + 10000 WHERE id = %s"
+    stopped = False
+
+    async def go_on() -> None:
+        if stopped:
+            raise RunStoppedError("paused")
+
+    async with asyncio.timeout(None) as limit:
+        with database.bounded(limit, None, go_on):
+            async with database.transaction() as cursor:
+                await cursor.execute(write, (1,))
+                stopped = True
+                await cursor.execute(write, (2,))
+                await database.execute(write, (3,))
+            for change in (database.execute, database.query):
+                with pytest.raises(RunStoppedError):
+                    await change(write, (4,))
+            with pytest.raises(RunStoppedError):
+                async with database.transaction():
+                    pytest.fail("begun")
+            read = await database.query("SELECT current_version FROM addons WHERE id = 3")
+    await database.execute(write, (4,))
+
+    assert read == [(10003,)]
+    assert current_versions(shop) == {1: 10001, 2: 10002, 3: 10003, 4: 10004}
