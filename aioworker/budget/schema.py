@@ -246,13 +246,18 @@ def change(name: str, found: Collection[str]) -> str | None:
     return f"ALTER TABLE {name}\n    " + ",\n    ".join(parts)
 
 
+def columns(name: str) -> dict[str, str]:
+    """Return the definitions of a table's columns, by their names."""
+    listed = STATEMENTS[name].partition("(\n    ")[2].rpartition("\n)")[0]
+    found = dict(column.split(" ", 1) for column in re.split(r",\n    (?=\w)", listed))
+    for key in ("PRIMARY", "KEY"):  # no column
+        found.pop(key, None)
+    return found
+
+
 def _lacking(name: str, found: Collection[str]) -> dict[str, str]:
     """Return the definitions of the columns that a table lacks, by their names."""
-    columns = STATEMENTS[name].partition("(\n    ")[2].rpartition("\n)")[0]
-    wanted = dict(column.split(" ", 1) for column in re.split(r",\n    (?=\w)", columns))
-    for key in ("PRIMARY", "KEY"):  # no column
-        wanted.pop(key, None)
-    return {name: definition for name, definition in wanted.items() if name not in found}
+    return {column: kind for column, kind in columns(name).items() if column not in found}
 
 
 async def _found(database: Database, name: str) -> list[str]:

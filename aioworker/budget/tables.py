@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 SERVER = "CONCAT(@@hostname, ':', @@port, ':', @@server_id)"
 
 # A row that init makes lets the first start begin at once: its last one was long ago.
+LONG_AGO = "2000-01-01"
 FIRST_ROW = f"""INSERT INTO aioworker_budget (task, last_start, server)
-VALUES (%(task)s, '2000-01-01', {SERVER}) ON DUPLICATE KEY UPDATE starts = starts"""
+VALUES (%(task)s, '{LONG_AGO}', {SERVER}) ON DUPLICATE KEY UPDATE starts = starts"""
 
 # `last_start` is the later of charge and first write. Where it is not, an older worker or an
 # operator wrote it: then it stands for both.

@@ -37,6 +37,14 @@ def init(
     show: Annotated[
         bool, typer.Option("--print", help="Show what it would do, and the least privileges.")
     ] = False,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh",
+            help="Forget pauses, rates, notes of runs, history and workers of all tasks of the"
+            " database, such as a copy of production; no queue is touched.",
+        ),
+    ] = False,
 ) -> None:
     """Make or upgrade the budget's tables and declare the queues; can be run again.
 
@@ -44,15 +52,21 @@ def init(
     an earlier version lack, declares each task's four queues and waits until they outlive a
     broker that is killed. A queue that is there and differs is reported, and not changed.
     Without a TASK: all that the app registers, or the main job.
+
+    With --fresh every task of the database starts as if it never had; exits 1 and changes
+    nothing while a worker is alive there. What is in the queues stays.
     """
     from aioworker.commands import init
 
     settings = prepare(app=app_names)
-    tasks = app_tasks(settings, [*(names or []), *(option or [])])
+    meant = [*(names or []), *(option or [])]
+    if fresh:
+        init.refuse_forgetting(settings, meant)
+    tasks = app_tasks(settings, meant)
     if show:
-        console.say_all(run(init.plan(settings, tasks)))
+        console.say_all(run(init.plan(settings, tasks, forget=fresh)))
     else:
-        run(init.init(settings, tasks, console.say, console.note))
+        run(init.init(settings, tasks, console.say, console.note, forget=fresh))
 
 
 def consume(

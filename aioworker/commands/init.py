@@ -11,9 +11,9 @@ from typing import Any
 
 from aioworker import repo
 from aioworker.addresses import BrokerAddress, DatabaseAddress
-from aioworker.budget import grants, schema, tables
+from aioworker.budget import fresh, grants, schema, tables
 from aioworker.budget.pace import budget_key
-from aioworker.errors import AioworkerError, BrokerError, DatabaseError
+from aioworker.errors import AioworkerError, BrokerError, DatabaseError, UsageError
 from aioworker.rabbitmq.connection import Connection, connected
 from aioworker.rabbitmq.queues import (
     SAFE_AFTER_SECONDS,
@@ -24,7 +24,7 @@ from aioworker.rabbitmq.queues import (
 )
 from aioworker.settings import Settings
 from aioworker.tasks.task import AnyTask
-from aioworker.words import count
+from aioworker.words import command, count
 
 _LACKING = "# MySQL: what users lack that work already"
 # Seconds for each use of the database: the time of a task, 1 s perhaps, is none to wait for a lock.
@@ -45,6 +45,8 @@ async def init(
     tasks: Sequence[AnyTask],
     say: Callable[[str], None],
     note: Callable[[str], None],
+    *,
+    forget: bool = False,
 ) -> None:
     """Make the budget's tables, declare the tasks' queues and wait until they are safe.
 
@@ -56,9 +58,10 @@ async def init(
         tasks: Whose queues are declared.
         say: Prints what became of each table and queue, at once: what comes next may fail.
         note: Prints what a silence is for.
+        forget: Whether to forget what is in the tables, unless a worker is alive there.
 
     Raises:
-        DatabaseError: The database cannot be used, or others hold a lock on a table.
+        DatabaseError: The database cannot be used, or others hold a lock on a table, or work.
         BrokerError: RabbitMQ cannot be used, or a queue differs.
     """
     timeout = settings.connect_timeout
@@ -73,6 +76,8 @@ async def init(
         found = await compare(connection, queues, timeout)
         if database is not None:
             await tables.refuse_reader(database)
+            if forget:  # before anything is changed
+                await fresh.refuse_workers(database)
             with tables.explaining(database):
                 for table in schema.NAMES:
                     became = await schema.settle(database, table, note)
@@ -81,11 +86,32 @@ async def init(
                     say(f"lacking: {grant}")
         await _declare(connection, queues, found, timeout, say)
         if database is not None:  # last: a row lets its task start
-            await tables.add_rows(database, _keys(tasks))
+            if forget:
+                say(await fresh.forget(database, _keys(tasks)))
+            else:
+                await tables.add_rows(database, _keys(tasks))
         # Also when they were there: another init may have made them a moment ago.
         note(POLICIES)
         note(f"waiting {SAFE_AFTER_SECONDS:g} s until the queues are safe")
         await wait_until_safe(connection, queues, timeout)
+
+
+def refuse_forgetting(settings: Settings, names: Sequence[str]) -> None:
+    """See that there is something to forget, and that it is not one task's alone.
+
+    Raises:
+        UsageError: There is not, or it is.
+    """
+    if settings.budget != "shared":
+        raise UsageError(
+            "AIOWORKER_BUDGET=worker: each worker keeps its own budget, and there is nothing to"
+            f" forget; run `{command('init')}`"
+        )
+    if names:
+        raise UsageError(
+            "expected --fresh without a task, since it forgets what is known of all tasks of the"
+            f" database, got: {' '.join(names)}"
+        )
 
 
 def _keys(tasks: Sequence[AnyTask]) -> list[str]:
@@ -138,10 +164,15 @@ async def _declare(
         raise
 
 
-async def plan(settings: Settings, tasks: Sequence[AnyTask]) -> str:
+async def plan(settings: Settings, tasks: Sequence[AnyTask], *, forget: bool = False) -> str:
     """Return what `init` does, and the least that the worker's users need, as commands.
 
     It needs no server. What `init` would change in tables that are there, the database tells.
+
+    Args:
+        settings: The settings.
+        tasks: Whose queues and rows are made.
+        forget: As for `init`.
     """
     amqp, mysql = settings.amqp_url[0], settings.mysql_url
     queues = _arguments(settings, tasks)
@@ -153,6 +184,7 @@ async def plan(settings: Settings, tasks: Sequence[AnyTask]) -> str:
     if settings.budget == "shared":
         needed += grants.PRIVILEGES
         made = [*_creating(tasks), *await _changing(settings)]
+        made += _forgetting(tasks) if forget else []
     lines = [
         *made,
         "# RabbitMQ: the queues that init declares, durable, on the default exchange",
@@ -203,6 +235,16 @@ def _creating(tasks: Sequence[AnyTask]) -> list[str]:
     return [
         "# MySQL: the tables that init makes; its user needs CREATE beside what follows",
         *(f"{statement};" for statement in (*schema.STATEMENTS.values(), *rows)),
+        "",
+    ]
+
+
+def _forgetting(tasks: Sequence[AnyTask]) -> list[str]:
+    """Return the statements that forget what is in the tables."""
+    statements = fresh.statements([grants.text(key) for key in _keys(tasks)])
+    return [
+        "# MySQL: how init --fresh forgets, of all tasks of the database, unless a worker is alive",
+        *(f"{statement};" for statement in statements),
         "",
     ]
 
