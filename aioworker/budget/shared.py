@@ -85,6 +85,8 @@ SET last_write = {tables.WROTE}, last_charge = SYSDATE(6), last_start = last_cha
 WHERE {tables.ROWS} AND @aioworker_charged"""
 # In one packet and one transaction; without a charge nothing else is noted.
 _CHARGING = ("START TRANSACTION", _MAY, _CHARGE, NOTE, history.CHARGED, "COMMIT")
+# On no row, as what else is noted: a privilege that is lacking is seen with no message in hand.
+_CAN_CHARGE = "UPDATE aioworker_budget SET starts = starts WHERE FALSE"
 _CHANGED = Reason(ReasonKind.BUDGET, "budget: its row was changed meanwhile")
 # SYSDATE() stands still like NOW() on a server that is started so; the budget needs it to move.
 _SYSDATE_MOVES = "SELECT TIMESTAMPDIFF(MICROSECOND, NOW(6), SYSDATE(6)) FROM (SELECT SLEEP(0.02)) s"
@@ -547,7 +549,7 @@ class SharedBudget:
         if row.session == self._checked_session:
             return
         self._arguments |= tables.arguments(await self._database.schema(), self._keys)
-        await self._database.each(*CAN_NOTE, *history.CAN_NOTE)
+        await self._database.each(_CAN_CHARGE, *CAN_NOTE, *history.CAN_NOTE)
         [[moved]] = await self._database.query(_SYSDATE_MOVES)
         if not moved:
             raise DatabaseError(

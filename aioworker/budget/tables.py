@@ -118,7 +118,7 @@ _SHARE = """UPDATE aioworker_budget SET shares = %(shares)s
 WHERE task = %(task)s AND shares <=> %(before)s"""
 _RATES = f"""SELECT DISTINCT COALESCE(rate, 'none') FROM aioworker_worker
 WHERE task = %s AND seen > SYSDATE(6) - INTERVAL {ALIVE_SECONDS} SECOND"""
-_NEED_INIT = frozenset({ER.NO_SUCH_TABLE, ER.BAD_FIELD_ERROR})
+NEED_INIT = frozenset({ER.NO_SUCH_TABLE, ER.BAD_FIELD_ERROR})
 # What an operator writes may be beyond any calendar.
 LONGEST_GAP_US = 366 * 86_400 * 1_000_000
 
@@ -273,7 +273,7 @@ def older() -> str:
 def needs_init(error: DatabaseError) -> bool:
     """Whether an error is that a table is not there, or of an earlier version."""
     cause = error.__cause__
-    return isinstance(cause, MySQLError) and errors.code(cause) in _NEED_INIT
+    return isinstance(cause, MySQLError) and errors.code(cause) in NEED_INIT
 
 
 def lock_name(schema: str, task: str, purpose: str = "aioworker") -> str:

@@ -182,6 +182,8 @@ class Presence:
             except MySQLError as error:
                 if errors.kind(error) is not ErrorKind.EVERY_MESSAGE:
                     raise
+                if errors.code(error) not in tables.NEED_INIT:
+                    self._tell_unwritten(database.explain(error))
             else:
                 if database is not self._database:
                     self._written = None  # it names a session that ends now
