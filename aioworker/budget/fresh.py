@@ -53,7 +53,10 @@ _WORKERS = f"""SELECT host, pid, worker.task, TIMESTAMPDIFF(SECOND, seen, SYSDAT
 FROM aioworker_worker AS worker LEFT JOIN aioworker_budget AS budget ON budget.task = worker.task
 WHERE seen > SYSDATE(6) - INTERVAL {ALIVE_SECONDS} SECOND AND (
     COALESCE(server = {SERVER}, TRUE)
-    OR session IN (SELECT id FROM information_schema.processlist WHERE db = DATABASE())
+    OR session IN (
+        SELECT id FROM information_schema.processlist
+        WHERE db = DATABASE() AND id <> CONNECTION_ID()
+    )
 ) ORDER BY host, pid, worker.task"""
 
 

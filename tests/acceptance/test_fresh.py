@@ -43,7 +43,7 @@ FORGOT = "forgot 3 pauses, 3 rates, 5 run notes, 2 starts, 1 change, 1 worker"
 NOTHING = "forgot 0 pauses, 0 rates, 0 run notes, 0 starts, 0 changes, 0 workers"
 WORKER = (
     "INSERT INTO aioworker_worker (host, pid, task, version, session, state, reason, since, seen)"
-    " VALUES ('web1', 811, '{}', '0.1.0', {}, 'waiting', 'budget', SYSDATE(6), SYSDATE(6))"
+    " VALUES ('web1', 811, '{0}', '0.1.0', {1}, 'waiting', 'budget', SYSDATE(6), SYSDATE(6))"
 )
 LEFT = (  # in the other tables
     "INSERT INTO aioworker_run (task, message, together, most, deaths, worker, since)"
@@ -170,6 +170,20 @@ def test_a_worker_counts_if_it_was_seen_lately_and_here(
 
     assert (done.returncode, "got: web1:811 of" in done.stderr) == (counts, counts)
     assert rows(shop, f"SELECT paused FROM {BUDGET}") == [(int(counts),)]
+
+
+async def test_the_number_of_the_commands_own_session_makes_nobody_alive(
+    run: Run, shop: Connection[Cursor], lanes: Lanes
+) -> None:
+    """Two servers that were started a moment ago have given the same numbers."""
+    execute(shop, f"UPDATE {BUDGET} SET server = 'db9:3306:9'")
+    [[ours]] = rows(shop, "SELECT CONNECTION_ID()")
+    for more in range(1, 50):
+        execute(shop, WORKER.replace("811", str(more)).format(TASK, ours + more))
+
+    done = run("init", "--fresh")
+
+    assert (done.returncode, "49 workers" in done.stdout) == (0, True), done
 
 
 def test_a_worker_whose_task_has_no_row_counts(run: Run, shop: Connection[Cursor]) -> None:
