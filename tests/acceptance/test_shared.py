@@ -5,148 +5,78 @@ Judged by a table that triggers on the tasks' own four tables fill, never by wha
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-from aioworker import Producer
 from support import servers
-from tests.conftest import eventually, execute, importable, rows
-from tests.place import Place
+from tests.conftest import eventually
+from tests.several import (
+    BUDGET,
+    Several,
+    Start,
+    assert_never_two_at_once,
+    full,
+    gaps,
+    of,
+    until,
+)
 
-APP = """
-from aioworker import Budget, Context, task
-
-writes = Budget("writes", rate_limit="60/m")
-
-def register(name, **options):
-    @task(name=f"four.{name}", budget=writes, **options)
-    async def write(ctx: Context, number: int) -> None:
-        for _ in range(2):
-            async with ctx.transaction() as cursor:
-                await cursor.execute(f"INSERT INTO four_{name} (number) VALUES (%s)", (number,))
-
-for name in "abc":
-    register(name)
-register("d", rate_limit="20/m")
-"""
+SHARING = dict.fromkeys("abc", "budget=writes") | {"d": 'budget=writes, rate_limit="20/m"'}
 INTERVAL, OWN_INTERVAL = 1.0, 3.0
 LEAST_GAP = 0.98
 LEAST_USED = 0.9
 AUDIT_SECONDS = 0.1  # of a statement: its trigger notes when it began, the worker when it returned
 TASKS = "abcd"
-SUBSETS = (("four.a", "four.b"), ("four.b", "four.c"), ("four.c", "four.d", "four.a"))
+SUBSETS = ("ab", "bc", "cda")
 MESSAGES = 12
-NOTED = "CREATE TABLE noted (at DECIMAL(18, 6) NOT NULL, task CHAR(1) NOT NULL, start BIGINT)"
-TABLE = "CREATE TABLE four_{0} (number INT NOT NULL)"
-TRIGGER = (
-    "CREATE TRIGGER noted_{0} AFTER INSERT ON four_{0} FOR EACH ROW INSERT INTO noted"
-    " SELECT UNIX_TIMESTAMP(SYSDATE(6)), '{0}', starts FROM aioworker_budget"
-    " WHERE task = 'budget:writes'"
-)
-
-
-class Start(NamedTuple):
-    """What one run wrote, by the database's clock, in seconds."""
-
-    task: str
-    first: float
-    last: float
-
-
-class Four:
-    """A place with the four tasks."""
-
-    def __init__(self, private: servers.Servers, folder: Path) -> None:
-        (folder / "four.py").write_text(APP)
-        self.app = {"AIOWORKER_APP": "four", "PYTHONPATH": importable(folder)}
-        self.place = Place(private, folder)
-        execute(self.place.shop, NOTED, *(one.format(t) for t in TASKS for one in (TABLE, TRIGGER)))
-        made = self.place.run("init", **self.app)
-        assert made.returncode == 0, made.stderr
-        self._numbers = itertools.count(1)
-
-    def publish(self, task: str, messages: int = 1, *, urgent: bool = False) -> None:
-        """Publish messages of a task."""
-
-        async def publish_all() -> None:
-            async with Producer(self.place.servers.amqp_url) as producer:
-                for number in itertools.islice(self._numbers, messages):
-                    await producer.publish(f"four.{task}", number, urgent=urgent)
-
-        asyncio.run(publish_all())
-
-    def starts(self) -> list[Start]:
-        """Return each start by its rows, in their order."""
-        found = rows(
-            self.place.shop,
-            "SELECT task, MIN(at), MAX(at) FROM noted GROUP BY task, start ORDER BY 2",
-        )
-        return [Start(task, float(first), float(last)) for task, first, last in found]
-
-    def done(self) -> int:
-        """Return how many messages have run, of all tasks."""
-        tables = " UNION ALL ".join(f"SELECT '{t}', number FROM four_{t}" for t in TASKS)
-        return len(rows(self.place.shop, f"SELECT DISTINCT * FROM ({tables}) AS found"))
 
 
 @pytest.fixture
-def four(private: servers.Servers, tmp_path: Path) -> Iterator[Four]:
-    made = Four(private, tmp_path)
+def four(private: servers.Servers, tmp_path: Path) -> Iterator[Several]:
+    made = Several(private, tmp_path, SHARING, "60/m")
     yield made
     made.place.end()
 
 
 def assert_strict(starts: list[Start]) -> None:
     """Never two runs at once; the spacing of the budget and of the task with a limit of its own."""
-    for one, other in pairwise(starts):
-        assert other.first - one.first >= LEAST_GAP * INTERVAL, starts
-        assert other.first > one.last, starts
-    for one, other in pairwise([one for one in starts if one.task == "d"]):
-        assert other.first - one.first >= LEAST_GAP * OWN_INTERVAL, starts
+    assert_never_two_at_once(starts)
+    assert min(gaps(starts)) >= LEAST_GAP * INTERVAL, starts
+    assert min(gaps(of(starts, "d")), default=OWN_INTERVAL) >= LEAST_GAP * OWN_INTERVAL, starts
 
 
-def assert_audited(four: Four, starts: list[Start]) -> None:
+def assert_audited(four: Several, starts: list[Start]) -> None:
     """What the starts' own rows say is what the triggers have noted."""
     told = four.place.audit()
     assert all(one["kept"] for one in told.values()), told
-    for key, noted in (
-        ("budget:writes", starts),
-        ("four.d", [one for one in starts if one.task == "d"]),
+    for key, interval, noted in (
+        (BUDGET, INTERVAL, starts),
+        (full("d"), OWN_INTERVAL, of(starts, "d")),
     ):
-        interval = INTERVAL if key == "budget:writes" else OWN_INTERVAL
-        least = min(other.first - one.first for one, other in pairwise(noted))
+        least = min(gaps(noted))
         assert told[key]["least_write"] * interval == pytest.approx(least, abs=AUDIT_SECONDS)
 
 
-def until(four: Four, messages: int, each: Callable[[], None]) -> None:
-    """Do something again and again until so many messages have run."""
-    deadline = time.monotonic() + 3 * messages * INTERVAL
-    while four.done() < messages:
-        assert time.monotonic() < deadline, f"{four.done()} done: {four.starts()}"
-        each()
-
-
 @pytest.mark.timeout(300)
-def test_four_tasks_share_a_budget_while_workers_are_killed(four: Four) -> None:
+def test_four_tasks_share_a_budget_while_workers_are_killed(four: Several) -> None:
     """One of three workers is killed every two seconds; every start that is allowed is used."""
     for task in TASKS:
         four.publish(task, MESSAGES)
     subsets = itertools.cycle(SUBSETS)
-    lives = [four.place.worker(*next(subsets), **four.app) for _ in SUBSETS]
+    lives = [four.worker(*next(subsets)) for _ in SUBSETS]
 
     def live_and_die() -> None:
         time.sleep(2)
         lives.pop(0).end()
-        lives.append(four.place.worker(*next(subsets), **four.app))
+        lives.append(four.worker(*next(subsets)))
 
-    until(four, len(TASKS) * MESSAGES, live_and_die)
+    messages = len(TASKS) * MESSAGES
+    until(four, messages, 3 * messages * INTERVAL, live_and_die)
 
     starts = four.starts()
     assert_strict(starts)
@@ -161,12 +91,12 @@ def test_four_tasks_share_a_budget_while_workers_are_killed(four: Four) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_an_urgent_message_of_any_task_goes_first(four: Four) -> None:
+def test_an_urgent_message_of_any_task_goes_first(four: Several) -> None:
     """And every fifth start is of a bulk lane, so that a stream of urgent ones stops no sweep."""
     for task in "ab":
         four.publish(task, 2 * MESSAGES)
-    four.place.worker("four.a", **four.app)
-    four.place.worker("four.b", "four.c", **four.app)
+    four.worker("a")
+    four.worker(*"bc")
     eventually(lambda: len(four.starts()) >= 2, "bulk ones run")
     before = len(four.starts())
 
@@ -184,3 +114,28 @@ def test_an_urgent_message_of_any_task_goes_first(four: Four) -> None:
     between = [b - a - 1 for a, b in pairwise(places)]
     assert sum(between) <= 2, tasks
     assert max(len(run) for run in "".join(tasks).split("a") for run in run.split("b")) <= 4, tasks
+
+
+@pytest.mark.timeout(300)
+def test_no_task_starves_beside_a_stream_of_urgent_messages(four: Several) -> None:
+    """An urgent message waits for one start of each task and a bulk one; so does a bulk one."""
+    most = len(TASKS) + 1
+    streams = [four.publish(task, 2 * MESSAGES, urgent=True) for task in "ab"]
+    bulk = four.publish("c", 3)
+    for tasks in ("ab", "cd", "abcd"):
+        four.worker(*tasks)
+    eventually(lambda: len(of(four.starts(), "ab")) >= 2, "urgent ones run")
+
+    before = len(four.starts())
+    urgent = [*four.publish("d", urgent=True), *four.publish("c", urgent=True)]
+    asked = {*bulk, *urgent}
+    eventually(lambda: asked <= {one.number for one in four.starts()}, "each of them has run")
+
+    starts = four.starts()
+    assert_strict(starts)
+    numbers = [one.number for one in starts]
+    assert not {*streams[0], *streams[1]} <= {*numbers}, "the streams went on meanwhile"
+    # What was under way when they came, and then these.
+    assert all(numbers.index(one) - before <= most + 1 for one in urgent), starts
+    places = [-1, *(numbers.index(one) for one in bulk)]
+    assert max(b - a for a, b in pairwise(places)) <= most + 1, starts
