@@ -72,9 +72,11 @@ def steps(name: str, *arguments: st.SearchStrategy[object]) -> st.SearchStrategy
 worker = st.sampled_from(list(TASKS))
 row = st.sampled_from([LEFT, RIGHT, KEY])
 lasts = st.sampled_from([None, 10 * MINUTE, 2 * HOUR])
-going = steps("go", worker, st.integers(1, 8))
+going = steps("go", worker, st.integers(1, 3))
+reaching = steps("reach", worker, st.sampled_from(["charge", "write", "commit", "look"]))
 step = st.one_of(
-    *[going] * 6,
+    *[going] * 4,
+    *[reaching] * 6,
     steps("nearly", row, st.sampled_from([-3 * SECOND, -SECOND // 10, 0, SECOND])),
     steps("elapse", st.sampled_from([SECOND, 10 * MINUTE, 29 * MINUTE, 31 * MINUTE, 61 * MINUTE])),
     steps("crash", worker),
