@@ -67,19 +67,26 @@ REST_SECONDS = 10  # of a session that holds the turn and only waits, between tw
 _ADOPT = f"""UPDATE aioworker_budget SET last_start = SYSDATE(6), server = {tables.SERVER}
 WHERE {tables.ROWS} AND (last_start > SYSDATE(6) OR server <> {tables.SERVER})"""
 # The task's own row may have no limit, where that of the budget that it shares has one.
-_GAP = f"""INTERVAL COALESCE(
-    {tables.GAP_US}, IF({tables.IS_SHARED}, %(shared_gap)s, %(gap)s), 0) MICROSECOND"""
+_GAP_US = f"""LEAST(COALESCE({tables.GAP_US}, IF({tables.IS_SHARED}, %(shared_gap)s, %(gap)s), 0),
+    {tables.LONGEST_GAP_US})"""
+_GAP = f"INTERVAL {_GAP_US} MICROSECOND"
 _DUE = f"""GREATEST({tables.CHARGED} + {_GAP},
     {tables.WROTE} + {_GAP} - INTERVAL %(usual_us)s MICROSECOND)"""
 _UNTIL_DUE = server_waits(f"(SELECT MAX({_DUE}) FROM aioworker_budget WHERE {tables.ROWS})")
-# Whether all rows let a start begin; they are locked as they are read, in the order of their keys.
+# Whether all rows let a start begin, and when; they are locked as they are read, in the order of
+# their keys. An interval that is longer than the one last seen has another first write due. If the
+# turn does not include the budget that the task shares, that one still has to have no limit.
 _MAY = f"""SET @aioworker_charged = %(rows)s = (SELECT COUNT(*) FROM aioworker_budget
 WHERE {tables.ROWS} AND NOT paused AND server = {tables.SERVER} AND {tables.MINE}
 AND ({tables.IS_SHARED} OR shares <=> %(shares)s)
-AND last_start <= SYSDATE(6) AND {_DUE} <= SYSDATE(6) FOR UPDATE)"""
+AND {_GAP_US} <= IF({tables.IS_SHARED}, %(shared_seen)s, %(seen)s)
+AND last_start <= SYSDATE(6) AND {_DUE} <= SYSDATE(6) FOR UPDATE)
+AND NOT EXISTS (SELECT 1 FROM aioworker_budget
+    WHERE task = %(beside)s AND (paused OR COALESCE({tables.GAP_US}, %(shared_gap)s, 0) > 0)),
+@aioworker_now = SYSDATE(6)"""
 # Assigned from left to right, each by what stands to its left.
 _CHARGE = f"""UPDATE aioworker_budget
-SET last_write = {tables.WROTE}, last_charge = SYSDATE(6), last_start = last_charge,
+SET last_write = {tables.WROTE}, last_charge = @aioworker_now, last_start = last_charge,
     starts = starts + 1, holder = %(worker)s, bulk_next = %(bulk_next)s,
     urgent_starts = IF(%(bulk_next)s, urgent_starts + 1, 0)
 WHERE {tables.ROWS} AND @aioworker_charged"""
@@ -444,6 +451,9 @@ class SharedBudget:
                 **self._arguments,
                 **self._deaths.note(messages),
                 "usual_us": self._usual_us,
+                "seen": self._own.gap_us or 0,
+                "shared_seen": (self._shared and self._shared.gap_us) or 0,
+                "beside": None if self._keys_held == self._keys else self._keys.shared,
                 "bulk_next": bulk_next,
                 "ids": ids,
             }

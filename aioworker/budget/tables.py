@@ -105,12 +105,15 @@ NOTES = """SELECT message, together, most, deaths, worker FROM aioworker_run
 WHERE task = %(task)s"""
 
 ALIVE_SECONDS = 90  # a worker not seen for so long counts for nothing
+LATE_SECONDS = 40  # longer than one that lives takes to be seen again
 _HOLDER = f"""SELECT host, pid, seen > SYSDATE(6) - INTERVAL {ALIVE_SECONDS} SECOND
 FROM aioworker_worker WHERE session = %s ORDER BY seen DESC LIMIT 1"""
 _TASKS = "SELECT task FROM aioworker_budget WHERE task NOT LIKE 'budget:%' ORDER BY task"
 _BUDGETS = "SELECT SUBSTR(task, 8) FROM aioworker_budget WHERE task LIKE 'budget:%' ORDER BY task"
 # Who is alive and goes by what the row says; a worker of an earlier version names no budget.
-_SHARES_AS_BEFORE = f"""SELECT host, pid FROM aioworker_worker
+_SHARES_AS_BEFORE = f"""SELECT host, pid, IF(seen < SYSDATE(6) - INTERVAL {LATE_SECONDS} SECOND,
+    seen + INTERVAL {ALIVE_SECONDS} SECOND, NULL)
+FROM aioworker_worker
 WHERE task = %(task)s AND shares <=> %(before)s
 AND seen > SYSDATE(6) - INTERVAL {ALIVE_SECONDS} SECOND ORDER BY seen DESC LIMIT 1"""
 _SHARING = "SELECT task FROM aioworker_budget WHERE shares = %s ORDER BY task"
@@ -404,9 +407,10 @@ async def who_shares(database: Database, row: Row) -> str | None:
     found = await database.query(_SHARES_AS_BEFORE, {"task": row.task, "before": row.shares})
     if not found:
         return None
-    [(host, pid)] = found
+    [(host, pid, gone_at)] = found
     theirs = "no budget" if row.shares is None else f"budget {row.shares}"
-    return f"waiting for the end of {host}:{pid}, by whose code {row.task} shares {theirs}"
+    late = "" if gone_at is None else f"; unless it is seen again, until {moment(gone_at)}"
+    return f"waiting for the end of {host}:{pid}, by whose code {row.task} shares {theirs}{late}"
 
 
 async def share(database: Database, row: Row, shares: str | None) -> None:

@@ -163,7 +163,6 @@ class Worker:
         lost: Whether it has lost its turn, by its `lock` or by its `connection`; empty if not.
         began: Whether its last step began a start, as it believes.
         starts: How many it has begun.
-        looked: The gaps that were in force when it last looked in its turn.
         due: The gaps that its run goes by, by the rows' keys; empty outside of a charged run.
         wrote: Whether that run has written.
         seen: Whether it counts for alive, as its row says.
@@ -177,7 +176,6 @@ class Worker:
         self.began = False
         self.starts = 0
         self.due: dict[str, int] = {}
-        self.looked: dict[str, int] = {}
         self.wrote = self.seen = False
         self.database = make_database(world.pair, Session, TIMEOUT_SECONDS)
         both = None if shares is None else Shared(shares, RateLimit.parse(str(RATES[KEY])))
@@ -339,8 +337,6 @@ class World:
         shop: A connection to the database, in which `TABLES` are; each statement of it is a
             transaction.
         patch: Replaces clocks and sleeps; undone by whoever gave it.
-        exact: Whether a rate that is set between the look in a turn and its charge is to hold
-            for that run's first write, too.
     """
 
     def __init__(
@@ -348,10 +344,7 @@ class World:
         pair: Servers,
         shop: Connection[Cursor],
         patch: pytest.MonkeyPatch,
-        *,
-        exact: bool = False,
     ) -> None:
-        self._exact = exact
         self.pair, self._shop = pair, shop
         self.workers: dict[str, Worker] = {}
         self.levels = {
@@ -652,8 +645,6 @@ class World:
             if row.starts and task != KEY
         }
         _hold(counted == expected, f"each charge has its row: {expected}, got: {counted}")
-        if worker.stage == "charge" and worker.at != "wait":
-            worker.looked = {key: level.gap(now) for key, level in self.levels.items()}
         if worker.at == "look" or worker.life.done():
             self._running.pop(worker.key, None)
             worker.lost, worker.due, worker.wrote = "", {}, False
@@ -664,6 +655,7 @@ class World:
         _hold(not worker.lost, "who has lost its turn starts nothing")
         moments = {key: after[key].charged or 0 for key in charged}
         at = max(moments.values())
+        _hold(set(moments.values()) == {at}, f"all rows are charged at one moment: {moments}")
         _hold(after[worker.task].shares == worker.shares, "a start goes by what its row shares")
         shares = worker.shares is not None
         needed = {worker.task} | ({KEY} if shares and self.levels[KEY].gap(at) else set())
@@ -678,8 +670,7 @@ class World:
             _hold(after[key].holder == worker.key, "the row names who was charged")
             self._hold_apart(f"charges of {key}", level.charged, at, level.gap(at))
             level.charged = at
-            looked = NEVER if self._exact else worker.looked.get(key, 0)
-            worker.due[key] = min(level.gap(at), looked)
+            worker.due[key] = level.gap(at)
         self._running[worker.key] = charged
 
     def _judge_writes(self, worker: Worker) -> None:
@@ -688,7 +679,7 @@ class World:
             self._written = number
             _hold(who == worker.key, "who stands still commits nothing")
             _hold(worker.lost != "connection", "a run that lost its connection commits nothing")
-            if worker.wrote:
+            if worker.wrote or not worker.budget.limited:
                 continue
             _hold(not worker.lost, "a run that lost its turn commits no first write")
             _hold(bool(worker.due), "only a run writes")

@@ -16,6 +16,7 @@ from aioworker.budget.shared import Shared, SharedBudget
 from aioworker.errors import DatabaseError, TurnLostError
 from aioworker.limits import RateLimit
 from aioworker.reasons import ReasonKind
+from aioworker.words import moment
 from tests.conftest import Run, execute, make_database, rows, simple_addons
 
 if TYPE_CHECKING:
@@ -353,6 +354,14 @@ async def test_a_worker_of_other_code_waits_for_those_of_the_old(
         "waiting for the end of web1:7, by whose code shop.left shares no budget"
     )
     assert await start(make(LEFT, "1/h", None)) == "", "the old ones go on"
+
+    execute(shop, "UPDATE aioworker_worker SET seen = SYSDATE(6) - INTERVAL 50 SECOND")
+    [[gone_at]] = rows(shop, "SELECT seen + INTERVAL 90 SECOND FROM aioworker_worker")
+    late = await make(LEFT).check()
+    assert late is not None
+    assert late.reason.words == (
+        f"{wait.reason.words}; unless it is seen again, until {moment(gone_at)}"
+    )
 
     execute(shop, "DELETE FROM aioworker_worker")
     assert await start(make(LEFT)) == ""
