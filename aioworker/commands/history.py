@@ -42,7 +42,7 @@ FROM (
         MIN(gap_us) OVER (ORDER BY us RANGE BETWEEN 3599999999 PRECEDING AND CURRENT ROW)
             AS least_in_hour
     FROM (
-        SELECT {number} AS number, charged, first_write, ended, {gap} AS gap_us,
+        SELECT {number} AS number, charged, first_write, ended, NULLIF({gap}, 0) AS gap_us,
             TIMESTAMPDIFF(MICROSECOND, '2000-01-01', charged) AS us
         FROM aioworker_start
         WHERE {whose} = %(key)s AND charged >= SYSDATE(6) - INTERVAL %(seconds)s SECOND

@@ -23,6 +23,7 @@ from aioworker.budget.other_server import OtherServer
 from aioworker.budget.pace import budget_key
 from aioworker.budget.run_time import Change
 from aioworker.budget.shared import Shared, SharedBudget
+from aioworker.commands import history
 from aioworker.errors import DatabaseError
 from aioworker.limits import End, RateLimit
 from aioworker.mysql.database import Answer, Database
@@ -53,6 +54,7 @@ LONG_AGO = -NEVER
 TIMEOUT_SECONDS = 30 * 86_400.0
 LOOKS = 4  # until a row that two servers wrote is one's own
 REACH = 9  # a worker's steps from one look to the next
+AUDITED = 365 * 86_400  # seconds of true time, and more
 GOES = 20  # a worker's steps for one start, and more
 
 TABLES = (
@@ -75,9 +77,14 @@ _MOMENTS = (
     *("last_start", "last_charge", "last_write", "set_at", "set_until", "set_until_of"),
     *("paused_at", "paused_until", "paused_until_of"),
 )
-_SHIFT = "UPDATE aioworker_budget SET " + ", ".join(
-    f"{moment} = {moment} - INTERVAL {{0}} MICROSECOND" for moment in _MOMENTS
-)
+_SHIFTS = [
+    f"UPDATE {table} SET "
+    + ", ".join(f"{moment} = {moment} - INTERVAL {{0}} MICROSECOND" for moment in moments)
+    for table, moments in (
+        ("aioworker_budget", _MOMENTS),
+        ("aioworker_start", ("charged", "first_write")),
+    )
+]
 _PAUSE_NOW = (
     "SET STATEMENT innodb_lock_wait_timeout = 0 FOR UPDATE aioworker_budget"
     " SET paused = TRUE WHERE task = '{}'"
@@ -355,6 +362,7 @@ class World:
         self._forward: list[tuple[int, int]] = []  # steps of the database's clock, and when
         self._running: dict[str, set[str]] = {}  # which rows a run that is on was charged to
         self._written = 0
+        self.kept: dict[str, bool] = {}
         self._operator = make_database(pair)
         self._patch(patch)
 
@@ -384,6 +392,8 @@ class World:
             for worker in self.workers.values():
                 worker.session.dead = True
                 await worker.end()
+            for key in RATES:
+                self.kept[key] = (await history._audit(self._operator, key, AUDITED)).kept
             self._operator.close()
 
     # The steps.
@@ -469,6 +479,7 @@ class World:
 
         worker.session.in_commit = dies
         await self.go(name)
+        worker.session.in_commit = None  # its turn was lost: it never came so far
 
     async def cut(self, name: str) -> None:
         """A worker's session is killed, which it will see when it next uses it."""
@@ -505,7 +516,7 @@ class World:
             self._forward.append((self.now(), us))
         for level in self.levels.values():
             level.step(us)
-        self._say(_SHIFT.format(us))
+        self._say(*(shift.format(us) for shift in _SHIFTS))
 
     async def pause(self, key: str, lasts: int | None = None) -> None:
         """An operator pauses."""
@@ -575,7 +586,7 @@ class World:
     def _elapse(self, us: int) -> None:
         self._passed += us
         passes = f"UPDATE model_passed SET us = {self._passed}"
-        self._say(_SHIFT.format(us), passes)
+        self._say(*(shift.format(us) for shift in _SHIFTS), passes)
 
     def _employ(self, name: str, number: int, shares: str | None) -> None:
         self.workers[name] = worker = Worker(self, name, number, shares)

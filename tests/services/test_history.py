@@ -232,6 +232,19 @@ def test_an_audit_tells_what_is_not_in_it(run: Run, shop: Connection[Cursor]) ->
     assert shown[3].startswith("charges       at least 1800.0")
 
 
+def test_an_audit_of_starts_without_a_limit_says_nothing_else(
+    run: Run, shop: Connection[Cursor]
+) -> None:
+    """As an operator set it: an interval of 0, which nothing can be divided by."""
+    insert(shop, "(1, SYSDATE(6) - INTERVAL 2 MINUTE, 0), (2, SYSDATE(6) - INTERVAL 1 MINUTE, 0)")
+
+    audit = run("audit", "--json")
+
+    told = json.loads(audit.stdout)
+    assert (audit.returncode, audit.stderr) == (0, "")
+    assert (told["starts"], told["least_charge"], told["excess_in_hour"]) == (2, None, 0)
+
+
 async def test_the_history_has_starts_and_changes_in_order(
     run: Run, database: Database, budget: SharedBudget, shop: Connection[Cursor]
 ) -> None:
