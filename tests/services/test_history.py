@@ -14,6 +14,7 @@ from aioworker.budget import run_time
 from aioworker.budget.run_time import Change
 from aioworker.budget.shared import SharedBudget
 from aioworker.limits import End, RateLimit
+from support import servers
 from tests.conftest import TASK, Run, execute, rows, simple_addons
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from pymysql.cursors import Cursor
 
     from aioworker.mysql.database import Database
+    from support.servers import Servers
 
 COLUMNS = "number, gap_us, worker, messages, ids, changed, outcome"
 WRITE = "UPDATE addons SET current_version = NULL WHERE id = 1"
@@ -295,6 +297,33 @@ async def test_an_end_is_a_change(
         ("end", "the rate limit set until then ended"),
         ("end", "the pause ended"),
     ]
+
+
+async def test_a_change_that_a_deadlock_ends_is_made_again(
+    pair: Servers, database: Database, shop: Connection[Cursor]
+) -> None:
+    """Here somebody's long transaction holds an old change, which goes with this one."""
+    await run_time.pause(database, TASK, Change("dba", "paused"))
+    await run_time.resume(database, TASK, Change("dba", "resumed"))
+    execute(shop, "UPDATE aioworker_change SET changed = '2026-01-02'", "CREATE TABLE bulk (n INT)")
+    other = servers.connect(pair.mysql_url)
+    with other.cursor() as cursor:
+        # The server ends the transaction that has changed less.
+        cursor.executemany("INSERT INTO bulk VALUES (%s)", list(range(100)))
+        cursor.execute("SELECT * FROM aioworker_change FOR UPDATE")
+        pausing = asyncio.create_task(run_time.pause(database, TASK, Change("dba", "paused")))
+        waits = "SELECT COUNT(*) FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'"
+        while rows(shop, waits) == [(0,)]:  # noqa: ASYNC110 - the server is waited for
+            await asyncio.sleep(0.2)  # asked more often, it answers from a cache
+        await asyncio.to_thread(cursor.execute, "UPDATE aioworker_budget SET holder = 'dba'")
+        await asyncio.sleep(0)
+        other.commit()
+    other.close()
+
+    assert await pausing
+    found = rows(shop, "SELECT what FROM aioworker_change WHERE changed > '2026-01-02'")
+    assert found == [("paused",)]
+    assert rows(shop, "SELECT paused, holder FROM aioworker_budget") == [(1, "dba")]
 
 
 def test_nothing_is_noted_in_scope_worker(run: Run) -> None:
