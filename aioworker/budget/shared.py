@@ -247,10 +247,13 @@ class SharedBudget:
             pace.look(row, self._usual_us) for pace, row in zip(self._paces, rows, strict=True)
         ]
         now, moment = asyncio.get_running_loop().time(), rows[0].now
-        write_in_us = max(look.write_in_us for look in looks)
-        self._write_due = Due(
-            now + write_in_us / 1e6, moment + timedelta(microseconds=write_in_us), now
+        # By the moment at which each row was read: a busy server takes its time between them.
+        writes_at = max(
+            row.now + timedelta(microseconds=look.write_in_us)
+            for look, row in zip(looks, rows, strict=True)
         )
+        write_in_us = max(look.write_in_us for look in looks)
+        self._write_due = Due(now + write_in_us / 1e6, writes_at, now)
         seconds = [look.seconds for look in looks]
         self._due_at = now + max(*seconds, 0.0)
         # The turn that tasks share is taken by its own interval, and only for a task whose own

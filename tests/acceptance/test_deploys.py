@@ -159,7 +159,8 @@ def assert_each_done_once(site: Site, kills: int = 0) -> None:
     assert len(runs) == 2 * MESSAGES
     assert len(starts) - len(runs) <= kills, runs.most_common(3)
     told = site.several.place.audit()
-    assert all(told[key]["kept"] for key in (full("a"), full("b"), BUDGET)), told
+    broken = [told[key] for key in (full("a"), full("b"), BUDGET) if not told[key]["kept"]]
+    assert not broken, "\n".join(map(str, broken))
     charged = told[full("a")]["starts"] + told[full("b")]["starts"]
     assert 0 <= charged - len(starts) <= kills, told
 
@@ -210,7 +211,7 @@ def test_a_worker_that_was_killed_is_waited_for_until_it_counts_as_dead(
     for task in "ab":
         told = site.several.status(task)
         assert told["waits_kind"] == "other_budget", told
-        assert told["waits"] == WAITS.format(name, full(task), site.old.shares)
+        assert told["waits"].startswith(WAITS.format(name, full(task), site.old.shares))
 
     execute(
         site.several.place.shop,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from datetime import UTC
 from typing import TYPE_CHECKING
 
 import pytest
@@ -203,6 +204,26 @@ async def test_a_lock_that_is_lost_ends_the_run(
                 await cursor.execute("UPDATE addons SET current_version = 10001")
 
     assert rows(shop, "SELECT current_version FROM addons") == [(None,)]
+
+
+async def test_a_first_write_is_due_by_the_moment_at_which_each_row_is_read(
+    make: Fleet, shop: Connection[Cursor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy server takes its time between them."""
+    slow = tables._FIND.replace("bulk_next,", "bulk_next + SLEEP(0.02),")
+    left, right = make(LEFT, None, "1/h"), make(RIGHT, None, "1/h")
+    await right.check()
+    async with right.turn():
+        await right.charge(["one"])
+        await make.databases[right].execute("UPDATE addons SET current_version = NULL")
+    monkeypatch.setattr(tables, "_FIND", slow)
+
+    await left.check()
+
+    [[due]] = rows(
+        shop, f"SELECT last_write + INTERVAL 1 HOUR FROM aioworker_budget WHERE task = '{KEY}'"
+    )
+    assert left._write_due.moment >= due.replace(tzinfo=UTC)
 
 
 async def test_a_pause_of_the_budget_holds_all_its_tasks(
