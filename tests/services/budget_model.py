@@ -86,8 +86,8 @@ _SHIFTS = [
     )
 ]
 _PAUSE_NOW = (
-    "SET STATEMENT innodb_lock_wait_timeout = 0 FOR UPDATE aioworker_budget"
-    " SET paused = TRUE WHERE task = '{}'"
+    "SELECT task FROM aioworker_budget WHERE task = '{}' FOR UPDATE NOWAIT",
+    "UPDATE aioworker_budget SET paused = TRUE WHERE task = '{}'",
 )
 _ALIVE = (
     "REPLACE INTO aioworker_worker (id, host, pid, task, version, session, state, reason, since,"
@@ -455,7 +455,7 @@ class World:
             nonlocal waits
             began = self.now()
             try:
-                self._say(_PAUSE_NOW.format(key))
+                self._say(*(statement.format(key) for statement in _PAUSE_NOW))
             except OperationalError:
                 waits = True
             else:
