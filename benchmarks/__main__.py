@@ -26,7 +26,7 @@ import psutil
 from aioworker import repo
 from aioworker.addresses import DatabaseAddress
 from aioworker.budget.shared import SharedBudget
-from aioworker.limits import RateLimit
+from aioworker.limits import End, RateLimit
 from aioworker.mysql.database import Database
 from aioworker.rabbitmq.queues import Queues
 from benchmarks import backlog, noop, peers, rate, sweeps, wake
@@ -587,12 +587,15 @@ class Bench:
         connection.close()
 
     def budget(self) -> None:
-        """Measure what the shared budget costs a start: time, and connections."""
+        """Measure what the shared budget costs a start: time, statements, flushes, connections."""
         self.report.section("The shared budget, a start", "what", "median", "p99")
         connection = self.fill(20_000)
-        for name, several in asyncio.run(self._start_often()).items():
+        spent, counted = asyncio.run(self._start_often())
+        for name, several in spent.items():
             cuts = statistics.quantiles(several, n=100)
             self.report.row(name, f"{cuts[49]:.2f} ms", f"{cuts[98]:.2f} ms")
+        for name, number in counted.items():
+            self.report.row(f"{name} a start", f"{number / STARTS:.1f}", "")
         self.sweep()
         before = connections_made(connection)
         run([AIOWORKER, "consume", "--burst", "--rate-limit", "1000000/s"], self.environment)
@@ -601,11 +604,14 @@ class Bench:
         self.report.row("connections of a burst of 20 chunks", made, "")
         connection.close()
 
-    async def _start_often(self) -> dict[str, list[float]]:
+    async def _start_often(self) -> tuple[dict[str, list[float]], dict[str, int]]:
+        """Return the milliseconds of each start's parts, and what the server counted in all."""
         address = DatabaseAddress.parse(self.pair.mysql_url)
         database = Database(address, connect_timeout=10, timeout=60)
         budget = SharedBudget(database, TASK, RateLimit.parse("1000000/s"), "bench")
-        spent: dict[str, list[float]] = {"the charge alone": [], "look, turn, charge, stamp": []}
+        spent: dict[str, list[float]] = {"the charge alone": [], "the whole start, one write": []}
+        await budget.check()  # which sees, on a new connection, that the server will do
+        before = await _counted(database)
         for _ in range(STARTS):
             began = time.perf_counter()
             await budget.check()
@@ -613,13 +619,14 @@ class Bench:
                 charging = time.perf_counter()
                 await budget.charge(["bench"])
                 charged = time.perf_counter()
-                async with database.transaction():
-                    pass
+                await database.execute("UPDATE addons SET slug = slug WHERE id = 1")
+                await budget.ended(["bench"], End("ack"))
             ended = time.perf_counter()
             for name, seconds in zip(spent, (charged - charging, ended - began), strict=True):
                 spent[name].append(seconds * 1000)
+        after = await _counted(database)
         database.close()
-        return spent
+        return spent, {name: after[name] - before[name] for name in before}
 
     def rate(self) -> None:
         """Measure how much of a rate is used, and how near first writes come to each other."""
@@ -714,6 +721,13 @@ def connections_made(connection: Connection[Cursor]) -> int:
         cursor.execute("SHOW GLOBAL STATUS LIKE 'Connections'")
         [[_name, number]] = cursor.fetchall()
     return int(number)
+
+
+async def _counted(database: Database) -> dict[str, int]:
+    """Return what the server has counted: of this session, and of all."""
+    [[_, statements]] = await database.query("SHOW SESSION STATUS LIKE 'Questions'")
+    [[_, flushes]] = await database.query("SHOW GLOBAL STATUS LIKE 'Innodb_data_fsyncs'")
+    return {"statements": int(statements), "flushes to disk": int(flushes)}
 
 
 def site_ids(connection: Connection[Cursor]) -> list[int]:
