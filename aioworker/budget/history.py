@@ -42,10 +42,9 @@ CLEAN = (
     f"""DELETE FROM aioworker_start
 WHERE charged < SYSDATE(6) - INTERVAL {KEPT_DAYS} DAY ORDER BY charged LIMIT {PORTION}""",
     f"""DELETE FROM aioworker_start
-WHERE task = %(task)s AND number <= (
-    SELECT CAST(starts AS SIGNED) - {MOST_ROWS} DIV (SELECT COUNT(*) FROM aioworker_budget)
-    FROM aioworker_budget WHERE task = %(task)s
-) ORDER BY number LIMIT {PORTION}""",
+WHERE charged <= (SELECT charged FROM (
+    SELECT charged FROM aioworker_start ORDER BY charged DESC LIMIT 1 OFFSET {MOST_ROWS}
+) AS beyond) ORDER BY charged LIMIT {PORTION}""",
 )
 # On no row: that each privilege is there is seen before a start is charged, and not behind it.
 CAN_NOTE = (

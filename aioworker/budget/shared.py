@@ -76,13 +76,13 @@ _UNTIL_DUE = server_waits(f"(SELECT MAX({_DUE}) FROM aioworker_budget WHERE {tab
 # Whether all rows let a start begin, and when; they are locked as they are read, in the order of
 # their keys. An interval that is longer than the one last seen has another first write due. If the
 # turn does not include the budget that the task shares, that one still has to have no limit.
-_MAY = f"""SET @aioworker_charged = %(rows)s = (SELECT COUNT(*) FROM aioworker_budget
+_MAY = f"""SET @aioworker_charged = NOT EXISTS (SELECT 1 FROM aioworker_budget
+    WHERE task = %(beside)s AND (paused OR COALESCE({tables.GAP_US}, %(shared_gap)s, 0) > 0))
+AND %(rows)s = (SELECT COUNT(*) FROM aioworker_budget
 WHERE {tables.ROWS} AND NOT paused AND server = {tables.SERVER} AND {tables.MINE}
 AND ({tables.IS_SHARED} OR shares <=> %(shares)s)
 AND {_GAP_US} <= IF({tables.IS_SHARED}, %(shared_seen)s, %(seen)s)
-AND last_start <= SYSDATE(6) AND {_DUE} <= SYSDATE(6) FOR UPDATE)
-AND NOT EXISTS (SELECT 1 FROM aioworker_budget
-    WHERE task = %(beside)s AND (paused OR COALESCE({tables.GAP_US}, %(shared_gap)s, 0) > 0)),
+AND last_start <= SYSDATE(6) AND {_DUE} <= SYSDATE(6) FOR UPDATE),
 @aioworker_now = SYSDATE(6)"""
 # Assigned from left to right, each by what stands to its left.
 _CHARGE = f"""UPDATE aioworker_budget
@@ -167,7 +167,8 @@ class SharedBudget:
         self._keys_held: tables.Keys | None = None  # of the turn
         self._wanted = (False, False)  # as the row says it
         self._wanted_at = -math.inf
-        self._end: End | None = None  # of a start, which is not noted yet
+        self._started = False  # in the turn that is held
+        self._end: End | None = None  # of that start, which is not noted yet
         self._charges = 0
         self._looked_at = -math.inf  # when the rows were read, or charged, by the monotonic clock
 
@@ -352,12 +353,7 @@ class SharedBudget:
             return
         # A budget that has no limit is nobody's to wait for.
         keys = self._keys if self.shares else tables.Keys(self._task)
-        patience = QUEUE_SECONDS if self._database.timeout > 4 * QUEUE_SECONDS else 0
-        with tables.explaining(self._database):
-            began = time.monotonic()
-            found = await tables.take(self._database, self._keys, patience, both=self.shares)
-            await self._seen(found.rows[0], time.monotonic() - began)
-            self._arguments |= tables.arguments(await self._database.schema(), keys)
+        found = await self._take(keys)
         if found.held < keys.number:
             yield await self._taken(self._paces[found.held], found.rows[found.held])
             return
@@ -372,9 +368,23 @@ class SharedBudget:
             self._database.close()
             raise
         finally:
-            self._keys_held, self._end = None, None
+            self._keys_held, self._started, self._end = None, False, None
             self._database.expect(None)
             await self._deaths.withdraw()
+
+    async def _take(self, keys: tables.Keys) -> Found:
+        """Ask for the turn, and read the rows; an error gives back what could be had of it."""
+        patience = QUEUE_SECONDS if self._database.timeout > 4 * QUEUE_SECONDS else 0
+        try:
+            with tables.explaining(self._database):
+                began = time.monotonic()
+                found = await tables.take(self._database, self._keys, patience, both=self.shares)
+                await self._seen(found.rows[0], time.monotonic() - began)
+                self._arguments |= tables.arguments(await self._database.schema(), keys)
+        except BaseException:
+            self._database.close()
+            raise
+        return found
 
     async def _taken(self, pace: Pace, row: Row) -> Wait:
         """Return the wait for a turn that somebody else holds."""
@@ -464,6 +474,7 @@ class SharedBudget:
         if not answers[len(_UNTIL_DUE) + _CHARGING.index(_CHARGE)].matched:
             return await self._refused(messages)
         self._charges += 1
+        self._started = True
         self._looked_at = time.monotonic()
         began_at = max(sent_at, self._due_at)
         for pace in self._paces:
@@ -509,7 +520,8 @@ class SharedBudget:
         """Note that messages are settled, or given back, and their worker lives."""
         self._database.expect(None)
         self._deaths.ended(messages)
-        self._end = end or self._end
+        if self._started:
+            self._end = end or self._end
 
     async def _give_back(self) -> None:
         """Release the turn, with what is owed to the row; a lost connection has given it back.

@@ -42,7 +42,7 @@ def init(
         typer.Option(
             "--fresh",
             help="Forget pauses, rates, notes of runs, history and workers of all tasks of the"
-            " database, such as a copy of production; no queue is touched.",
+            " database, such as a copy of production; no message is touched.",
         ),
     ] = False,
 ) -> None:

@@ -19,6 +19,7 @@ from aioworker.cli.common import (
     run,
     seconds_of,
 )
+from aioworker.errors import UsageError
 from aioworker.words import count, moment
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from aioworker.commands.history import Audit, Change, Start
 
+KEPT_SECONDS = 7 * 86_400
 LAST = 20
 MOST = 10_000
 
@@ -48,6 +50,8 @@ def audit(
     Those of the last 7 days are kept, 100,000 at most. Exits 1 if a rate was not kept.
     """
     seconds = None if since is None else seconds_of(since, "--since with an age")
+    if seconds is not None and not 0 < seconds <= KEPT_SECONDS:
+        raise UsageError(f"expected --since from 1s to 7d, got: {since!r}")
     meant = one_of(name, option, budget=budget)
     settings = prepare(app=app_names)
     from aioworker.commands import history as asking

@@ -208,7 +208,7 @@ def _budget_lines(limit: Limit, waits: ReasonKind) -> list[tuple[str, str]]:
         until = f" until {moment(limit.set_until)}, for {duration(limit.set_until_seconds)} more"
     shown = [("rate", f"{_rate(limit)}{until}{changed}")]
     if limit.shares is not None:
-        shown.append(("shares", f"budget {limit.shares}"))
+        shown.append(("shares", limit.shares_pause or f"budget {limit.shares}"))
     if limit.scope != "shared":
         return shown
     if limit.last_start is None:
@@ -243,6 +243,10 @@ def _next_start(limit: Limit, waits: ReasonKind) -> str:
         left = limit.paused_until_seconds
         ends = "" if left is None else f", which ends in {duration(left)}"
         return f"not while paused{ends}"
+    if limit.shares_pause:
+        return "not while its budget is paused"
+    if waits is ReasonKind.OTHER_BUDGET:
+        return "not while it waits for that"
     if waits.timed:
         return "as the worker tells"
     if waits.red:

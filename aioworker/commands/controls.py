@@ -84,7 +84,7 @@ async def set_rate(
 
 
 async def pause(settings: Settings, names: Sequence[str], instruction: Instruction) -> str:
-    """Let no start of what is meant begin any more; one that runs ends as usual.
+    """Let no start of what is meant begin any more; what runs stops before its next transaction.
 
     Returns:
         What was done, in a line for each.
@@ -102,7 +102,7 @@ async def pause(settings: Settings, names: Sequence[str], instruction: Instructi
             row = await tables.read(database, name)
             if new:
                 until = _until(row.paused_until, instruction)
-                lines.append(f"{shown(name)}: paused{until}; what runs ends, nothing new begins")
+                lines.append(f"{shown(name)}: paused{until}; what runs stops, nothing new begins")
                 continue
             lines.append(f"{shown(name)}: {row.pause}; nothing was changed")
             if instruction.seconds is not None and not instruction.every:

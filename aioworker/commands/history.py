@@ -13,7 +13,7 @@ from typing import Any
 
 from aioworker.budget import tables
 from aioworker.budget.history import KEPT_DAYS
-from aioworker.budget.pace import budget_name
+from aioworker.budget.pace import budget_key, budget_name
 from aioworker.commands import which_tasks
 from aioworker.commands.controls import shown
 from aioworker.errors import UsageError
@@ -22,37 +22,39 @@ from aioworker.settings import Settings
 from aioworker.words import as_json
 
 # In intervals, each distance by the rate that was in force at the later of both. In a window of so
-# many microseconds, the start at its end included, as many starts are allowed as intervals begin.
+# many microseconds, the start at its end included, as many starts with a limit are allowed as
+# intervals begin.
 _AUDIT = """SELECT COUNT(*), MIN(charged), MAX(charged), SUM(ended IS NULL),
     COALESCE(MAX(number) - MIN(number) + 1 - COUNT(*), 0),
     MIN(1e0 * TIMESTAMPDIFF(MICROSECOND, charged_before, charged) / gap_us),
     MIN(1e0 * TIMESTAMPDIFF(MICROSECOND, written_before, first_write) / gap_us),
-    MAX(in_minute), COALESCE(MAX(in_minute - CEIL(60000000 / least_in_minute)), 0),
-    MAX(in_hour), COALESCE(MAX(in_hour - CEIL(3600000000 / least_in_hour)), 0)
+    MAX(in_minute), COALESCE(MAX(excess_in_minute), 0),
+    MAX(in_hour), COALESCE(MAX(excess_in_hour), 0)
 FROM (
     SELECT number, charged, first_write, ended, gap_us,
         LAG(charged) OVER (ORDER BY charged) AS charged_before,
         MAX(first_write) OVER (
             ORDER BY charged ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
         ) AS written_before,
-        COUNT(*) OVER (ORDER BY us RANGE BETWEEN 59999999 PRECEDING AND CURRENT ROW) AS in_minute,
-        MIN(gap_us) OVER (ORDER BY us RANGE BETWEEN 59999999 PRECEDING AND CURRENT ROW)
-            AS least_in_minute,
-        COUNT(*) OVER (ORDER BY us RANGE BETWEEN 3599999999 PRECEDING AND CURRENT ROW) AS in_hour,
-        MIN(gap_us) OVER (ORDER BY us RANGE BETWEEN 3599999999 PRECEDING AND CURRENT ROW)
-            AS least_in_hour
+        COUNT(*) OVER last_minute AS in_minute, COUNT(*) OVER last_hour AS in_hour,
+        COUNT(gap_us) OVER last_minute - CEIL(60000000 / MIN(gap_us) OVER last_minute)
+            AS excess_in_minute,
+        COUNT(gap_us) OVER last_hour - CEIL(3600000000 / MIN(gap_us) OVER last_hour)
+            AS excess_in_hour
     FROM (
         SELECT {number} AS number, charged, first_write, ended, NULLIF({gap}, 0) AS gap_us,
             TIMESTAMPDIFF(MICROSECOND, '2000-01-01', charged) AS us
         FROM aioworker_start
         WHERE {whose} = %(key)s AND charged >= SYSDATE(6) - INTERVAL %(seconds)s SECOND
     ) AS starts
+    WINDOW last_minute AS (ORDER BY us RANGE BETWEEN 59999999 PRECEDING AND CURRENT ROW),
+        last_hour AS (ORDER BY us RANGE BETWEEN 3599999999 PRECEDING AND CURRENT ROW)
 ) AS found"""
 AUDIT = _AUDIT.format(number="number", gap="gap_us", whose="task")
 # Of all tasks that share a budget; how many starts are not noted, their own audits tell.
 AUDIT_SHARED = _AUDIT.format(number="NULL", gap="shared_gap_us", whose="shared")
 _STARTS = f"""SELECT charged, number, worker, messages, ids, gap_us / 1e6, SUBSTR(shared, 8),
-    first_write, ended, changed, outcome
+    shared_gap_us / 1e6, first_write, ended, changed, outcome
 FROM aioworker_start
 WHERE task = %(task)s AND charged >= SYSDATE(6) - INTERVAL {KEPT_DAYS} DAY
 ORDER BY charged DESC LIMIT %(most)s"""
@@ -123,6 +125,7 @@ class Start:
         ids: How many ids or rows they were to write; None of a task without chunks.
         interval_seconds: Between two starts, by the task's rate in force; None without one.
         budget: The budget that it shared; None for none.
+        budget_interval_seconds: By that budget's rate; None likewise.
         first_write: When it first wrote; None if it did not, by `ctx.transaction()`.
         ended: When its messages were settled; None if its worker died, or runs still.
         changed: Rows that it changed, as far as the task counts them.
@@ -137,6 +140,7 @@ class Start:
     ids: int | None
     interval_seconds: float | None
     budget: str | None
+    budget_interval_seconds: float | None
     first_write: datetime | None
     ended: datetime | None
     changed: int | None
@@ -228,6 +232,7 @@ async def last(settings: Settings, names: Sequence[str], most: int) -> list[Star
     Args:
         settings: The settings.
         names: The tasks' names; none for all that have a budget, and the budgets that they share.
+            What was changed in a budget that a named task shares is among its changes.
         most: How many.
 
     Raises:
@@ -239,6 +244,9 @@ async def last(settings: Settings, names: Sequence[str], most: int) -> list[Star
     async with settings.database(locks=False) as database:
         if names:
             keys = await which_tasks.of_table(database, names)
+            with tables.explaining(database):
+                budgets = {(await tables.read(database, key)).shares for key in keys}
+            keys += [budget_key(name) for name in sorted(filter(None, budgets))]
         else:
             keys = await which_tasks.every_row(database)
         with tables.explaining(database):
@@ -252,7 +260,8 @@ async def last(settings: Settings, names: Sequence[str], most: int) -> list[Star
 def _start(row: Sequence[Any]) -> list[Any]:
     """Return what a start consists of behind its task's name."""
     values = list(row)
-    values[5] = None if values[5] is None else float(values[5])
+    for place in (5, 7):
+        values[place] = None if values[place] is None else float(values[place])
     return values
 
 

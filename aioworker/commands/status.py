@@ -99,6 +99,7 @@ class Limit:
         next_start_seconds: Seconds until then.
         turn: Who holds the turn; None for nobody.
         shares: The budget that it shares with other tasks, by its name; None for none.
+        shares_pause: Who paused that budget, when and why; empty if nobody did.
     """
 
     scope: str
@@ -125,6 +126,7 @@ class Limit:
     next_start_seconds: float | None = None
     turn: str | None = None
     shares: str | None = None
+    shares_pause: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,7 +368,9 @@ def _since(
 
 
 def _backlog_seconds(queued: Queued | None, held: int | None, limit: Limit | None) -> float | None:
-    interval = limit.interval_seconds if limit and not limit.paused else None
+    # How much of a budget's rate other tasks take, nobody knows.
+    reckoned = limit is not None and not limit.paused and limit.shares is None
+    interval = limit.interval_seconds if limit and reckoned else None
     if queued is None or interval is None:
         return None
     return ((queued.urgent or 0) + (queued.bulk or 0) + bool(held)) * interval
@@ -463,7 +467,7 @@ def _limit(scope: str, force: InForce, stored: Stored) -> Limit:
     if row is None:
         return limit
     ahead = 0.0 if interval is None else interval - row.charge_age_us / 1e6
-    waiting = ahead > 0 and not force.paused
+    waiting = ahead > 0 and not force.paused and not stored.shared_pause
     return replace(
         limit,
         paused_by=row.paused_by,
@@ -483,6 +487,7 @@ def _limit(scope: str, force: InForce, stored: Stored) -> Limit:
         next_start_seconds=ahead if waiting else None,
         turn=stored.turn,
         shares=row.shares,
+        shares_pause=stored.shared_pause,
     )
 
 

@@ -172,7 +172,7 @@ def test_setting_what_is_set_changes_nothing(run: Run, shop: Connection[Cursor])
 
 def test_a_rate_of_nothing_is_a_pause(run: Run, shop: Connection[Cursor]) -> None:
     assert run("rate-limit", "0/m").stdout == (
-        "update_current_version: paused; what runs ends, nothing new begins\n"
+        "update_current_version: paused; what runs stops, nothing new begins\n"
     )
     assert rows(shop, "SELECT paused, gap_us FROM aioworker_budget") == [(1, None)]
 

@@ -56,7 +56,7 @@ async def test_a_pause_ends_by_itself(
 
     eventually(lambda: rows(shop, "SELECT current_version FROM addons") == [(10_001,)], "written")
     assert re.fullmatch(
-        rf"{TASK}: paused until {MOMENT}, in 4 s; what runs ends, nothing new begins\n", said
+        rf"{TASK}: paused until {MOMENT}, in 4 s; what runs stops, nothing new begins\n", said
     )
     [[charged]] = rows(shop, "SELECT last_charge FROM aioworker_budget")
     assert charged >= until

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioworker.budget import run_time
+from aioworker.budget import history, run_time
 from aioworker.budget.run_time import Change
 from aioworker.budget.shared import SharedBudget
 from aioworker.limits import End, RateLimit
@@ -122,6 +122,30 @@ async def test_an_end_that_was_not_noted_is_no_other_starts(
     assert noted(shop, "number, ended, outcome") == [(1, None, None), (2, None, None)]
 
 
+async def test_what_ran_without_a_limit_is_no_end_of_a_start(
+    database: Database, shop: Connection[Cursor]
+) -> None:
+    """Of a start whose worker died, before its task had no limit for a while."""
+    budget = SharedBudget(database, TASK, RateLimit.parse("1000/s"), "web1:7")
+    insert(shop, "(1, SYSDATE(6), 1)")
+    execute(
+        shop,
+        "UPDATE aioworker_start SET ended = NULL",
+        "UPDATE aioworker_budget SET starts = 1, gap_us = 0",
+    )
+    await budget.check()
+    async with budget.turn():
+        await budget.charge(["one"])
+        await budget.ended(["one"], End("ack", 9))
+
+    execute(shop, "UPDATE aioworker_budget SET gap_us = NULL")
+    await budget.check()
+    async with budget.turn() as wait:
+        assert wait is None
+
+    assert noted(shop, "number, ended, outcome") == [(1, None, None)]
+
+
 async def test_the_rate_that_an_operator_set_is_noted(
     budget: SharedBudget, shop: Connection[Cursor]
 ) -> None:
@@ -145,21 +169,24 @@ async def test_a_budget_that_was_made_again_counts_from_one(
 
 
 @pytest.mark.parametrize(
-    ("old", "left"),
-    [
-        (
-            "(199001, SYSDATE(6) - INTERVAL 8 DAY, 1), (199002, SYSDATE(6) - INTERVAL 6 DAY, 1)",
-            [199_002, 200_001],
-        ),
-        ("(100001, SYSDATE(6), 1), (100002, SYSDATE(6), 1)", [100_002, 200_001]),
-    ],
-    ids=["a week", "a hundred thousand"],
+    ("most", "left"),
+    [(history.MOST_ROWS, [199_002, 199_003, 200_001]), (2, [199_003, 200_001])],
+    ids=["older than a week", "more than are kept"],
 )
 async def test_old_rows_go(
-    budget: SharedBudget, shop: Connection[Cursor], old: str, left: list[int]
+    budget: SharedBudget,
+    shop: Connection[Cursor],
+    monkeypatch: pytest.MonkeyPatch,
+    most: int,
+    left: list[int],
 ) -> None:
+    """Those of all tasks together, the oldest first."""
+    fewer = tuple(one.replace(str(history.MOST_ROWS), str(most)) for one in history.CLEAN)
+    monkeypatch.setattr(history, "CLEAN", fewer)
     execute(shop, "UPDATE aioworker_budget SET starts = 200000")
-    insert(shop, old)
+    for number, days in ((199_001, 8), (199_002, 6), (199_003, 5)):
+        insert(shop, f"({number}, SYSDATE(6) - INTERVAL {days} DAY, 1)")
+    execute(shop, "UPDATE aioworker_start SET task = 'another' WHERE number = 199002")
     async with budget.turn():
         await budget.charge(["one"])
         await budget.ended(["one"], End("ack"))
@@ -215,6 +242,32 @@ def test_an_audit_states_the_least_distance(
     told = json.loads(audit.stdout)
     assert {name: told[name] for name in found} == pytest.approx(found)
     assert audit.returncode == (0 if told["kept"] else 1)
+
+
+def test_an_audit_counts_no_start_without_a_limit_against_one(
+    run: Run, shop: Connection[Cursor]
+) -> None:
+    """As of a task that a shared budget alone limited, until somebody set a rate."""
+    [[began]] = rows(shop, "SELECT SYSDATE(6) - INTERVAL 1 HOUR")
+    for number in range(1, 6):
+        insert(shop, f"({number}, '{began}' + INTERVAL {number} SECOND, 0)")
+    execute(shop, "UPDATE aioworker_start SET gap_us = NULL WHERE number = 1")
+    insert(shop, f"(6, '{began}' + INTERVAL 35 SECOND, 30)")
+
+    audit = run("audit", "--json")
+
+    told = json.loads(audit.stdout)
+    assert (audit.returncode, told["kept"]) == (0, True), told
+    assert (told["most_in_minute"], told["excess_in_minute"]) == (6, -1)
+
+
+@pytest.mark.parametrize("since", ["0s", "8d", "soon"])
+def test_an_age_that_no_row_has_is_refused_in_one_line(run: Run, since: str) -> None:
+    audit = run("audit", "--since", since)
+
+    assert (audit.returncode, audit.stdout) == (2, "")
+    assert audit.stderr.startswith("aioworker: expected --since ")
+    assert audit.stderr.endswith(f"got: '{since}'\n")
 
 
 def test_an_audit_tells_what_is_not_in_it(run: Run, shop: Connection[Cursor]) -> None:

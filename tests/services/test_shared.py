@@ -426,6 +426,43 @@ async def test_the_commands_name_a_budget(make: Fleet, run: Run, shop: Connectio
     assert resumed[-1] == "budget writes: resumed, rate limit 10/m, run time"
 
 
+async def test_a_turn_that_cannot_be_read_is_given_back(
+    make: Fleet, shop: Connection[Cursor]
+) -> None:
+    """Nobody would get its locks from a session that only looks from then on."""
+    left = make(LEFT)
+    await left.check()
+    execute(shop, "ALTER TABLE aioworker_budget RENAME COLUMN shares TO gone")
+
+    with pytest.raises(DatabaseError):
+        async with left.turn():
+            pytest.fail("taken")
+
+    execute(shop, "ALTER TABLE aioworker_budget RENAME COLUMN gone TO shares")
+    assert await start(make(RIGHT)) == ""
+    assert await start(make(LEFT, None, "1000/s")) == ""
+
+
+async def test_the_status_of_a_task_whose_budget_is_paused_promises_no_start(
+    make: Fleet, run: Run, shop: Connection[Cursor]
+) -> None:
+    assert await start(make(LEFT, "1/h")) == ""
+    execute(shop, ALIVE.format("a", "'writes'"))
+    run("pause", "--budget", "writes", "--reason", "copy")
+
+    found = run("status", LEFT).stdout.splitlines()
+    history = run("history", LEFT).stdout.splitlines()
+
+    assert "next start not while its budget is paused" in found
+    [shares] = [line for line in found if line.startswith("shares")]
+    assert shares.startswith("shares     budget writes: paused by ")
+    assert not [line for line in found if line.startswith("done in")]
+    assert [line[25:].partition(",")[0].partition(" by ")[0] for line in history] == [
+        f"{LEFT}  start 1",
+        "budget writes  paused",
+    ]
+
+
 async def test_the_rate_of_a_budget_is_that_of_its_last_start(
     make: Fleet, run: Run, shop: Connection[Cursor]
 ) -> None:
