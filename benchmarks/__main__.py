@@ -619,7 +619,7 @@ class Bench:
                 charging = time.perf_counter()
                 await budget.charge(["bench"])
                 charged = time.perf_counter()
-                await database.execute("UPDATE addons SET slug = slug WHERE id = 1")
+                await database.execute("UPDATE addons SET status = status WHERE id = 1")
                 await budget.ended(["bench"], End("ack"))
             ended = time.perf_counter()
             for name, seconds in zip(spent, (charged - charging, ended - began), strict=True):

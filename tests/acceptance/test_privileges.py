@@ -1,4 +1,4 @@
-"""The privileges that `init --print` shows: enough for every command, and none too many."""
+"""The privileges that `init --print` shows: enough for every command, and each one is missed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ ONES = [
     (privilege, table)
     for privileges, table in grants.PRIVILEGES
     for privilege in privileges.split(", ")
-    if (privilege, table) != ("INSERT", "aioworker_budget")  # init's alone
+    if (privilege, table) != ("INSERT", "aioworker_budget")  # for init and the first version
 ]
 
 
