@@ -46,6 +46,8 @@ FROM aioworker_budget"""
 
 _TASKS = "SELECT task FROM aioworker_budget ORDER BY task"
 _TURN = "SELECT IS_USED_LOCK(%(lock)s)"
+# MariaDB reads the first of these, MySQL the second: it warns of the other one.
+_SESSIONS = "/*M! information_schema.processlist */ /*!80022 performance_schema.processlist */"
 # Without a row of its task nobody can tell whose worker it is. Of all columns, the first version
 # had these.
 _WORKERS = f"""SELECT host, pid, worker.task, TIMESTAMPDIFF(SECOND, seen, SYSDATE(6)),
@@ -54,7 +56,7 @@ FROM aioworker_worker AS worker LEFT JOIN aioworker_budget AS budget ON budget.t
 WHERE seen > SYSDATE(6) - INTERVAL {ALIVE_SECONDS} SECOND AND (
     COALESCE(server = {SERVER}, TRUE)
     OR session IN (
-        SELECT id FROM information_schema.processlist
+        SELECT id FROM {_SESSIONS}
         WHERE db = DATABASE() AND id <> CONNECTION_ID()
     )
 ) ORDER BY host, pid, worker.task"""
