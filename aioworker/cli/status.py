@@ -212,7 +212,7 @@ def _budget_lines(limit: Limit, waits: ReasonKind) -> list[tuple[str, str]]:
     if limit.scope != "shared":
         return shown
     if limit.last_start is None:
-        unlimited = limit.rate == "none"
+        unlimited = limit.rate == "none" and limit.shares is None
         shown.append(("last start", "not counted without a rate limit" if unlimited else "never"))
     else:
         by = f" by {limit.last_worker}" if limit.last_worker else ""

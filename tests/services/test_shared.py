@@ -473,6 +473,9 @@ async def test_the_rate_of_a_budget_is_that_of_its_last_start(
         return next(line for line in found if line.startswith("rate ")).split(maxsplit=1)[1]
 
     none_yet = rate("--budget", "writes")
+    execute(shop, ALIVE.format("b", "'writes'"))
+    assert await make(LEFT, None, "1/s").check() is None
+    assert "last start never" in run("status", LEFT).stdout.splitlines()
     assert await start(make(LEFT, None, "1/s")) == ""
     execute(shop, ALIVE.format("a", "'writes'"))
     of_all, of_the_task = rate("--budget", "writes"), rate(LEFT)
